@@ -1,0 +1,154 @@
+"""All the trainings of a recipe: every seed of the student and of its control, in one process group.
+
+Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet` (the test split) and,
+last, `arm.json`: its presence means the arm is done, and a later attempt does not train it again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from raykd import data, measure, models
+from raykd.batches import DeviceRows, to_device
+from raykd.checkpoints import Checkpoints
+from raykd.checks import register
+from raykd.data import Dataset
+from raykd.files import read_json, write_bytes, write_json
+from raykd.losses import TERMS, needs_of
+from raykd.models.adapter import Adapter
+from raykd.recipe import Recipe, TermSpec
+from raykd.store.reader import Store
+from raykd.train import Arm, State, World, train
+
+Tell = Callable[[str, int, dict[str, Any]], None]
+
+
+def arms_of(recipe: Recipe) -> list[Arm]:
+    """The arms in the order they are trained: for each seed the control, then the student."""
+    labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
+    found = []
+    for seed in recipe.seeds:
+        if recipe.control:
+            found.append(Arm("control", seed, labels_only))
+        found.append(Arm("student", seed, dict(recipe.terms)))
+    return found
+
+
+def _ce_settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.terms["ce"].settings if "ce" in recipe.terms else {}
+
+
+class Workshop:
+    """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
+
+    def __init__(self, recipe: Recipe, store: Path | None, device: torch.device):
+        torch.set_num_threads(1)
+        register(recipe.technique)
+        self.recipe, self.device = recipe, device
+        self.dataset: Dataset = data.load(recipe.data)
+        opened = Store(store) if store else None
+        needs = needs_of(recipe.terms)
+        self.train = to_device(self.dataset.splits["train"], "train", opened if needs else None, needs, device)
+        self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
+
+    def student(self, arm: Arm) -> Adapter:
+        """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
+        torch.manual_seed(arm.seed)
+        module = models.build(
+            self.recipe.student,
+            channels=self.train.inputs.shape[-1],
+            classes=len(self.dataset.classes),
+            key="student",
+        )
+        want = {n for term, spec in arm.terms.items() if spec.weight > 0 for n in TERMS[term].needs if "." in n}
+        return Adapter(module, want=frozenset(want))
+
+    def validate(self, student: nn.Module) -> dict[str, float]:
+        """Validation metrics, prefixed val_."""
+        label = self.dataset.splits["val"].label
+        found = measure.classifier_metrics(measure.sequence_logits(student, self.val), label)
+        return {f"val_{k}": v for k, v in found.items()}
+
+    def train_arm(self, arm: Arm, **keywords: Any) -> State:
+        """One arm's training; keywords go to `train`."""
+        return train(arm, self.recipe.optim, self.student(arm), self.train, self.validate, **keywords)
+
+    def test_logits(self, student: nn.Module) -> NDArray[np.float32]:
+        """(N, C) sequence logits of the test split."""
+        rows = to_device(self.dataset.splits["test"], "test", None, frozenset(), self.device)
+        return measure.sequence_logits(student, rows)
+
+
+def run_arms(
+    recipe: Recipe, store: Path | None, folder: Path, *, world: World, device: torch.device, tell: Tell
+) -> None:
+    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`."""
+    shop = Workshop(recipe, store, device)
+    for arm in arms_of(recipe):
+        target = folder / "arms" / arm.key
+        if _agreed(world, read_json(target / "arm.json") is not None):
+            continue
+        kept = Checkpoints(folder / "checkpoints" / arm.key)
+        state = shop.train_arm(
+            arm,
+            world=world,
+            checkpoints=kept,
+            checkpoint_every=recipe.scale.checkpoint_every,
+            report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
+        )
+        if world.rank == 0:
+            _write_arm(shop, arm, state, target)
+            kept.clear()
+        if world.size > 1:
+            dist.barrier()
+
+
+def _agreed(world: World, value: bool) -> bool:
+    """Rank 0's answer on every rank, so that all of them skip or train together."""
+    if world.size == 1:
+        return value
+    answer = torch.tensor([float(value and world.rank == 0)])
+    return bool(world.sum(answer) > 0)
+
+
+def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
+    student = state.learner.student
+    weights = save({k: v.contiguous() for k, v in student.module.state_dict().items()})
+    write_bytes(target / "weights.safetensors", weights)
+    test = shop.dataset.splits["test"]
+    write_predictions(target / "predictions.parquet", test.row_id, test.label, shop.test_logits(student))
+    record = {
+        "arm": arm.name,
+        "seed": arm.seed,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "params": sum(p.numel() for p in student.module.parameters()),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "history": state.history,
+        "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
+    }
+    write_json(target / "arm.json", record)
+
+
+def write_predictions(path: Path, row_id: NDArray, label: NDArray, logits: NDArray[np.float32]) -> None:
+    """A Parquet table of row_id, label and logits (list of float32), one row a test row."""
+    sink = pa.BufferOutputStream()
+    values = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
+    pq.write_table(pa.table({"row_id": row_id, "label": label, "logits": values}), sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read_predictions(path: Path) -> NDArray[np.float32]:
+    """(N, C) logits of a predictions file."""
+    column = pq.read_table(path).column("logits").combine_chunks()
+    return column.values.to_numpy().reshape(len(column), -1)

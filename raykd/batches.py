@@ -1,0 +1,124 @@
+"""Which rows a step sees, and their tensors: a pure function of (seed, step), for any number of workers."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raykd.data import UNLABELLED, Rows
+from raykd.recipe import Optim
+from raykd.signals import Batch, Signals
+from raykd.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless shuffled reading of a pool: one permutation after the other, each drawn by (seed, tag, epoch)."""
+
+    pool: NDArray[np.int64]
+    seed: int
+    tag: int
+
+    def take(self, start: int, count: int) -> NDArray[np.int64]:
+        """Entries [start, start + count) of the stream."""
+        size = len(self.pool)
+        position = np.arange(start, start + count)
+        out = np.empty(count, np.int64)
+        for epoch in range(start // size, (start + count - 1) // size + 1):
+            here = position // size == epoch
+            out[here] = self.pool[_permutation(size, self.seed, self.tag, epoch)[position[here] % size]]
+        return out
+
+
+@lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, tag: int, epoch: int) -> NDArray[np.int64]:
+    key = np.array([seed, (tag << 32) + epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(size)
+
+
+class Order:
+    """The rows of every global batch. With hidden labels, a fixed share of each batch comes from the labelled rows."""
+
+    def __init__(self, label: NDArray[np.int64], optim: Optim, seed: int):
+        every, labelled = np.arange(len(label)), np.flatnonzero(label != UNLABELLED)
+        from_labelled = round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
+        sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
+        self.parts = [(Stream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n]
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """(batch,) positions in the split, for one step. The two parts are dealt out evenly to contiguous shares."""
+        parts = [stream.take(step * count, count) for stream, count in self.parts]
+        if len(parts) == 1:
+            return parts[0]
+        place = np.concatenate([(np.arange(len(p)) + 0.5) / len(p) for p in parts])
+        return np.concatenate(parts)[np.argsort(place, kind="stable")]
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """One split as tensors on the device that trains, teacher signals beside the rows they belong to."""
+
+    row_id: Tensor
+    inputs: Tensor
+    mask: Tensor
+    label: Tensor
+    valence: Tensor | None
+    teacher: dict[str, Tensor]
+    teacher_mask: Tensor | None
+
+    def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
+        """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
+        inputs, mask = self.inputs[index], self.mask[index]
+        if noise is not None:
+            inputs = inputs + noise * mask.unsqueeze(-1)
+        valence = None if self.valence is None else self.valence[index]
+        return Batch(self.row_id[index], inputs, mask, self.label[index], valence, self._signals(index))
+
+    def _signals(self, index: Tensor) -> Signals | None:
+        if self.teacher_mask is None:
+            return None
+        at = {k: v[index] for k, v in self.teacher.items()}
+        return Signals(
+            at["logits"],
+            self.teacher_mask[index],
+            at.get("trajectory"),
+            {k.partition(".")[2]: v for k, v in at.items() if k.startswith("hidden.")},
+            {k.partition(".")[2]: v.transpose(1, 2) for k, v in at.items() if k.startswith("attention.")},
+        )
+
+
+def to_device(rows: Rows, split: str, store: Store | None, needs: frozenset[str], device: torch.device) -> DeviceRows:
+    """A split's tensors; the store's signals are matched by row id and must be there for every row."""
+    teacher, mask = {}, None
+    if store is not None:
+        assert np.array_equal(store.row_id(split), rows.row_id), "the store holds other rows"
+        logits = store.column("logits", split)
+        short = bool((logits.steps == 1).all())
+        mask = torch.ones(len(rows), 1, dtype=torch.bool) if short else torch.from_numpy(rows.mask)
+        for name in sorted({"logits"} | needs):
+            teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
+    return DeviceRows(
+        torch.from_numpy(rows.row_id).to(device),
+        torch.from_numpy(rows.inputs).to(device),
+        torch.from_numpy(rows.mask).to(device),
+        torch.from_numpy(rows.label).to(device),
+        None if rows.valence is None else torch.from_numpy(rows.valence).to(device),
+        teacher,
+        None if mask is None else mask.to(device),
+    )
+
+
+def input_noise(optim: Optim, shape: torch.Size, seed: int, step: int) -> Tensor | None:
+    """(batch, T, K) Gaussian noise for a global batch, drawn by (seed, step); None where the recipe has none."""
+    if optim.input_noise == 0:
+        return None
+    generator = torch.Generator().manual_seed(mixed(seed, step))
+    return optim.input_noise * torch.randn((optim.batch, *shape), generator=generator)
+
+
+def mixed(*parts: int) -> int:
+    """One 63-bit seed from several integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,25 @@
+"""Data: a recipe's `[data]` table to checked rows in their splits."""
+
+from raykd.data import tables, watch_gestures
+from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows, checked, hide_labels
+from raykd.errors import DataError
+from raykd.recipe import DataRef, is_path, suggestion
+
+BUILT_IN = {"watch_gestures": watch_gestures.load}
+
+__all__ = ["BUILT_IN", "SPLITS", "UNLABELLED", "Dataset", "Rows", "load"]
+
+
+def load(ref: DataRef) -> Dataset:
+    """The checked data set of a recipe, its training labels hidden down to `label_fraction`. DataError if unusable."""
+    if is_path(ref.source):
+        dataset = tables.load_parquet(ref)
+    elif ":" in ref.source:
+        dataset = tables.load_function(ref)
+    elif ref.source in BUILT_IN:
+        dataset = BUILT_IN[ref.source](ref)
+    else:
+        raise DataError(f"data.source {ref.source!r}: no such data set.{suggestion(ref.source, BUILT_IN)}")
+    dataset = checked(dataset)
+    hidden = hide_labels(dataset.splits["train"], ref.label_fraction, ref.label_seed)
+    return Dataset(dataset.name, dataset.classes, dataset.splits | {"train": hidden})

@@ -1,0 +1,65 @@
+"""Files that are whole or absent: written aside, synced, then renamed or linked into place."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = _stage(path, data)
+    os.replace(staged, path)
+    _sync_folder(path.parent)
+
+
+def put_once(path: Path, data: bytes) -> bool:
+    """Create `path` with `data` unless it exists; True if this call created it (one winner under a race)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = _stage(path, data)
+    try:
+        os.link(staged, path)
+        created = True
+    except FileExistsError:
+        created = False
+    finally:
+        staged.unlink()
+    _sync_folder(path.parent)
+    return created
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON with sorted keys."""
+    write_bytes(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys; NaN is refused, because JSON has none."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`, or None where there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _stage(path: Path, data: bytes) -> Path:
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with staged.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return staged
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,124 @@
+"""Ray Train: every arm of a recipe, in this process or in one group of workers."""
+
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raykd.arms import Tell, arms_of, run_arms
+from raykd.errors import InfraError
+from raykd.files import read_json
+from raykd.progress import Progress
+from raykd.recipe import Recipe
+from raykd.score import device_of
+from raykd.session import plain_error
+from raykd.train import World
+
+
+def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]]:
+    """Train all arms that are not done, give every arm's record.
+
+    One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More are one worker
+    group for all arms, because starting a group costs many seconds; it survives `scale.retries` lost workers.
+    """
+    config = {"recipe": recipe.model_dump(mode="json"), "store": str(store) if store else None, "folder": str(folder)}
+    arms = arms_of(recipe)
+    progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
+    with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress):
+        _fit(recipe, config, folder)
+    records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms]
+    if not all(records):
+        raise InfraError("train ended without training every arm; run it again to continue where it stopped")
+    progress.finish()
+    return records
+
+
+def _fit(recipe: Recipe, config: dict[str, Any], folder: Path) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    low, high = recipe.scale.workers
+    gpu = device_of(recipe).type == "cuda"
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(recipe.scale.start_timeout_s)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=0 if high == 1 else (high if low == high else (low, high)), use_gpu=gpu
+        ),
+        # an attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from
+        run_config=RunConfig(
+            name=f"raykd-{uuid.uuid4().hex[:12]}",
+            storage_path=str(folder.resolve() / "ray"),
+            failure_config=FailureConfig(
+                max_failures=recipe.scale.retries,
+                controller_failure_limit=recipe.scale.retries,
+                max_preemption_failures=recipe.scale.retries,
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # Ray raises its own kinds and ours, wrapped
+        raise plain_error(error, "train") from error
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker of the group runs."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
+    store = Path(config["store"]) if config["store"] else None
+
+    def tell(arm: str, step: int, metrics: dict[str, Any]) -> None:
+        if world.rank == 0:
+            _note(folder, arm, step, metrics)
+        ray.train.report({"arm": arm, **metrics})
+
+    device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
+    run_arms(recipe, store, folder, world=world, device=device, tell=tell)
+
+
+def _note(folder: Path, arm: str, step: int, metrics: dict[str, Any]) -> None:
+    line = {"arm": arm, "step": step, "val_accuracy": metrics.get("val_accuracy")}
+    with (folder / "progress.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+class _Watch:
+    """Shows the progress that rank 0, wherever it runs, appends to the run folder."""
+
+    def __init__(self, folder: Path, arms: list[str], steps: int, progress: Progress):
+        self.path, self.arms, self.steps, self.progress = folder / "progress.jsonl", arms, steps, progress
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.5):
+            last = _last_line(self.path)
+            if last and last["arm"] in self.arms:
+                done = self.arms.index(last["arm"]) * self.steps + last["step"]
+                self.progress.advance(done, f"{last['arm']}: validation accuracy {last['val_accuracy']:.3f}")
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line, as JSON; None while there is none."""
+    try:
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1]) if lines else None

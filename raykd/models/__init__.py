@@ -1,0 +1,59 @@
+"""Models: a recipe's `[teacher]` or `[student]` table to a module, and any module to Signals."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from raykd.errors import RecipeError
+from raykd.models.series import SeriesEncoder
+from raykd.recipe import ModelRef, suggestion
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder}
+
+
+def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Make `factory(channels=, classes=, **settings)` known to recipes as `model = name`."""
+    MODELS[name] = factory
+
+
+def build(ref: ModelRef, *, channels: int, classes: int, key: str) -> nn.Module:
+    """The module of a recipe's table with its weights loaded. RecipeError if either does not fit; `key` names it."""
+    factory = MODELS.get(ref.model) or _imported(ref.model, key)
+    try:
+        module = factory(**{"channels": channels, "classes": classes, **ref.settings})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{key}.settings: {ref.model} refuses {ref.settings}: {error}") from None
+    if ref.weights:
+        load_weights(module, Path(ref.weights), key)
+    return module
+
+
+def load_weights(module: nn.Module, path: Path, key: str) -> None:
+    """Fill `module` from a safetensors file; RecipeError names the tensors that are missing, extra or misshapen."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(f"{key}.weights {path}: not a readable safetensors file: {error}") from None
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    faults = [f"{n}: the module has {wanted.get(n, 'none')}, the file {found.get(n, 'none')}"
+              for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)]
+    if faults:
+        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise RecipeError(f"{key}.weights {path} do not fit the module:\n  " + "\n  ".join(faults[:8]) + more)
+    module.load_state_dict(tensors)
+
+
+def _imported(name: str, key: str) -> Callable[..., Any]:
+    module, sign, function = name.partition(":")
+    if not sign:
+        raise RecipeError(f"{key}.model {name!r}: no such model.{suggestion(name, MODELS)} Or name module:factory.")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{key}.model {name!r} can not be imported: {error}") from None

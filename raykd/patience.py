@@ -1,0 +1,59 @@
+"""Waiting, with an end: for a server that may be dead or slow, and for another process."""
+
+import fcntl
+import os
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
+T = TypeVar("T")
+
+
+def bounded(work: Callable[[], T], limit_s: float) -> T:
+    """What `work` returns; TimeoutError after `limit_s`, whatever hangs (a name look-up has no timeout)."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(timeout=max(limit_s, 0))
+
+
+def knock(uri: str, limit_s: float) -> None:
+    """OSError if nobody listens at `uri`; behind a proxy or on an unknown port nothing is asked."""
+    parts = urlsplit(uri)
+    host, scheme = parts.hostname or "", parts.scheme.split("+")[0]
+    port = parts.port or PORTS.get(scheme)
+    proxied = scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    if port and not proxied:
+        socket.create_connection((host, port), timeout=limit_s).close()
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` against other processes; OSError if one has it and we do not wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder, wait)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise OSError(f"{folder} is in use by another process") from None

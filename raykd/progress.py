@@ -1,0 +1,44 @@
+"""Progress on stderr: stage, done/total, rate, time left; one rewritten line on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+
+class Progress:
+    """Counts one stage; says something at once, then at most every `every_s` seconds, and when done."""
+
+    def __init__(self, stage: str, total: int, unit: str, *, every_s: float | None = None):
+        self.stage, self.total, self.unit = stage, total, unit
+        self.terminal = sys.stderr.isatty()
+        self.every_s = every_s if every_s is not None else (0.2 if self.terminal else 5.0)
+        self.done = 0
+        self.started = self.spoken = time.monotonic()
+        self._say("starting")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Set how many units are done, with a short remark."""
+        self.done = done
+        now = time.monotonic()
+        if now - self.spoken >= self.every_s and done < self.total:
+            self.spoken = now
+            self._say(f"{self._pace(now)} {note}")
+
+    def finish(self, note: str = "") -> None:
+        """Close the line with the time taken."""
+        self.done = self.total
+        self._say(f"in {time.monotonic() - self.started:.1f} s {note}", last=True)
+
+    def _pace(self, now: float) -> str:
+        rate = self.done / max(now - self.started, 1e-9)
+        left = (self.total - self.done) / rate if rate else float("inf")
+        return f"{rate:,.0f} {self.unit}/s, {left:.0f} s left" if rate else "starting"
+
+    def _say(self, text: str, last: bool = False) -> None:
+        line = f"{self.stage:<7} {self.done:,}/{self.total:,} {self.unit} {text}".rstrip()
+        end = "\n" if last or not self.terminal else ""
+        print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def say(stage: str, text: str) -> None:
+    """One plain line about a stage."""
+    print(f"{stage:<7} {text}", file=sys.stderr, flush=True)

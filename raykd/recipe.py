@@ -1,0 +1,359 @@
+"""The recipe: what is distilled from what, as typed tables. Needs neither torch nor Ray.
+
+A recipe is sparse TOML over the technique's own settings: `technique < file < --set`. Every unknown key is an
+error with a suggestion, and all errors come at once. Tables that change the result enter the digest; `[scale]`
+and `[track]`, which only say where and how fast, do not.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from raykd.errors import Problem, RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+SMOKE = {"optim": {"steps": 40, "evaluate_every": 20}, "search": {"trials": 4, "grace": 20}}
+
+
+class Table(BaseModel):
+    """A closed, immutable TOML table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Table):
+    """Names of the Parquet columns: `inputs` is a list of steps, each a list of channel values."""
+
+    inputs: str = "inputs"
+    label: str = "label"
+    split: str = "split"
+    group: str | None = None
+    valence: str | None = None
+
+
+class DataRef(Table):
+    """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows."""
+
+    source: str = "watch_gestures"
+    split: Literal["time", "subject"] = "time"
+    window: Positive = 16
+    stride: Positive = 8
+    classes: list[str] | None = None
+    columns: Columns = Columns()
+    settings: dict[str, JsonValue] = {}
+    label_fraction: Share = 1.0
+    label_seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ModelRef(Table):
+    """`model`: a built-in name or `module:factory`; `settings` are its keyword arguments."""
+
+    model: str = "series_encoder"
+    weights: str | None = None
+    settings: dict[str, JsonValue] = {}
+
+
+class Valence(Table):
+    """Where the valence per step comes from, and how a trajectory becomes one saliency."""
+
+    source: Literal["prefix_confidence", "column"] = "prefix_confidence"
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.95
+    mean: float = 0.6
+    min: float = 0.25
+    coherence: float = 0.15
+
+
+class StoreSettings(Table):
+    """The fixed shape of the teacher store; part of its identity, because batches decide the last bit."""
+
+    codec: Literal["dense"] = "dense"
+    rows_per_shard: Positive = 1024
+    batch: Positive = 256
+
+
+class TermSpec(BaseModel):
+    """One loss term: its weight, and keyword settings that the term's own signature checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def settings(self) -> dict[str, JsonValue]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Optim(Table):
+    """One arm's optimisation. `batch` is global: the number of workers does not change the result."""
+
+    steps: Positive = 2000
+    batch: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    input_noise: Annotated[float, Field(ge=0)] = 0.0
+    labelled_share: Share = 0.5
+    evaluate_every: Positive = 250
+
+
+class Range(Table):
+    """Where one key is searched: exactly one of the four forms."""
+
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    integer: tuple[int, int] | None = None
+    choice: list[JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        forms = [getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(forms) != 1:
+            raise ValueError("give one of uniform = [lo, hi], loguniform = [lo, hi], integer = [lo, hi], choice = [..]")
+        if not forms[0] or (self.choice is None and not forms[0][0] < forms[0][1]):
+            raise ValueError(f"an empty range {forms[0]!r}; the first bound must be below the second")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform = {list(self.loguniform)!r} needs bounds above 0")
+        return self
+
+    def sample(self) -> JsonValue:
+        """A value inside the range, used to check that the searched key exists and accepts it."""
+        bounds = self.uniform or self.loguniform or self.integer
+        return bounds[0] if bounds else (self.choice or [None])[0]
+
+
+class Search(Table):
+    """Trials over dotted recipe keys: `"terms.kd.temperature" = { uniform = [1, 4] }`."""
+
+    trials: Positive = 4
+    concurrent: Positive = 2
+    grace: Positive = 500
+    seed: Annotated[int, Field(ge=0)] = 0
+    searcher: Literal["optuna", "random"] = "optuna"
+    space: dict[str, Range] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_dotted_keys(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        plain = {k: v for k, v in raw.items() if "." not in k}
+        return plain | {"space": {**plain.get("space", {}), **{k: v for k, v in raw.items() if "." in k}}}
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> Self:
+        if not self.space:
+            raise ValueError('no key to search; add a line such as "terms.kd.temperature" = { uniform = [1, 4] }')
+        return self
+
+
+class Scale(Table):
+    """Where and how fast; never what. `workers = 1` trains in this process, N or [min, max] in a Ray group."""
+
+    workers: tuple[Positive, Positive] = (1, 1)
+    scorers: tuple[Positive, Positive] = (1, 2)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    retries: Annotated[int, Field(ge=0)] = 3
+    checkpoint_every: Positive = 500
+    start_timeout_s: Positive = 120
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number_is_a_fixed_size(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {k: [v, v] if k in ("workers", "scorers") and isinstance(v, int) else v for k, v in raw.items()}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for key in ("workers", "scorers"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} = [{low}, {high}]: the least must not exceed the most")
+        return self
+
+
+class Track(Table):
+    """The MLflow server; by default a sqlite file under --out."""
+
+    uri: str | None = None
+    experiment: str = "raykd"
+
+
+class Recipe(Table):
+    """One distillation, resolved: every key has its value. Its digest names the run's folder."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "run"
+    setting: str = ""
+    technique: str = "vanilla"
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    control: bool = True
+    data: DataRef = DataRef()
+    teacher: ModelRef | None = None
+    student: ModelRef = ModelRef()
+    terms: Annotated[dict[str, TermSpec], Field(min_length=1)]
+    valence: Valence = Valence()
+    store: StoreSettings = StoreSettings()
+    optim: Optim = Optim()
+    search: Search | None = None
+    scale: Scale = Scale()
+    track: Track = Track()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.optim.batch < self.scale.workers[1]:
+            raise ValueError(
+                f"optim.batch = {self.optim.batch} rows can not be shared by scale.workers = {self.scale.workers[1]};"
+                " raise optim.batch or lower scale.workers"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {self.seeds} repeats a seed; each must be its own run")
+        return self
+
+
+NOT_HASHED = {"name", "setting", "scale", "track"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The raw TOML of `path`, with relative weights and data paths made absolute. RecipeError if unreadable."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} can not be read: {error.strerror}; name an existing TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
+    return raw
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top; tables merge key by key, everything else is replaced whole."""
+    tables = {k: merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | over | tables
+
+
+def set_key(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """`raw` with one dotted key set; `search` keeps its dotted keys whole."""
+    keys = dotted.split(".")
+    if keys[0] == "search" and len(keys) > 2:
+        keys = ["search", ".".join(keys[1:])]
+    for key in reversed(keys):
+        value = {key: value}
+    return merge(raw, value)
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`a.b=value` as ("a.b", value); the value is TOML where it parses, else a string."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"--set {text!r}: write --set table.key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`raw` with file paths made absolute against the recipe's folder."""
+
+    def absolute(value: Any) -> Any:
+        return str((folder / value).resolve()) if isinstance(value, str) else value
+
+    for table in ("teacher", "student"):
+        if isinstance(raw.get(table), dict) and "weights" in raw[table]:
+            raw = merge(raw, {table: {"weights": absolute(raw[table]["weights"])}})
+    source = raw.get("data", {}).get("source") if isinstance(raw.get("data"), dict) else None
+    if isinstance(source, str) and is_path(source):
+        raw = merge(raw, {"data": {"source": absolute(source)}})
+    return raw
+
+
+def is_path(source: str) -> bool:
+    """Whether a data source names a folder: it holds a slash or starts with a dot."""
+    return "/" in source or source.startswith(".")
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], raw: Any, *, key: str = "") -> tuple[M | None, list[Problem]]:
+    """(`model` filled from raw values, no problems) or (None, every problem with its key)."""
+    try:
+        return model.model_validate_json(json.dumps(raw), strict=True), []
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            return None, [Problem(key, f"a value that JSON can not hold: {error}")]
+        return None, [_problem(model, e, key) for e in error.errors()]
+
+
+def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
+    loc = [str(part) for part in error["loc"]]
+    dotted = ".".join(([key] if key else []) + loc)
+    match error["type"]:
+        case "extra_forbidden":
+            return Problem(dotted, "unknown key." + suggestion(loc[-1], _fields(model, loc[:-1])))
+        case "missing":
+            return Problem(dotted, "missing; add it to the recipe")
+        case "value_error":
+            return Problem(dotted, str(error["ctx"]["error"]))
+        case _:
+            return Problem(dotted, f"{error['msg'].lower()}, found {error['input']!r}")
+
+
+def suggestion(word: str, known: Any) -> str:
+    """A sentence for a misspelt word: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
+
+
+def _fields(model: Any, loc: list[str]) -> list[str]:
+    for part in loc:
+        field = getattr(model, "model_fields", {}).get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else [model]
+        model = next((o for o in options if hasattr(o, "model_fields")), model)
+    return list(getattr(model, "model_fields", {}))
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
+    path = Path(path)
+    if path.is_dir():
+        parts = [f"{p.relative_to(path)}:{file_sha256(p)}" for p in sorted(path.rglob("*.parquet"))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_of(table: BaseModel) -> dict[str, Any]:
+    """A table's values, with every path replaced by the digest of what lies there."""
+    values = table.model_dump(mode="json")
+    for key in ("weights", "source"):
+        value = values.get(key)
+        if isinstance(value, str) and is_path(value):
+            values[key] = "sha256:" + file_sha256(value)
+    return values
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the result, and nothing else: no names, paths, worker counts or servers."""
+    values = recipe.model_dump(mode="json", exclude=NOT_HASHED)
+    for key in ("data", "teacher", "student"):
+        table = getattr(recipe, key)
+        if table is not None:
+            values[key] = content_of(table)
+    return values
+
+
+def digest_of(values: Any) -> str:
+    """Hex sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest(recipe: Recipe) -> str:
+    """Hex sha256 of the recipe's identity; its first eight digits name the run's folder."""
+    return digest_of(identity(recipe))

@@ -1,0 +1,233 @@
+"""report.json from what was predicted: every figure with its control, its seeds and its interval."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raykd import schema, stats, words
+from raykd.stats import Hits, Interval, Sample
+
+METRIC = "accuracy"
+BINS = 24
+Predicted = NDArray[np.integer]  # (n,) the class that a model gives each test row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything a report is made of. Arrays follow the test split; rows with a negative label are left out.
+
+    `best_seed` names the student that was exported, chosen on validation rows; the confusion table is of it.
+    """
+
+    recipe_digest: str
+    technique: str
+    setting: str = ""
+    seeds: Sequence[int]
+    data_name: str
+    data_rows: Mapping[str, int]  # train, val, test
+    classes: Sequence[str]
+    label: NDArray[np.integer]  # (n,)
+    group: NDArray[np.integer]  # (n,) the recording of each row
+    student: Mapping[int, Predicted]  # by seed
+    control: Mapping[int, Predicted] = field(default_factory=dict)
+    teacher: Predicted | None = None
+    artefact: Predicted | None = None
+    thriving: NDArray[np.bool_] | None = None  # (n,)
+    saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
+    best_seed: int | None = None
+    student_params: int | None = None
+    control_params: int | None = None
+    teacher_info: Mapping[str, Any] = field(default_factory=dict)  # params, bytes, dtype
+    artefact_info: Mapping[str, Any] = field(default_factory=dict)  # path, format, bytes, parity, latency
+    training_cost: float | None = None
+    store: Mapping[str, Any] = field(default_factory=dict)  # id, rows, bytes, bytes_per_row, codec
+    mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id
+    history: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)  # arm
+    search: Mapping[str, Any] | None = None  # metric, trials, best
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def build(evidence: Evidence) -> dict[str, Any]:
+    """The report as plain JSON values, checked against its schema."""
+    e = _labelled(evidence)
+    report = schema.Report(**_described(e), **_measured(e))
+    return report.model_dump(mode="json", by_alias=True)
+
+
+def _described(e: Evidence) -> dict[str, Any]:
+    """The parts that are passed through."""
+    return {
+        "recipe_digest": e.recipe_digest,
+        "technique": e.technique,
+        "setting": e.setting,
+        "data": schema.Data(name=e.data_name, rows=plain(e.data_rows), groups=len(np.unique(e.group))),
+        "classes": list(e.classes),
+        "seeds": list(e.seeds),
+        "compression": _compression(e.teacher_info, e.student_params, e.artefact_info.get("bytes")),
+        "training_cost": schema.Cost(ratio=plain(e.training_cost)),
+        "store": schema.Store(**plain(e.store)),
+        "mlflow": schema.Tracking(**plain(e.mlflow)),
+        "curves": plain(e.history),
+        "valence": _histogram(e.saliency),
+        "search": None if e.search is None else schema.Search(**plain(e.search)),
+        "machine": plain(e.machine),
+        "versions": plain(e.versions),
+    }
+
+
+def _measured(e: Evidence) -> dict[str, Any]:
+    """The parts that are computed from predictions."""
+    sample, seed = stats.resample(_hits(e)), _exported(e)
+    closed, gain = _ratio(stats.gap_closed(sample)), _ratio(stats.difference(sample))
+    why = words.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
+    verdict = words.verdict(closed.model_dump(), gain.model_dump())
+    return {
+        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics(sample.teacher, sample.n)),
+        "control": schema.Model(params=e.control_params, metrics=_metrics(sample.control, sample.n)),
+        "student": schema.Model(params=e.student_params, metrics=_metrics(sample.student, sample.n)),
+        "artefact": _artefact(e, sample, seed),
+        "retention": _retentions(e, sample),
+        "gap_closed": closed,
+        "gap_words": why,
+        "gain": gain,
+        "warnings": [w for w in (why, verdict, *_cautions(e), *e.warnings) if w],
+        "per_class": _per_class(e),
+        "confusion": _confusion(e.label, e.student[seed], len(e.classes)),
+        "confusion_seed": seed,
+    }
+
+
+def _exported(e: Evidence) -> int:
+    return min(e.student) if e.best_seed is None else e.best_seed
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: string keys, Python numbers, and None for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _labelled(e: Evidence) -> Evidence:
+    """`e` without the test rows that have no label."""
+    known = e.label >= 0
+    assert known.any(), "a report needs labelled test rows"
+    assert e.student, "a report needs a student"
+    arrays = {k: getattr(e, k) for k in ("label", "group", "teacher", "artefact", "thriving")}
+    by_seed = {k: getattr(e, k) for k in ("student", "control")}
+    return replace(
+        e,
+        **{k: None if v is None else np.asarray(v)[known] for k, v in arrays.items()},
+        **{k: {seed: np.asarray(p)[known] for seed, p in sorted(v.items())} for k, v in by_seed.items()},
+    )
+
+
+def _hits(e: Evidence, rows: NDArray[np.bool_] | None = None) -> Hits:
+    return Hits(
+        groups=e.group,
+        student=np.stack(list(e.student.values())) == e.label,
+        student_seeds=list(e.student),
+        control=np.stack(list(e.control.values())) == e.label if e.control else None,
+        control_seeds=list(e.control),
+        teacher=None if e.teacher is None else e.teacher == e.label,
+        artefact=None if e.artefact is None else e.artefact == e.label,
+        rows=rows,
+    )
+
+
+def _first(values: stats.Values | None) -> float | None:
+    return None if values is None else float(values[0])
+
+
+def _metrics(values: stats.Values | None, n: int) -> schema.Metrics:
+    return {} if values is None else {METRIC: schema.Estimate(**vars(stats.interval(values, n)))}
+
+
+def _ratio(found: Interval | None) -> schema.Ratio:
+    return schema.Ratio() if found is None else schema.Ratio(value=found.value, lo=found.lo, hi=found.hi)
+
+
+def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
+    parts = {"all": _retention(e, sample, None)}
+    if e.thriving is not None:
+        for name, rows in (("thriving", e.thriving), ("rest", ~e.thriving)):
+            if rows.any():
+                parts[name] = _retention(e, stats.resample(_hits(e, rows)), rows)
+    return schema.Retentions(**parts)
+
+
+def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> schema.Retention:
+    guess = stats.chance(e.label, rows)
+    corrected = stats.corrected_retention(sample, guess)
+    return schema.Retention(
+        **_ratio(stats.retention(sample)).model_dump(),
+        chance_corrected=corrected and corrected.value,
+        chance_corrected_lo=corrected and corrected.lo,
+        chance_corrected_hi=corrected and corrected.hi,
+        chance=guess,
+        n=sample.n,
+    )
+
+
+def _artefact(e: Evidence, sample: Sample, seed: int) -> schema.Artefact:
+    return schema.Artefact(
+        **plain(e.artefact_info),
+        seed=seed if e.artefact_info else None,
+        metrics=_metrics(sample.artefact, sample.n),
+        retention=_ratio(stats.retention(sample, "artefact")),
+    )
+
+
+def _compression(teacher: Mapping[str, Any], params: int | None, size: int | None) -> schema.Compression:
+    ratio = teacher["bytes"] / size if teacher.get("bytes") and size else None
+    shape = teacher["params"] / params if teacher.get("params") and params else None
+    bits = ratio / shape if ratio and shape else None
+    return schema.Compression(ratio=ratio, architecture=shape, bits=bits)
+
+
+def _cautions(e: Evidence) -> list[str]:
+    missing = {
+        "teacher": e.teacher is None,
+        "control": not e.control,
+        "artefact": e.artefact is None,
+        "store": not e.store,
+        "thriving": e.thriving is None or not e.thriving.any(),
+    }
+    absent = [name for i, name in enumerate(e.classes) if not (e.label == i).any()]
+    return words.cautions(
+        seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing
+    )
+
+
+def _per_class(e: Evidence) -> list[schema.ClassRow]:
+    hits, found = _hits(e), []
+    arms = {name: getattr(hits, name) for name in ("teacher", "control", "student", "artefact")}
+    for i, name in enumerate(e.classes):
+        rows = e.label == i
+        known = {k: v[..., rows].mean() for k, v in arms.items() if v is not None and rows.any()}
+        share = {k: float(known[k]) if k in known else None for k in arms}
+        found.append(schema.ClassRow(name=name, rows=int(rows.sum()), **share))
+    return found
+
+
+def _confusion(label: NDArray, predicted: Predicted, classes: int) -> list[list[int]]:
+    """(C, C) counts: rows are true classes, columns predicted ones."""
+    return np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes).tolist()
+
+
+def _histogram(saliency: NDArray[np.floating] | None) -> schema.Histogram | None:
+    known = np.array([]) if saliency is None else saliency[np.isfinite(saliency)]
+    if not len(known):
+        return None
+    counts, edges = np.histogram(known, BINS)
+    return schema.Histogram(counts=counts.tolist(), edges=edges.tolist(), q75=float(np.quantile(known, 0.75)))

@@ -1,0 +1,200 @@
+"""The shape of report.json, version 1: closed tables, so that a misspelt or missing key is an error at once.
+
+What was not measured is null, and says so in `warnings`. Keys are only added within a version, never renamed.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+
+VERSION = 1
+
+
+class Part(BaseModel):
+    """A closed, immutable table of finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Estimate(Part):
+    """A value with its 95 % interval from `n` test rows."""
+
+    value: float
+    lo: float
+    hi: float
+    n: int
+
+
+class Ratio(Part):
+    """A ratio with its 95 % interval; all null where there is nothing to divide by."""
+
+    value: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+
+
+class Retention(Ratio):
+    """m_S / m_T over `n` rows; corrected: (m_S - chance) / (m_T - chance)."""
+
+    chance_corrected: float | None = None
+    chance_corrected_lo: float | None = None
+    chance_corrected_hi: float | None = None
+    chance: float | None = None
+    n: int = 0
+
+
+class Retentions(Part):
+    """Over all test rows, the thriving quarter, and the other rows."""
+
+    all: Retention = Retention()
+    thriving: Retention = Retention()
+    rest: Retention = Retention()
+
+
+Metrics = dict[str, Estimate]
+
+
+class Teacher(Part):
+    params: int | None = None
+    bytes: int | None = None
+    dtype: str | None = None
+    metrics: Metrics = {}
+
+
+class Model(Part):
+    params: int | None = None
+    metrics: Metrics = {}
+
+
+class Parity(Part):
+    """The artefact against the trained student: largest difference of logits, share of equal decisions."""
+
+    max_abs_diff: float | None = None
+    agreement: float | None = None
+
+
+class Latency(Part):
+    """Time of the artefact over the other's, one row at a time on this machine; below 1 is faster."""
+
+    ratio_vs_teacher: float | None = None
+    ratio_vs_fp32_student: float | None = None
+
+
+class Artefact(Part):
+    path: str | None = None
+    format: str | None = None
+    bytes: int | None = None
+    seed: int | None = None
+    metrics: Metrics = {}
+    retention: Ratio = Ratio()
+    parity: Parity = Parity()
+    latency: Latency = Latency()
+
+
+class Data(Part):
+    """`groups` counts the test recordings, the units that the bootstrap resamples."""
+
+    name: str
+    rows: dict[Literal["train", "val", "test"], int]
+    groups: int
+
+
+class Compression(Part):
+    """ratio = bytes of teacher / artefact; architecture = their parameters; bits = ratio / architecture."""
+
+    ratio: float | None = None
+    architecture: float | None = None
+    bits: float | None = None
+
+
+class Cost(Part):
+    """Time to train the student, teacher included, over the time to train the control."""
+
+    ratio: float | None = None
+
+
+class Store(Part):
+    id: str | None = None
+    rows: int | None = None
+    bytes: int | None = None
+    bytes_per_row: float | None = None
+    codec: str | None = None
+
+
+class Tracking(Part):
+    uri: str | None = None
+    experiment: str | None = None
+    run_id: str | None = None
+
+
+class ClassRow(Part):
+    """One class: its test rows, and the share of them that each model gets right, mean over seeds."""
+
+    name: str
+    rows: int
+    teacher: float | None
+    control: float | None
+    student: float | None
+    artefact: float | None
+
+
+class Histogram(Part):
+    """Saliency of the rows; thriving rows lie at or above `q75`."""
+
+    counts: list[int]
+    edges: list[float]
+    q75: float
+
+
+class Trial(BaseModel):
+    """One trial of the search; its metric stands under the search's own `metric` key."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    number: int
+    params: dict[str, Any]
+    steps: int | None = None
+    state: str
+
+
+class Search(Part):
+    metric: str
+    trials: list[Trial]
+    best: Trial | None = None
+
+
+Table = Annotated[dict[str, Any], BeforeValidator(dict)]
+
+
+class Report(Part):
+    """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one seed."""
+
+    version: Literal[1] = Field(
+        VERSION, validation_alias=AliasChoices("schema", "version"), serialization_alias="schema"
+    )
+    recipe_digest: str
+    technique: str
+    setting: str
+    data: Data
+    classes: list[str]
+    seeds: list[int]
+    teacher: Teacher
+    control: Model
+    student: Model
+    artefact: Artefact
+    retention: Retentions
+    gap_closed: Ratio
+    gap_words: str
+    gain: Ratio
+    compression: Compression
+    training_cost: Cost
+    store: Store
+    mlflow: Tracking
+    warnings: list[str]
+    per_class: list[ClassRow]
+    confusion: list[list[int]]
+    confusion_seed: int
+    curves: dict[str, dict[str, list[Table]]]
+    valence: Histogram | None
+    search: Search | None
+    machine: Table
+    versions: Table

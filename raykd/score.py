@@ -1,0 +1,157 @@
+"""Scoring: a teacher's signals for one shard of rows, as a table. Plain torch; Ray only schedules it."""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raykd import data, models, valence
+from raykd.checks import register
+from raykd.data import Dataset, Rows
+from raykd.errors import DataError
+from raykd.losses import needs_of
+from raykd.models.adapter import Adapter
+from raykd.recipe import ModelRef, Recipe, content_of, file_sha256
+from raykd.signals import Signals
+from raykd.store.codec import DTYPE, encode, field
+from raykd.store.commit import SCHEMA, Shard
+from raykd.store.reader import Store
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device of this process: CUDA where it is present and not refused."""
+    wanted = recipe.scale.device
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Everything the store's content depends on, and nothing else."""
+    assert recipe.teacher is not None
+    register(recipe.technique)
+    return {
+        "schema": SCHEMA,
+        "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher)},
+        "data": {"name": dataset.name, "sha256": dataset.digest},
+        "needs": sorted(needs_of(recipe.terms)),
+        "valence": recipe.valence.model_dump(),
+        "store": recipe.store.model_dump(),
+    }
+
+
+def _code_digest(ref: ModelRef) -> str | None:
+    """The digest of a user's own model file; None for a model that ships with raykd."""
+    spec = importlib.util.find_spec(ref.model.partition(":")[0]) if ":" in ref.model else None
+    return file_sha256(spec.origin) if spec and spec.origin else None
+
+
+class Scorer:
+    """A teacher loaded once, ready for any shard."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.teacher is not None
+        self.recipe, self.device = recipe, device_of(recipe)
+        self.dataset = data.load(recipe.data)
+        register(recipe.technique)
+        module = models.build(
+            recipe.teacher,
+            channels=self.dataset.splits["train"].inputs.shape[-1],
+            classes=len(self.dataset.classes),
+            key="teacher",
+        )
+        want = frozenset(n for n in needs_of(recipe.terms) if "." in n)
+        self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
+
+    def table(self, shard: Shard) -> pa.Table:
+        """One row of signals for each row of the shard. DataError names rows that can not be scored."""
+        rows = self.dataset.splits[shard.split].take(slice(shard.first, shard.last))
+        size = self.recipe.store.batch
+        batches = [self._signals(rows.take(slice(i, i + size))) for i in range(0, len(rows), size)]
+        arrays = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+        bad = rows.row_id[~np.isfinite(arrays["logits"].astype(DTYPE)).all(axis=(1, 2))]
+        if len(bad):
+            raise DataError(f"the teacher gives NaN, infinite or fp16-overflowing logits for rows {bad[:5].tolist()}")
+        return _to_table(rows, arrays)
+
+    @torch.inference_mode()
+    def _signals(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        mask = torch.from_numpy(rows.mask).to(self.device)
+        signals = self.teacher(torch.from_numpy(rows.inputs).to(self.device), mask)
+        out = {"logits": signals.logits, "mask": signals.mask} | self._valence(rows, signals)
+        out |= {f"hidden.{k}": v for k, v in signals.hidden.items()}
+        out |= {f"attention.{k}": v.transpose(1, 2) for k, v in signals.attention.items()}
+        return {k: v.cpu().numpy() for k, v in out.items()}
+
+    def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
+        """Valence per step, the teacher's future-valence trajectory, its certainty and the row's saliency."""
+        settings = self.recipe.valence
+        steps, label = signals.mask, torch.from_numpy(rows.label).to(self.device)
+        if settings.source == "column":
+            if rows.valence is None:
+                raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
+            values, steps = torch.from_numpy(rows.valence).to(self.device), torch.from_numpy(rows.mask).to(self.device)
+        else:
+            values = valence.prefix_confidence(signals.logits, steps, label)
+        trajectory, known = valence.future_valence(values, steps, settings.discount)
+        if signals.valence is not None:
+            trajectory = signals.valence
+        certainty = valence.coherence(signals.logits, signals.mask)
+        return {
+            "valence": values,
+            "trajectory": trajectory,
+            "valence_mask": steps,
+            "coherence": certainty,
+            "saliency": valence.saliency(trajectory, known, certainty, settings),
+        }
+
+
+def _to_table(rows: Rows, arrays: dict[str, NDArray[Any]]) -> pa.Table:
+    masks = {"steps": arrays.pop("mask"), "valence_steps": arrays.pop("valence_mask")}
+    columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): rows.row_id}
+    columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
+    for name, values in arrays.items():
+        if values.ndim == 1:
+            columns[pa.field(name, pa.float32())] = values.astype(np.float32)
+        else:
+            steps = "valence_steps" if name in ("valence", "trajectory") else "steps"
+            columns[field(name, values, steps)] = encode(values, masks[steps])
+    return pa.table(list(columns.values()), schema=pa.schema(list(columns)))
+
+
+def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]:
+    """Data-set statistics for the manifest, so that row weights need no communication.
+
+    `value_head` is the gate on the trajectory: its correlation with the realised future valence on validation rows.
+    """
+    salient = store.column("saliency", "train").values
+    known = salient[np.isfinite(salient)]
+    quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(known) else None
+    return {
+        "rows": {name: len(rows) for name, rows in dataset.splits.items()},
+        "classes": list(dataset.classes),
+        "class_prior": np.bincount(
+            dataset.splits["train"].label[dataset.splits["train"].label >= 0], minlength=len(dataset.classes)
+        ).tolist(),
+        "saliency": {
+            "mean": float(known.mean()) if len(known) else None,
+            "std": float(known.std(ddof=1)) if len(known) > 1 else None,
+            "quantiles": quantiles,
+            "missing": int(len(salient) - len(known)),
+        },
+        "value_head": {"val_correlation": _value_head_correlation(recipe, dataset, store)},
+    }
+
+
+def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> float | None:
+    rows, values = dataset.splits["val"], store.column("valence", "val")
+    mask = rows.mask if not (values.steps == 1).all() else rows.mask[:, :1] | True
+    signal = torch.from_numpy(values.padded(mask).astype(np.float32))
+    realised, known = valence.future_valence(signal, torch.from_numpy(mask), recipe.valence.discount)
+    predicted = store.column("trajectory", "val").padded(mask)[known.numpy()].astype(np.float64)
+    target = realised.numpy()[known.numpy()].astype(np.float64)
+    if predicted.std() == 0 or target.std() == 0:
+        return None
+    return float(np.corrcoef(predicted, target)[0, 1])

@@ -1,0 +1,70 @@
+"""A Ray session: the cluster this process was given, or an embedded one on loopback behind its own token."""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from raykd.errors import InfraError, RaykdError
+
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@contextlib.contextmanager
+def session(address: str | None = None) -> Iterator[None]:
+    """A connected Ray for the block: an existing connection, `address` or RAY_ADDRESS, else an embedded cluster.
+
+    The embedded cluster listens on loopback and asks for a token that only this process's children know.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise InfraError(f"Ray can not be reached at {address or 'an embedded cluster'}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def plain_error(error: BaseException, stage: str) -> RaykdError:
+    """The user's own fault behind a chain of Ray's wrappers, or an InfraError with the innermost cause."""
+    chain: list[BaseException] = []
+    todo: list[Any] = [error]
+    while todo:
+        link = todo.pop()
+        if not isinstance(link, BaseException) or link in chain:
+            continue
+        chain.append(link)
+        failures = getattr(link, "worker_failures", None) or {}
+        todo += [link.__cause__, link.__context__, getattr(link, "cause", None), *failures.values()]
+    for link in chain:
+        if isinstance(link, RaykdError):
+            return link
+    deepest = chain[-1]
+    return InfraError(f"{stage} failed after its retries: {type(deepest).__name__}: {_last_line(deepest)}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"

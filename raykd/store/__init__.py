@@ -1,0 +1,1 @@
+"""The teacher store: a teacher's signals, scored once, verified, read by any number of students."""

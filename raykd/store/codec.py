@@ -1,0 +1,47 @@
+"""Arrays of steps as Parquet columns: one binary value a row, fp16, only the valid steps.
+
+One binary value per sequence is smaller and faster to read than list columns. Shape and dtype stand in the field's
+metadata, so any Parquet reader can decode a value with `numpy.frombuffer(value, "<f2").reshape(-1, *shape)`.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raykd.errors import StoreError
+
+DTYPE = np.dtype("<f2")
+
+
+def encode(values: NDArray[Any], mask: NDArray[np.bool_]) -> pa.BinaryArray:
+    """(N,) binary: the valid steps of `values` (N, T, ...) as fp16."""
+    flat = np.ascontiguousarray(values[mask].astype(DTYPE))
+    width = DTYPE.itemsize * int(np.prod(values.shape[2:], dtype=np.int64))
+    offsets = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int64) * width
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise StoreError("one shard's column exceeds 2 GiB; lower store.rows_per_shard")
+    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(flat)]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
+
+
+def decode(column: pa.ChunkedArray, shape: list[int], steps: NDArray[np.int32]) -> NDArray[np.float16]:
+    """(sum of steps, *shape): the flat steps of all rows of a column. StoreError where sizes disagree."""
+    width = DTYPE.itemsize * int(np.prod(shape, dtype=np.int64))
+    parts = []
+    for chunk in column.chunks:
+        _, offset_buffer, data = chunk.buffers()
+        offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        parts.append(np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]])
+    raw = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+    if len(raw) != int(steps.sum()) * width:
+        raise StoreError(f"a column holds {len(raw)} bytes where {int(steps.sum())} steps of {width} bytes belong")
+    return raw.view(DTYPE).reshape(-1, *shape)
+
+
+def field(name: str, values: NDArray[Any], steps: str) -> pa.Field:
+    """The schema entry of an encoded column: the shape of one step, and the column that counts its steps."""
+    metadata = {"dtype": "float16", "shape": json.dumps(list(values.shape[2:])), "steps": steps}
+    return pa.field(name, pa.binary(), nullable=False, metadata=metadata)

@@ -1,0 +1,123 @@
+"""How a store comes into being: fixed shards, content-named files, put-once commits, the manifest last.
+
+    <store_id>/_RECIPE.json            what the id is the digest of, in clear
+               data/part-00003-<sha>.parquet
+               _commits/00003.json     one record a shard; the first to link wins
+               _MANIFEST.json          written last: its presence means complete
+
+A file is named by its content, so two attempts at one shard either write the same bytes under the same name or can
+not meet. Nothing is renamed over, nothing is listed to be read: readers open only what the manifest names.
+"""
+
+import hashlib
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raykd import faults
+from raykd.errors import StoreError
+from raykd.files import put_once, read_json, to_json
+from raykd.recipe import digest_of
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed range of row positions [first, last) within one split."""
+
+    number: int
+    split: str
+    first: int
+    last: int
+
+
+def plan_shards(rows: dict[str, int], rows_per_shard: int) -> list[Shard]:
+    """The shards of a data set, numbered across its splits; none spans two splits."""
+    ranges = [
+        (split, first, min(first + rows_per_shard, count))
+        for split, count in rows.items()
+        for first in range(0, count, rows_per_shard)
+    ]
+    return [Shard(i, *r) for i, r in enumerate(ranges)]
+
+
+def store_id(identity: dict[str, Any]) -> str:
+    """Sixteen hex digits that name a store: the digest of everything its content depends on."""
+    return digest_of(identity)[:16]
+
+
+class StoreWriter:
+    """One store being written, by any number of processes at once."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.folder = folder
+        self.identity = identity
+        put_once(folder / "_RECIPE.json", to_json(identity))
+        if read_json(folder / "_RECIPE.json") != identity:
+            raise StoreError(f"{folder} holds the store of another recipe; give another --out")
+
+    def commit(self, shard: Shard, table: pa.Table) -> dict[str, Any]:
+        """Write one shard whole, then its record; the record that stands, ours or an earlier attempt's."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", compression_level=3, write_page_checksum=True)
+        data = sink.getvalue()
+        sha = hashlib.sha256(data).hexdigest()
+        name = f"data/part-{shard.number:05d}-{sha[:16]}.parquet"
+        faults.point("score", shard=shard.number, at="before_write")
+        put_once(self.folder / name, data)
+        faults.point("score", shard=shard.number, at="before_commit")
+        record = asdict(shard) | {"file": name, "bytes": len(data), "rows": table.num_rows, "sha256": sha}
+        put_once(self._record(shard), to_json(record))
+        return read_json(self._record(shard))
+
+    def missing(self, shards: list[Shard]) -> list[Shard]:
+        """The shards still to score: those without a record, or whose file is gone or damaged.
+
+        A damaged shard's record and file are removed; scoring it again writes the same bytes.
+        """
+        absent = []
+        for shard in shards:
+            record = read_json(self._record(shard))
+            if record and intact(self.folder, record):
+                continue
+            if record:
+                (self.folder / record["file"]).unlink(missing_ok=True)
+                self._record(shard).unlink()
+            absent.append(shard)
+        return absent
+
+    def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
+        """The commit records of all shards. StoreError names those that have none."""
+        found = [read_json(self._record(shard)) for shard in shards]
+        if absent := [s.number for s, r in zip(shards, found, strict=True) if r is None]:
+            raise StoreError(f"{self.folder}: shards {absent} are not scored; run `raykd score` again")
+        return found
+
+    def finish(self, shards: list[Shard], statistics: dict[str, Any]) -> dict[str, Any]:
+        """The manifest, written once every shard is committed. StoreError names the shards that are not."""
+        records = self.records(shards)
+        body = {"schema": SCHEMA, "store_id": self.folder.name, "identity": self.identity, "shards": records}
+        body |= {"bytes": sum(r["bytes"] for r in records), "statistics": statistics}
+        manifest = body | {"sha256": digest_of(body)}
+        put_once(self.folder / "_MANIFEST.json", to_json(manifest))
+        standing = read_json(self.folder / "_MANIFEST.json")
+        if standing != manifest:
+            raise StoreError(f"{self.folder}: scored again, the store differs from its manifest; delete the folder")
+        return standing
+
+    def _record(self, shard: Shard) -> Path:
+        return self.folder / "_commits" / f"{shard.number:05d}.json"
+
+
+def intact(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether a shard's file has the bytes that its record says."""
+    try:
+        with (folder / record["file"]).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
+    except FileNotFoundError:
+        return False

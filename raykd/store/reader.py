@@ -1,0 +1,91 @@
+"""Reading a store: only what the manifest names, only what its digests confirm."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raykd.errors import StoreError
+from raykd.files import read_json
+from raykd.recipe import digest_of
+from raykd.store.codec import decode
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stored signal of one split: flat valid steps, and how many belong to each row."""
+
+    values: NDArray[Any]  # (sum of steps, ...) for step columns, (N,) for row columns
+    steps: NDArray[np.int32]  # (N,)
+
+    def padded(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
+        """(N, T, ...): the steps at their places in `mask`; T = 1 for a teacher that answers once a sequence."""
+        if (self.steps == 1).all() and mask.shape[1] > 1:
+            return self.values[:, None]
+        if not np.array_equal(self.steps, mask.sum(1)):
+            raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
+        out = np.zeros((*mask.shape, *self.values.shape[1:]), self.values.dtype)
+        out[mask] = self.values
+        return out
+
+
+class Store:
+    """A complete, verified store."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        manifest = read_json(folder / "_MANIFEST.json")
+        if manifest is None:
+            raise StoreError(f"{folder} is not a complete store: it has no manifest; run `raykd score` to finish it")
+        body = {k: v for k, v in manifest.items() if k != "sha256"}
+        if digest_of(body) != manifest.get("sha256"):
+            raise StoreError(f"{folder}/_MANIFEST.json is damaged: its digest does not match; delete the folder")
+        self.manifest: dict[str, Any] = manifest
+        self._splits: dict[str, pa.Table] = {}
+
+    @classmethod
+    def of_shards(cls, folder: Path, records: list[dict[str, Any]]) -> "Store":
+        """A view of committed shards before there is a manifest."""
+        store = cls.__new__(cls)
+        store.folder, store.manifest, store._splits = folder, {"shards": records}, {}
+        return store
+
+    def table(self, split: str) -> pa.Table:
+        """All shards of one split, verified by digest and page checksum."""
+        if split not in self._splits:
+            records = [r for r in self.manifest["shards"] if r["split"] == split]
+            self._splits[split] = pa.concat_tables([self._read(r) for r in records])
+        return self._splits[split]
+
+    def row_id(self, split: str) -> NDArray[np.int64]:
+        return self.table(split).column("row_id").to_numpy()
+
+    def column(self, name: str, split: str) -> Column:
+        """One signal of one split; StoreError lists what there is if it is not stored."""
+        table = self.table(split)
+        if name not in table.column_names:
+            raise StoreError(f"store {self.folder.name} holds no {name!r}; it has {', '.join(table.column_names)}")
+        field = table.schema.field(name)
+        if field.type != pa.binary():
+            return Column(table.column(name).to_numpy(), np.ones(table.num_rows, np.int32))
+        shape = json.loads(field.metadata[b"shape"])
+        steps = table.column(field.metadata[b"steps"].decode()).to_numpy()
+        return Column(decode(table.column(name), shape, steps), steps)
+
+    def _read(self, record: dict[str, Any]) -> pa.Table:
+        path = self.folder / record["file"]
+        again = "run `raykd score` to score just this shard again"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing; {again}") from None
+        if hashlib.sha256(data).hexdigest() != record["sha256"]:
+            raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; {again}")
+        return pq.read_table(io.BytesIO(data), page_checksum_verification=True)

@@ -1,0 +1,98 @@
+"""Ray Data: shards of rows stream through teachers into the store."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from raykd import data
+from raykd.errors import RaykdError
+from raykd.files import read_json, write_json
+from raykd.progress import Progress, say
+from raykd.recipe import Recipe
+from raykd.score import Scorer, device_of, identity, statistics
+from raykd.session import plain_error
+from raykd.store.commit import Shard, StoreWriter, intact, plan_shards, store_id
+from raykd.store.reader import Store
+
+
+class ShardScorer:
+    """One actor of the pool: a teacher, loaded once, that scores and commits the shards it is given."""
+
+    def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
+        import torch
+
+        torch.set_num_threads(1)
+        self.scorer = Scorer(recipe)
+        self.writer = StoreWriter(Path(folder), wanted)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of shard descriptors in, the rows scored and seconds spent out."""
+        rows, seconds = [], []
+        for values in zip(*(batch[k] for k in ("number", "split", "first", "last")), strict=True):
+            started = time.process_time()
+            number, split, first, last = values
+            shard = Shard(int(number), str(split), int(first), int(last))
+            record = self.writer.commit(shard, self.scorer.table(shard))
+            rows.append(record["rows"])
+            seconds.append(time.process_time() - started)
+        return {"rows": rows, "seconds": seconds}
+
+
+def locate(recipe: Recipe, out: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder, identity) of the store that belongs to a recipe, whether or not it exists."""
+    wanted = identity(recipe, data.load(recipe.data))
+    return out / "stores" / store_id(wanted), wanted
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a store is finished and every file in it is what the manifest says."""
+    manifest = read_json(folder / "_MANIFEST.json")
+    return manifest is not None and all(intact(folder, r) for r in manifest["shards"])
+
+
+def score(recipe: Recipe, out: Path) -> Path:
+    """Score every row that is not yet in the store, finish it, and give its folder. Needs a Ray session."""
+    dataset = data.load(recipe.data)
+    say("score", dataset.describe())
+    folder, wanted = locate(recipe, out)
+    shards = plan_shards({n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard)
+    writer = StoreWriter(folder, wanted)
+    missing = writer.missing(shards)
+    if missing:
+        Scorer(recipe)  # a teacher that does not fit fails here, in one line, not in an actor
+        _stream(recipe, writer, missing)
+    # the statistics read the shards, so a provisional view stands in until the manifest exists
+    writer.finish(shards, statistics(recipe, dataset, Store.of_shards(folder, writer.records(shards))))
+    return folder
+
+
+def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    low, high = recipe.scale.scorers
+    rows = ray.data.from_items([vars(s) for s in shards], override_num_blocks=len(shards)).map_batches(
+        ShardScorer,
+        fn_constructor_args=(recipe, str(writer.folder), writer.identity),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=min(high, len(shards))),
+        num_cpus=1,
+        num_gpus=1 if device_of(recipe).type == "cuda" else 0,
+        max_restarts=recipe.scale.retries,
+        max_task_retries=recipe.scale.retries,
+    )
+    progress = Progress("score", sum(s.last - s.first for s in shards), "rows")
+    done, seconds = 0, 0.0
+    try:
+        for row in rows.iter_rows():
+            done, seconds = done + int(row["rows"]), seconds + float(row["seconds"])
+            progress.advance(done)
+    except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
+        raise plain_error(error, "score") from None
+    timing = read_json(writer.folder / "_TIMING.json") or {"seconds": 0.0}
+    write_json(writer.folder / "_TIMING.json", {"seconds": timing["seconds"] + seconds})
+    progress.finish()

@@ -1,0 +1,10 @@
+"""One file a technique: a docstring, a literal RECIPE, and at most one small function."""
+
+import importlib
+import pkgutil
+
+
+def load_terms() -> None:
+    """Import every technique of the package, so that the terms they define are registered."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

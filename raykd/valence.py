@@ -1,0 +1,61 @@
+"""Valence: a signal per step in [-1, 1], its discounted future, and one saliency per sequence."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from raykd.recipe import Valence
+from raykd.signals import UNLABELLED
+
+
+def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
+    """(B, T): v_t = 2 p(label | steps <= t) - 1 of a causal classifier; NaN at invalid steps.
+
+    p is the softmax of the mean logits of steps 1..t, the classifier's own decision rule. A row without a label is
+    judged by the class that the full sequence gives, so no hidden label leaks. A derived signal: the data holds no
+    human valence.
+    """
+    weight = mask.to(torch.float32)
+    seen = weight.cumsum(1).clamp(min=1)
+    prefix = (logits.float() * weight.unsqueeze(-1)).cumsum(1) / seen.unsqueeze(-1)
+    own = prefix[:, -1].argmax(-1)
+    target = torch.where(label == UNLABELLED, own, label)
+    confidence = prefix.softmax(-1).gather(-1, target.view(-1, 1, 1).expand(*mask.shape, 1)).squeeze(-1)
+    return torch.where(mask, 2 * confidence - 1, torch.nan)
+
+
+def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tensor, Tensor]:
+    """(F, known): F_t = sum_k g^k v_{t+k} / sum_k g^k over the known steps from t on; known where any is.
+
+    Normalised return-to-go, so F stays in [-1, 1]; g = 0 gives v itself, g = 1 the mean of the remainder. Missing
+    steps (NaN) and invalid ones are left out of both sums.
+    """
+    here = mask & torch.isfinite(valence)
+    value = torch.where(here, valence, 0.0).float()
+    total, weight = torch.zeros_like(value), torch.zeros_like(value)
+    carry_v, carry_w = torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
+    for t in range(value.shape[1] - 1, -1, -1):
+        carry_v = value[:, t] + discount * carry_v
+        carry_w = here[:, t].float() + discount * carry_w
+        total[:, t], weight[:, t] = carry_v, carry_w
+    known = mask & (weight > 0)
+    return torch.where(known, total / weight.clamp(min=1e-30), 0.0), known
+
+
+def coherence(logits: Tensor, mask: Tensor) -> Tensor:
+    """(B,): 1 - H / ln C, the mean over valid steps of the certainty at temperature 1, in [0, 1]."""
+    log_p = logits.float().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    valid = mask.float()
+    mean = (entropy * valid).sum(1) / valid.sum(1).clamp(min=1)
+    return (1 - mean / math.log(max(logits.shape[-1], 2))).clamp(0, 1)
+
+
+def saliency(trajectory: Tensor, known: Tensor, certainty: Tensor, settings: Valence) -> Tensor:
+    """(B,): s = mean * mean_t F_t + min * min_t F_t + coherence * C over the known steps; NaN with none."""
+    count = known.sum(1)
+    mean = torch.where(known, trajectory, 0.0).sum(1) / count.clamp(min=1)
+    least = torch.where(known, trajectory, torch.inf).amin(1)
+    score = settings.mean * mean + settings.min * least + settings.coherence * certainty
+    return torch.where(count > 0, score, torch.nan)

@@ -1,0 +1,160 @@
+"""What the figures of a report mean, in words: headline, warnings, and numbers as people read them."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+FEW_SEEDS, FEW_GROUPS = 3, 10
+WIDTH = 100
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.9312 as "93.1 %"."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def span(part: Mapping[str, Any], digits: int = 1) -> str:
+    """The interval of a share, as "91.0 to 95.2"."""
+    return "-" if part["lo"] is None else f"{100 * part['lo']:.{digits}f} to {100 * part['hi']:.{digits}f}"
+
+
+def times(value: float | None) -> str:
+    """12.34 as "12.3x"."""
+    return "-" if value is None else f"{value:.3g}x" if value < 100 else f"{value:,.0f}x"
+
+
+def count(value: int | None) -> str:
+    """1234567 as "1,234,567"."""
+    return "-" if value is None else f"{value:,}"
+
+
+def rows_of(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """(model, params, bytes, accuracy, interval) of each model that was measured."""
+    found = []
+    for name in ("teacher", "control", "student", "artefact"):
+        part = report[name]
+        params = report["student"]["params"] if name == "artefact" else part["params"]
+        if metric := part["metrics"].get("accuracy"):
+            size = part.get("bytes")
+            found.append((name, count(params), count(size), percent(metric["value"]), span(metric)))
+    return found
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """The result in one or two sentences, each figure with its interval."""
+    kept, closed = report["retention"]["all"], report["gap_closed"]
+    own = report["student"]["metrics"]["accuracy"]
+    if kept["value"] is None:
+        text = f"The student is right on {percent(own['value'])} of the test rows (95 % interval {span(own)})"
+    else:
+        share = percent(kept["value"])
+        text = f"The student keeps {share} of the teacher's accuracy (95 % interval {span(kept)})"
+    if closed["value"] is not None:
+        share = percent(closed["value"], 0)
+        text += f", closes {share} of the gap between control and teacher ({span(closed, 0)})"
+    if (size := report["artefact"]["bytes"]) is not None:
+        text += f", in {count(size)} bytes{_shrinkage(report['compression']['ratio'])}"
+    return text + "." + (f" {_sentence(report['gap_words'])}." if report["gap_words"] else "")
+
+
+def _shrinkage(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f" ({times(ratio)} smaller)" if ratio >= 1 else f" ({times(1 / ratio)} larger)"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def gap_words(teacher: float | None, control: float | None, closed: float | None) -> str:
+    """Why there is no gap closed, or nothing where there is one."""
+    if closed is not None or teacher is None or control is None:
+        return ""
+    reach = "reaches" if control >= teacher else "can not be told from"
+    return (
+        f"no gap to close: the control ({percent(control)}), trained on labels alone, {reach} the teacher"
+        f" ({percent(teacher)}), so these data can not show what distillation adds"
+    )
+
+
+def verdict(closed: Mapping[str, Any], gain: Mapping[str, Any]) -> str:
+    """A warning where the student is worse than its control, or not shown to be better."""
+    if gain["value"] is not None and gain["hi"] < 0:
+        return f"harmful: the student is worse than its control: {span(gain)} points"
+    if closed["value"] is None or closed["lo"] > 0:
+        return ""
+    return f"not shown to help: the interval of the gap closed, {span(closed, 0)} %, includes 0"
+
+
+def cautions(*, seeds: int, groups: int, absent: list[str], missing: Mapping[str, bool]) -> list[str]:
+    """Warnings about what was not measured, or on too little."""
+    found = []
+    if seeds < FEW_SEEDS:
+        number = f"{seeds} seed{'s' if seeds != 1 else ''}"
+        found.append(f"{number}: the interval knows too little of how trainings vary; set seeds = [0, 1, 2]")
+    if groups < FEW_GROUPS:
+        number = f"{groups} test recording{'s' if groups != 1 else ''}"
+        found.append(f"{number}: the interval is too narrow; test on {FEW_GROUPS} or more")
+    if absent:
+        found.append("no test row of class " + ", ".join(map(repr, absent)) + ": nothing is known of it")
+    return found + [MISSING[name] for name, is_missing in missing.items() if is_missing]
+
+
+MISSING = {
+    "teacher": "no teacher: retention, gap closed and compression are not defined",
+    "control": "no control: what the teacher added is unknown; set control = true",
+    "artefact": "no artefact: the figures are of the trained student, not of what a device runs",
+    "store": "no teacher store: the student was trained on labels alone",
+    "thriving": "no saliency on test rows: retention is given over all rows only",
+}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for a terminal, at most 100 columns wide."""
+    data, head = report["data"], ("model", "params", "bytes", "accuracy", "95 % interval")
+    lines = [
+        f"{report['technique']} on {data['name']}: {count(data['rows']['test'])} test rows of"
+        f" {count(data['groups'])} recordings, seeds {', '.join(map(str, report['seeds']))}",
+        "",
+    ]
+    lines += [f"{a:<10}{b:>14}{c:>14}{d:>12}   {e}" for a, b, c, d, e in [head, *rows_of(report)]]
+    lines += ["", *(f"{name:<20}{text}" for name, text in figures(report))]
+    lines += ["", *(_wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
+    return "\n".join(line if len(line) <= WIDTH else _wrapped(line) for line in lines)
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, WIDTH, subsequent_indent="  "))
+
+
+def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, words) of every ratio that was measured."""
+    found = []
+    for name, part in report["retention"].items():
+        if part["value"] is not None:
+            extra = f", less chance {percent(part['chance_corrected'])}" if part["chance_corrected"] else ""
+            share = f"{percent(part['value'])} ({span(part)}){extra}"
+            found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
+    closed, gain, size = report["gap_closed"], report["gain"], report["compression"]
+    if closed["value"] is not None:
+        found.append(("gap closed", f"{percent(closed['value'], 0)} ({span(closed, 0)})"))
+    if gain["value"] is not None:
+        found.append(("over the control", f"{100 * gain['value']:+.1f} points ({span(gain)})"))
+    if size["ratio"] is not None:
+        parts = f" = {times(size['architecture'])} architecture * {times(size['bits'])} bits"
+        found.append(("compression", times(size["ratio"]) + (parts if size["bits"] else "")))
+    if (cost := report["training_cost"]["ratio"]) is not None:
+        found.append(("training cost", f"{times(cost)} the control's"))
+    return found + _artefact_figures(report["artefact"])
+
+
+def _artefact_figures(artefact: Mapping[str, Any]) -> list[tuple[str, str]]:
+    parity, latency, found = artefact["parity"], artefact["latency"], []
+    if parity["agreement"] is not None:
+        share = percent(parity["agreement"], 2)
+        found.append(("parity", f"{share} of decisions equal the trained student's"))
+    for name, key in (("the teacher", "ratio_vs_teacher"), ("the fp32 student", "ratio_vs_fp32_student")):
+        if (ratio := latency[key]) is not None:
+            found.append(("latency", f"{times(ratio)} the time of {name}"))
+    return found
