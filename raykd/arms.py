@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from raykd import data, measure, models
-from raykd.batches import DeviceRows, to_device
+from raykd.batches import to_device
 from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.data import Dataset
@@ -28,7 +28,7 @@ from raykd.losses import TERMS, needs_of
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, TermSpec
 from raykd.store.reader import Store
-from raykd.train import Arm, State, World, train
+from raykd.loop import Arm, State, World, train
 
 Tell = Callable[[str, int, dict[str, Any]], None]
 
@@ -79,9 +79,9 @@ class Workshop:
         found = measure.classifier_metrics(measure.sequence_logits(student, self.val), label)
         return {f"val_{k}": v for k, v in found.items()}
 
-    def train_arm(self, arm: Arm, **keywords: Any) -> State:
-        """One arm's training; keywords go to `train`."""
-        return train(arm, self.recipe.optim, self.student(arm), self.train, self.validate, **keywords)
+    def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
+        """One arm's training of `student`; keywords go to `train`."""
+        return train(arm, self.recipe.optim, student, self.train, self.validate, **keywords)
 
     def test_logits(self, student: nn.Module) -> NDArray[np.float32]:
         """(N, C) sequence logits of the test split."""
@@ -101,6 +101,7 @@ def run_arms(
         kept = Checkpoints(folder / "checkpoints" / arm.key)
         state = shop.train_arm(
             arm,
+            shop.student(arm),
             world=world,
             checkpoints=kept,
             checkpoint_every=recipe.scale.checkpoint_every,

@@ -5,11 +5,11 @@ module path such as `mypkg.my_kd`.
 """
 
 import ast
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from raykd import imports
 from raykd.errors import RecipeError
 from raykd.recipe import suggestion
 
@@ -36,24 +36,22 @@ def find(name: str) -> Technique:
     known = {t.name: t for t in techniques()}
     if name in known:
         return known[name]
-    path = _module_path(name) if "." in name else None
+    path = imports.source_of(name) if "." in name else None
     if path is None:
         raise RecipeError(f"no technique {name!r}.{suggestion(name, known)}")
     return _read(name, path)
 
 
-def _module_path(dotted: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(dotted)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin else None
-
-
 def _read(name: str, path: Path) -> Technique:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["RECIPE"]:
-            return Technique(name, summary, ast.literal_eval(node.value), path)
-    raise RecipeError(f"technique {name!r}: {path.name} has no literal RECIPE = {{...}}")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        recipes = [ast.literal_eval(node.value) for node in tree.body if _sets_recipe(node)]
+    except (SyntaxError, ValueError) as error:
+        raise RecipeError(f"technique {name!r}: {path} can not be read: {error}") from None
+    if not recipes or not isinstance(recipes[-1], dict):
+        raise RecipeError(f"technique {name!r}: {path.name} has no literal RECIPE = {{...}}")
+    return Technique(name, (ast.get_docstring(tree) or "").partition("\n")[0], recipes[-1], path)
+
+
+def _sets_recipe(node: ast.stmt) -> TypeGuard[ast.Assign]:
+    return isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["RECIPE"]

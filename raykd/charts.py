@@ -48,9 +48,7 @@ def _retention(report: Mapping[str, Any]) -> str:
     return svg("retention", "Retention of the teacher's accuracy", 0.75 + 0.42 * len(parts), draw)
 
 
-def _bars(
-    axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], colours: Sequence[str]
-) -> None:
+def _bars(axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], colours: Sequence[str]) -> None:
     """Points with their intervals, one a line, on an axis cut to where they differ."""
     low = min(p["lo"] for p in parts)
     high = max(max(p["hi"], p["value"]) for p in parts)
@@ -150,14 +148,10 @@ def _saliency(report: Mapping[str, Any]) -> str:
             colour = COLOURS["artefact"] if low >= q75 else COLOURS["teacher"]
             axes.bar(low, value, width=0.92 * (high - low), align="edge", color=colour)
         axes.axvline(q75, color=INK, linewidth=1.2, linestyle="--")
-        axes.annotate(
-            "thriving", (q75, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points"
-        )
+        axes.annotate("thriving", (q75, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points")
         axes.set(xlabel="saliency", ylabel="rows")
 
-    return svg(
-        "saliency", "Saliency of the rows; the thriving quarter lies right of the dashed line", 2.5, draw
-    )
+    return svg("saliency", "Saliency of the rows; the thriving quarter lies right of the dashed line", 2.5, draw)
 
 
 def searched(report: Mapping[str, Any]) -> list[str]:
@@ -181,9 +175,7 @@ def _search(report: Mapping[str, Any], number: int, key: str) -> str:
             place = trial["params"][key] if numbers else _short(str(trial["params"][key]))
             axes.plot(place, trial[metric], "o", color=colour, markersize=6, alpha=0.85)
             if trial["number"] == best:
-                axes.plot(
-                    place, trial[metric], "o", color=COLOURS["control"], markersize=13, fillstyle="none"
-                )
+                axes.plot(place, trial[metric], "o", color=COLOURS["control"], markersize=13, fillstyle="none")
         if wide:
             axes.set_xscale("log")
         axes.set(xlabel=key[-48:], ylabel=metric.replace("_", " "))

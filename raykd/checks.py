@@ -1,44 +1,52 @@
 """A recipe file made whole and checked: `load` gives a Recipe, or every error at once."""
 
-import importlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from raykd import catalog, losses, recipe, techniques
+from raykd import catalog, data, imports, losses, models, recipe, techniques
 from raykd.errors import Problem, RecipeError
+from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
 
 SEARCHABLE = ("terms", "optim", "student")
 
 
-def load(path: str | Path, sets: tuple[str, ...] = (), *, smoke: bool = False) -> Recipe:
+def load(
+    path: str | Path, sets: tuple[str, ...] = (), *, smoke: bool = False, allow_import: Collection[str] = ()
+) -> Recipe:
     """The resolved recipe: the technique's own settings < file < `--set a.b=value`. RecipeError with all faults.
 
-    `smoke` cuts every stage to the fewest steps that still run it.
+    `smoke` cuts every stage to the fewest steps that still run it. `allow_import` names installed packages that the
+    recipe may import; those of the current directory it may anyway.
     """
     path = Path(path)
-    raw = recipe.resolve_paths(recipe.read(path), path.parent)
+    raw = resolve_paths(read(path), path.parent)
     for text in sets:
-        raw = recipe.set_key(raw, *recipe.parse_set(text))
+        raw = merge(raw, resolve_paths(set_key({}, *parse_set(text)), Path()))
     if smoke:
-        raw = recipe.merge(raw, {k: v for k, v in recipe.SMOKE.items() if k != "search" or "search" in raw})
-        raw |= {"seeds": raw.get("seeds", [0])[:1]}
-    return resolve(raw, where=f"recipe {path}")
+        raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k != "search" or "search" in raw})
+        if isinstance(raw.get("seeds"), list):
+            raw |= {"seeds": raw["seeds"][:1]}
+    return resolve(raw, where=f"recipe {path}", allow_import=allow_import)
 
 
-def resolve(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
-    """The Recipe of raw values, laid over its technique's own. RecipeError with all faults."""
-    problems = []
-    try:
-        technique = raw.get("technique", "vanilla")
-        base = catalog.find(technique).recipe if isinstance(technique, str) else {}
-    except RecipeError as error:
-        problems, base = [Problem("technique", str(error))], {}
-    merged = recipe.merge(base, raw)
+def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collection[str] = ()) -> Recipe:
+    """The Recipe of raw values, laid over its technique's own. RecipeError with all faults.
+
+    No code that the recipe names is run, except a technique's that may be imported.
+    """
+    base, problems = _technique(raw.get("technique", "vanilla"), allow_import)
+    merged = merge(base, raw)
     found, faults = recipe.validate(Recipe, merged)
-    problems += [p for p in faults if not (p.key == "terms" and problems)]
-    problems += _content_problems(merged, found)
+    if problems and "terms" not in raw:  # they would be the technique's
+        faults = [fault for fault in faults if fault.key != "terms"]
+    if not (problems and "." in raw["technique"]):
+        problems += _term_problems(merged)
+    if found and not problems:
+        problems += _teacher_problems(found) + _search_problems(merged, found, allow_import)
+    problems += faults + _name_problems(merged, allow_import) + _weights_problems(merged)
     if problems or found is None:
         raise RecipeError(problems, where=where)
     return found
@@ -48,21 +56,28 @@ def register(technique: str) -> None:
     """Import all terms that a recipe of this technique may name."""
     techniques.load_terms()
     if "." in technique:
-        importlib.import_module(technique)
+        imports.load(technique, "technique")
 
 
-def _content_problems(merged: dict[str, Any], found: Recipe | None) -> list[Problem]:
-    if isinstance(merged.get("technique"), str) and "." in merged["technique"]:
-        register(merged["technique"])
-    else:
-        techniques.load_terms()
+def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """A technique's own settings, its terms registered, and what is wrong with its name."""
+    techniques.load_terms()
+    if not isinstance(name, str):
+        return {}, []
+    try:
+        settings = catalog.find(name).recipe
+        problems = imports.problems("technique", name, allow_import) if "." in name else []
+        if not problems:
+            register(name)
+    except RecipeError as error:
+        return {}, [Problem("technique", problem.message) for problem in error.problems]
+    return settings, problems
+
+
+def _term_problems(merged: dict[str, Any]) -> list[Problem]:
     terms = merged.get("terms")
     specs = {k: recipe.validate(recipe.TermSpec, v)[0] for k, v in terms.items()} if isinstance(terms, dict) else {}
-    known = {k: v for k, v in specs.items() if v is not None}
-    problems = losses.term_problems(known)
-    if found is None or problems:
-        return problems
-    return _teacher_problems(found) + _file_problems(found) + _search_problems(merged, found)
+    return losses.term_problems({k: v for k, v in specs.items() if v is not None})
 
 
 def _teacher_problems(found: Recipe) -> list[Problem]:
@@ -75,31 +90,56 @@ def _teacher_problems(found: Recipe) -> list[Problem]:
     return []
 
 
-def _file_problems(found: Recipe) -> list[Problem]:
+def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> list[Problem]:
+    """Data and models that do not exist, and code that may not be imported."""
     problems = []
-    for key, ref in (("teacher", found.teacher), ("student", found.student)):
-        weights = ref.weights if ref else None
-        if weights and Path(weights).suffix != ".safetensors":
-            problems.append(Problem(f"{key}.weights", f"{weights} is not a .safetensors file; others can run code"))
-        elif weights and not Path(weights).is_file():
-            problems.append(Problem(f"{key}.weights", f"no file {weights}"))
-    if recipe.is_path(found.data.source) and not Path(found.data.source).is_dir():
-        problems.append(Problem("data.source", f"no folder {found.data.source}"))
+    for table, key, known in (
+        ("data", "source", data.BUILT_IN),
+        ("teacher", "model", models.MODELS),
+        ("student", "model", models.MODELS),
+    ):
+        name, dotted = _text(merged, table, key), f"{table}.{key}"
+        if name is None or name in known:
+            continue
+        if table == "data" and recipe.is_path(name):
+            problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
+        elif ":" in name:
+            problems += imports.problems(dotted, name, allow_import)
+        else:
+            advice = f"{recipe.suggestion(name, known)} Or write module:function."
+            problems.append(Problem(dotted, f"{name!r} is not built in.{advice}"))
     return problems
 
 
-def _search_problems(merged: dict[str, Any], found: Recipe) -> list[Problem]:
+def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for table in ("teacher", "student"):
+        weights = _text(merged, table, "weights")
+        if weights and Path(weights).suffix != ".safetensors":
+            problems.append(Problem(f"{table}.weights", f"{weights} is not a .safetensors file; others can run code"))
+        elif weights and not Path(weights).is_file():
+            problems.append(Problem(f"{table}.weights", f"no file {weights}"))
+    return problems
+
+
+def _text(merged: dict[str, Any], table: str, key: str) -> str | None:
+    values = merged.get(table)
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _search_problems(merged: dict[str, Any], found: Recipe, allow_import: Collection[str]) -> list[Problem]:
     problems = []
     for key, span in (found.search.space if found.search else {}).items():
-        table = key.partition(".")[0]
-        if table not in SEARCHABLE:
+        if key.partition(".")[0] not in SEARCHABLE:
             shared = f"trials share one store, so only {', '.join(SEARCHABLE)} can be searched"
             problems.append(Problem(f"search.{key}", shared))
             continue
-        trial = apply_trial(merged, {key: span.sample()})
-        tried, faults = recipe.validate(Recipe, trial)
-        faults = faults or losses.term_problems(tried.terms if tried else {})
-        problems += [Problem(f"search.{key}", f"leads to {p}") for p in faults]
+        for value in span.ends():
+            trial = apply_trial(merged, {key: value})
+            tried, faults = recipe.validate(Recipe, trial)
+            faults = faults or losses.term_problems(tried.terms if tried else {}) or _name_problems(trial, allow_import)
+            problems += [Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults]
     return problems
 
 
@@ -107,5 +147,5 @@ def apply_trial(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """`raw` with a trial's dotted keys set and its search removed: one point of the space, as a plain recipe."""
     raw = {k: v for k, v in json.loads(json.dumps(raw)).items() if k != "search"}
     for key, value in values.items():
-        raw = recipe.set_key(raw, key, value)
+        raw = set_key(raw, key, value)
     return raw

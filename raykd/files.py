@@ -6,6 +6,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from raykd.errors import StoreError
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
@@ -41,11 +43,13 @@ def to_json(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`, or None where there is no such file."""
+    """The JSON value in `path`, or None where there is no such file. StoreError if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: not JSON ({error}); delete it and run again") from None
 
 
 def _stage(path: Path, data: bytes) -> Path:

@@ -4,18 +4,17 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raykd.arms import Tell, arms_of, run_arms
+from raykd.arms import arms_of, run_arms
 from raykd.errors import InfraError
 from raykd.files import read_json
 from raykd.progress import Progress
 from raykd.recipe import Recipe
-from raykd.score import device_of
+from raykd.scorer import device_of
 from raykd.session import plain_error
-from raykd.train import World
+from raykd.loop import World
 
 
 def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]]:
@@ -28,7 +27,10 @@ def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]
     arms = arms_of(recipe)
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
     with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress):
-        _fit(recipe, config, folder)
+        try:
+            group(recipe, train_worker, config, folder).fit()
+        except Exception as error:  # Ray raises its own kinds and ours, wrapped
+            raise plain_error(error, "train") from error
     records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms]
     if not all(records):
         raise InfraError("train ended without training every arm; run it again to continue where it stopped")
@@ -36,35 +38,39 @@ def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]
     return records
 
 
-def _fit(recipe: Recipe, config: dict[str, Any], folder: Path) -> None:
+def group(
+    recipe: Recipe, loop: Callable[[dict[str, Any]], None], config: dict[str, Any], folder: Path, **options: Any
+) -> Any:
+    """A Ray Train group of `scale.workers` that runs `loop(config)`; its retries and waits have an end.
+
+    An attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from. `options` join the
+    RunConfig, except `cpus`, a worker's share of its node.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     low, high = recipe.scale.workers
-    gpu = device_of(recipe).type == "cuda"
+    gpu, retries = device_of(recipe).type == "cuda", recipe.scale.retries
+    cpus = options.pop("cpus", 1.0)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(recipe.scale.start_timeout_s)
-    trainer = TorchTrainer(
-        train_worker,
+    return TorchTrainer(
+        loop,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=0 if high == 1 else (high if low == high else (low, high)), use_gpu=gpu
+            num_workers=0 if high == 1 else high if low == high else (low, high),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
         ),
-        # an attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from
         run_config=RunConfig(
             name=f"raykd-{uuid.uuid4().hex[:12]}",
             storage_path=str(folder.resolve() / "ray"),
             failure_config=FailureConfig(
-                max_failures=recipe.scale.retries,
-                controller_failure_limit=recipe.scale.retries,
-                max_preemption_failures=recipe.scale.retries,
+                max_failures=retries, controller_failure_limit=retries, max_preemption_failures=retries
             ),
+            **options,
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:  # Ray raises its own kinds and ours, wrapped
-        raise plain_error(error, "train") from error
 
 
 def train_worker(config: dict[str, Any]) -> None:

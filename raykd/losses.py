@@ -9,6 +9,7 @@ and workers, so neither changes the loss.
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def term(*needs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
     """-log q(label), at every valid step or on the sequence's mean logits; rows without a label count nothing."""
     logits, mask = _places(student, on)
-    target = batch.label.unsqueeze(-1).expand(mask.shape)
+    target = batch.label.reshape(-1, *(1,) * (mask.dim() - 1)).expand(mask.shape)
     mask = mask & (target != UNLABELLED)
     value = F.cross_entropy(logits.float().movedim(-1, 1), target, reduction="none", ignore_index=UNLABELLED)
     return Places(value, mask)
@@ -112,12 +113,19 @@ class Objective(nn.Module):
         super().__init__()
         self.weights = {name: spec.weight for name, spec in terms.items() if spec.weight > 0}
         self.needs = needs_of(terms)
-        made = {n: (TERMS[n].make, terms[n].settings) for n in self.weights}
-        self.functions = {n: (make, s) for n, (make, s) in made.items() if not inspect.isclass(make)}
-        self.modules_by_term = nn.ModuleDict({n: make(**s) for n, (make, s) in made.items() if inspect.isclass(make)})
+        self.settings = {n: terms[n].settings for n in self.weights}
+        learned = [n for n in self.weights if inspect.isclass(TERMS[n].make)]
+        self.modules_by_term = nn.ModuleDict({n: TERMS[n].make(**self.settings[n]) for n in learned})
 
     def forward(self, student: Signals, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sums, counts), each (terms,) in the order of `weights`; both add over any split of the rows."""
+        """(sums, counts), each (terms,) in the order of `weights`; both add over any split of the rows.
+
+        Terms see zeros at invalid steps, and a teacher that takes no gradient.
+        """
+        student = student.valid()
+        if batch.teacher:
+            with torch.no_grad():
+                batch = replace(batch, teacher=batch.teacher.valid())
         sums, counts = [], []
         for name in self.weights:
             value, mask = self._evaluate(name, student, batch)
@@ -128,8 +136,7 @@ class Objective(nn.Module):
     def _evaluate(self, name: str, student: Signals, batch: Batch) -> Places:
         if name in self.modules_by_term:
             return self.modules_by_term[name](student, batch)
-        function, settings = self.functions[name]
-        return function(student, batch, **settings)
+        return TERMS[name].make(student, batch, **self.settings[name])
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The loss: sum over terms of weight * sum / count, a term without any place counting 0."""

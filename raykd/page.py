@@ -12,7 +12,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write_html(report: Mapping[str, Any], path: Path) -> None:
-    """Write the page of `report` (as `raykd.report.build` gives it) to `path`, whole or not at all."""
+    """Write the page of `report` (as `raykd.evidence.build` gives it) to `path`, whole or not at all."""
     write_bytes(path, render(report).encode())
 
 
@@ -74,8 +74,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "artefact": artefact["path"],
         "artefact format": artefact["format"],
         "teacher store": store["id"],
-        "store size": store["bytes"]
-        and f"{words.count(store['bytes'])} bytes, {words.count(store['rows'])} rows",
+        "store size": store["bytes"] and f"{words.count(store['bytes'])} bytes, {words.count(store['rows'])} rows",
         "MLflow": mlflow["run_id"] and f"{mlflow['experiment']} / {mlflow['run_id']} at {mlflow['uri']}",
     }
     found |= {f"machine: {k}": v for k, v in report["machine"].items()}

@@ -42,7 +42,7 @@ def knock(uri: str, limit_s: float) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder` against other processes; OSError if one has it and we do not wait."""
+    """Hold `folder` against other processes; BlockingIOError if one has it and we do not wait."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -56,4 +56,4 @@ def _lock(handle: int, folder: Path, wait: bool) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise OSError(f"{folder} is in use by another process") from None
+        raise BlockingIOError(f"{folder} is in use by another process") from None

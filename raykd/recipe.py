@@ -8,16 +8,19 @@ and `[track]`, which only say where and how fast, do not.
 import difflib
 import hashlib
 import json
-import tomllib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from raykd.errors import Problem, RecipeError
+from raykd.errors import Problem
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+N = TypeVar("N")
+Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
 SMOKE = {"optim": {"steps": 40, "evaluate_every": 20}, "search": {"trials": 4, "grace": 20}}
 
 
@@ -106,9 +109,9 @@ class Optim(Table):
 class Range(Table):
     """Where one key is searched: exactly one of the four forms."""
 
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    integer: tuple[int, int] | None = None
+    uniform: Pair[float] | None = None
+    loguniform: Pair[float] | None = None
+    integer: Pair[int] | None = None
     choice: list[JsonValue] | None = None
 
     @model_validator(mode="after")
@@ -122,10 +125,9 @@ class Range(Table):
             raise ValueError(f"loguniform = {list(self.loguniform)!r} needs bounds above 0")
         return self
 
-    def sample(self) -> JsonValue:
-        """A value inside the range, used to check that the searched key exists and accepts it."""
-        bounds = self.uniform or self.loguniform or self.integer
-        return bounds[0] if bounds else (self.choice or [None])[0]
+    def ends(self) -> list[JsonValue]:
+        """Both bounds or every choice: what the searched key must accept for any trial to be sound."""
+        return list(self.uniform or self.loguniform or self.integer or self.choice or ())
 
 
 class Search(Table):
@@ -156,8 +158,8 @@ class Search(Table):
 class Scale(Table):
     """Where and how fast; never what. `workers = 1` trains in this process, N or [min, max] in a Ray group."""
 
-    workers: tuple[Positive, Positive] = (1, 1)
-    scorers: tuple[Positive, Positive] = (1, 2)
+    workers: Pair[Positive] = (1, 1)
+    scorers: Pair[Positive] = (1, 2)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     retries: Annotated[int, Field(ge=0)] = 3
     checkpoint_every: Positive = 500
@@ -220,59 +222,6 @@ class Recipe(Table):
 NOT_HASHED = {"name", "setting", "scale", "track"}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The raw TOML of `path`, with relative weights and data paths made absolute. RecipeError if unreadable."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {path} can not be read: {error.strerror}; name an existing TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
-    return raw
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top; tables merge key by key, everything else is replaced whole."""
-    tables = {k: merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | over | tables
-
-
-def set_key(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """`raw` with one dotted key set; `search` keeps its dotted keys whole."""
-    keys = dotted.split(".")
-    if keys[0] == "search" and len(keys) > 2:
-        keys = ["search", ".".join(keys[1:])]
-    for key in reversed(keys):
-        value = {key: value}
-    return merge(raw, value)
-
-
-def parse_set(text: str) -> tuple[str, Any]:
-    """`a.b=value` as ("a.b", value); the value is TOML where it parses, else a string."""
-    key, sign, value = text.partition("=")
-    if not sign or not key.strip():
-        raise RecipeError(f"--set {text!r}: write --set table.key=value")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
-def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`raw` with file paths made absolute against the recipe's folder."""
-
-    def absolute(value: Any) -> Any:
-        return str((folder / value).resolve()) if isinstance(value, str) else value
-
-    for table in ("teacher", "student"):
-        if isinstance(raw.get(table), dict) and "weights" in raw[table]:
-            raw = merge(raw, {table: {"weights": absolute(raw[table]["weights"])}})
-    source = raw.get("data", {}).get("source") if isinstance(raw.get("data"), dict) else None
-    if isinstance(source, str) and is_path(source):
-        raw = merge(raw, {"data": {"source": absolute(source)}})
-    return raw
-
-
 def is_path(source: str) -> bool:
     """Whether a data source names a folder: it holds a slash or starts with a dot."""
     return "/" in source or source.startswith(".")
@@ -283,17 +232,29 @@ M = TypeVar("M", bound=BaseModel)
 
 def validate(model: type[M], raw: Any, *, key: str = "") -> tuple[M | None, list[Problem]]:
     """(`model` filled from raw values, no problems) or (None, every problem with its key)."""
+    problems = list(_no_json(raw, key))
     try:
-        return model.model_validate_json(json.dumps(raw), strict=True), []
-    except (TypeError, ValueError) as error:
-        if not isinstance(error, ValidationError):
-            return None, [Problem(key, f"a value that JSON can not hold: {error}")]
-        return None, [_problem(model, e, key) for e in error.errors()]
+        found = model.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        named = {problem.key for problem in problems}
+        return None, problems + [p for e in error.errors() if (p := _problem(model, e, key)).key not in named]
+    return (None if problems else found), problems
+
+
+def _no_json(value: Any, key: str) -> Iterator[Problem]:
+    """The values that JSON does not have: TOML's dates and its nan and inf."""
+    if isinstance(value, dict | list | tuple):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _no_json(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(key, f"must be a finite number, found {value}")
+    elif not isinstance(value, str | int | float | None):
+        yield Problem(key, f"{type(value).__name__} {value} is not a value here; write a string or a number")
 
 
 def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
     loc = [str(part) for part in error["loc"]]
-    dotted = ".".join(([key] if key else []) + loc)
+    dotted = ".".join(([key] if key else []) + loc).replace("search.space.", "search.", 1)  # as users write it
     match error["type"]:
         case "extra_forbidden":
             return Problem(dotted, "unknown key." + suggestion(loc[-1], _fields(model, loc[:-1])))

@@ -166,7 +166,10 @@ Table = Annotated[dict[str, Any], BeforeValidator(dict)]
 
 
 class Report(Part):
-    """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one seed."""
+    """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one seed.
+
+    `inputs` is the digest of the files it was made from.
+    """
 
     version: Literal[1] = Field(
         VERSION, validation_alias=AliasChoices("schema", "version"), serialization_alias="schema"
@@ -198,3 +201,4 @@ class Report(Part):
     search: Search | None
     machine: Table
     versions: Table
+    inputs: str = ""

@@ -1,50 +1,52 @@
 """A Ray session: the cluster this process was given, or an embedded one on loopback behind its own token."""
 
-import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
 from raykd.errors import InfraError, RaykdError
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
-@contextlib.contextmanager
-def session(address: str | None = None) -> Iterator[None]:
-    """A connected Ray for the block: an existing connection, `address` or RAY_ADDRESS, else an embedded cluster.
+def connect(address: str | None = None) -> None:
+    """Be connected to Ray: by what is connected already, `address` or RAY_ADDRESS, else an embedded cluster.
 
-    The embedded cluster listens on loopback and asks for a token that only this process's children know.
+    The embedded cluster listens on loopback, asks for a token that only this process's children know, and ends with
+    this process. InfraError if a named cluster does not answer.
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address and "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if not address:
+        _prepare_embedded()
     import ray
 
     if ray.is_initialized():
-        yield
         return
-    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise InfraError(f"Ray can not be reached at {address or 'an embedded cluster'}: {error}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **({} if address else loopback))
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        where = f"at {address}" if address else "as an embedded cluster"
+        raise InfraError(f"Ray can not be reached {where}: {_last_line(error)}; try `raykd doctor`") from None
+
+
+def _prepare_embedded() -> None:
+    """The environment that the embedded cluster's processes inherit: a token, and the modules we can import."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    importable = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(importable))
 
 
 def plain_error(error: BaseException, stage: str) -> RaykdError:

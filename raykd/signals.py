@@ -25,8 +25,18 @@ class Signals:
     attention: dict[str, Tensor] = field(default_factory=dict)  # name -> (B, H, T, T)
 
     def sequence_logits(self) -> Tensor:
-        """(B, C): the mean of the logits over valid steps."""
-        return masked_mean(self.logits, self.mask)
+        """(B, C) fp32: the mean of the logits over valid steps."""
+        return masked_mean(self.logits.float(), self.mask)
+
+    def valid(self) -> "Signals":
+        """The same with zeros at invalid steps, so that whatever stands there reaches neither value nor gradient."""
+        return Signals(
+            zeroed(self.logits, self.mask),
+            self.mask,
+            None if self.valence is None else zeroed(self.valence, self.mask),
+            {k: zeroed(v, self.mask) for k, v in self.hidden.items()},
+            {k: zeroed(v.transpose(1, 2), self.mask).transpose(1, 2) for k, v in self.attention.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,12 @@ class Batch:
     teacher: Signals | None = None
 
 
+def zeroed(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, ...): `values` with zeros where `mask` (B, T), or (B, 1) for whole rows, is False."""
+    return torch.where(mask.reshape(*mask.shape, *(1,) * (values.dim() - 2)), values, 0.0)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """(B, ...): the mean of `values` (B, T, ...) over the steps where `mask` (B, T); 0 for a row with none."""
-    weight = mask.to(values.dtype).reshape(*mask.shape, *(1,) * (values.dim() - 2))
-    kept = torch.where(weight > 0, values, torch.zeros_like(values))
-    return kept.sum(1) / weight.sum(1).clamp(min=1)
+    count = mask.sum(1).clamp(min=1).reshape(-1, *(1,) * (values.dim() - 2))
+    return zeroed(values, mask).sum(1) / count

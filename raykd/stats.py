@@ -81,10 +81,7 @@ def resample(hits: Hits, *, num: int = RESAMPLES, seed: int = 0) -> Sample:
     right = [None if rows is None else _group_sums(rows[:, kept], group) for rows, _ in arms]
     drawn, total = _draw_groups(rng, right, np.bincount(group), num)
     # whole numbers up to the one division: equal models get equal accuracies, to the bit
-    means = [
-        None if d is None else (d * w).sum(1) / (total * w.sum(1))
-        for d, (_, w) in zip(drawn, arms, strict=True)
-    ]
+    means = [None if d is None else (d * w).sum(1) / (total * w.sum(1)) for d, (_, w) in zip(drawn, arms, strict=True)]
     assert means[0] is not None
     return Sample(int(kept.sum()), means[0], *means[1:])
 

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raykd import data
+from raykd.data import Dataset
 from raykd.errors import RaykdError
 from raykd.files import read_json, write_json
 from raykd.progress import Progress, say
 from raykd.recipe import Recipe
-from raykd.score import Scorer, device_of, identity, statistics
+from raykd.scorer import Scorer, device_of, identity, statistics
 from raykd.session import plain_error
 from raykd.store.commit import Shard, StoreWriter, intact, plan_shards, store_id
 from raykd.store.reader import Store
@@ -39,9 +39,9 @@ class ShardScorer:
         return {"rows": rows, "seconds": seconds}
 
 
-def locate(recipe: Recipe, out: Path) -> tuple[Path, dict[str, Any]]:
+def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Path, dict[str, Any]]:
     """(folder, identity) of the store that belongs to a recipe, whether or not it exists."""
-    wanted = identity(recipe, data.load(recipe.data))
+    wanted = identity(recipe, dataset)
     return out / "stores" / store_id(wanted), wanted
 
 
@@ -51,11 +51,10 @@ def is_complete(folder: Path) -> bool:
     return manifest is not None and all(intact(folder, r) for r in manifest["shards"])
 
 
-def score(recipe: Recipe, out: Path) -> Path:
+def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
     """Score every row that is not yet in the store, finish it, and give its folder. Needs a Ray session."""
-    dataset = data.load(recipe.data)
     say("score", dataset.describe())
-    folder, wanted = locate(recipe, out)
+    folder, wanted = locate(recipe, dataset, out)
     shards = plan_shards({n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard)
     writer = StoreWriter(folder, wanted)
     missing = writer.missing(shards)
@@ -69,6 +68,7 @@ def score(recipe: Recipe, out: Path) -> Path:
 
 def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
     import ray
+    import ray.exceptions
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raykd.recipe import Valence
-from raykd.signals import UNLABELLED
+from raykd.signals import UNLABELLED, masked_mean, zeroed
 
 
 def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
@@ -16,9 +16,8 @@ def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     judged by the class that the full sequence gives, so no hidden label leaks. A derived signal: the data holds no
     human valence.
     """
-    weight = mask.to(torch.float32)
-    seen = weight.cumsum(1).clamp(min=1)
-    prefix = (logits.float() * weight.unsqueeze(-1)).cumsum(1) / seen.unsqueeze(-1)
+    seen = mask.cumsum(1).clamp(min=1)
+    prefix = zeroed(logits.float(), mask).cumsum(1) / seen.unsqueeze(-1)
     own = prefix[:, -1].argmax(-1)
     target = torch.where(label == UNLABELLED, own, label)
     confidence = prefix.softmax(-1).gather(-1, target.view(-1, 1, 1).expand(*mask.shape, 1)).squeeze(-1)
@@ -40,15 +39,13 @@ def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tens
         carry_w = here[:, t].float() + discount * carry_w
         total[:, t], weight[:, t] = carry_v, carry_w
     known = mask & (weight > 0)
-    return torch.where(known, total / weight.clamp(min=1e-30), 0.0), known
+    return torch.where(known, total / torch.where(known, weight, 1.0), 0.0), known
 
 
 def coherence(logits: Tensor, mask: Tensor) -> Tensor:
     """(B,): 1 - H / ln C, the mean over valid steps of the certainty at temperature 1, in [0, 1]."""
-    log_p = logits.float().log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    valid = mask.float()
-    mean = (entropy * valid).sum(1) / valid.sum(1).clamp(min=1)
+    entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    mean = masked_mean(entropy, mask)
     return (1 - mean / math.log(max(logits.shape[-1], 2))).clamp(0, 1)
 
 

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from raykd import charts, page, report, schema, words
+from raykd import charts, page, schema, words
 from raykd.files import read_json, write_json
-from raykd.report import Evidence
+from raykd.evidence import Evidence, build
 
 CLASSES = ["Biceps curl", "Shoulder press", "Lateral raise", "Triceps dip", "Chest fly", "Row", "Rest"]
 CONTRACT = {
@@ -43,8 +43,7 @@ def answers(rng, label, rate):
 def curve(rng, top):
     steps = range(250, 2001, 250)
     return [
-        {"step": s, "loss": 2 / s, "val_accuracy": top * (1 - np.exp(-s / 400)) + rng.normal(0, 0.006)}
-        for s in steps
+        {"step": s, "loss": 2 / s, "val_accuracy": top * (1 - np.exp(-s / 400)) + rng.normal(0, 0.006)} for s in steps
     ]
 
 
@@ -112,7 +111,7 @@ def evidence() -> Evidence:
 
 @pytest.fixture(scope="module")
 def full(evidence) -> dict:
-    return report.build(evidence)
+    return build(evidence)
 
 
 def alone(evidence: Evidence) -> Evidence:
@@ -135,7 +134,7 @@ def alone(evidence: Evidence) -> Evidence:
 
 
 def test_the_keys_of_the_contract_survive_a_round_trip(full, evidence, tmp_path):
-    for made in (full, report.build(alone(evidence))):
+    for made in (full, build(alone(evidence))):
         write_json(tmp_path / "report.json", made)
         back = read_json(tmp_path / "report.json")
         assert back == made
@@ -157,9 +156,7 @@ def test_the_figures_are_those_of_the_predictions(full, evidence):
     guess = np.bincount(label).max() / len(label)
     assert full["student"]["metrics"]["accuracy"]["value"] == pytest.approx(student)
     assert full["retention"]["all"]["value"] == pytest.approx(student / teacher)
-    assert full["retention"]["all"]["chance_corrected"] == pytest.approx(
-        (student - guess) / (teacher - guess)
-    )
+    assert full["retention"]["all"]["chance_corrected"] == pytest.approx((student - guess) / (teacher - guess))
     assert full["gap_closed"]["value"] == pytest.approx((student - control) / (teacher - control))
     assert full["gain"]["value"] == pytest.approx(student - control)
     sizes = full["compression"]
@@ -183,7 +180,7 @@ def test_rows_without_a_label_change_nothing(evidence, full):
     label[-9:] = -100
     arrays = {k: longer(getattr(evidence, k)) for k in ("group", "teacher", "artefact", "thriving")}
     arms = {k: {s: longer(p) for s, p in getattr(evidence, k).items()} for k in ("student", "control")}
-    assert report.build(replace(evidence, label=label, **arrays, **arms)) == full
+    assert build(replace(evidence, label=label, **arrays, **arms)) == full
 
 
 def test_a_complete_report_has_no_warning(full):
@@ -192,7 +189,7 @@ def test_a_complete_report_has_no_warning(full):
 
 @pytest.mark.parametrize("missing", list(words.MISSING))
 def test_what_is_missing_is_null_and_said(evidence, missing):
-    made = report.build(alone(evidence))
+    made = build(alone(evidence))
     assert words.MISSING[missing] in made["warnings"]
     assert made["gap_closed"] == made["gain"] == {"value": None, "lo": None, "hi": None}
     assert all(p["value"] is None for p in made["retention"].values())
@@ -201,7 +198,7 @@ def test_what_is_missing_is_null_and_said(evidence, missing):
 
 
 def test_a_control_that_reaches_the_teacher_leaves_no_gap(evidence):
-    made = report.build(replace(evidence, control=dict.fromkeys(range(3), evidence.teacher)))
+    made = build(replace(evidence, control=dict.fromkeys(range(3), evidence.teacher)))
     assert made["gap_closed"]["value"] is None
     assert made["gap_words"].startswith("no gap to close: the control")
     assert made["gap_words"] in made["warnings"]
@@ -209,19 +206,19 @@ def test_a_control_that_reaches_the_teacher_leaves_no_gap(evidence):
 
 
 def test_a_student_like_its_control_is_not_shown_to_help(evidence):
-    made = report.build(replace(evidence, student=evidence.control))
+    made = build(replace(evidence, student=evidence.control))
     assert made["gap_closed"]["value"] == 0
     assert any(w.startswith("not shown to help") for w in made["warnings"])
 
 
 def test_a_student_below_its_control_is_called_harmful(evidence):
     worse = {s: answers(np.random.default_rng(s), evidence.label, 0.6) for s in range(3)}
-    assert any(w.startswith("harmful") for w in report.build(replace(evidence, student=worse))["warnings"])
+    assert any(w.startswith("harmful") for w in build(replace(evidence, student=worse))["warnings"])
 
 
 def test_few_seeds_few_recordings_and_absent_classes_are_warned_of(evidence):
     one = {0: evidence.student[0]}
-    made = report.build(
+    made = build(
         replace(evidence, student=one, best_seed=0, group=evidence.group % 4, classes=[*CLASSES, "Jump"])
     )
     assert [w.split(":")[0] for w in made["warnings"]] == [
@@ -234,7 +231,7 @@ def test_few_seeds_few_recordings_and_absent_classes_are_warned_of(evidence):
 
 def test_numbers_that_are_not_finite_become_null(evidence, tmp_path):
     broken = {"student": {0: [{"step": 1, "loss": float("nan"), "val_accuracy": np.float32(0.5)}]}}
-    made = report.build(replace(evidence, history=broken, training_cost=float("inf")))
+    made = build(replace(evidence, history=broken, training_cost=float("inf")))
     write_json(tmp_path / "report.json", made)
     assert made["curves"]["student"]["0"][0] == {"step": 1, "loss": None, "val_accuracy": 0.5}
     assert made["training_cost"]["ratio"] is None
@@ -242,7 +239,7 @@ def test_numbers_that_are_not_finite_become_null(evidence, tmp_path):
 
 def test_an_unknown_key_is_refused(evidence):
     with pytest.raises(ValueError, match="sizes"):
-        report.build(replace(evidence, store={"id": "x", "sizes": 3}))
+        build(replace(evidence, store={"id": "x", "sizes": 3}))
 
 
 def test_the_table_fits_a_terminal_and_names_every_model(full, evidence):
@@ -250,7 +247,7 @@ def test_the_table_fits_a_terminal_and_names_every_model(full, evidence):
     assert max(map(len, text.splitlines())) <= 100
     for name in ("teacher", "control", "student", "artefact", "gap closed", "compression", "training cost"):
         assert re.search(rf"^{name}", text, re.M), name
-    bare = words.table(report.build(alone(evidence)))
+    bare = words.table(build(alone(evidence)))
     assert max(map(len, bare.splitlines())) <= 100
     assert "! no teacher" in bare
 
@@ -288,7 +285,7 @@ def html(full) -> str:
 
 
 def test_the_page_is_well_formed(html, evidence):
-    for text in (html, page.render(report.build(alone(evidence)))):
+    for text in (html, page.render(build(alone(evidence)))):
         assert Page(text).open == []
 
 
@@ -313,7 +310,7 @@ def test_ids_are_unique_and_every_reference_meets_one(html):
 
 def test_names_from_users_are_text_never_markup(evidence):
     odd = ["<script>alert(1)</script>", "a$b$^{", "\u4e2d\u6587 & co", *CLASSES[3:]]
-    made = report.build(replace(evidence, classes=odd, setting="<b onload=x>", data_name='"><img src=x>'))
+    made = build(replace(evidence, classes=odd, setting="<b onload=x>", data_name='"><img src=x>'))
     text = page.render(made)
     seen = Page(text)
     assert not {tag for tag, _ in seen.seen} & {"script", "img"}
@@ -341,7 +338,7 @@ def test_a_chart_without_data_is_left_out(full, evidence):
     assert set(charts.charts(full)) == {
         "accuracy", "retention", "curves", "confusion", "saliency", "search-0", "search-1"
     }  # fmt: skip
-    assert set(charts.charts(report.build(alone(evidence)))) == {"accuracy", "confusion"}
+    assert set(charts.charts(build(alone(evidence)))) == {"accuracy", "confusion"}
 
 
 def test_searched_words_and_numbers_can_mix(full):

@@ -2,6 +2,8 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,8 @@ class Rows:
 
     def take(self, index: Any) -> "Rows":
         """The rows at `index` (a slice, mask or integer array)."""
-        return Rows(*(None if v is None else v[index] for v in vars(self).values()))
+        taken: dict[str, Any] = {k: None if v is None else v[index] for k, v in vars(self).items()}
+        return Rows(**taken)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Dataset:
                 state.update(f"{name}.{key}".encode())
                 if value is not None:
                     state.update(f"{value.dtype}{value.shape}".encode())
-                    state.update(np.ascontiguousarray(value))
+                    state.update(np.ascontiguousarray(value).data)
         return state.hexdigest()
 
     def describe(self) -> str:
@@ -88,20 +91,23 @@ def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
         raise DataError(f"{where}: valence outside [-1, 1] in rows {bad}; rescale it")
 
 
-def _ids(rows: Rows, faulty: NDArray[np.bool_]) -> str:
-    """The ids of faulty rows, the first five and a count; empty if there are none."""
+def _ids(rows: Rows, faulty: Any) -> str:
+    """The ids of faulty rows (a mask (N,)), the first five and a count; empty if there are none."""
     ids = rows.row_id[faulty]
     more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
     return ", ".join(map(str, ids[:5])) + more
 
 
 def hide_labels(rows: Rows, fraction: float, seed: int) -> Rows:
-    """`rows` with ceil(fraction * n) labels kept in each class, drawn by `seed`; the rest become UNLABELLED."""
+    """`rows` with ceil(fraction * n) labels kept in each class, drawn by `seed`; the rest become UNLABELLED.
+
+    Under one seed a smaller fraction keeps part of what a larger one keeps.
+    """
     if fraction == 1:
         return rows
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(rows))
     kept = np.zeros(len(rows), bool)
     for label in np.unique(rows.label[rows.label != UNLABELLED]):
         members = order[rows.label[order] == label]
-        kept[members[: int(np.ceil(fraction * len(members)))]] = True
+        kept[members[: ceil(Fraction(str(fraction)) * len(members))]] = True  # 0.07 of 100 is 7, not 8 as in floats
     return replace(rows, label=np.where(kept, rows.label, UNLABELLED))

@@ -1,6 +1,5 @@
 """Users' own rows: a folder of Parquet files, or a Python function that returns rows."""
 
-import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raykd import imports
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
 from raykd.errors import DataError
 from raykd.recipe import DataRef, suggestion
@@ -33,28 +33,29 @@ def load_parquet(ref: DataRef) -> Dataset:
             tables.append(parquet.read(columns=list(dict.fromkeys(wanted.values()))))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: not a readable Parquet file: {error}") from None
-    table = pa.concat_tables(tables, promote_options="permissive")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"data.source {folder}: the files' columns differ in type: {error}") from None
     return from_columns({k: table.column(name).to_pylist() for k, name in wanted.items()}, folder.name, ref)
 
 
 def load_function(ref: DataRef) -> Dataset:
     """Rows from `module:function(**data.settings)`: dicts with the keys that `data.columns` names."""
-    module, _, function = ref.source.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"data.source {ref.source!r} can not be imported: {error}") from None
-    rows: list[dict[str, Any]] = list(make(**ref.settings))
+    rows: list[dict[str, Any]] = list(imports.load(ref.source, "data.source")(**ref.settings))
     wanted = _wanted(ref)
     for number, row in enumerate(rows):
         for key, name in wanted.items():
             if name not in row:
                 raise DataError(f"{ref.source}: row {number} has no {name!r} (data.columns.{key}); it has {list(row)}")
-    return from_columns({k: [row[name] for row in rows] for k, name in wanted.items()}, function, ref)
+    name = ref.source.partition(":")[2]
+    return from_columns({key: [row[column] for row in rows] for key, column in wanted.items()}, name, ref)
 
 
 def from_columns(columns: dict[str, list[Any]], name: str, ref: DataRef) -> Dataset:
     """A Dataset from plain lists; `inputs` are steps of channel values, of any length per row."""
+    if not columns["label"]:
+        raise DataError(f"{name}: 0 rows")
     classes = _classes(columns["label"], ref)
     number = {c: i for i, c in enumerate(classes)}
     if unknown := sorted({str(v) for v in columns["label"] if v is not None} - set(number)):
@@ -89,12 +90,13 @@ def _padded(rows: Sequence[Any], name: str) -> tuple[NDArray[np.float32], NDArra
         steps = [np.asarray(row, np.float32) for row in rows]
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: inputs must be lists of steps of channel values: {error}") from None
-    widths = {step.shape[1:] for step in steps}
-    if len(widths) != 1 or len(next(iter(widths))) != 1:
-        raise DataError(f"{name}: every row's inputs must be (steps, channels) with one channel count, found {widths}")
+    for i, step in enumerate(steps):
+        if step.ndim != 2 or step.shape[1] != steps[0].shape[1]:
+            shape = f"row {i} has shape {step.shape} and row 0 {steps[0].shape}"
+            raise DataError(f"{name}: inputs must be (steps, channels) with one channel count, but {shape}")
     length = np.array([len(step) for step in steps])
     mask = np.arange(length.max()) < length[:, None]
-    inputs = np.zeros((*mask.shape, *widths.pop()), np.float32)
+    inputs = np.zeros((*mask.shape, steps[0].shape[1]), np.float32)
     inputs[mask] = np.concatenate(steps)
     return inputs, mask
 
@@ -105,7 +107,11 @@ def _aligned(rows: Sequence[Any], mask: NDArray[np.bool_], name: str) -> NDArray
     for i, row in enumerate(rows):
         if row is None:
             continue
-        if len(row) != mask[i].sum():
-            raise DataError(f"{name}: row {i} has {len(row)} valence values for {mask[i].sum()} steps")
-        out[i, mask[i]] = [np.nan if v is None else v for v in row]
+        try:
+            values = np.asarray(row, np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name}: row {i}, valence must be a list of numbers: {error}") from None
+        if values.shape != (mask[i].sum(),):
+            raise DataError(f"{name}: row {i} has {values.size} valence values for {mask[i].sum()} steps")
+        out[i, mask[i]] = values
     return out

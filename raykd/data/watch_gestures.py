@@ -21,7 +21,7 @@ def load(ref: DataRef) -> Dataset:
 
     The time split leaves a gap of one window between parts, so that no test window shares a step with training.
     """
-    with resources.files("raykd.datasets").joinpath("watch_gestures.npz").open("rb") as file:
+    with (resources.files("raykd") / "datasets" / "watch_gestures.npz").open("rb") as file:
         raw = dict(np.load(file, allow_pickle=False))
     signal = raw["signal"] * raw["scale"] + raw["offset"]
     parts = {name: _windows(raw, name, ref) for name in TIME_SHARES}

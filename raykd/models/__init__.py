@@ -1,6 +1,5 @@
 """Models: a recipe's `[teacher]` or `[student]` table to a module, and any module to Signals."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from raykd import imports
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
 from raykd.recipe import ModelRef, suggestion
@@ -41,8 +41,11 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
         raise RecipeError(f"{key}.weights {path}: not a readable safetensors file: {error}") from None
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
-    faults = [f"{n}: the module has {wanted.get(n, 'none')}, the file {found.get(n, 'none')}"
-              for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)]
+    faults = [
+        f"{n}: the module has {wanted.get(n, 'none')}, the file {found.get(n, 'none')}"
+        for n in sorted(wanted.keys() | found.keys())
+        if wanted.get(n) != found.get(n)
+    ]
     if faults:
         more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise RecipeError(f"{key}.weights {path} do not fit the module:\n  " + "\n  ".join(faults[:8]) + more)
@@ -50,10 +53,6 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
 
 
 def _imported(name: str, key: str) -> Callable[..., Any]:
-    module, sign, function = name.partition(":")
-    if not sign:
+    if ":" not in name:
         raise RecipeError(f"{key}.model {name!r}: no such model.{suggestion(name, MODELS)} Or name module:factory.")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{key}.model {name!r} can not be imported: {error}") from None
+    return imports.load(name, f"{key}.model")

@@ -1,12 +1,20 @@
 """Any nn.Module as a source of Signals: its answer in whatever form, its inner layers by hooks."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.signals import Signals
+
+
+@runtime_checkable
+class KeepsAttention(Protocol):
+    """A module of one's own that shows its attention: softmax rows (B, H, T, T), left behind by every call."""
+
+    keep_attention: bool
+    attention: Tensor | None
 
 
 class Adapter(nn.Module):
@@ -26,7 +34,9 @@ class Adapter(nn.Module):
         for name in sorted(want):
             kind, _, path = name.partition(".")
             if path not in named:
-                raise RecipeError(f"layer {path!r}: the module has no such submodule; it has {', '.join(filter(None, named))}")
+                raise RecipeError(
+                    f"layer {path!r}: the module has no such submodule; it has {', '.join(filter(None, named))}"
+                )
             self._watch(name, kind, named[path])
 
     def forward(self, inputs: Tensor, mask: Tensor) -> Signals:
@@ -43,19 +53,23 @@ class Adapter(nn.Module):
         return Signals(logits, mask, valence, hidden, attention)
 
     def _watch(self, name: str, kind: str, layer: nn.Module) -> None:
+        def keep(module: Any, _inputs: Any, output: Any) -> None:
+            self.kept[name] = read(module, output)
+
         if kind == "hidden":
-            layer.register_forward_hook(lambda _m, _i, out: self.kept.__setitem__(name, _first(out)))
+            read = _first
         elif isinstance(layer, nn.MultiheadAttention):
             layer.register_forward_pre_hook(_ask_for_maps, with_kwargs=True)
-            layer.register_forward_hook(lambda _m, _i, out: self.kept.__setitem__(name, out[1]))
-        elif hasattr(layer, "keep_attention"):
+            read = _second
+        elif isinstance(layer, KeepsAttention):
             layer.keep_attention = True
-            layer.register_forward_hook(lambda m, _i, _o: self.kept.__setitem__(name, m.attention))
+            read = _left
         else:
             raise RecipeError(
                 f"layer {name!r}: a {type(layer).__name__} shows no attention; name an nn.MultiheadAttention or a "
                 "module with .keep_attention and .attention"
             )
+        layer.register_forward_hook(keep)
 
 
 def _ask_for_maps(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -68,5 +82,14 @@ def _field(answer: Any, name: str) -> Tensor | None:
     return answer.get(name) if isinstance(answer, dict) else getattr(answer, name, None)
 
 
-def _first(output: Any) -> Tensor:
+def _first(_module: Any, output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _second(_module: Any, output: Any) -> Tensor:
+    return output[1]
+
+
+def _left(module: KeepsAttention, _output: Any) -> Tensor:
+    assert module.attention is not None
+    return module.attention

@@ -92,6 +92,7 @@ class CausalAttention(nn.Module):
 
     def _mix_and_keep(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        self.scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(later, float("-inf"))
-        self.attention = self.scores.softmax(-1)
-        return self.attention @ v
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(later, float("-inf"))
+        attention = scores.softmax(-1)
+        self.scores, self.attention = scores, attention
+        return attention @ v

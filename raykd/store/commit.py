@@ -66,29 +66,25 @@ class StoreWriter:
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", compression_level=3, write_page_checksum=True)
         data = sink.getvalue()
-        sha = hashlib.sha256(data).hexdigest()
-        name = f"data/part-{shard.number:05d}-{sha[:16]}.parquet"
+        record = record_of(shard, data)
+        assert table.num_rows == record["rows"]
         faults.point("score", shard=shard.number, at="before_write")
-        put_once(self.folder / name, data)
+        put_once(self.folder / record["file"], data)
         faults.point("score", shard=shard.number, at="before_commit")
-        record = asdict(shard) | {"file": name, "bytes": len(data), "rows": table.num_rows, "sha256": sha}
         put_once(self._record(shard), to_json(record))
         return read_json(self._record(shard))
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
-        """The shards still to score: those without a record, or whose file is gone or damaged.
+        """The shards still to score: those without a record, or whose record or file is gone or damaged.
 
         A damaged shard's record and file are removed; scoring it again writes the same bytes.
         """
-        absent = []
-        for shard in shards:
-            record = read_json(self._record(shard))
-            if record and intact(self.folder, record):
-                continue
-            if record:
-                (self.folder / record["file"]).unlink(missing_ok=True)
-                self._record(shard).unlink()
-            absent.append(shard)
+        absent = [s for s in shards if not self._stands(s)]
+        for shard in absent:
+            if self._record(shard).exists():
+                for path in (self.folder / "data").glob(f"part-{shard.number:05d}-*"):
+                    path.unlink(missing_ok=True)
+                self._record(shard).unlink(missing_ok=True)
         return absent
 
     def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
@@ -110,8 +106,24 @@ class StoreWriter:
             raise StoreError(f"{self.folder}: scored again, the store differs from its manifest; delete the folder")
         return standing
 
+    def _stands(self, shard: Shard) -> bool:
+        """Whether a shard has a record, and its file's bytes give just that record."""
+        try:
+            record = read_json(self._record(shard)) or {}
+            return record == record_of(shard, (self.folder / record.get("file", "")).read_bytes())
+        except (StoreError, OSError):
+            return False
+
     def _record(self, shard: Shard) -> Path:
         return self.folder / "_commits" / f"{shard.number:05d}.json"
+
+
+def record_of(shard: Shard, data: bytes) -> dict[str, Any]:
+    """The commit record of a shard whose file holds `data`."""
+    sha = hashlib.sha256(data).hexdigest()
+    name = f"data/part-{shard.number:05d}-{sha[:16]}.parquet"
+    rows = shard.last - shard.first
+    return asdict(shard) | {"file": name, "bytes": len(data), "rows": rows, "sha256": sha}
 
 
 def intact(folder: Path, record: dict[str, Any]) -> bool:

@@ -112,7 +112,7 @@ def train(
     rows: DeviceRows,
     evaluate: Callable[[nn.Module], dict[str, float]],
     *,
-    world: World = World(),  # noqa: B008 - frozen
+    world: World = World(),
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     report: Report = lambda step, metrics: None,
@@ -124,16 +124,17 @@ def train(
     """
     device = rows.inputs.device
     learner = Learner(student, Objective(arm.terms)).to(device)
-    kind = torch.optim.AdamW
-    state = State(learner, kind(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True))
+    adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+    state = State(learner, adamw)
     if checkpoints:
         state.restore(checkpoints)
     model = DistributedDataParallel(learner, find_unused_parameters=True) if world.size > 1 else learner
-    order = Order(rows.label.cpu().numpy(), optim, arm.seed)
+    learner.train()
+    step = Step(arm, optim, rows, world, state, model)
     seen = torch.zeros(2, len(learner.objective.weights), device=device)
     while state.step < optim.steps:
         started = clock(device)
-        seen += _step(state, model, arm, optim, rows, order, world)
+        seen += step()
         state.step += 1
         state.seconds += clock(device) - started
         faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
@@ -146,27 +147,45 @@ def train(
     return state
 
 
-def _step(
-    state: State, model: nn.Module, arm: Arm, optim: Optim, rows: DeviceRows, order: Order, world: World
-) -> Tensor:
-    """One optimiser step; (2, terms) this rank's sums and counts."""
-    share, device = world.share(optim.batch), rows.inputs.device
-    torch.manual_seed(mixed(arm.seed, state.step, world.rank))
-    index = torch.from_numpy(order.rows(state.step)[share]).to(device)
-    noise = input_noise(optim, rows.inputs.shape[1:], arm.seed, state.step)
-    batch = rows.batch(index, None if noise is None else noise[share].to(device))
-    model.train()
-    sums, counts = model(batch)
-    loss = state.learner.objective.total(sums * world.size, world.sum(counts))
-    state.optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(state.learner.parameters(), optim.clip)
-    if not torch.isfinite(norm):
-        raise DataError(_diverged(state, arm, sums, counts))
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(optim, state.step)
-    state.optimizer.step()
-    return torch.stack([sums.detach(), counts])
+class Step:
+    """One optimiser step at a time, with everything that no step changes made once."""
+
+    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, model: nn.Module):
+        self.arm, self.optim, self.rows, self.world, self.state, self.model = arm, optim, rows, world, state, model
+        self.device, self.share = rows.inputs.device, world.share(optim.batch)
+        self.order = Order(rows.label.cpu().numpy(), optim, arm.seed)
+        self.parameters = list(state.learner.parameters())
+
+    def __call__(self) -> Tensor:
+        """(2, terms): this rank's sums and counts of each term over its part of the batch."""
+        number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
+        reseed(self.device, mixed(self.arm.seed, number, self.world.rank))
+        sums, counts = self.model(self._batch(number))
+        optimizer.zero_grad()
+        objective.total(sums * self.world.size, self.world.sum(counts)).backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
+        if not torch.isfinite(norm):
+            raise DataError(_diverged(self.state, self.arm, sums, counts))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.optim, number)
+        optimizer.step()
+        return torch.stack([sums.detach(), counts])
+
+    def _batch(self, number: int) -> Batch:
+        index = torch.from_numpy(self.order.rows(number)[self.share]).to(self.device)
+        noise = input_noise(self.optim, self.rows.inputs.shape[1:], self.arm.seed, number)
+        return self.rows.batch(index, None if noise is None else noise[self.share].to(self.device))
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """Seed the generator that dropout on `device` draws from.
+
+    Not torch.manual_seed: without a GPU it remembers a stack trace a call, for the day CUDA wakes.
+    """
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def learning_rate(optim: Optim, step: int) -> float:

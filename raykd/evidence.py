@@ -204,9 +204,7 @@ def _cautions(e: Evidence) -> list[str]:
         "thriving": e.thriving is None or not e.thriving.any(),
     }
     absent = [name for i, name in enumerate(e.classes) if not (e.label == i).any()]
-    return words.cautions(
-        seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing
-    )
+    return words.cautions(seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing)
 
 
 def _per_class(e: Evidence) -> list[schema.ClassRow]:

@@ -1,0 +1,207 @@
+"""The command line. Nothing heavy is imported until a verb is carried out."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raykd import __version__
+from raykd.errors import RaykdError
+
+EXITS = "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, 130/143 signals."
+
+
+@click.group(epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    """Distil a large PyTorch teacher into a small student.
+
+    \b
+        raykd run examples/gesture/recipe.toml --smoke
+    """
+
+
+def main() -> None:
+    """The `raykd` script: a user's mistake ends in one message and its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.path.insert(0, os.getcwd())  # users' own modules, as under python -m
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except RaykdError as error:
+        click.echo(f"raykd: {error}", err=True)
+        code = error.exit_code
+    except OSError as error:
+        click.echo(f"raykd: {error}; free the disk or name another --out", err=True)
+        code = 5
+    else:
+        code = 0
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A verb over one recipe, with the options that all of them share; it is given (recipe, out, address)."""
+
+    @cli.command(function.__name__, help=function.__doc__)
+    @click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
+    @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand.")
+    @click.option("--set", "sets", metavar="A.B=VALUE", multiple=True, help="Set one key of the recipe; repeatable.")
+    @click.option("--smoke", is_flag=True, help="The fewest steps that still run every stage.")
+    @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
+    @click.option("--address", help="A Ray cluster; else RAY_ADDRESS, else one inside this process.")
+    @click.option("--allow-import", multiple=True, metavar="PACKAGE", help="Let the recipe import an installed package.")
+    @wraps(function)
+    def command(
+        path: Path,
+        out: Path,
+        sets: tuple[str, ...],
+        smoke: bool,
+        as_json: bool,
+        address: str | None,
+        allow_import: tuple[str, ...],
+    ) -> None:
+        from raykd.checks import load
+
+        result, text = function(load(path, sets, smoke=smoke, **({"allow_import": allow_import} if allow_import else {})), out, address)
+        show(result, text, as_json)
+
+    return command
+
+
+def show(result: Any, text: str, as_json: bool) -> None:
+    """The result for a script or for a person."""
+    click.echo(json.dumps(result, sort_keys=True) if as_json else text)
+
+
+@recipe_command
+def run(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """Every stage: score, train with its control, tune if [search] is there, export, report."""
+    from raykd import stages, words
+
+    made = stages.run(recipe, out, address=address)
+    return made, words.table(made)
+
+
+@recipe_command
+def check(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """The plan without computing: stages, what is done, rows, bytes, memory, workers."""
+    from raykd import plan
+
+    made = plan.plan(recipe, out)
+    return made, plan.table(made)
+
+
+@recipe_command
+def score(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """The teacher's signals for every row, into a verified Parquet store."""
+    from raykd import stages
+
+    store = stages.score(recipe, out, address=address)
+    return {"store": str(store) if store else None}, str(store or "this recipe reads no teacher")
+
+
+@recipe_command
+def train(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """Every seed of the student and of its control."""
+    from raykd import stages
+
+    folder = stages.train(recipe, out, address=address)
+    return {"run": str(folder)}, str(folder)
+
+
+@recipe_command
+def tune(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """The trials of [search], over one store; the best one's recipe is best.toml."""
+    from raykd import stages
+
+    table = stages.tune(recipe, out, address=address)
+    best = table["best"]
+    values = ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in best["params"].items())
+    return table, f"best of {len(table['trials'])} trials: {values}: {table['metric']} {best[table['metric']]:.4f}"
+
+
+@recipe_command
+def export(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """The deployable student, whole or not at all."""
+    from raykd import stages
+
+    folder = stages.export(recipe, out, address=address)
+    return {"artefact": str(folder)}, str(folder)
+
+
+@recipe_command
+def report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
+    """report.json and report.html, with control, seeds and intervals."""
+    from raykd import stages, words
+
+    made = stages.report(recipe, out, address=address)
+    return made, words.table(made)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
+def techniques(as_json: bool) -> None:
+    """What can be distilled with, one line each."""
+    from raykd import catalog
+
+    known = catalog.techniques()
+    rows = [{"name": t.name, "summary": t.summary, "recipe": t.recipe} for t in known]
+    show(rows, "\n".join(f"{t.name:<18}{t.summary}" for t in known), as_json)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand.")
+@click.option("--uri", help="The MLflow server to knock at; else the sqlite file under --out.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
+def doctor(out: Path, uri: str | None, as_json: bool) -> None:
+    """Versions, Ray, memory, disk, MLflow: what is wrong and what to type. Exit code 5 if something is."""
+    from raykd import doctor as checkup
+    from raykd.errors import InfraError
+
+    found = checkup.examine(out, uri)
+    show(found, checkup.table(found), as_json)
+    if not all(row["ok"] for row in found):
+        raise InfraError("something is wrong; see the lines marked !")
+
+
+@cli.group()
+def track() -> None:
+    """The MLflow record of a run."""
+
+
+@track.command("sync")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--uri", help="The MLflow server; else the one of the run's recipe.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
+def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
+    """Replay a run's journal into MLflow; what is there already is left alone."""
+    from raykd import track
+    from raykd.errors import InfraError, StoreError
+    from raykd.files import read_json
+
+    resolved = read_json(folder / "recipe.json")
+    if resolved is None:
+        raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
+    table = resolved["track"]
+    where = uri or table["uri"] or track.default_uri(folder.resolve().parent)
+    synced = track.sync(folder, uri=where, experiment=table["experiment"])
+    if not synced.done:
+        raise InfraError(f"{synced.reason}; {synced.pending} lines still wait")
+    show(vars(synced), f"{len(synced.runs)} runs are recorded in {track.public_uri(where)}", as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A check-up of this machine: what raykd needs, what was found, and what to type where it is wrong."""
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+
+FREE_BYTES = 2 * 2**30
+
+
+def examine(out: Path, uri: str | None) -> list[dict[str, Any]]:
+    """One row a question: {"name", "ok", "found", "do"}."""
+    return [_python(), *_packages(), _disk(out), _memory(), _auth(), _cluster(), _mlflow(uri)]
+
+
+def _row(name: str, ok: bool, found: str, do: str = "") -> dict[str, Any]:
+    return {"name": name, "ok": ok, "found": found, "do": "" if ok else do}
+
+
+def _python() -> dict[str, Any]:
+    ok = (3, 11) <= sys.version_info[:2] < (3, 14)
+    return _row("python", ok, sys.version.split()[0], "use Python 3.11, 3.12 or 3.13")
+
+
+def _packages() -> list[dict[str, Any]]:
+    """Every declared dependency, extras left out, against what is installed."""
+    rows = []
+    for text in importlib.metadata.requires("raykd") or []:
+        wanted = Requirement(text)
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            rows.append(_row(wanted.name, False, "not installed", f"pip install '{text}'"))
+            continue
+        ok = wanted.specifier.contains(version, prereleases=True)
+        rows.append(_row(wanted.name, ok, version, f"pip install '{wanted.name}{wanted.specifier}'"))
+    return rows
+
+
+def _disk(out: Path) -> dict[str, Any]:
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    ok = free > FREE_BYTES and os.access(place, os.W_OK)
+    do = f"free {FREE_BYTES / 2**30:.0f} GiB there, or name a writable --out"
+    return _row("disk", ok, f"{free / 2**30:.1f} GiB free at {place}", do)
+
+
+def _memory() -> dict[str, Any]:
+    """Ray keeps its objects in /dev/shm; a small one makes it use the disk, slowly."""
+    shm = Path("/dev/shm")
+    if not shm.exists():
+        return _row("shared memory", True, "no /dev/shm on this system")
+    size = shutil.disk_usage(shm).total
+    do = "start the container with --shm-size=2g or more"
+    return _row("shared memory", size >= 2**28, f"{size / 2**30:.2f} GiB at {shm}", do)
+
+
+def _auth() -> dict[str, Any]:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return _row("ray auth", True, "embedded cluster, with a token of its own")
+    local = urlsplit(address if "//" in address else f"//{address}").hostname in ("127.0.0.1", "localhost", "auto")
+    do = "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH: a cluster without a token runs anybody's code"
+    return _row("ray auth", mode == "token" or (local and mode is not None), f"RAY_AUTH_MODE={mode}", do)
+
+
+def _cluster() -> dict[str, Any]:
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return _row("ray cluster", True, "none named; one is started inside each command that needs it")
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    do = 'cluster/local.sh start && eval "$(cluster/local.sh env)", or unset RAY_ADDRESS'
+    if parts.hostname is None or parts.port is None:
+        return _row("ray cluster", address == "auto", f"RAY_ADDRESS={address}", do)
+    return _row("ray cluster", _answers(parts.hostname, parts.port), f"RAY_ADDRESS={address}", do)
+
+
+def _mlflow(uri: str | None) -> dict[str, Any]:
+    if uri is None:
+        return _row("mlflow", True, "a sqlite file under --out")
+    parts = urlsplit(uri)
+    ok = parts.scheme == "sqlite" or _answers(parts.hostname or "", parts.port or 443)
+    return _row("mlflow", ok, f"{parts.scheme}://{parts.hostname or parts.path}", f"start the server at {parts.netloc}")
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The check-up for a terminal; what is wrong is marked and says what to type."""
+    return "\n".join(f"{' ' if r['ok'] else '!'} {r['name']:<15}{r['found']}{_advice(r)}" for r in found)
+
+
+def _advice(row: dict[str, Any]) -> str:
+    return f"\n  {'':<15}{row['do']}" if row["do"] else ""

@@ -1,0 +1,136 @@
+"""A run folder and its store, read into the Evidence that a report is made of."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from raykd import artefact, recipe
+from raykd.arms import arms_of, read_predictions
+from raykd.data import Dataset
+from raykd.evidence import Evidence, Predicted
+from raykd.files import read_json
+from raykd.recipe import Recipe
+from raykd.signals import UNLABELLED
+from raykd.store.reader import Store
+
+PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
+
+
+def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, mlflow: dict[str, Any]) -> Evidence:
+    """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
+    records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
+    test, opened = dataset.splits["test"], Store(store) if store else None
+    manifest = read_json(folder / "artefact" / "manifest.json")
+    saliency = opened.column("saliency", "test").values if opened else None
+    return Evidence(
+        recipe_digest=recipe.digest(found),
+        technique=found.technique,
+        setting=found.setting,
+        seeds=found.seeds,
+        data_name=dataset.name,
+        data_rows={name: len(rows) for name, rows in dataset.splits.items()},
+        classes=dataset.classes,
+        label=test.label,
+        group=test.group,
+        student=_predicted(folder, records, "student"),
+        control=_predicted(folder, records, "control"),
+        teacher=_teacher(opened, test.mask) if opened else None,
+        artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
+        thriving=_thriving(opened, saliency),
+        saliency=opened.column("saliency", "train").values if opened else None,
+        best_seed=artefact.best_seed(found, folder),
+        student_params=_params(records, "student"),
+        control_params=_params(records, "control"),
+        teacher_info=_weights(found.teacher.weights) if found.teacher and found.teacher.weights else {},
+        artefact_info=_artefact_info(manifest),
+        training_cost=_cost(records, store),
+        store=_store(opened),
+        mlflow=mlflow,
+        history=_history(records),
+        search=read_json(folder / "tune.json"),
+        machine={"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        warnings=_warnings(dataset, opened),
+    )
+
+
+def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predicted]:
+    own = {key: record["seed"] for key, record in records.items() if record["arm"] == name}
+    return {seed: read_predictions(folder / "arms" / k / "predictions.parquet").argmax(1) for k, seed in own.items()}
+
+
+def _teacher(store: Store, mask: NDArray[np.bool_]) -> Predicted:
+    """(N,) the teacher's decision on every test row: the class of the highest mean logit over valid steps."""
+    logits = store.column("logits", "test").padded(mask).astype(np.float64)
+    weight = mask if logits.shape[1] == mask.shape[1] else np.ones(logits.shape[:2], bool)
+    return ((logits * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)).argmax(1)
+
+
+def _thriving(store: Store | None, saliency: NDArray[np.floating] | None) -> NDArray[np.bool_] | None:
+    """The test rows at or above the training split's 75th percentile of saliency."""
+    if store is None or saliency is None:
+        return None
+    quantiles = store.manifest["statistics"]["saliency"]["quantiles"]
+    return None if quantiles is None else saliency >= quantiles[3]
+
+
+def _params(records: dict[str, Any], name: str) -> int | None:
+    return next((record["params"] for record in records.values() if record["arm"] == name), None)
+
+
+def _weights(path: str) -> dict[str, Any]:
+    """Parameters, bytes and dtypes of a safetensors file, from its header."""
+    with safe_open(path, framework="np") as file:
+        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - not a dict
+        params = sum(int(np.prod(s.get_shape(), dtype=np.int64)) for s in slices)
+        dtypes = sorted({str(s.get_dtype()) for s in slices})
+    return {"params": params, "bytes": Path(path).stat().st_size, "dtype": ", ".join(dtypes)}
+
+
+def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    if manifest is None:
+        return {}
+    return {"path": "artefact"} | {key: manifest[key] for key in ("format", "bytes", "parity")}
+
+
+def _cost(records: dict[str, Any], store: Path | None) -> float | None:
+    """A student's seconds with all of the teacher's, over a control's; means over seeds."""
+    seconds = {n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")}
+    timing = read_json(store / "_TIMING.json") if store else None
+    if not seconds["control"] or (store and timing is None):
+        return None
+    teacher = timing["seconds"] if timing else 0.0
+    return float((np.mean(seconds["student"]) + teacher) / np.mean(seconds["control"]))
+
+
+def _store(store: Store | None) -> dict[str, Any]:
+    if store is None:
+        return {}
+    manifest = store.manifest
+    rows = sum(record["rows"] for record in manifest["shards"])
+    described = {"id": manifest["store_id"], "rows": rows, "bytes": manifest["bytes"]}
+    return described | {"bytes_per_row": manifest["bytes"] / rows, "codec": manifest["identity"]["store"]["codec"]}
+
+
+def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for record in records.values():
+        curves.setdefault(record["arm"], {})[record["seed"]] = record["history"]
+    return curves
+
+
+def _warnings(dataset: Dataset, store: Store | None) -> list[str]:
+    found, label = [], dataset.splits["train"].label
+    hidden = int((label == UNLABELLED).sum())
+    if hidden:
+        found.append(f"{hidden} of {len(label)} training rows were used without their label")
+    gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
+    if gate is not None and gate < 0.2:
+        found.append(f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise")
+    return found

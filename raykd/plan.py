@@ -1,0 +1,90 @@
+"""The plan of a recipe without computing it: what each stage would do, what is done, and what it takes."""
+
+from pathlib import Path
+from typing import Any
+
+from raykd import models
+from raykd.arms import arms_of
+from raykd.errors import DataError
+from raykd.losses import needs_of
+from raykd.recipe import Recipe
+from raykd.stages import Place
+from raykd.store.commit import StoreWriter, plan_shards
+
+SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
+
+
+def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Stages with their state, and the run's sizes. Errors in data and weights come here, before any work."""
+    place = Place(recipe, out)
+    data, train = place.dataset, place.dataset.splits["train"]
+    shape = {"channels": train.inputs.shape[-1], "classes": len(data.classes)}
+    sizes = {"student": _parameters(recipe.student, shape, "student")}
+    if recipe.teacher:
+        sizes["teacher"] = _parameters(recipe.teacher, shape, "teacher")
+    if recipe.valence.source == "column" and train.valence is None:
+        raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
+    return {
+        "run": str(place.folder),
+        "data": data.describe(),
+        "rows": {name: len(rows) for name, rows in data.splits.items()},
+        "parameters": sizes,
+        "workers": list(recipe.scale.workers),
+        "memory_bytes_a_worker": _memory(place),
+        "tracking": place.uri,
+        "stages": _stages(place),
+    }
+
+
+def _parameters(ref: Any, shape: dict[str, int], key: str) -> int:
+    return sum(p.numel() for p in models.build(ref, **shape, key=key).parameters())
+
+
+def _stages(place: Place) -> list[dict[str, Any]]:
+    recipe, arms = place.recipe, arms_of(place.recipe)
+    stages = []
+    if place.store is not None:
+        shards = plan_shards({n: len(r) for n, r in place.dataset.splits.items()}, recipe.store.rows_per_shard)
+        done = [s for s in shards if (place.store / "_commits" / f"{s.number:05d}.json").exists()]
+        what = f"{sum(map(len, place.dataset.splits.values()))} rows in {len(shards)} shards, {len(done)} scored; about "
+        what += f"{_store_bytes(place):,} bytes before compression, in {place.store}"
+        stages.append({"stage": "score", "done": place.is_scored, "what": what})
+    left = len(place.untrained)
+    what = f"{len(arms)} arms of {recipe.optim.steps} steps of {recipe.optim.batch} rows, {len(arms) - left} trained"
+    stages.append({"stage": "train", "done": left == 0, "what": what})
+    if recipe.search:
+        what = f"{recipe.search.trials} trials over {', '.join(recipe.search.space)}"
+        stages.append({"stage": "tune", "done": place.is_searched, "what": what})
+    stages.append({"stage": "export", "done": place.is_exported, "what": "the best seed's student"})
+    is_reported = (place.folder / "report.json").exists()
+    stages.append({"stage": "report", "done": is_reported, "what": "report.json, report.html, MLflow"})
+    return stages
+
+
+def _store_bytes(place: Place) -> int:
+    """fp16 logits and valence at every valid step, 24 bytes a row beside; other signals are not foreseen."""
+    width = 2 * (len(place.dataset.classes) + SIGNALS_A_STEP)
+    return sum(int(rows.mask.sum()) * width + 24 * len(rows) for rows in place.dataset.splits.values())
+
+
+def _memory(place: Place) -> int:
+    """Bytes that every training worker holds: the training and validation rows, and the teacher's logits."""
+    splits = place.dataset.splits
+    rows = sum(splits[name].inputs.nbytes + splits[name].mask.nbytes for name in ("train", "val"))
+    return rows + (_store_bytes(place) if needs_of(place.recipe.terms) else 0)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The plan for a terminal."""
+    sizes = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
+    low, high = found["workers"]
+    lines = [
+        f"run         {found['run']}",
+        f"data        {found['data']}",
+        f"parameters  {sizes}",
+        f"workers     {low if low == high else f'{low} to {high}'}, "
+        f"{found['memory_bytes_a_worker'] / 2**20:,.1f} MiB of rows and signals in each",
+        f"tracking    {found['tracking']}",
+    ]
+    lines += [f"{'done' if s['done'] else 'to do':<12}{s['stage']:<8}{s['what']}" for s in found["stages"]]
+    return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""The walk: score -> train -> [tune] -> export -> report. Each verb runs what it needs and is not yet done.
+
+A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same folder, so a finished stage is found and
+not done again, and a changed input is a new folder. Teacher stores lie beside it, in `<out>/stores/`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from raykd import artefact, checks, data, evidence, gather, page, patience, record, stream, track
+from raykd.arms import arms_of
+from raykd.data import Dataset
+from raykd.errors import InfraError, RecipeError
+from raykd.files import read_json, write_bytes, write_json
+from raykd.journal import Journal
+from raykd.losses import needs_of
+from raykd.progress import say
+from raykd.recipe import Recipe, digest, digest_of
+from raykd.session import connect
+
+OUT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe's results stand, and what has been done there."""
+
+    recipe: Recipe
+    out: Path = OUT
+    address: str | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        return (self.out / f"{self.recipe.name}-{digest(self.recipe)[:8]}").resolve()
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return data.load(self.recipe.data)
+
+    @cached_property
+    def store(self) -> Path | None:
+        """The folder of the recipe's teacher store, whether or not it exists; None if no teacher is read."""
+        if self.recipe.teacher is None or not needs_of(self.recipe.terms):
+            return None
+        return stream.locate(self.recipe, self.dataset, self.out.resolve())[0]
+
+    @property
+    def is_scored(self) -> bool:
+        return self.store is None or stream.is_complete(self.store)
+
+    @property
+    def untrained(self) -> list[str]:
+        """The arms that are not trained yet."""
+        keys = [arm.key for arm in arms_of(self.recipe)]
+        return [key for key in keys if not (self.folder / "arms" / key / "arm.json").exists()]
+
+    @property
+    def is_searched(self) -> bool:
+        return self.recipe.search is None or (self.folder / "tune.json").exists()
+
+    @property
+    def is_exported(self) -> bool:
+        return (self.folder / "artefact" / "manifest.json").exists()
+
+    def journal(self) -> Journal:
+        return record.open_journal(self.recipe, self.folder, self.store)
+
+    @property
+    def uri(self) -> str:
+        return self.recipe.track.uri or track.default_uri(self.out)
+
+
+def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path | None:
+    """The recipe's complete teacher store; None if it reads no teacher."""
+    place = _open(recipe, out, address)
+    with _alone(place):
+        return _score(place)
+
+
+def train(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
+    """The run folder, with every arm trained in `arms/`."""
+    place = _open(recipe, out, address)
+    with _alone(place):
+        _train(place)
+    _sync(place)
+    return place.folder
+
+
+def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
+    """The table of trials and the best of them, whose whole recipe is `best.toml` in the run folder."""
+    place = _open(recipe, out, address)
+    if recipe.search is None:
+        raise RecipeError('search: missing; add [search] with a line such as "optim.learning_rate" = {...}')
+    with _alone(place):
+        found = _tune(place)
+    _sync(place)
+    return found
+
+
+def export(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
+    """The deployable folder `artefact/` of the best seed, by validation accuracy. GateError if it is not faithful."""
+    place = _open(recipe, out, address)
+    with _alone(place):
+        _export(place)
+    return place.folder / "artefact"
+
+
+def report(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
+    """report.json as a dict, of all that is done; the stages it can not do without are run."""
+    place = _open(recipe, out, address)
+    with _alone(place):
+        _train(place)
+        return _report(place)
+
+
+def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
+    """Every stage, then report.json as a dict."""
+    place = _open(recipe, out, address)
+    with _alone(place):
+        _train(place)
+        if recipe.search is not None:
+            _tune(place)
+        _export(place)
+        return _report(place)
+
+
+def _open(found: Recipe, out: Path, address: str | None) -> Place:
+    checks.register(found.technique)
+    place = Place(found, Path(out), address)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "recipe.json", found.model_dump(mode="json"))
+    return place
+
+
+@contextmanager
+def _alone(place: Place) -> Iterator[None]:
+    """No other process works on this run meanwhile; a run that fails says so in its journal."""
+    try:
+        with patience.locked(place.folder / "checkpoints"):
+            yield
+    except BlockingIOError:
+        raise InfraError(f"{place.folder} is being worked on by another process; wait for it, or end it") from None
+
+
+def _score(place: Place) -> Path | None:
+    if place.store is None:
+        return None
+    if place.is_scored:
+        say("score", f"done before: {place.store}")
+    else:
+        connect(place.address)
+        stream.score(place.recipe, place.dataset, place.out.resolve())
+    return place.store
+
+
+def _train(place: Place) -> None:
+    from raykd.fit import fit
+
+    store = _score(place)
+    if not place.untrained:
+        say("train", f"done before: {place.folder / 'arms'}")
+        return
+    record.settings(place.journal(), place.recipe, place.dataset, store)
+    if place.recipe.scale.workers[1] > 1:
+        connect(place.address)
+    fit(place.recipe, store, place.folder)
+    record.arms(place.journal(), place.recipe, place.folder)
+
+
+def _tune(place: Place) -> dict[str, Any]:
+    from raykd.trials import search
+
+    store = _score(place)
+    if not place.is_searched:
+        connect(place.address)
+        table = search(place.recipe, store, place.folder)
+        best = checks.resolve(checks.apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"]))
+        write_bytes(place.folder / "best.toml", _toml(best).encode())
+        write_json(place.folder / "tune.json", table | {"best": table["best"] | _tested(place, best, table["best"])})
+        record.trials(place.journal(), place.folder, table)
+    else:
+        say("tune", f"done before: {place.folder / 'tune.json'}")
+    return read_json(place.folder / "tune.json")
+
+
+def _tested(place: Place, best: Recipe, row: dict[str, Any]) -> dict[str, float]:
+    """Test accuracy of the best trial, looked at once, after the search."""
+    from raykd.trials import test_metrics
+
+    weights = place.folder / "trials" / str(row["number"]) / "weights.safetensors"
+    return {f"test_{k}": v for k, v in test_metrics(best, weights).items()}
+
+
+def _toml(best: Recipe) -> str:
+    """A recipe as sparse TOML; paths in it are absolute."""
+    return tomli_w.dumps(best.model_dump(mode="json", exclude_defaults=True, exclude_none=True))
+
+
+def _export(place: Place) -> None:
+    _train(place)
+    if place.is_exported:
+        say("export", f"done before: {place.folder / 'artefact'}")
+        return
+    manifest = artefact.export(place.recipe, place.dataset, place.folder)
+    say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {place.folder / 'artefact'}")
+
+
+def _report(place: Place) -> dict[str, Any]:
+    inputs = _inputs(place)
+    made = read_json(place.folder / "report.json")
+    if made is None or made["inputs"] != inputs:
+        synced = _sync(place)
+        found = gather.gather(place.recipe, place.dataset, place.folder, place.store, synced)
+        made = evidence.build(found) | {"inputs": inputs}
+        page.write_html(made, place.folder / "report.html")
+        write_json(place.folder / "report.json", made)
+        record.result(place.journal(), made)
+        say("report", str(place.folder / "report.html"))
+    else:
+        say("report", f"done before: {place.folder / 'report.html'}")
+    _sync(place)
+    return made
+
+
+def _inputs(place: Place) -> str:
+    """Digest of everything that a report is made of: it is made again only if that changed."""
+    names = [f"arms/{arm.key}/arm.json" for arm in arms_of(place.recipe)] + ["tune.json", "artefact/manifest.json"]
+    return digest_of({name: read_json(place.folder / name) for name in names})
+
+
+def _sync(place: Place) -> dict[str, Any]:
+    """Bring MLflow up to the journal; what it is called there. A server that is down is said and waited for later."""
+    track_table = place.recipe.track
+    synced = track.sync(place.folder, uri=place.uri, experiment=track_table.experiment)
+    if not synced.done or synced.reason:
+        say("track", f"{synced.reason}; {synced.pending} lines wait: raykd track sync {place.folder}")
+    uri = track.public_uri(place.uri)
+    return {"uri": uri, "experiment": track_table.experiment, "run_id": synced.runs.get(record.PARENT)}
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "run": run,
+    "score": score,
+    "train": train,
+    "tune": tune,
+    "export": export,
+    "report": report,
+}

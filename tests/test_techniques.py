@@ -1,0 +1,532 @@
+"""Laws that every technique and every loss term obeys, and the known numbers of the shared terms.
+
+A new technique or term is tested by being there: the cases are every technique's own terms, and every registered
+term with every choice that its signature offers. Numbers stand against float64 numpy formulas of Hinton, Vinyals and
+Dean 2015 (section 2: the gradient T (q - p) and the high-temperature limit).
+"""
+
+import ast
+import inspect
+import re
+from dataclasses import replace
+from itertools import product
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raykd import catalog, checks, losses, models, recipe, techniques
+from raykd.batches import DeviceRows
+from raykd.losses import TERMS, Objective, needs_of
+from raykd.loop import Arm, train
+from raykd.models.adapter import Adapter
+from raykd.recipe import ModelRef, Optim, Recipe, TermSpec
+from raykd.scorer import Scorer
+from raykd.signals import UNLABELLED, Batch, Signals
+from raykd.store.commit import Shard
+
+techniques.load_terms()
+TECHNIQUES = {t.name: t for t in catalog.techniques()}
+B, T, C, D, H = 6, 5, 4, 6, 2
+GARBAGE = [1e4, torch.inf, -torch.inf, torch.nan]
+
+
+def specs(terms: dict[str, dict[str, Any]]) -> dict[str, TermSpec]:
+    return {name: TermSpec(**settings) for name, settings in terms.items()}
+
+
+def settings_of(name: str) -> list[dict[str, Any]]:
+    """Every choice of a term's Literal and bool settings, over what a technique that names it sets."""
+    make = TERMS[name].make
+    hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    choices = {k: get_args(h) or (False, True) for k, h in hints.items() if h is bool or "Literal[" in str(h)}
+    named = [t.recipe["terms"][name] for t in TECHNIQUES.values() if name in t.recipe["terms"]]
+    base = {k: v for k, v in (named[0] if named else {}).items() if k not in ("weight", *choices)}
+    return [base | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def label_of(settings: dict[str, Any]) -> str:
+    return "-".join(f"{k}={v}" for k, v in settings.items())
+
+
+TERM_CASES = [pytest.param({n: s}, id=f"{n}-{label_of(s)}") for n in TERMS for s in settings_of(n)]
+CASES = [pytest.param(t.recipe["terms"], id=f"technique-{n}") for n, t in TECHNIQUES.items()] + TERM_CASES
+MATCHING = [case for case in TERM_CASES if "logits" in TERMS[next(iter(case.values[0]))].needs]
+LAYERS = frozenset().union(*(t.needs for t in TERMS.values()))
+
+
+def objective_of(terms: dict[str, dict[str, Any]]) -> Objective:
+    torch.manual_seed(0)
+    return Objective(specs(terms))
+
+
+def signals(seed: int, mask: torch.Tensor) -> Signals:
+    """Random signals of every kind that any term reads."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, steps = mask.shape
+    layers = {k: n.partition(".")[2] for n in LAYERS if (k := n.partition(".")[0]) in ("hidden", "attention")}
+    hidden = {v: torch.randn(rows, steps, D, generator=draw) for k, v in layers.items() if k == "hidden"}
+    maps = {v: torch.randn(rows, H, steps, steps, generator=draw) for k, v in layers.items() if k == "attention"}
+    seen = mask[:, None, None, :]
+    return Signals(
+        2 * torch.randn(rows, steps, C, generator=draw),
+        mask,
+        torch.rand(rows, steps, generator=draw) * 2 - 1,
+        hidden,
+        {k: v.masked_fill(~seen, -1e9).softmax(-1) * seen for k, v in maps.items()},
+    )
+
+
+@pytest.fixture
+def student() -> Signals:
+    """Six rows of two to five valid steps."""
+    return signals(1, torch.arange(T) < torch.tensor([5, 4, 2, 3, 5, 2])[:, None])
+
+
+@pytest.fixture
+def batch(student) -> Batch:
+    """Rows with labels but one, valence with holes, and another model as teacher."""
+    label = torch.tensor([0, 1, 2, 3, UNLABELLED, 1])
+    draw = torch.Generator().manual_seed(3)
+    valence = torch.rand(B, T, generator=draw) * 2 - 1
+    valence[0, 1] = valence[2, 1] = torch.nan
+    inputs = torch.randn(B, T, 3, generator=draw)
+    return Batch(torch.arange(B), inputs, student.mask, label, valence, signals(2, student.mask))
+
+
+def tensors(found: Signals) -> list[torch.Tensor]:
+    return [
+        v for v in (found.logits, found.valence, *found.hidden.values(), *found.attention.values()) if v is not None
+    ]
+
+
+def mapped(found: Signals, change: Any) -> Signals:
+    """`found` with every tensor, each seen as (B, T, ...), changed alike."""
+    return Signals(
+        change(found.logits),
+        change(found.mask),
+        None if found.valence is None else change(found.valence),
+        {k: change(v) for k, v in found.hidden.items()},
+        {k: change(v.transpose(1, 2)).transpose(1, 2) for k, v in found.attention.items()},
+    )
+
+
+def rows_of(batch: Batch, index: Any) -> Batch:
+    def pick(values: Any) -> Any:
+        return values[index]
+
+    fields = {k: pick(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    return replace(batch, **fields, teacher=mapped(batch.teacher, pick))
+
+
+def evaluate(objective: Objective, student: Signals, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """(sums, counts, gradients of the weighted sum with respect to every tensor of the student)."""
+    leaves = replace(
+        student,
+        logits=student.logits.detach().requires_grad_(),
+        valence=student.valence.detach().requires_grad_(),
+        hidden={k: v.detach().requires_grad_() for k, v in student.hidden.items()},
+        attention={k: v.detach().requires_grad_() for k, v in student.attention.items()},
+    )
+    sums, counts = objective(leaves, batch)
+    wanted = tensors(leaves)
+    found = torch.autograd.grad(sums.sum(), wanted, allow_unused=True)
+    return sums.detach(), counts, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+
+
+def steps_first(values: torch.Tensor) -> torch.Tensor:
+    """Gradients as (B, T, ...): those of attention come (B, H, T, T)."""
+    return values.transpose(1, 2) if values.dim() == 4 else values
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_values_and_gradients_are_finite_and_something_is_learnt(terms, student, batch):
+    sums, counts, gradients = evaluate(objective_of(terms), student, batch)
+    assert torch.isfinite(sums).all()
+    assert (counts > 0).all()
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert sum(g.abs().sum() for g in gradients) > 0
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("terms", CASES)
+def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms, garbage, student, batch):
+    def spoil(values: torch.Tensor) -> torch.Tensor:
+        if values.dtype == torch.bool:
+            return values
+        values = values.clone()
+        values[~student.mask] = garbage
+        return values
+
+    objective = objective_of(terms)
+    sums, counts, gradients = evaluate(objective, student, batch)
+    spoilt = replace(batch, teacher=mapped(batch.teacher, spoil), valence=spoil(batch.valence))
+    sums2, counts2, gradients2 = evaluate(objective, mapped(student, spoil), spoilt)
+    assert torch.equal(sums, sums2)
+    assert torch.equal(counts, counts2)
+    for before, after in zip(gradients, gradients2, strict=True):
+        assert torch.equal(before, after)
+        assert (steps_first(after)[~student.mask] == 0).all()
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_rows_may_be_permuted(terms, student, batch):
+    objective, order = objective_of(terms), torch.tensor([3, 0, 5, 1, 4, 2])
+    sums, counts, gradients = evaluate(objective, student, batch)
+    sums2, counts2, gradients2 = evaluate(objective, mapped(student, lambda v: v[order]), rows_of(batch, order))
+    torch.testing.assert_close(sums2, sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(counts, counts2)
+    for before, after in zip(gradients, gradients2, strict=True):
+        torch.testing.assert_close(after, before[order], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_padding_further_changes_nothing(terms, student, batch):
+    def pad(values: torch.Tensor) -> torch.Tensor:
+        values = values.transpose(1, 2) if values.dim() == 4 else values
+        if values.dim() == 4:  # attention: no weight on the keys that are not there
+            values = torch.nn.functional.pad(values, (0, 3))
+        extra = values[:, :1].repeat(1, 3, *(1,) * (values.dim() - 2))
+        padded = torch.cat([values, torch.zeros_like(extra) if values.dtype == torch.bool else extra + 1], 1)
+        return padded.transpose(1, 2) if padded.dim() == 4 else padded
+
+    def wider(found: Signals) -> Signals:
+        return Signals(
+            pad(found.logits),
+            pad(found.mask),
+            pad(found.valence),
+            {k: pad(v) for k, v in found.hidden.items()},
+            {k: pad(v) for k, v in found.attention.items()},
+        )
+
+    objective = objective_of(terms)
+    sums, counts, gradients = evaluate(objective, student, batch)
+    padded = replace(batch, mask=pad(batch.mask), valence=pad(batch.valence), teacher=wider(batch.teacher))
+    sums2, counts2, gradients2 = evaluate(objective, wider(student), padded)
+    torch.testing.assert_close(sums2, sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(counts, counts2)
+    for before, after in zip(gradients, gradients2, strict=True):
+        here = steps_first(after)[:, :T]
+        torch.testing.assert_close(
+            here[..., : steps_first(before).shape[-1]], steps_first(before), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("parts", [[6], [3, 3], [1, 5], [2, 1, 3], [1] * 6], ids=str)
+@pytest.mark.parametrize("terms", CASES)
+def test_splitting_a_batch_changes_nothing(terms, parts, student, batch):
+    objective = objective_of(terms)
+    sums, counts, gradients = evaluate(objective, student, batch)
+    ends = np.cumsum(parts)
+    slices = [slice(end - n, end) for end, n in zip(ends, parts, strict=True)]
+    found = [evaluate(objective, mapped(student, lambda v, s=s: v[s]), rows_of(batch, s)) for s in slices]
+    torch.testing.assert_close(torch.stack([f[0] for f in found]).sum(0), sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.stack([f[1] for f in found]).sum(0), counts)
+    for number, before in enumerate(gradients):
+        torch.testing.assert_close(torch.cat([f[2][number] for f in found]), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_a_row_without_a_valid_step_counts_nothing(terms, student, batch):
+    objective = objective_of(terms)
+    sums, counts, _ = evaluate(objective, mapped(student, lambda v: v[1:]), rows_of(batch, slice(1, None)))
+    mask = student.mask.clone()
+    mask[0] = False
+    empty = replace(batch, mask=mask, teacher=replace(batch.teacher, mask=mask))
+    sums2, counts2, gradients = evaluate(objective, replace(student, mask=mask), empty)
+    torch.testing.assert_close(sums2, sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(counts, counts2)
+    assert all((g[0] == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_the_teacher_receives_no_gradient(terms, student, batch):
+    mine = [v.requires_grad_() for v in tensors(student)]
+    theirs = [v.requires_grad_() for v in tensors(batch.teacher)]
+    sums, _ = objective_of(terms)(student, batch)
+    sums.sum().backward()
+    assert all(v.grad is None for v in theirs)
+    assert any(v.grad is not None for v in mine)
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_halved_precision_is_computed_in_full(terms, student, batch):
+    objective = objective_of(terms)
+    half = {"logits": student.logits.bfloat16(), "valence": student.valence.bfloat16()}
+    full = {k: v.float() for k, v in half.items()}
+    sums, _, gradients = evaluate(objective, replace(student, **half), batch)
+    expected, _, _ = evaluate(objective, replace(student, **full), batch)
+    assert sums.dtype == torch.float32
+    assert torch.equal(sums, expected)
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("terms", MATCHING)
+def test_terms_that_read_the_teachers_logits_are_still_when_student_is_teacher(terms, student, batch):
+    shifted = replace(student, logits=student.logits + 3.0)
+    for twin in (student, shifted):
+        sums, counts, gradients = evaluate(objective_of(terms), twin, replace(batch, teacher=student))
+        assert (counts > 0).all()
+        assert sums.abs().max() < 1e-5  # float32 rounding of some 20 places, each below 1e-7
+        assert all(g.abs().max() < 1e-5 for g in gradients)
+
+
+@pytest.mark.parametrize("terms", MATCHING)
+def test_constants_on_logits_change_nothing(terms, student, batch):
+    objective = objective_of(terms)
+    sums, _, _ = evaluate(objective, student, batch)
+    draw = torch.Generator().manual_seed(5)
+    mine, theirs = (3 * torch.randn(B, T, 1, generator=draw) for _ in range(2))
+    moved = replace(batch, teacher=replace(batch.teacher, logits=batch.teacher.logits + theirs))
+    sums2, _, _ = evaluate(objective, replace(student, logits=student.logits + mine), moved)
+    torch.testing.assert_close(sums2, sums, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("terms", MATCHING)
+def test_terms_that_read_the_teachers_logits_are_never_negative(terms, student, batch):
+    sums, _, _ = evaluate(objective_of(terms), student, batch)
+    assert (sums > 0).all()
+
+
+@pytest.mark.parametrize("name", list(TERMS))
+def test_a_term_says_what_it_computes(name):
+    assert (TERMS[name].make.__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", list(TECHNIQUES))
+def test_a_technique_says_what_it_is_and_names_its_source(name):
+    found = TECHNIQUES[name]
+    text = ast.get_docstring(ast.parse(found.path.read_text(encoding="utf-8"))) or ""
+    assert found.summary
+    assert found.summary == text.partition("\n")[0]
+    if name != "none":
+        assert re.search(r"\b(19|20)\d\d\b|\b\d{4}\.\d{4,5}\b", text)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> dict[str, Any]:
+    """The `[teacher]` table of a tiny encoder with random weights."""
+    settings = {"width": 8, "layers": 2, "heads": H}
+    torch.manual_seed(7)
+    module = models.build(ModelRef(settings=settings), channels=6, classes=7, key="teacher")
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(module.state_dict(), path)
+    return {"weights": str(path), "settings": settings}
+
+
+def resolved(name: str, teacher: dict[str, Any]) -> Recipe:
+    return checks.resolve({"technique": name, "teacher": teacher, "data": {"stride": 256}})
+
+
+@pytest.mark.parametrize("name", list(TECHNIQUES))
+def test_a_techniques_recipe_resolves_and_is_its_json(name, teacher):
+    found = resolved(name, teacher)
+    assert set(found.terms) == set(TECHNIQUES[name].recipe["terms"])
+    back = Recipe.model_validate_json(found.model_dump_json())
+    assert back == found
+    assert recipe.digest(back) == recipe.digest(found)
+
+
+@pytest.mark.parametrize("name", list(TECHNIQUES))
+def test_a_technique_needs_only_what_scoring_stores(name, teacher):
+    found = resolved(name, teacher)
+    assert needs_of(found.terms) <= set(Scorer(found).table(Shard(0, "val", 0, 3)).column_names)
+
+
+@pytest.mark.parametrize("terms", CASES)
+def test_the_loss_falls(terms, teacher):
+    ref = ModelRef(settings=teacher["settings"], weights=teacher["weights"])
+    model = Adapter(
+        models.build(ref, channels=6, classes=7, key="teacher"), want=frozenset(n for n in LAYERS if "." in n)
+    )
+    draw = torch.Generator().manual_seed(11)
+    label = torch.arange(64) % 7
+    inputs = torch.randn(64, 8, 6, generator=draw)
+    inputs[:, :, 0] += label[:, None]
+    mask = torch.arange(8) < torch.randint(4, 9, (64, 1), generator=draw)
+    with torch.no_grad():
+        said = model(inputs, mask)
+    columns = {"logits": 3 * said.logits, "trajectory": said.valence}
+    columns |= {f"hidden.{k}": v for k, v in said.hidden.items()}
+    columns |= {f"attention.{k}": v.transpose(1, 2) for k, v in said.attention.items()}
+    rows = DeviceRows(torch.arange(64), inputs * mask[..., None], mask, label, None, columns, mask)
+    torch.manual_seed(0)
+    student = models.build(ModelRef(settings={"width": 8}), channels=6, classes=7, key="student")
+    want = frozenset(n for n in needs_of(specs(terms)) if "." in n)
+    optim = Optim(steps=60, batch=32, learning_rate=1e-2, evaluate_every=10)
+    state = train(Arm("student", 0, specs(terms)), optim, Adapter(student, want=want), rows, lambda _: {})
+    assert state.history[-1]["loss"] < 0.9 * state.history[0]["loss"]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of softmaxes, in float64."""
+    log_p, log_q = log_softmax(p.astype(np.float64)), log_softmax(q.astype(np.float64))
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("t_squared", [True, False])
+def test_kd_equals_the_formula(temperature, t_squared, student, batch):
+    value, mask = losses.kd(student, batch, temperature=temperature, t_squared=t_squared)
+    expected = kl(batch.teacher.logits.numpy() / temperature, student.logits.numpy() / temperature)
+    expected = expected * (temperature**2 if t_squared else 1)
+    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-5)  # float32: sums of C terms of size ~T
+    assert torch.equal(mask, student.mask)
+
+
+def test_kd_on_the_sequence_compares_mean_logits(student, batch):
+    value, mask = losses.kd(student, batch, temperature=2.0, on="sequence")
+    assert mask.all()
+    for row, steps in enumerate(student.mask.sum(1).tolist()):
+        means = [z[row, :steps].numpy().mean(0) / 2 for z in (batch.teacher.logits, student.logits)]
+        assert value[row].item() == pytest.approx(4 * kl(*means), rel=1e-5)
+
+
+def test_kd_with_a_teacher_that_answers_once_compares_sequences(student, batch):
+    once = Signals(batch.teacher.sequence_logits().unsqueeze(1), torch.ones(B, 1, dtype=torch.bool))
+    value, mask = losses.kd(student, replace(batch, teacher=once))
+    expected, _ = losses.kd(student, batch, on="sequence")
+    assert mask.shape == (B,)
+    assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 8.0])
+def test_the_gradient_of_kd_is_temperature_times_the_difference(temperature, student, batch):
+    terms = {"kd": {"temperature": temperature, "on": "steps"}}
+    _, _, gradients = evaluate(objective_of(terms), student, batch)
+    q, p = ((z / temperature).double().softmax(-1) for z in (student.logits, batch.teacher.logits))
+    expected = temperature * (q - p) * student.mask[..., None]
+    torch.testing.assert_close(gradients[0].double(), expected, rtol=1e-5, atol=1e-5 * temperature)  # q - p cancels
+
+
+def test_without_the_factor_the_gradient_of_kd_is_divided_by_temperature(student, batch):
+    _, _, gradients = evaluate(objective_of({"kd": {"temperature": 4.0, "t_squared": False}}), student, batch)
+    q, p = ((z / 4).double().softmax(-1) for z in (student.logits, batch.teacher.logits))
+    expected = (q - p) / 4 * student.mask[..., None]
+    torch.testing.assert_close(gradients[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kd_tends_to_matching_centred_logits_as_temperature_rises(student, batch):
+    z_s, z_t = student.logits.double(), batch.teacher.logits.double()
+    gap = (z_s - z_s.mean(-1, keepdim=True)) - (z_t - z_t.mean(-1, keepdim=True))
+    limit = gap.square().sum(-1) / (2 * C)
+    errors = []
+    for temperature in (8.0, 32.0, 128.0):
+        value, _ = losses.kd(student, batch, temperature=temperature)
+        errors.append(((value.double() - limit).abs() / limit).mean().item())
+    # the next term of the series is of order 1 / T, so four times the temperature leaves about a quarter of the error
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[2] < 0.4 * errors[1]
+    assert errors[2] < 0.03
+
+
+def test_kd_runs_from_teacher_to_student():
+    """On peaked distributions the two directions differ by far: a student that misses a mode pays for it."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    two_modes, one_mode = torch.tensor([[[5.0, 5.0, 0.0]]]), torch.tensor([[[12.0, 0.0, 0.0]]])
+    batch = Batch(torch.zeros(1), torch.zeros(1, 1, 1), mask, torch.zeros(1, dtype=torch.int64), None)
+    value, _ = losses.kd(Signals(one_mode, mask), replace(batch, teacher=Signals(two_modes, mask)), temperature=1.0)
+    forward, reverse = kl(two_modes.numpy(), one_mode.numpy()).item(), kl(one_mode.numpy(), two_modes.numpy()).item()
+    assert forward > 5 * reverse
+    assert value.item() == pytest.approx(forward, rel=1e-5)
+
+
+def test_ce_equals_the_formula(student, batch):
+    value, mask = losses.ce(student, batch)
+    log_q = log_softmax(student.logits.numpy().astype(np.float64))
+    for row, label in enumerate(batch.label.tolist()):
+        if label == UNLABELLED:
+            assert not mask[row].any()
+        else:
+            assert torch.equal(mask[row], student.mask[row])
+            np.testing.assert_allclose(value[row].numpy(), -log_q[row, :, label], rtol=1e-5, atol=1e-6)
+
+
+def test_ce_on_the_sequence_judges_mean_logits(student, batch):
+    value, mask = losses.ce(student, batch, on="sequence")
+    assert torch.equal(mask, batch.label != UNLABELLED)
+    for row, steps in enumerate(student.mask.sum(1).tolist()):
+        if mask[row]:
+            log_q = log_softmax(student.logits[row, :steps].numpy().astype(np.float64).mean(0))
+            assert value[row].item() == pytest.approx(-log_q[batch.label[row]], rel=1e-5)
+
+
+@pytest.mark.parametrize("on", ["steps", "sequence"])
+def test_rows_without_a_label_contribute_nothing_to_ce(on, student, batch):
+    objective = objective_of({"ce": {"on": on}})
+    sums, counts, gradients = evaluate(objective, student, batch)
+    kept = batch.label != UNLABELLED
+    sums2, counts2, _ = evaluate(objective, mapped(student, lambda v: v[kept]), rows_of(batch, kept))
+    torch.testing.assert_close(sums, sums2, rtol=1e-6, atol=1e-6)
+    assert torch.equal(counts, counts2)
+    assert (gradients[0][~kept] == 0).all()
+    assert (gradients[0][kept].abs().amax((1, 2)) > 0).all()
+
+
+def test_a_batch_without_any_label_costs_nothing(student, batch):
+    objective = objective_of({"ce": {}})
+    sums, counts, gradients = evaluate(objective, student, replace(batch, label=torch.full((B,), UNLABELLED)))
+    assert objective.total(sums, counts).item() == 0
+    assert counts.item() == 0
+    assert (gradients[0] == 0).all()
+
+
+def test_a_weight_of_0_for_kd_is_ce_alone_bit_for_bit(student, batch):
+    alone, both = objective_of({"ce": {"weight": 0.7}}), objective_of({"ce": {"weight": 0.7}, "kd": {"weight": 0.0}})
+    found = [evaluate(objective, student, batch) for objective in (alone, both)]
+    assert torch.equal(alone.total(*found[0][:2]), both.total(*found[1][:2]))
+    assert torch.equal(found[0][2][0], found[1][2][0])
+    assert both.needs == frozenset()
+
+
+def test_a_weight_of_0_for_ce_ignores_labels(student, batch):
+    objective = objective_of({"ce": {"weight": 0.0}, "kd": {"weight": 1.0}})
+    other = replace(batch, label=torch.tensor([3, 3, UNLABELLED, 0, 2, UNLABELLED]))
+    found = [evaluate(objective, student, b) for b in (batch, other)]
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][2][0], found[1][2][0])
+
+
+def test_the_loss_is_the_weighted_sum_of_means(student, batch):
+    objective = objective_of({"ce": {"weight": 0.2}, "kd": {"weight": 0.8, "temperature": 3.0}})
+    sums, counts, _ = evaluate(objective, student, batch)
+    parts = [losses.ce(student, batch), losses.kd(student, batch, temperature=3.0)]
+    means = [value[mask].double().mean().item() for value, mask in parts]
+    assert objective.total(sums, counts).item() == pytest.approx(0.2 * means[0] + 0.8 * means[1], rel=1e-6)
+    assert counts.tolist() == [int(mask.sum()) for _, mask in parts]
+
+
+def test_future_valence_is_the_squared_error_against_the_discounted_mean(student, batch):
+    mask = torch.tensor([[True, True, True]])
+    guess = Signals(torch.zeros(1, 3, 2), mask, torch.tensor([[0.5, 0.0, -0.5]]))
+    column = torch.tensor([[1.0, -0.5, 0.25]])
+    row = Batch(torch.zeros(1), torch.zeros(1, 3, 1), mask, torch.zeros(1, dtype=torch.int64), column)
+    value, known = losses.future_valence(guess, row, discount=0.5)
+    future = [(1 - 0.25 + 0.0625) / 1.75, (-0.5 + 0.125) / 1.5, 0.25]
+    assert known.all()
+    np.testing.assert_allclose(value[0].numpy(), [(g - f) ** 2 for g, f in zip([0.5, 0, -0.5], future, strict=True)])
+
+
+def test_future_valence_falls_back_on_the_confidence_in_the_true_label():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    logits = torch.tensor([[[0.0, np.log(3.0)], [0.0, np.log(3.0)]]], dtype=torch.float32)
+    row = Batch(torch.zeros(1), torch.zeros(1, 2, 1), mask, torch.tensor([1]), None)
+    value, _ = losses.future_valence(Signals(logits, mask, torch.zeros(1, 2)), row)
+    np.testing.assert_allclose(value.numpy(), 0.25, rtol=1e-6)  # p = 3/4 throughout, so v = F = 1/2
+
+
+def test_future_valence_leaves_the_logits_alone(student, batch):
+    _, _, gradients = evaluate(objective_of({"future_valence": {}}), student, replace(batch, valence=None))
+    assert (gradients[0] == 0).all()
+    assert gradients[1].abs().sum() > 0
+
+
+def test_a_model_without_a_value_head_is_told_what_is_missing(student, batch):
+    with pytest.raises(ValueError, match="no value head"):
+        losses.future_valence(replace(student, valence=None), batch)
