@@ -24,11 +24,11 @@ from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.data import Dataset
 from raykd.files import read_json, write_bytes, write_json
+from raykd.loop import Arm, State, World, train
 from raykd.losses import TERMS, needs_of
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, TermSpec
 from raykd.store.reader import Store
-from raykd.loop import Arm, State, World, train
 
 Tell = Callable[[str, int, dict[str, Any]], None]
 

@@ -1,10 +1,10 @@
 """The deployable student: a folder that is whole or absent, with what it takes to run it and proof that it does.
 
-    artefact/student.safetensors   the best seed's weights, by validation accuracy
-             model.json            the model's name and settings, channels, steps and class names
-             run.py                loads both and classifies a .npy file
-             README.md             a model card to fill in
-             manifest.json         bytes and sha256 of each file, and the parity that was measured
+artefact/student.safetensors   the best seed's weights, by validation accuracy
+         model.json            the model's name and settings, channels, steps and class names
+         run.py                loads both and classifies a .npy file
+         README.md             a model card to fill in
+         manifest.json         bytes and sha256 of each file, and the parity that was measured
 """
 
 import json

@@ -139,7 +139,9 @@ def _search_problems(merged: dict[str, Any], found: Recipe, allow_import: Collec
             trial = apply_trial(merged, {key: value})
             tried, faults = recipe.validate(Recipe, trial)
             faults = faults or losses.term_problems(tried.terms if tried else {}) or _name_problems(trial, allow_import)
-            problems += [Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults]
+            if faults:
+                problems += [Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults]
+                break
     return problems
 
 

@@ -62,7 +62,7 @@ def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--smoke", is_flag=True, help="The fewest steps that still run every stage.")
     @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
     @click.option("--address", help="A Ray cluster; else RAY_ADDRESS, else one inside this process.")
-    @click.option("--allow-import", multiple=True, metavar="PACKAGE", help="Let the recipe import an installed package.")
+    @click.option("--allow-import", multiple=True, metavar="PACKAGE", help="Let the recipe import this package.")
     @wraps(function)
     def command(
         path: Path,
@@ -75,7 +75,8 @@ def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         from raykd.checks import load
 
-        result, text = function(load(path, sets, smoke=smoke, **({"allow_import": allow_import} if allow_import else {})), out, address)
+        recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
+        result, text = function(recipe, out, address)
         show(result, text, as_json)
 
     return command

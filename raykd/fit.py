@@ -4,17 +4,18 @@ import json
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from raykd.arms import arms_of, run_arms
 from raykd.errors import InfraError
 from raykd.files import read_json
+from raykd.loop import World
 from raykd.progress import Progress
 from raykd.recipe import Recipe
 from raykd.scorer import device_of
 from raykd.session import plain_error
-from raykd.loop import World
 
 
 def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]]:

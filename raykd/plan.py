@@ -9,7 +9,7 @@ from raykd.errors import DataError
 from raykd.losses import needs_of
 from raykd.recipe import Recipe
 from raykd.stages import Place
-from raykd.store.commit import StoreWriter, plan_shards
+from raykd.store.commit import plan_shards
 
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 
@@ -46,8 +46,9 @@ def _stages(place: Place) -> list[dict[str, Any]]:
     if place.store is not None:
         shards = plan_shards({n: len(r) for n, r in place.dataset.splits.items()}, recipe.store.rows_per_shard)
         done = [s for s in shards if (place.store / "_commits" / f"{s.number:05d}.json").exists()]
-        what = f"{sum(map(len, place.dataset.splits.values()))} rows in {len(shards)} shards, {len(done)} scored; about "
-        what += f"{_store_bytes(place):,} bytes before compression, in {place.store}"
+        rows = sum(map(len, place.dataset.splits.values()))
+        what = f"{rows} rows in {len(shards)} shards, {len(done)} scored; about {_store_bytes(place):,} bytes"
+        what += f" before compression, in {place.store}"
         stages.append({"stage": "score", "done": place.is_scored, "what": what})
     left = len(place.untrained)
     what = f"{len(arms)} arms of {recipe.optim.steps} steps of {recipe.optim.batch} rows, {len(arms) - left} trained"

@@ -53,7 +53,7 @@ def trials(lines: Journal, folder: Path, table: Mapping[str, Any]) -> None:
         key = f"trial/{row['number']}"
         lines.run(key, key, PARENT, tags={"raykd.arm": "trial", "raykd.state": row["state"]})
         lines.params(key, row["params"])
-        path = folder / "trials" / str(row["number"]) / "history.jsonl"
+        path = folder / "trials" / str(row["id"]) / "history.jsonl"
         history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         lines.metrics(key, curves(history))
         lines.end(key, "FAILED" if row["state"] == "failed" else "KILLED" if row["state"] == "stopped" else "FINISHED")

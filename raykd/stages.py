@@ -193,7 +193,7 @@ def _tested(place: Place, best: Recipe, row: dict[str, Any]) -> dict[str, float]
     """Test accuracy of the best trial, looked at once, after the search."""
     from raykd.trials import test_metrics
 
-    weights = place.folder / "trials" / str(row["number"]) / "weights.safetensors"
+    weights = place.folder / "trials" / row["id"] / "weights.safetensors"
     return {f"test_{k}": v for k, v in test_metrics(best, weights).items()}
 
 

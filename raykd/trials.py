@@ -1,6 +1,6 @@
 """Ray Tune: trials over one shared store.
 
-Each trial leaves `trials/<number>/`: `history.jsonl` as it goes, `weights.safetensors` if it runs to its end. Test
+Each trial leaves `trials/<id>/`: `history.jsonl` as it goes, `weights.safetensors` if it runs to its end. Test
 rows are not looked at here.
 """
 
@@ -71,11 +71,12 @@ def search(recipe: Recipe, store: Path | None, folder: Path) -> dict[str, Any]:
         grid = tuner.fit()
     except Exception as error:  # Ray raises its own kinds and ours, wrapped
         raise plain_error(error, "tune") from error
-    return _ranked([_row(result, steps) for result in grid], [r.error for r in grid if r.error])
+    return _ranked(
+        [_row(number, result, steps) for number, result in enumerate(grid)], [r.error for r in grid if r.error]
+    )
 
 
 def _ranked(trials: list[dict[str, Any]], errors: list[BaseException]) -> dict[str, Any]:
-    trials.sort(key=lambda t: t["number"])
     done = [t for t in trials if t["state"] == "finished"]
     if not done:
         raise plain_error(errors[0], "tune") if errors else InfraError("no trial ran to its end; raise search.trials")
@@ -86,7 +87,7 @@ def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     """One point of the space, trained by the plain loop in this process."""
     from ray import tune
 
-    _train_trial(config | {"number": _number(tune.get_context().get_trial_id())}, shared, World(), tune.report)
+    _train_trial(config, shared | {"trial": tune.get_context().get_trial_id()}, World(), tune.report)
 
 
 def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -94,10 +95,9 @@ def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    number = _number(tune.get_context().get_trial_id())
-    recipe = _recipe_of(config, shared)
-    loop_config = {"config": config | {"number": number}, "shared": shared}
-    folder = Path(shared["folder"]) / "trials" / str(number)
+    shared = shared | {"trial": tune.get_context().get_trial_id()}
+    loop_config = {"config": config, "shared": shared}
+    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
     group(recipe, trial_worker, loop_config, folder, cpus=WORKER_CPU, callbacks=[TuneReportCallback()]).fit()
 
 
@@ -113,7 +113,7 @@ def trial_worker(config: dict[str, Any]) -> None:
 def _train_trial(
     config: dict[str, Any], shared: dict[str, Any], world: World, report: Callable[[dict[str, Any]], Any]
 ) -> None:
-    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / str(config["number"])
+    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
     store = Path(shared["store"]) if shared["store"] else None
     shop = Workshop(recipe, store, device_of(recipe))
     arm = Arm("student", recipe.seeds[0], dict(recipe.terms))
@@ -140,8 +140,7 @@ def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
 
 
 def _recipe_of(config: dict[str, Any], shared: dict[str, Any]) -> Recipe:
-    values = {key: value for key, value in config.items() if key != "number"}
-    return Recipe.model_validate(checks.apply_trial(shared["recipe"], values))
+    return Recipe.model_validate(checks.apply_trial(shared["recipe"], config))
 
 
 def _note(folder: Path, metrics: dict[str, Any]) -> None:
@@ -151,10 +150,6 @@ def _note(folder: Path, metrics: dict[str, Any]) -> None:
 
 def _save(module: nn.Module, path: Path) -> None:
     write_bytes(path, save({k: v.contiguous() for k, v in module.state_dict().items()}))
-
-
-def _number(trial_id: str) -> int:
-    return int(trial_id.rpartition("_")[2])
 
 
 def _resources(recipe: Recipe, nested: bool) -> dict[str, float]:
@@ -201,16 +196,14 @@ def _scheduler(steps: int, grace: int) -> Any:
     return ASHAScheduler(time_attr="step", max_t=steps, grace_period=min(grace, steps), reduction_factor=2)
 
 
-def _row(result: Any, steps: int) -> dict[str, Any]:
+def _row(number: int, result: Any, steps: int) -> dict[str, Any]:
     """A trial as the report shows it; one whose metric is not a number has failed, and is never the best."""
     metrics = result.metrics or {}
     value, step = metrics.get(METRIC), metrics.get("step")
     sound = not result.error and value is not None and math.isfinite(value)
     state = "failed" if not sound else "finished" if step == steps else "stopped"
-    number = _number(metrics.get("trial_id") or Path(result.path).name.split("_")[1])
-    return {"number": number, "params": dict(result.config or {}), "steps": step, "state": state} | (
-        {METRIC: value} if sound else {METRIC: None}
-    )
+    row = {"number": number, "id": metrics.get("trial_id"), "params": dict(result.config or {}), "steps": step}
+    return row | {"state": state, METRIC: value if sound else None}
 
 
 def _progress(trials: int, steps: int) -> Any:
@@ -224,7 +217,7 @@ def _progress(trials: int, steps: int) -> Any:
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             self.reached[trial.trial_id] = result["step"]
-            note = f"trial {_number(trial.trial_id)}: validation accuracy {result[METRIC]:.3f}"
+            note = f"trial {list(self.reached).index(trial.trial_id)}: validation accuracy {result[METRIC]:.3f}"
             self.progress.advance(sum(self.reached.values()), note)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
