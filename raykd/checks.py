@@ -40,7 +40,7 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
     base, problems = _technique(raw.get("technique", "vanilla"), allow_import)
     merged = merge(base, raw)
     found, faults = recipe.validate(Recipe, merged)
-    if problems and "terms" not in raw:  # they would be the technique's
+    if "terms" not in raw and any(p.key == "technique" for p in problems + faults):  # it would have brought them
         faults = [fault for fault in faults if fault.key != "terms"]
     if not (problems and "." in raw["technique"]):
         problems += _term_problems(merged)

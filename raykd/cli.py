@@ -27,15 +27,14 @@ def cli() -> None:
     """
 
 
-def main() -> None:
-    """The `raykd` script: a user's mistake ends in one message and its exit code."""
+def main(*verb: str) -> None:
+    """The `raykd` script, or one verb of it: a user's mistake ends in one message and its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, os.getcwd())  # users' own modules, as under python -m
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = 130
-    except KeyboardInterrupt:
+        cli.main([*verb, *sys.argv[1:]], standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("raykd: interrupted; the same command continues from here", err=True)
         code = 130
     except click.ClickException as error:
         error.show()

@@ -26,7 +26,7 @@ def sequence_logits(model: nn.Module, rows: DeviceRows) -> NDArray[np.float32]:
 def classifier_metrics(logits: NDArray[np.float32], label: NDArray[np.int64]) -> dict[str, float]:
     """Accuracy and mean negative log-likelihood over the labelled rows."""
     known = label >= 0
-    logits, label = logits[known].astype(np.float64), label[known]
-    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    z, label = logits[known].astype(np.float64), label[known]
+    log_p = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
     nll = -log_p[np.arange(len(label)), label]
-    return {"accuracy": float((logits.argmax(1) == label).mean()), "nll": float(nll.mean())}
+    return {"accuracy": float((z.argmax(1) == label).mean()), "nll": float(nll.mean())}

@@ -16,24 +16,27 @@ from raykd.recipe import Recipe
 PARENT = "run"
 
 
-def open_journal(found: Recipe, folder: Path, store: Path | None) -> Journal:
-    """The run's journal, with its parent declared."""
-    lines = Journal(folder / NAME)
+def open_journal(found: Recipe, dataset: Dataset, folder: Path, store: Path | None) -> Journal:
+    """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the run reads."""
+    is_new, lines = not (folder / NAME).exists(), Journal(folder / NAME)
     tags = {"raykd.technique": found.technique, "raykd.recipe_digest": recipe.digest(found)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
     lines.run(PARENT, folder.name, tags=tags | ({"mlflow.source.git.commit": commit} if commit else {}))
+    if is_new:
+        lines.params(PARENT, dict(_flat(found.model_dump(mode="json", exclude={"scale", "track"}))))
+        rows = {name: len(split) for name, split in dataset.splits.items()}
+        lines.dataset(PARENT, dataset.name, dataset.digest, found.data.source, {"rows": rows})
+        manifest = read_json(store / "_MANIFEST.json") if store else None
+        if store and manifest:
+            lines.dataset(PARENT, f"teacher store {store.name}", manifest["sha256"], store.as_posix(), {"rows": rows})
     return lines
 
 
-def settings(lines: Journal, found: Recipe, dataset: Dataset, store: Path | None) -> None:
-    """The recipe, flat, and the data that the run reads."""
-    lines.params(PARENT, dict(_flat(found.model_dump(mode="json", exclude={"scale", "track"}))))
-    rows = {name: len(split) for name, split in dataset.splits.items()}
-    lines.dataset(PARENT, dataset.name, dataset.digest, found.data.source, {"rows": rows})
-    manifest = read_json(store / "_MANIFEST.json") if store else None
-    if store and manifest:
-        lines.dataset(PARENT, f"teacher store {store.name}", manifest["sha256"], store.as_posix(), {"rows": rows})
+def failure(folder: Path, status: str) -> None:
+    """The end of a run that did not finish; nothing if it had not begun."""
+    if (folder / NAME).exists():
+        Journal(folder / NAME).end(PARENT, status)
 
 
 def arms(lines: Journal, found: Recipe, folder: Path) -> None:

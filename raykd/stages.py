@@ -4,8 +4,7 @@ A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same fol
 not done again, and a changed input is a new folder. Teacher stores lie beside it, in `<out>/stores/`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +68,7 @@ class Place:
         return (self.folder / "artefact" / "manifest.json").exists()
 
     def journal(self) -> Journal:
-        return record.open_journal(self.recipe, self.folder, self.store)
+        return record.open_journal(self.recipe, self.dataset, self.folder, self.store)
 
     @property
     def uri(self) -> str:
@@ -78,74 +77,53 @@ class Place:
 
 def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path | None:
     """The recipe's complete teacher store; None if it reads no teacher."""
-    place = _open(recipe, out, address)
-    with _alone(place):
-        return _score(place)
+    return _walk(Place(recipe, Path(out), address), _score)
 
 
 def train(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
     """The run folder, with every arm trained in `arms/`."""
-    place = _open(recipe, out, address)
-    with _alone(place):
-        _train(place)
-    _sync(place)
-    return place.folder
+    return _walk(Place(recipe, Path(out), address), _score, _train)
 
 
 def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
     """The table of trials and the best of them, whose whole recipe is `best.toml` in the run folder."""
-    place = _open(recipe, out, address)
     if recipe.search is None:
         raise RecipeError('search: missing; add [search] with a line such as "optim.learning_rate" = {...}')
-    with _alone(place):
-        found = _tune(place)
-    _sync(place)
-    return found
+    return _walk(Place(recipe, Path(out), address), _score, _tune)
 
 
 def export(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
     """The deployable folder `artefact/` of the best seed, by validation accuracy. GateError if it is not faithful."""
-    place = _open(recipe, out, address)
-    with _alone(place):
-        _export(place)
-    return place.folder / "artefact"
+    return _walk(Place(recipe, Path(out), address), _score, _train, _export)
 
 
 def report(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
     """report.json as a dict, of all that is done; the stages it can not do without are run."""
-    place = _open(recipe, out, address)
-    with _alone(place):
-        _train(place)
-        return _report(place)
+    return _walk(Place(recipe, Path(out), address), _score, _train, _report)
 
 
 def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
     """Every stage, then report.json as a dict."""
-    place = _open(recipe, out, address)
-    with _alone(place):
-        _train(place)
-        if recipe.search is not None:
-            _tune(place)
-        _export(place)
-        return _report(place)
+    searching = [_tune] if recipe.search else []
+    return _walk(Place(recipe, Path(out), address), _score, _train, *searching, _export, _report)
 
 
-def _open(found: Recipe, out: Path, address: str | None) -> Place:
-    checks.register(found.technique)
-    place = Place(found, Path(out), address)
+def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
+    """What the last of the stages gives, taken in order while no other process works on this run."""
+    checks.register(place.recipe.technique)
     place.folder.mkdir(parents=True, exist_ok=True)
-    write_json(place.folder / "recipe.json", found.model_dump(mode="json"))
-    return place
-
-
-@contextmanager
-def _alone(place: Place) -> Iterator[None]:
-    """No other process works on this run meanwhile; a run that fails says so in its journal."""
+    write_json(place.folder / "recipe.json", place.recipe.model_dump(mode="json"))
     try:
         with patience.locked(place.folder / "checkpoints"):
-            yield
+            for stage in stages:
+                found = stage(place)
     except BlockingIOError:
         raise InfraError(f"{place.folder} is being worked on by another process; wait for it, or end it") from None
+    except BaseException as error:
+        record.failure(place.folder, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    _sync(place)
+    return found
 
 
 def _score(place: Place) -> Path | None:
@@ -159,27 +137,25 @@ def _score(place: Place) -> Path | None:
     return place.store
 
 
-def _train(place: Place) -> None:
+def _train(place: Place) -> Path:
     from raykd.fit import fit
 
-    store = _score(place)
-    if not place.untrained:
+    if place.untrained:
+        if place.recipe.scale.workers[1] > 1:
+            connect(place.address)
+        fit(place.recipe, place.store, place.folder)
+        record.arms(place.journal(), place.recipe, place.folder)
+    else:
         say("train", f"done before: {place.folder / 'arms'}")
-        return
-    record.settings(place.journal(), place.recipe, place.dataset, store)
-    if place.recipe.scale.workers[1] > 1:
-        connect(place.address)
-    fit(place.recipe, store, place.folder)
-    record.arms(place.journal(), place.recipe, place.folder)
+    return place.folder
 
 
 def _tune(place: Place) -> dict[str, Any]:
     from raykd.trials import search
 
-    store = _score(place)
     if not place.is_searched:
         connect(place.address)
-        table = search(place.recipe, store, place.folder)
+        table = search(place.recipe, place.store, place.folder)
         best = checks.resolve(checks.apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"]))
         write_bytes(place.folder / "best.toml", _toml(best).encode())
         write_json(place.folder / "tune.json", table | {"best": table["best"] | _tested(place, best, table["best"])})
@@ -202,13 +178,14 @@ def _toml(best: Recipe) -> str:
     return tomli_w.dumps(best.model_dump(mode="json", exclude_defaults=True, exclude_none=True))
 
 
-def _export(place: Place) -> None:
-    _train(place)
+def _export(place: Place) -> Path:
+    target = place.folder / "artefact"
     if place.is_exported:
-        say("export", f"done before: {place.folder / 'artefact'}")
-        return
-    manifest = artefact.export(place.recipe, place.dataset, place.folder)
-    say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {place.folder / 'artefact'}")
+        say("export", f"done before: {target}")
+    else:
+        manifest = artefact.export(place.recipe, place.dataset, place.folder)
+        say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
+    return target
 
 
 def _report(place: Place) -> dict[str, Any]:
@@ -224,7 +201,6 @@ def _report(place: Place) -> dict[str, Any]:
         say("report", str(place.folder / "report.html"))
     else:
         say("report", f"done before: {place.folder / 'report.html'}")
-    _sync(place)
     return made
 
 
@@ -235,20 +211,9 @@ def _inputs(place: Place) -> str:
 
 
 def _sync(place: Place) -> dict[str, Any]:
-    """Bring MLflow up to the journal; what it is called there. A server that is down is said and waited for later."""
-    track_table = place.recipe.track
-    synced = track.sync(place.folder, uri=place.uri, experiment=track_table.experiment)
+    """Bring MLflow up to the journal; what the run is called there. A server that is down is told later."""
+    experiment = place.recipe.track.experiment
+    synced = track.sync(place.folder, uri=place.uri, experiment=experiment)
     if not synced.done or synced.reason:
         say("track", f"{synced.reason}; {synced.pending} lines wait: raykd track sync {place.folder}")
-    uri = track.public_uri(place.uri)
-    return {"uri": uri, "experiment": track_table.experiment, "run_id": synced.runs.get(record.PARENT)}
-
-
-VERBS: dict[str, Callable[..., Any]] = {
-    "run": run,
-    "score": score,
-    "train": train,
-    "tune": tune,
-    "export": export,
-    "report": report,
-}
+    return {"uri": track.public_uri(place.uri), "experiment": experiment, "run_id": synced.runs.get(record.PARENT)}

@@ -1,0 +1,35 @@
+"""Processes of a test's own: forked from a server that has imported torch once, so that each starts at once."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["raykd.arms", "raykd.scorer"])
+
+
+def start(function: Callable[..., Any], *args: Any, **environment: str) -> BaseProcess:
+    """A process that runs `function(*args)` on one thread with these environment variables."""
+    process = CONTEXT.Process(target=_run, args=(environment, function, args))
+    process.start()
+    return process
+
+
+def wait(processes: Iterable[BaseProcess]) -> list[int | None]:
+    """The exit codes of processes, minus the signal that killed one; none outlives a minute."""
+    codes = []
+    for process in processes:
+        process.join(60)
+        codes.append(process.exitcode)
+        process.kill()
+    return codes
+
+
+def _run(environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*args)
