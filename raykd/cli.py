@@ -33,9 +33,10 @@ def main(*verb: str) -> None:
     sys.path.insert(0, os.getcwd())  # users' own modules, as under python -m
     try:
         cli.main([*verb, *sys.argv[1:]], standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (click.exceptions.Abort, KeyboardInterrupt, SystemExit) as error:
+        # only a signal raises SystemExit: our handler says 143, Ray's say 15 for SIGTERM and 0 for SIGINT
         click.echo("raykd: interrupted; the same command continues from here", err=True)
-        code = 130
+        code = 143 if isinstance(error, SystemExit) and error.code in (143, signal.SIGTERM) else 130
     except click.ClickException as error:
         error.show()
         code = 2

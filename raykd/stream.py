@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,32 +68,39 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
 
 
 def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
-    import ray
     import ray.exceptions
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    low, high = recipe.scale.scorers
-    rows = ray.data.from_items([vars(s) for s in shards], override_num_blocks=len(shards)).map_batches(
-        ShardScorer,
-        fn_constructor_args=(recipe, str(writer.folder), writer.identity),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=min(high, len(shards))),
-        num_cpus=1,
-        num_gpus=1 if device_of(recipe).type == "cuda" else 0,
-        max_restarts=recipe.scale.retries,
-        max_task_retries=recipe.scale.retries,
-    )
     progress = Progress("score", sum(s.last - s.first for s in shards), "rows")
     done, seconds = 0, 0.0
     try:
-        for row in rows.iter_rows():
-            done, seconds = done + int(row["rows"]), seconds + float(row["seconds"])
-            progress.advance(done)
+        with warnings.catch_warnings():  # Ray Data warns of its own defaults, and of the only way to bound retries
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            for row in _scored(recipe, writer, shards).iter_rows():
+                done, seconds = done + int(row["rows"]), seconds + float(row["seconds"])
+                progress.advance(done)
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
         raise plain_error(error, "score") from None
     timing = read_json(writer.folder / "_TIMING.json") or {"seconds": 0.0}
     write_json(writer.folder / "_TIMING.json", {"seconds": timing["seconds"] + seconds})
     progress.finish()
+
+
+def _scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> Any:
+    """The Ray Data set of rows and seconds a shard, whose reading scores the shards."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
+    return ray.data.from_items([vars(s) for s in shards], override_num_blocks=len(shards)).map_batches(
+        ShardScorer,
+        fn_constructor_args=(recipe, str(writer.folder), writer.identity),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+        num_cpus=1,
+        num_gpus=1 if device_of(recipe).type == "cuda" else 0,
+        max_task_retries=recipe.scale.retries,
+    )

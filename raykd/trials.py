@@ -71,9 +71,9 @@ def search(recipe: Recipe, store: Path | None, folder: Path) -> dict[str, Any]:
         grid = tuner.fit()
     except Exception as error:  # Ray raises its own kinds and ours, wrapped
         raise plain_error(error, "tune") from error
-    return _ranked(
-        [_row(number, result, steps) for number, result in enumerate(grid)], [r.error for r in grid if r.error]
-    )
+    results = [grid[i] for i in range(len(grid))]
+    rows = [_row(number, result, steps) for number, result in enumerate(results)]
+    return _ranked(rows, [result.error for result in results if result.error])
 
 
 def _ranked(trials: list[dict[str, Any]], errors: list[BaseException]) -> dict[str, Any]:

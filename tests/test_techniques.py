@@ -33,6 +33,15 @@ B, T, C, D, H = 6, 5, 4, 6, 2
 GARBAGE = [1e4, torch.inf, -torch.inf, torch.nan]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on such small tensors wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def specs(terms: dict[str, dict[str, Any]]) -> dict[str, TermSpec]:
     return {name: TermSpec(**settings) for name, settings in terms.items()}
 

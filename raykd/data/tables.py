@@ -65,7 +65,7 @@ def from_columns(columns: dict[str, list[Any]], name: str, ref: DataRef) -> Data
     group = _numbered(columns["group"]) if "group" in columns else np.arange(len(label))
     valence = _aligned(columns["valence"], mask, name) if "valence" in columns else None
     split = np.array([str(v) for v in columns["split"]])
-    if unknown := sorted(set(split) - set(SPLITS)):
+    if unknown := sorted(set(split.tolist()) - set(SPLITS)):
         raise DataError(f"{name}: column {ref.columns.split!r} holds {unknown[:5]}; write train, val or test")
     every = Rows(np.arange(len(label)), inputs, mask, label, group, valence)
     return Dataset(name, classes, {s: every.take(split == s) for s in SPLITS})

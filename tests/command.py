@@ -1,0 +1,82 @@
+"""The command line in processes of its own: forked from a server that has imported torch, so that each starts at once."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import child
+
+ROOT = Path(__file__).parents[1]
+TRUSTED = ("_MANIFEST.json", "arm.json", "tune.json", "manifest.json", "report.json", "*.parquet", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished command said, and its exit code (minus the signal that killed it)."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command under way; what it says goes to two files."""
+
+    process: BaseProcess
+    folder: Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def wait(self, limit_s: float = 180) -> Done:
+        self.process.join(limit_s)
+        ended = not self.process.is_alive()
+        self.process.kill()
+        done = Done(self.process.exitcode, *((self.folder / name).read_text() for name in ("out", "err")))
+        assert ended, f"still running after {limit_s} s:\n{done.err}"
+        return done
+
+
+def start(folder: Path, *argv: object, cwd: Path = ROOT, **environment: str) -> Running:
+    """`raykd ARGV` in a process that writes what it says into a new folder below `folder`."""
+    own = folder / f"command-{time.monotonic_ns()}"
+    own.mkdir(parents=True)
+    return Running(child.start(_main, [str(a) for a in argv], str(own), str(cwd), **environment), own)
+
+
+def raykd(folder: Path, *argv: object, cwd: Path = ROOT, **environment: str) -> Done:
+    """`raykd ARGV`, carried out."""
+    return start(folder, *argv, cwd=cwd, **environment).wait()
+
+
+def until(true: Callable[[], Any], limit_s: float = 120) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end, f"not so within {limit_s} s"
+        time.sleep(0.05)
+
+
+def left_in(out: Path) -> list[str]:
+    """Files under `out` that a later run would take for done work."""
+    return [str(path) for name in TRUSTED for path in out.rglob(name)]
+
+
+def _main(argv: list[str], folder: str, cwd: str) -> None:
+    from raykd.cli import main
+
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        handle = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1 if name == "out" else 2)
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.chdir(cwd)
+    sys.argv = ["raykd", *argv]
+    main()

@@ -1,0 +1,81 @@
+"""What tests share: one local Ray cluster for the whole run, and a small recipe over the shipped gestures."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "gesture"
+TINY = f"""
+name = "tiny"
+[data]
+stride = 40
+label_fraction = 0.5
+[teacher]
+weights = "{EXAMPLE / "teacher.safetensors"}"
+settings = {{ width = 96, layers = 3, heads = 4 }}
+[student.settings]
+width = 8
+layers = 1
+[store]
+rows_per_shard = 512
+[optim]
+steps = 40
+batch = 32
+evaluate_every = 10
+input_noise = 0.03
+[scale]
+checkpoint_every = 10
+"""
+SEARCH = """
+[search]
+trials = 4
+grace = 20
+"terms.kd.temperature" = { uniform = [1.0, 4.0] }
+"optim.learning_rate" = { loguniform = [1e-3, 1e-2] }
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The address of the run's one Ray cluster: on loopback, behind a token, in and with this process."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
+    from raykd.session import connect
+
+    connect()
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A recipe of tens of steps; `SEARCH` added to it makes one of four trials."""
+    path = tmp_path_factory.mktemp("recipes") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def scored(cluster, tiny, tmp_path_factory) -> Path:
+    """An --out that holds nothing but the tiny recipe's teacher store."""
+    from raykd import checks, stages
+
+    out = tmp_path_factory.mktemp("scored")
+    assert stages.score(checks.load(tiny), out)
+    shutil.rmtree(next(out.glob("tiny-*")))
+    return out
+
+
+@pytest.fixture
+def stocked(scored, tmp_path) -> Callable[[str], Path]:
+    """New --out folders by name, each with a copy of the store: equal recipes are trained apart in them."""
+
+    def new(name: str) -> Path:
+        return Path(shutil.copytree(scored, tmp_path / name))
+
+    return new
