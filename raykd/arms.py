@@ -64,12 +64,7 @@ class Workshop:
     def student(self, arm: Arm) -> Adapter:
         """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
         torch.manual_seed(arm.seed)
-        module = models.build(
-            self.recipe.student,
-            channels=self.train.inputs.shape[-1],
-            classes=len(self.dataset.classes),
-            key="student",
-        )
+        module = models.build(self.recipe.student, **self.dataset.shape, key="student")
         want = {n for term, spec in arm.terms.items() if spec.weight > 0 for n in TERMS[term].needs if "." in n}
         return Adapter(module, want=frozenset(want))
 

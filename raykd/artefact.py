@@ -66,7 +66,8 @@ def load(folder: Path) -> Adapter:
     ref = ModelRef(
         model=described["model"], settings=described["settings"], weights=str(folder / "student.safetensors")
     )
-    module = models.build(ref, channels=described["channels"], classes=len(described["classes"]), key="artefact")
+    shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
+    module = models.build(ref, **shape, key="artefact")
     return Adapter(module).eval()
 
 
@@ -77,14 +78,8 @@ def predict(folder: Path, dataset: Dataset) -> NDArray[np.float32]:
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    inputs = dataset.splits["train"].inputs
-    return {
-        "model": recipe.student.model,
-        "settings": recipe.student.settings,
-        "channels": inputs.shape[2],
-        "steps": inputs.shape[1],
-        "classes": list(dataset.classes),
-    }
+    described = {"model": recipe.student.model, "settings": recipe.student.settings}
+    return described | dataset.shape | {"classes": list(dataset.classes)}
 
 
 def _parity(staged: Path, dataset: Dataset, arm: Path) -> dict[str, float]:

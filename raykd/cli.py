@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         from raykd.checks import load
 
-        recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
-        result, text = function(recipe, out, address)
+        with redirect_stdout(sys.stderr):  # Ray prints too, and so may the recipe's own code
+            recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
+            result, text = function(recipe, out, address)
         show(result, text, as_json)
 
     return command

@@ -1,6 +1,7 @@
 """Ray Train: every arm of a recipe, in this process or in one group of workers."""
 
 import json
+import logging
 import os
 import threading
 import uuid
@@ -26,6 +27,7 @@ def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]
     """
     config = {"recipe": recipe.model_dump(mode="json"), "store": str(store) if store else None, "folder": str(folder)}
     arms = arms_of(recipe)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
     with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress):
         try:
@@ -45,7 +47,7 @@ def group(
     """A Ray Train group of `scale.workers` that runs `loop(config)`; its retries and waits have an end.
 
     An attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from. `options` join the
-    RunConfig, except `cpus`, a worker's share of its node.
+    RunConfig, except `cpus`, a worker's share of its node, and `num_workers`: 1 is an actor, 0 this process.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -53,13 +55,14 @@ def group(
     low, high = recipe.scale.workers
     gpu, retries = device_of(recipe).type == "cuda", recipe.scale.retries
     cpus = options.pop("cpus", 1.0)
+    num_workers = options.pop("num_workers", 0 if high == 1 else high if low == high else (low, high))
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(recipe.scale.start_timeout_s)
     return TorchTrainer(
         loop,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=0 if high == 1 else high if low == high else (low, high),
+            num_workers=num_workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
         ),

@@ -165,7 +165,7 @@ class Step:
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
         if not torch.isfinite(norm):
-            raise DataError(_diverged(self.state, self.arm, sums, counts))
+            raise DataError(_diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.optim, number)
         optimizer.step()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from raykd.errors import Problem
 from raykd.recipe import TermSpec, suggestion, validate
-from raykd.signals import UNLABELLED, Batch, Signals
+from raykd.signals import UNLABELLED, Batch, Signals, log_softmax
 from raykd.valence import future_valence as realised_future
 from raykd.valence import prefix_confidence
 
@@ -64,8 +64,8 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
     logits, mask = _places(student, on)
     target = batch.label.reshape(-1, *(1,) * (mask.dim() - 1)).expand(mask.shape)
     mask = mask & (target != UNLABELLED)
-    value = F.cross_entropy(logits.float().movedim(-1, 1), target, reduction="none", ignore_index=UNLABELLED)
-    return Places(value, mask)
+    log_q = log_softmax(logits).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return Places(-log_q, mask)
 
 
 @term("logits")
@@ -81,8 +81,8 @@ def kd(
         on = "sequence"
     z_s, mask = _places(student, on)
     z_t, _ = _places(batch.teacher, on)
-    log_q = F.log_softmax(z_s.float() / temperature, -1)
-    log_p = F.log_softmax(z_t.float() / temperature, -1)
+    log_q = log_softmax(z_s.float() / temperature)
+    log_p = log_softmax(z_t.float() / temperature)
     value = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     return Places(value * (temperature**2 if t_squared else 1.0), mask)
 

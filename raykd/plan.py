@@ -18,10 +18,9 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Stages with their state, and the run's sizes. Errors in data and weights come here, before any work."""
     place = Place(recipe, out)
     data, train = place.dataset, place.dataset.splits["train"]
-    shape = {"channels": train.inputs.shape[-1], "classes": len(data.classes)}
-    sizes = {"student": _parameters(recipe.student, shape, "student")}
+    sizes = {"student": _parameters(recipe.student, data.shape, "student")}
     if recipe.teacher:
-        sizes["teacher"] = _parameters(recipe.teacher, shape, "teacher")
+        sizes["teacher"] = _parameters(recipe.teacher, data.shape, "teacher")
     if recipe.valence.source == "column" and train.valence is None:
         raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
     return {

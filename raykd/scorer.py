@@ -17,7 +17,7 @@ from raykd.losses import needs_of
 from raykd.models.adapter import Adapter
 from raykd.recipe import ModelRef, Recipe, content_of, file_sha256
 from raykd.signals import Signals
-from raykd.store.codec import DTYPE, encode, field
+from raykd.store.codec import encode, field
 from raykd.store.commit import SCHEMA, Shard
 from raykd.store.reader import Store
 
@@ -56,12 +56,7 @@ class Scorer:
         self.recipe, self.device = recipe, device_of(recipe)
         self.dataset = data.load(recipe.data)
         register(recipe.technique)
-        module = models.build(
-            recipe.teacher,
-            channels=self.dataset.splits["train"].inputs.shape[-1],
-            classes=len(self.dataset.classes),
-            key="teacher",
-        )
+        module = models.build(recipe.teacher, **self.dataset.shape, key="teacher")
         want = frozenset(n for n in needs_of(recipe.terms) if "." in n)
         self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
 
@@ -71,7 +66,7 @@ class Scorer:
         size = self.recipe.store.batch
         batches = [self._signals(rows.take(slice(i, i + size))) for i in range(0, len(rows), size)]
         arrays = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-        bad = rows.row_id[~np.isfinite(arrays["logits"].astype(DTYPE)).all(axis=(1, 2))]
+        bad = rows.row_id[~np.isfinite(arrays["logits"]).all(axis=(1, 2))]
         if len(bad):
             raise DataError(f"the teacher gives NaN, infinite or fp16-overflowing logits for rows {bad[:5].tolist()}")
         return _to_table(rows, arrays)
@@ -83,7 +78,7 @@ class Scorer:
         out = {"logits": signals.logits, "mask": signals.mask} | self._valence(rows, signals)
         out |= {f"hidden.{k}": v for k, v in signals.hidden.items()}
         out |= {f"attention.{k}": v.transpose(1, 2) for k, v in signals.attention.items()}
-        return {k: v.cpu().numpy() for k, v in out.items()}
+        return {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
 
     def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
         """Valence per step, the teacher's future-valence trajectory, its certainty and the row's saliency."""

@@ -21,6 +21,7 @@ from raykd.journal import Journal
 from raykd.losses import needs_of
 from raykd.progress import say
 from raykd.recipe import Recipe, digest, digest_of
+from raykd.scorer import Scorer
 from raykd.session import connect
 
 OUT = Path("runs")
@@ -132,6 +133,7 @@ def _score(place: Place) -> Path | None:
     if place.is_scored:
         say("score", f"done before: {place.store}")
     else:
+        Scorer(place.recipe)  # a teacher that does not fit fails here, in one line, before Ray is started
         connect(place.address)
         stream.score(place.recipe, place.dataset, place.out.resolve())
     return place.store
@@ -156,7 +158,7 @@ def _tune(place: Place) -> dict[str, Any]:
     if not place.is_searched:
         connect(place.address)
         table = search(place.recipe, place.store, place.folder)
-        best = checks.resolve(checks.apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"]))
+        best = Recipe.model_validate(checks.apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"]))
         write_bytes(place.folder / "best.toml", _toml(best).encode())
         write_json(place.folder / "tune.json", table | {"best": table["best"] | _tested(place, best, table["best"])})
         record.trials(place.journal(), place.folder, table)

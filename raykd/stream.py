@@ -60,7 +60,6 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
     writer = StoreWriter(folder, wanted)
     missing = writer.missing(shards)
     if missing:
-        Scorer(recipe)  # a teacher that does not fit fails here, in one line, not in an actor
         _stream(recipe, writer, missing)
     # the statistics read the shards, so a provisional view stands in until the manifest exists
     writer.finish(shards, statistics(recipe, dataset, Store.of_shards(folder, writer.records(shards))))
@@ -76,7 +75,7 @@ def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
         with warnings.catch_warnings():  # Ray Data warns of its own defaults, and of the only way to bound retries
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            for row in _scored(recipe, writer, shards).iter_rows():
+            for row in scored(recipe, writer, shards).iter_rows():
                 done, seconds = done + int(row["rows"]), seconds + float(row["seconds"])
                 progress.advance(done)
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
@@ -86,7 +85,7 @@ def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
     progress.finish()
 
 
-def _scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> Any:
+def scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type[ShardScorer] = ShardScorer) -> Any:
     """The Ray Data set of rows and seconds a shard, whose reading scores the shards."""
     import ray.data
 
@@ -96,11 +95,12 @@ def _scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> Any:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
     return ray.data.from_items([vars(s) for s in shards], override_num_blocks=len(shards)).map_batches(
-        ShardScorer,
+        actor,
         fn_constructor_args=(recipe, str(writer.folder), writer.identity),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
         num_cpus=1,
         num_gpus=1 if device_of(recipe).type == "cuda" else 0,
+        max_restarts=recipe.scale.retries,
         max_task_retries=recipe.scale.retries,
     )

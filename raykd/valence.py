@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raykd.recipe import Valence
-from raykd.signals import UNLABELLED, masked_mean, zeroed
+from raykd.signals import UNLABELLED, log_softmax, masked_mean, zeroed
 
 
 def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
@@ -20,8 +20,8 @@ def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     prefix = zeroed(logits.float(), mask).cumsum(1) / seen.unsqueeze(-1)
     own = prefix[:, -1].argmax(-1)
     target = torch.where(label == UNLABELLED, own, label)
-    confidence = prefix.softmax(-1).gather(-1, target.view(-1, 1, 1).expand(*mask.shape, 1)).squeeze(-1)
-    return torch.where(mask, 2 * confidence - 1, torch.nan)
+    log_p = log_softmax(prefix).gather(-1, target.view(-1, 1, 1).expand(*mask.shape, 1)).squeeze(-1)
+    return torch.where(mask, 2 * log_p.exp() - 1, torch.nan)
 
 
 def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tensor, Tensor]:
@@ -32,19 +32,19 @@ def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tens
     """
     here = mask & torch.isfinite(valence)
     value = torch.where(here, valence, 0.0).float()
-    total, weight = torch.zeros_like(value), torch.zeros_like(value)
-    carry_v, carry_w = torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
-    for t in range(value.shape[1] - 1, -1, -1):
-        carry_v = value[:, t] + discount * carry_v
-        carry_w = here[:, t].float() + discount * carry_w
-        total[:, t], weight[:, t] = carry_v, carry_w
+    carry: Tensor | float = 0.0
+    backwards = []
+    for step in reversed(torch.stack([value, here.float()]).unbind(-1)):  # (2, B): sum and weight at once
+        carry = step + discount * carry
+        backwards.append(carry)
+    total, weight = torch.stack(backwards[::-1], -1)
     known = mask & (weight > 0)
     return torch.where(known, total / torch.where(known, weight, 1.0), 0.0), known
 
 
 def coherence(logits: Tensor, mask: Tensor) -> Tensor:
     """(B,): 1 - H / ln C, the mean over valid steps of the certainty at temperature 1, in [0, 1]."""
-    entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    entropy = torch.special.entr(log_softmax(logits).exp()).sum(-1)
     mean = masked_mean(entropy, mask)
     return (1 - mean / math.log(max(logits.shape[-1], 2))).clamp(0, 1)
 

@@ -273,19 +273,19 @@ def test_the_encoder_answers_within_its_bounds(encoder):
 
 @pytest.mark.parametrize(("size", "thousands"), [((16, 1), 3.1), ((96, 3), 230)])
 def test_the_sizes_told_in_the_examples_are_right(size, thousands):
-    encoder = SeriesEncoder(channels=6, classes=7, width=size[0], layers=size[1])
+    encoder = SeriesEncoder(channels=6, classes=7, steps=16, width=size[0], layers=size[1])
     assert sum(p.numel() for p in encoder.parameters()) / 1000 == pytest.approx(thousands, rel=0.02)
 
 
 def made(**settings) -> nn.Module:
-    return build(ModelRef(settings=settings), channels=K, classes=C, key="student")
+    return build(ModelRef(settings=settings), channels=K, classes=C, steps=16, key="student")
 
 
 def test_weights_come_back_bit_for_bit(tmp_path):
     first = made(width=8)
     save_file(first.state_dict(), tmp_path / "w.safetensors")
     ref = ModelRef(weights=str(tmp_path / "w.safetensors"), settings={"width": 8})
-    second = build(ref, channels=K, classes=C, key="teacher")
+    second = build(ref, channels=K, classes=C, steps=16, key="teacher")
     assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
     assert not torch.equal(made(width=8).head.weight, first.head.weight)
 
@@ -367,7 +367,7 @@ def registry(monkeypatch):
 @pytest.mark.usefixtures("registry")
 def test_a_registered_model_is_known_by_its_name():
     register_model("mine", lambda *, channels, classes, width: nn.Linear(channels, classes + width))
-    module = build(ModelRef(model="mine", settings={"width": 2}), channels=K, classes=C, key="student")
+    module = build(ModelRef(model="mine", settings={"width": 2}), channels=K, classes=C, steps=16, key="student")
     assert tuple(module.weight.shape) == (C + 2, K)
 
 
@@ -375,7 +375,7 @@ def test_an_unknown_model_is_refused_with_the_nearest():
     with pytest.raises(
         RecipeError, match=r"student\.model 'series_encodr': no such model\. Did you mean series_encoder\?"
     ):
-        build(ModelRef(model="series_encodr"), channels=K, classes=C, key="student")
+        build(ModelRef(model="series_encodr"), channels=K, classes=C, steps=16, key="student")
 
 
 @pytest.mark.parametrize("settings", [{"widht": 8}, {"width": "a"}, {"width": 9, "heads": 2}])
@@ -390,10 +390,10 @@ def test_a_model_is_found_in_a_module_of_the_current_directory(tmp_path, monkeyp
     (tmp_path / "mine_net.py").write_text(
         "from torch.nn import Linear\ndef net(channels, classes): return Linear(channels, classes)"
     )
-    module = build(ModelRef(model="mine_net:net"), channels=K, classes=C, key="student")
+    module = build(ModelRef(model="mine_net:net"), channels=K, classes=C, steps=16, key="student")
     assert isinstance(module, nn.Linear)
     del sys.modules["mine_net"]
     for name in ("mine_net:nett", "mine_lost:net"):
         with pytest.raises(RecipeError, match=rf"student\.model: '{name}' can not be imported"):
-            build(ModelRef(model=name), channels=K, classes=C, key="student")
+            build(ModelRef(model=name), channels=K, classes=C, steps=16, key="student")
     sys.modules.pop("mine_net", None)

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,6 @@ from child import CONTEXT, start, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors.torch import save_file
 
 from raykd import checks, data, models
 from raykd.batches import to_device
@@ -27,8 +27,7 @@ from raykd.errors import StoreError
 from raykd.files import read_json
 from raykd.losses import needs_of
 from raykd.models.adapter import Adapter
-from raykd.recipe import ModelRef, Recipe
-from raykd.scorer import Scorer, identity, statistics
+from raykd.scorer import Scorer, identity
 from raykd.store.codec import decode, encode, field
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
@@ -351,58 +350,30 @@ def test_two_processes_that_race_on_the_same_rows_leave_no_trace(whole, tmp_path
     )
 
 
-def save_teacher(path: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    module = models.build(ModelRef(settings={"width": 8}), channels=6, classes=7, key="teacher")
-    save_file(module.state_dict(), path)
-
-
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> dict[str, Any]:
     """A recipe whose teacher is a tiny encoder with random weights."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_teacher(path, 0)
     return {
         "technique": "vanilla",
-        "teacher": {"weights": str(path), "settings": {"width": 8}},
+        "teacher": by_hand.teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors"),
         "data": {"stride": 256, "label_fraction": 0.5},
         "store": {"rows_per_shard": 100, "batch": 64},
         "scale": {"device": "cpu"},
     }
 
 
-def score(found: Recipe, out: Path, *, backwards: bool = False) -> Path:
-    """The store of a recipe, scored in this process on one thread, as each actor of the pool does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    scorer = Scorer(found)
-    wanted = identity(found, scorer.dataset)
-    folder = out / store_id(wanted)
-    shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard)
-    writer = StoreWriter(folder, wanted)
-    for shard in shards[::-1] if backwards else shards:
-        writer.commit(shard, scorer.table(shard))
-    writer.finish(shards, statistics(found, scorer.dataset, Store.of_shards(folder, writer.records(shards))))
-    torch.set_num_threads(before)
-    return folder
-
-
 def test_two_scorings_in_other_folders_orders_and_processes_are_one_manifest(raw, tmp_path):
     found = checks.resolve(raw)
-    other = start(score_backwards, found, tmp_path / "there")
-    here = score(found, tmp_path / "here")
+    other = start(by_hand.score_backwards, found, tmp_path / "there")
+    here = by_hand.score(found, tmp_path / "here")
     assert wait([other]) == [0]
     assert manifest_of(tmp_path / "there" / here.name) == manifest_of(here)
     assert Store(here).manifest["store_id"] == here.name
 
 
-def score_backwards(found: Recipe, out: Path) -> None:
-    score(found, out, backwards=True)
-
-
 def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
     found = checks.resolve(raw)
-    store, dataset = Store(score(found, tmp_path)), data.load(found.data)
+    store, dataset = Store(by_hand.score(found, tmp_path)), data.load(found.data)
     module = models.build(found.teacher, channels=6, classes=7, key="teacher").eval()
     for split, rows in dataset.splits.items():
         read = to_device(rows, split, store, needs_of(found.terms) | {"trajectory"}, torch.device("cpu"))
@@ -447,7 +418,7 @@ def with_(raw: dict[str, Any], table: str, **values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("table", "values"),
     [
-        ("teacher", {"settings": {"width": 8, "heads": 4}}),
+        ("teacher", {"settings": {**by_hand.SETTINGS, "heads": 4}}),
         ("data", {"stride": 200}),
         ("data", {"split": "subject"}),
         ("data", {"label_fraction": 0.4}),
@@ -484,8 +455,8 @@ def test_names_and_seeds_leave_the_id(raw):
 
 
 def test_the_teachers_weights_change_the_id_and_their_path_does_not(raw, tmp_path):
-    save_teacher(tmp_path / "same.safetensors", 0)
-    save_teacher(tmp_path / "other.safetensors", 1)
+    by_hand.teacher(tmp_path / "same.safetensors", 0)
+    by_hand.teacher(tmp_path / "other.safetensors", 1)
     assert id_of(with_(raw, "teacher", weights=str(tmp_path / "same.safetensors"))) == id_of(raw)
     assert id_of(with_(raw, "teacher", weights=str(tmp_path / "other.safetensors"))) != id_of(raw)
 

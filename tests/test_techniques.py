@@ -12,10 +12,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, get_args, get_type_hints
 
+import by_hand
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from raykd import catalog, checks, losses, models, recipe, techniques
 from raykd.batches import DeviceRows
@@ -317,12 +317,7 @@ def test_a_technique_says_what_it_is_and_names_its_source(name):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> dict[str, Any]:
     """The `[teacher]` table of a tiny encoder with random weights."""
-    settings = {"width": 8, "layers": 2, "heads": H}
-    torch.manual_seed(7)
-    module = models.build(ModelRef(settings=settings), channels=6, classes=7, key="teacher")
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_file(module.state_dict(), path)
-    return {"weights": str(path), "settings": settings}
+    return by_hand.teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", seed=7)
 
 
 def resolved(name: str, teacher: dict[str, Any]) -> Recipe:

@@ -137,7 +137,7 @@ def test_prefix_confidence_lies_between_its_bounds():
 @pytest.mark.parametrize("t", range(1, 6))
 def test_prefix_confidence_of_a_causal_model_reads_no_later_step(t):
     torch.manual_seed(0)
-    model = SeriesEncoder(channels=3, classes=4, width=8)
+    model = SeriesEncoder(channels=3, classes=4, steps=16, width=8)
     inputs, mask, label = torch.randn(5, 6, 3), torch.ones(5, 6, dtype=torch.bool), torch.arange(5) % 4
     changed = inputs.clone()
     changed[:, t:] = 9 * torch.randn(5, 6 - t, 3)

@@ -6,18 +6,13 @@ pytestmark = pytest.mark.ray
 import command
 def test_a(scored, cluster, stocked, tiny, tmp_path):
     import os
-    print(list(scored.rglob("*")))
     env = {"RAY_ADDRESS": cluster, "RAY_AUTH_MODE":"token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
-    t=time.time()
-    d = command.raykd(tmp_path, "train", tiny, "--out", stocked("a"), "--set", "scale.workers=2", **env)
-    print(d.code, d.out, d.err); print("2 workers", time.time()-t)
-    t=time.time()
-    fired = tmp_path/"fired"
-    env["RAY_JOB_CONFIG_JSON_ENV_VAR"]=json.dumps({"runtime_env": {"env_vars": {"RAYKD_FAULT":"train:step=25,rank=1,arm=student-0","RAYKD_FAULT_FIRED":str(fired)}}})
-    d = command.raykd(tmp_path, "train", tiny, "--out", stocked("b"), "--set", "scale.workers=2", **env)
-    print(d.code, d.out, d.err, fired.exists()); print("2 workers fault", time.time()-t)
-    t=time.time()
-    d = command.raykd(tmp_path, "train", tiny, "--out", stocked("c"))
-    print(d.code, d.out, d.err); print("local", time.time()-t)
-    import hashlib
-    for p in sorted(tmp_path.rglob("weights.safetensors")): print(p, hashlib.sha256(p.read_bytes()).hexdigest()[:12])
+    def go(name, *a, **e):
+        t=time.time(); d = command.raykd(tmp_path, *a, **e); print("=====", name, d.code, round(time.time()-t,1)); print(d.out); print("-- err"); print(d.err)
+    go("local", "train", tiny, "--out", stocked("c"))
+    go("bad teacher", "run", tiny, "--out", tmp_path/"x", "--set", "teacher.settings.width=64", **env)
+    go("diverge 1", "train", tiny, "--out", stocked("d"), "--set", "optim.learning_rate=1e30", **env)
+    go("diverge 2", "train", tiny, "--out", stocked("e"), "--set", "optim.learning_rate=1e30", "--set", "scale.workers=2", **env)
+    go("bad student 2", "train", tiny, "--out", stocked("f"), "--set", "student.settings.width=7", "--set", "scale.workers=2", **env)
+    go("search", "tune", tiny, "--out", stocked("g"), "--set", "search={trials=4,grace=20,\"optim.learning_rate\"={loguniform=[1e-3,1e-2]}}", **env)
+    go("search bad", "tune", tiny, "--out", stocked("h"), "--set", "search={trials=4,grace=20,\"optim.learning_rate\"={loguniform=[1e29,1e30]}}", **env)

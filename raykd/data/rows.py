@@ -44,6 +44,12 @@ class Dataset:
     splits: dict[str, Rows]
 
     @property
+    def shape(self) -> dict[str, int]:
+        """What a model must be built for: channels and steps of its inputs, classes of its answers."""
+        _, steps, channels = self.splits["train"].inputs.shape
+        return {"channels": channels, "classes": len(self.classes), "steps": steps}
+
+    @property
     def digest(self) -> str:
         """Hex sha256 of everything a result can depend on: ids, inputs, masks, labels, groups, valence, classes."""
         state = hashlib.sha256("\0".join(self.classes).encode())

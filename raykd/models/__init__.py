@@ -1,5 +1,6 @@
 """Models: a recipe's `[teacher]` or `[student]` table to a module, and any module to Signals."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder}
 
 
 def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
-    """Make `factory(channels=, classes=, **settings)` known to recipes as `model = name`."""
+    """Make `factory(channels=, classes=, **settings)` known to recipes as `model = name`.
+
+    A factory with a parameter `steps` is also told the number of steps of the data's longest row.
+    """
     MODELS[name] = factory
 
 
-def build(ref: ModelRef, *, channels: int, classes: int, key: str) -> nn.Module:
+def build(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> nn.Module:
     """The module of a recipe's table with its weights loaded. RecipeError if either does not fit; `key` names it."""
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
+    shape = {"channels": channels, "classes": classes}
+    shape |= {"steps": steps} if "steps" in inspect.signature(factory).parameters else {}
     try:
-        module = factory(**{"channels": channels, "classes": classes, **ref.settings})
+        module = factory(**{**shape, **ref.settings})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{key}.settings: {ref.model} refuses {ref.settings}: {error}") from None
     if ref.weights:

@@ -17,7 +17,7 @@ class SeriesEncoder(nn.Module):
         *,
         channels: int,
         classes: int,
-        steps: int = 16,
+        steps: int,
         width: int = 16,
         layers: int = 1,
         heads: int = 2,

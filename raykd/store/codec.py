@@ -18,7 +18,7 @@ DTYPE = np.dtype("<f2")
 
 def encode(values: NDArray[Any], mask: NDArray[np.bool_]) -> pa.BinaryArray:
     """(N,) binary: the valid steps of `values` (N, T, ...) as fp16."""
-    flat = np.ascontiguousarray(values[mask].astype(DTYPE))
+    flat = np.ascontiguousarray(values[mask].astype(DTYPE, copy=False))
     width = DTYPE.itemsize * int(np.prod(values.shape[2:], dtype=np.int64))
     offsets = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int64) * width
     if offsets[-1] > np.iinfo(np.int32).max:

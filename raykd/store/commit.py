@@ -63,9 +63,7 @@ class StoreWriter:
 
     def commit(self, shard: Shard, table: pa.Table) -> dict[str, Any]:
         """Write one shard whole, then its record; the record that stands, ours or an earlier attempt's."""
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", compression_level=3, write_page_checksum=True)
-        data = sink.getvalue()
+        data = to_parquet(table)
         record = record_of(shard, data)
         assert table.num_rows == record["rows"]
         faults.point("score", shard=shard.number, at="before_write")
@@ -116,6 +114,15 @@ class StoreWriter:
 
     def _record(self, shard: Shard) -> Path:
         return self.folder / "_commits" / f"{shard.number:05d}.json"
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """A shard's file: no dictionary, because encoded rows do not repeat."""
+    sink = io.BytesIO()
+    pq.write_table(
+        table, sink, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
+    )
+    return sink.getvalue()
 
 
 def record_of(shard: Shard, data: bytes) -> dict[str, Any]:

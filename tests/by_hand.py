@@ -1,0 +1,44 @@
+"""A small teacher with random weights, and its store scored by hand: what Ray schedules, without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from raykd import models
+from raykd.recipe import ModelRef, Recipe
+from raykd.scorer import Scorer, identity, statistics
+from raykd.store.commit import StoreWriter, plan_shards, store_id
+from raykd.store.reader import Store
+
+SETTINGS = {"width": 8, "layers": 2, "heads": 2}
+
+
+def teacher(path: Path, seed: int = 0) -> dict[str, Any]:
+    """The `[teacher]` table of an encoder for the gestures, its weights drawn by `seed` and saved at `path`."""
+    torch.manual_seed(seed)
+    module = models.build(ModelRef(settings=SETTINGS), channels=6, classes=7, key="teacher")
+    save_file(module.state_dict(), path)
+    return {"weights": str(path), "settings": SETTINGS}
+
+
+def score(found: Recipe, out: Path, *, backwards: bool = False) -> Path:
+    """The folder of a recipe's store, scored shard by shard on one thread, as each actor of the pool does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scorer = Scorer(found)
+    wanted = identity(found, scorer.dataset)
+    folder = out / store_id(wanted)
+    shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard)
+    writer = StoreWriter(folder, wanted)
+    for shard in shards[::-1] if backwards else shards:
+        writer.commit(shard, scorer.table(shard))
+    writer.finish(shards, statistics(found, scorer.dataset, Store.of_shards(folder, writer.records(shards))))
+    torch.set_num_threads(before)
+    return folder
+
+
+def score_backwards(found: Recipe, out: Path) -> None:
+    """The same, last shard first."""
+    score(found, out, backwards=True)
