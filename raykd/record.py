@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd import recipe
+from raykd import journal, recipe
 from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.files import read_json
@@ -33,9 +33,11 @@ def open_journal(found: Recipe, dataset: Dataset, folder: Path, store: Path | No
     return lines
 
 
-def failure(folder: Path, status: str) -> None:
-    """The end of a run that did not finish; nothing if it had not begun."""
-    if (folder / NAME).exists():
+def ended(folder: Path, status: str) -> None:
+    """How the run stands after a command; nothing if it had not begun, or if that is what was said last."""
+    lines = journal.read(folder / NAME)
+    last = lines[-1] if lines else None
+    if last and (last["kind"], last["run"], last.get("status")) != ("end", PARENT, status):
         Journal(folder / NAME).end(PARENT, status)
 
 
@@ -63,7 +65,7 @@ def trials(lines: Journal, folder: Path, table: Mapping[str, Any]) -> None:
 
 
 def result(lines: Journal, report: Mapping[str, Any]) -> None:
-    """The report's figures, its files, and the run's end."""
+    """The report's figures and its files."""
     found: list[Metric] = []
     for name in ("teacher", "control", "student", "artefact"):
         metric = report[name]["metrics"].get("accuracy")
@@ -80,7 +82,6 @@ def result(lines: Journal, report: Mapping[str, Any]) -> None:
             lines.artefact(PARENT, Path(name))
     if (lines.path.parent / "artefact").exists():
         lines.artefact(PARENT, Path("artefact"), "artefact")
-    lines.end(PARENT, "FINISHED")
 
 
 def curves(history: Iterable[Mapping[str, Any]]) -> list[Metric]:

@@ -10,7 +10,6 @@ from raykd.errors import InfraError, RaykdError
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # or each pool of actors that may restart is an error on stderr
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -63,7 +62,7 @@ def plain_error(error: BaseException, stage: str) -> RaykdError:
         failures = getattr(link, "worker_failures", None) or {}
         todo += [link.__cause__, link.__context__, getattr(link, "cause", None), *failures.values()]
     for link in chain:
-        if isinstance(link, RaykdError):
+        if isinstance(link, RaykdError) and not hasattr(link, "cause"):  # not Ray's copy of it, which is a traceback
             return link
     deepest = chain[-1]
     return InfraError(f"{stage} failed after its retries: {type(deepest).__name__}: {_last_line(deepest)}")

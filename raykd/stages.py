@@ -121,8 +121,9 @@ def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     except BlockingIOError:
         raise InfraError(f"{place.folder} is being worked on by another process; wait for it, or end it") from None
     except BaseException as error:
-        record.failure(place.folder, "FAILED" if isinstance(error, Exception) else "KILLED")
+        record.ended(place.folder, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
+    record.ended(place.folder, "FINISHED")
     _sync(place)
     return found
 

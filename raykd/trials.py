@@ -47,7 +47,7 @@ def search(recipe: Recipe, store: Path | None, folder: Path) -> dict[str, Any]:
         "folder": str(folder.resolve()),
     }
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails a trial is told once, by us
     tuner = tune.Tuner(
         tune.with_resources(function, _resources(recipe, nested)),
         param_space={key: _domain(span) for key, span in settings.space.items()},

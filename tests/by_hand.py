@@ -6,20 +6,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from raykd import models
-from raykd.recipe import ModelRef, Recipe
+from raykd.models.series import SeriesEncoder
+from raykd.recipe import Recipe
 from raykd.scorer import Scorer, identity, statistics
 from raykd.store.commit import StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
 
-SETTINGS = {"width": 8, "layers": 2, "heads": 2}
+SETTINGS = {"steps": 16, "width": 8, "layers": 2, "heads": 2}
 
 
 def teacher(path: Path, seed: int = 0) -> dict[str, Any]:
     """The `[teacher]` table of an encoder for the gestures, its weights drawn by `seed` and saved at `path`."""
     torch.manual_seed(seed)
-    module = models.build(ModelRef(settings=SETTINGS), channels=6, classes=7, key="teacher")
-    save_file(module.state_dict(), path)
+    save_file(SeriesEncoder(channels=6, classes=7, **SETTINGS).state_dict(), path)
     return {"weights": str(path), "settings": SETTINGS}
 
 

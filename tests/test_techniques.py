@@ -16,13 +16,15 @@ import by_hand
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from raykd import catalog, checks, losses, models, recipe, techniques
+from raykd import catalog, checks, losses, recipe, techniques
 from raykd.batches import DeviceRows
 from raykd.loop import Arm, train
 from raykd.losses import TERMS, Objective, needs_of
 from raykd.models.adapter import Adapter
-from raykd.recipe import ModelRef, Optim, Recipe, TermSpec
+from raykd.models.series import SeriesEncoder
+from raykd.recipe import Optim, Recipe, TermSpec
 from raykd.scorer import Scorer
 from raykd.signals import UNLABELLED, Batch, Signals
 from raykd.store.commit import Shard
@@ -341,10 +343,9 @@ def test_a_technique_needs_only_what_scoring_stores(name, teacher):
 
 @pytest.mark.parametrize("terms", CASES)
 def test_the_loss_falls(terms, teacher):
-    ref = ModelRef(settings=teacher["settings"], weights=teacher["weights"])
-    model = Adapter(
-        models.build(ref, channels=6, classes=7, key="teacher"), want=frozenset(n for n in LAYERS if "." in n)
-    )
+    module = SeriesEncoder(channels=6, classes=7, **teacher["settings"])
+    module.load_state_dict(load_file(teacher["weights"]))
+    model = Adapter(module, want=frozenset(n for n in LAYERS if "." in n))
     draw = torch.Generator().manual_seed(11)
     label = torch.arange(64) % 7
     inputs = torch.randn(64, 8, 6, generator=draw)
@@ -357,7 +358,7 @@ def test_the_loss_falls(terms, teacher):
     columns |= {f"attention.{k}": v.transpose(1, 2) for k, v in said.attention.items()}
     rows = DeviceRows(torch.arange(64), inputs * mask[..., None], mask, label, None, columns, mask)
     torch.manual_seed(0)
-    student = models.build(ModelRef(settings={"width": 8}), channels=6, classes=7, key="student")
+    student = SeriesEncoder(channels=6, classes=7, steps=8, width=8)
     want = frozenset(n for n in needs_of(specs(terms)) if "." in n)
     optim = Optim(steps=60, batch=32, learning_rate=1e-2, evaluate_every=10)
     state = train(Arm("student", 0, specs(terms)), optim, Adapter(student, want=want), rows, lambda _: {})

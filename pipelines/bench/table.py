@@ -1,13 +1,27 @@
-"""How every benchmark ends: the machine, a table of its figures, and one line of JSON."""
+"""How every benchmark measures and ends: the machine, a table of its figures, and one line of JSON."""
 
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+
+class Clock:
+    """CPU seconds of this process, and wall seconds, since the last reading."""
+
+    def __init__(self) -> None:
+        self.read()
+
+    def read(self) -> tuple[float, float]:
+        now = time.process_time(), time.perf_counter()
+        passed = tuple(a - b for a, b in zip(now, getattr(self, "last", now), strict=True))
+        self.last = now
+        return passed[0], passed[1]
 
 
 class Figure(NamedTuple):

@@ -1,0 +1,117 @@
+"""A scored row: raykd's actor under Ray Data, and a bare loop that takes turns with it."""
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from pipelines.bench.table import Clock
+from raykd import data, stream
+from raykd.files import put_once
+from raykd.recipe import Recipe
+from raykd.scorer import Scorer, _to_table
+from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
+
+SHARDS_A_ROUND, ROUNDS = 6, 10
+
+
+class Paired(stream.ShardScorer):
+    """A ShardScorer that, after each round of shards, scores their rows once more by a bare loop, into one file."""
+
+    def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
+        super().__init__(recipe, folder, wanted)
+        self.size = recipe.store.batch
+        self.bare_path = Path(folder) / "bare.parquet"
+        self.bare_file: pq.ParquetWriter | None = None
+        self.round: list[Shard] = []
+        self.warm, self.gap = False, 0.0
+        self.clock = Clock()
+        self.left = time.perf_counter()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.gap += time.perf_counter() - self.left
+        out = super().__call__(batch)
+        self.round.append(Shard(*(batch[k].item() for k in ("number", "split", "first", "last"))))
+        spent = [np.nan] * 5
+        if not self.warm or len(self.round) == SHARDS_A_ROUND:
+            raykd, bare = self.clock.read(), self.bare()
+            if self.warm:
+                spent = [*raykd, *bare, self.gap]
+            self.warm, self.gap, self.round = True, 0.0, []
+        self.left = time.perf_counter()
+        return out | {"spent": np.array([spent])}
+
+    @torch.inference_mode()
+    def bare(self) -> tuple[float, float]:
+        """CPU and wall seconds of a plain pass over the round's rows."""
+        for shard in self.round:
+            rows = self.scorer.dataset.splits[shard.split]
+            parts = []
+            for i in range(shard.first, shard.last, self.size):
+                x = torch.from_numpy(rows.inputs[i : min(i + self.size, shard.last)])
+                parts.append(self.scorer.teacher.module(x)["logits"].half())
+            z = torch.cat(parts).flatten(1).numpy()
+            logits = pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), z.shape[1])
+            table = pa.table({"row_id": rows.row_id[shard.first : shard.last], "logits": logits})
+            self.bare_file = self.bare_file or pq.ParquetWriter(self.bare_path, table.schema, compression="zstd")
+            self.bare_file.write_table(table)
+        return self.clock.read()
+
+
+def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
+    """(rounds, 5): CPU and wall seconds of raykd, of the bare loop, and of raykd's waits between shards."""
+    dataset = data.load(recipe.data)
+    _, wanted = stream.locate(recipe, dataset, folder)
+    writer = StoreWriter(folder / "paired", wanted)
+    shards = plan_shards({"train": len(dataset.splits["train"])}, recipe.store.rows_per_shard)
+    taken = shards[: 1 + SHARDS_A_ROUND * ROUNDS]
+    spent = np.stack([row["spent"] for row in stream.scored(recipe, writer, taken, Paired).iter_rows()])
+    return spent[np.isfinite(spent).all(1)]
+
+
+def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
+    """Median CPU seconds of each part of one shard's scoring."""
+    scorer = Scorer(recipe)
+    shard = Shard(0, "train", 0, recipe.store.rows_per_shard)
+    rows = scorer.dataset.splits["train"].take(slice(shard.first, shard.last))
+    size = recipe.store.batch
+    batches = [rows.take(slice(i, i + size)) for i in range(0, len(rows), size)]
+    signals = [scorer._signals(batch) for batch in batches]
+    arrays = {k: np.concatenate([s[k] for s in signals]) for k in signals[0]}
+    table = scorer.table(shard)
+    content, fresh = to_parquet(table), itertools.count()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for b in batches:
+                scorer.teacher(torch.from_numpy(b.inputs), torch.from_numpy(b.mask))
+
+    def write() -> None:
+        number = next(fresh)
+        put_once(folder / f"{number}.parquet", content)
+        put_once(folder / f"{number}.json", b"{}")
+
+    def cost(act: Callable[[], Any]) -> float:
+        spent = []
+        for _ in range(times):
+            started = time.process_time()
+            act()
+            spent.append(time.process_time() - started)
+        return float(np.median(spent))
+
+    whole, alone = cost(lambda: scorer.table(shard)), cost(forward)
+    encoded = cost(lambda: _to_table(rows, dict(arrays)))
+    return {
+        "forward": alone,
+        "valence signals": whole - alone - encoded,
+        "encode, Parquet": encoded + cost(lambda: to_parquet(table)),
+        "sha256": cost(lambda: record_of(shard, content)),
+        "write, fsync": cost(write),
+    }

@@ -1,0 +1,162 @@
+"""A training step: raykd's loop in a Ray Train worker, and a loop written by hand that takes turns with it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.bench.table import Clock
+from raykd import fit
+from raykd.arms import Workshop, arms_of
+from raykd.batches import DeviceRows
+from raykd.checkpoints import Checkpoints
+from raykd.loop import Arm, Learner, State, Step, World
+from raykd.losses import Objective
+from raykd.recipe import Optim, Recipe
+
+
+def run(recipe: Recipe, store: Path, folder: Path) -> dict[str, Any]:
+    """CPU and wall seconds of each round of both loops, and the parts of a step, from one real worker."""
+    config = {"recipe": recipe.model_dump(mode="json"), "store": str(store), "folder": str(folder)}
+    return fit.group(recipe, worker, config, folder, num_workers=1).fit().return_value
+
+
+class Plain:
+    """Distillation by hand: this recipe's terms, noise, clip, AdamW and schedule, for rows without padding."""
+
+    def __init__(self, optim: Optim, arm: Arm, module: nn.Module, rows: DeviceRows):
+        self.optim, self.module, self.inputs, self.label = optim, module, rows.inputs, rows.label
+        self.teacher = rows.teacher["logits"].float()
+        self.ce, self.kd = arm.terms["ce"].weight, arm.terms["kd"].weight
+        self.temperature = float(str(arm.terms["kd"].settings["temperature"]))
+        self.adamw = torch.optim.AdamW(
+            module.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+        )
+        labelled = round(optim.labelled_share * optim.batch)
+        self.labelled = endless(torch.nonzero(rows.label >= 0).squeeze(1), labelled)
+        self.every = endless(torch.arange(len(rows.label)), optim.batch - labelled)
+        self.number, self.running = 0, torch.zeros(())
+
+    def loss(self, x: Tensor, y: Tensor, z_teacher: Tensor) -> Tensor:
+        z, t = self.module(x)["logits"], self.temperature
+        ce = F.cross_entropy(z.transpose(1, 2), y.unsqueeze(1).expand(z.shape[:2]), ignore_index=-100)
+        log_q, log_p = F.log_softmax(z / t, -1), F.log_softmax(z_teacher / t, -1)
+        kd = t * t * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / z.shape[:2].numel()
+        return self.ce * ce + self.kd * kd
+
+    def step(self) -> None:
+        index = torch.cat([next(self.labelled), next(self.every)])
+        x = self.inputs[index]
+        x = x + self.optim.input_noise * torch.randn_like(x)
+        loss = self.loss(x, self.label[index], self.teacher[index])
+        self.adamw.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.optim.clip)
+        warm, steps = self.optim.warmup * self.optim.steps, self.optim.steps
+        share = min((self.number + 1) / warm, (steps - self.number) / (steps - warm))
+        for group in self.adamw.param_groups:
+            group["lr"] = self.optim.learning_rate * share
+        self.adamw.step()
+        self.running += loss.detach()
+        self.number += 1
+
+
+def endless(pool: Tensor, size: int) -> Iterator[Tensor]:
+    """Whole batches of a pool, shuffled again each time it is used up."""
+    while True:
+        yield from pool[torch.randperm(len(pool))].split(size)[: len(pool) // size]
+
+
+class Alternating(Workshop):
+    """A Workshop that, where the validation would be, lets the hand-written loop train as many steps."""
+
+    def __init__(self, recipe: Recipe, store: Path):
+        super().__init__(recipe, store, torch.device("cpu"))
+        self.arm = next(a for a in arms_of(recipe) if a.name == "student")
+        self.plain = Plain(recipe.optim, self.arm, self.student(self.arm).module, self.train)
+        self.raykd: list[tuple[float, float]] = []
+        self.by_hand: list[tuple[float, float]] = []
+        self.clock = Clock()
+
+    def validate(self, student: nn.Module) -> dict[str, float]:
+        self.raykd.append(self.clock.read())
+        for _ in range(self.recipe.optim.evaluate_every):
+            self.plain.step()
+        self.by_hand.append(self.clock.read())
+        return {"val_accuracy": 0.0}
+
+
+def worker(config: dict[str, Any]) -> dict[str, Any]:
+    """In a worker: rounds of both loops in turn, and where a step's time goes."""
+    import ray.train
+
+    recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
+    shop = Alternating(recipe, Path(config["store"]))
+    check_equal(shop)
+    reports: list[float] = []
+
+    def report(step: int, metrics: dict[str, Any]) -> None:
+        started = time.process_time()
+        ray.train.report({"arm": shop.arm.key, **metrics})
+        reports.append(time.process_time() - started)
+
+    kept = Checkpoints(folder / "checkpoints" / shop.arm.key)
+    shop.clock.read()
+    shop.train_arm(shop.arm, shop.student(shop.arm), checkpoints=kept, report=report)
+    parts = step_parts(shop) | {"report": float(np.median(reports)) / recipe.optim.evaluate_every}
+    return {"raykd": shop.raykd, "by_hand": shop.by_hand, "parts": parts}
+
+
+def fresh_step(shop: Alternating) -> tuple[Learner, Step]:
+    optim = shop.recipe.optim
+    learner = Learner(shop.student(shop.arm), Objective(shop.arm.terms))
+    adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+    return learner, Step(shop.arm, optim, shop.train, World(), State(learner, adamw), learner)
+
+
+def check_equal(shop: Alternating) -> None:
+    """From equal weights and an equal batch, both loops have one loss and one gradient."""
+    learner, step = fresh_step(shop)
+    batch = step._batch(0)
+    assert batch.teacher is not None
+    ours = learner.objective.total(*learner(batch))
+    ours.backward()
+    theirs = shop.plain.loss(batch.inputs, batch.label, batch.teacher.logits.float())
+    theirs.backward()
+    pairs = zip(learner.student.module.parameters(), shop.plain.module.parameters(), strict=True)
+    grads = [(a.grad, b.grad) for a, b in pairs if a.grad is not None or b.grad is not None]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for a, b in grads:
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def step_parts(shop: Alternating, steps: int = 300) -> dict[str, float]:
+    """Median CPU seconds of each part of raykd's step."""
+    learner, step = fresh_step(shop)
+    rows = []
+    for number in range(steps):
+        marks = [time.process_time()]
+
+        def mark(marks: list[float] = marks) -> None:
+            marks.append(time.process_time())
+
+        batch = step._batch(number)
+        mark()
+        signals = learner.student(batch.inputs, batch.mask)
+        mark()
+        loss = learner.objective.total(*learner.objective(signals, batch))
+        mark()
+        step.state.optimizer.zero_grad()
+        loss.backward()
+        mark()
+        nn.utils.clip_grad_norm_(step.parameters, shop.recipe.optim.clip)
+        step.state.optimizer.step()
+        mark()
+        rows.append(np.diff(marks))
+    names = ("order, batch, noise", "forward", "loss", "backward", "clip, optimiser")
+    return dict(zip(names, np.median(rows, axis=0).tolist(), strict=True))
