@@ -91,7 +91,7 @@ def run_arms(
     shop = Workshop(recipe, store, device)
     for arm in arms_of(recipe):
         target = folder / "arms" / arm.key
-        if _agreed(world, read_json(target / "arm.json") is not None):
+        if _agreed(world, read_json(target / "arm.json") is not None, device):
             continue
         kept = Checkpoints(folder / "checkpoints" / arm.key)
         state = shop.train_arm(
@@ -109,11 +109,11 @@ def run_arms(
             dist.barrier()
 
 
-def _agreed(world: World, value: bool) -> bool:
+def _agreed(world: World, value: bool, device: torch.device) -> bool:
     """Rank 0's answer on every rank, so that all of them skip or train together."""
     if world.size == 1:
         return value
-    answer = torch.tensor([float(value and world.rank == 0)])
+    answer = torch.tensor([float(value and world.rank == 0)], device=device)
     return bool(world.sum(answer) > 0)
 
 

@@ -24,13 +24,13 @@ class Stream:
 
     def take(self, start: int, count: int) -> NDArray[np.int64]:
         """Entries [start, start + count) of the stream."""
-        size = len(self.pool)
-        position = np.arange(start, start + count)
-        out = np.empty(count, np.int64)
-        for epoch in range(start // size, (start + count - 1) // size + 1):
-            here = position // size == epoch
-            out[here] = self.pool[_permutation(size, self.seed, self.tag, epoch)[position[here] % size]]
-        return out
+        size, end, parts = len(self.pool), start + count, []
+        while start < end:
+            epoch, at = divmod(start, size)
+            part = _permutation(size, self.seed, self.tag, epoch)[at : at + end - start]
+            parts.append(part)
+            start += len(part)
+        return self.pool[np.concatenate(parts)]
 
 
 @lru_cache(maxsize=8)
@@ -47,14 +47,12 @@ class Order:
         from_labelled = round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
         sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
         self.parts = [(Stream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n]
+        place = np.concatenate([(np.arange(n) + 0.5) / n for _, n in self.parts])
+        self.deal = np.argsort(place, kind="stable")
 
     def rows(self, step: int) -> NDArray[np.int64]:
         """(batch,) positions in the split, for one step. The two parts are dealt out evenly to contiguous shares."""
-        parts = [stream.take(step * count, count) for stream, count in self.parts]
-        if len(parts) == 1:
-            return parts[0]
-        place = np.concatenate([(np.arange(len(p)) + 0.5) / len(p) for p in parts])
-        return np.concatenate(parts)[np.argsort(place, kind="stable")]
+        return np.concatenate([stream.take(step * count, count) for stream, count in self.parts])[self.deal]
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,20 @@ class DeviceRows:
 
     def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
         """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
-        inputs, mask = self.inputs[index], self.mask[index]
+        inputs, mask = self.inputs.index_select(0, index), self.mask.index_select(0, index)
         if noise is not None:
             inputs = inputs + noise * mask.unsqueeze(-1)
-        valence = None if self.valence is None else self.valence[index]
-        return Batch(self.row_id[index], inputs, mask, self.label[index], valence, self._signals(index))
+        valence = None if self.valence is None else self.valence.index_select(0, index)
+        row_id, label = self.row_id.index_select(0, index), self.label.index_select(0, index)
+        return Batch(row_id, inputs, mask, label, valence, self._signals(index))
 
     def _signals(self, index: Tensor) -> Signals | None:
         if self.teacher_mask is None:
             return None
-        at = {k: v[index] for k, v in self.teacher.items()}
+        at = {k: v.index_select(0, index) for k, v in self.teacher.items()}
         return Signals(
             at["logits"],
-            self.teacher_mask[index],
+            self.teacher_mask.index_select(0, index),
             at.get("trajectory"),
             {k.partition(".")[2]: v for k, v in at.items() if k.startswith("hidden.")},
             {k.partition(".")[2]: v.transpose(1, 2) for k, v in at.items() if k.startswith("attention.")},
@@ -111,12 +110,12 @@ def to_device(rows: Rows, split: str, store: Store | None, needs: frozenset[str]
     )
 
 
-def input_noise(optim: Optim, shape: torch.Size, seed: int, step: int) -> Tensor | None:
-    """(batch, T, K) Gaussian noise for a global batch, drawn by (seed, step); None where the recipe has none."""
+def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:
+    """(batch, T, K) Gaussian noise for a global batch, drawn by `seed`; None where the recipe has none."""
     if optim.input_noise == 0:
         return None
-    generator = torch.Generator().manual_seed(mixed(seed, step))
-    return optim.input_noise * torch.randn((optim.batch, *shape), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((optim.batch, *shape), generator=generator).mul_(optim.input_noise)
 
 
 def mixed(*parts: int) -> int:

@@ -42,7 +42,7 @@ def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]
 
 
 def group(
-    recipe: Recipe, loop: Callable[[dict[str, Any]], None], config: dict[str, Any], folder: Path, **options: Any
+    recipe: Recipe, loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], folder: Path, **options: Any
 ) -> Any:
     """A Ray Train group of `scale.workers` that runs `loop(config)`; its retries and waits have an end.
 

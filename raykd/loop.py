@@ -5,6 +5,7 @@ checkpoint is tensors and a position, any number of workers sees the same global
 and resumed ends with the weights of one that was not.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,21 +160,22 @@ class Step:
     def __call__(self) -> Tensor:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
         number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
-        reseed(self.device, mixed(self.arm.seed, number, self.world.rank))
-        sums, counts = self.model(self._batch(number))
+        seed = mixed(self.arm.seed, number)
+        reseed(self.device, seed + 1 + self.world.rank)
+        sums, counts = self.model(self._batch(number, seed))
         optimizer.zero_grad()
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
-        if not torch.isfinite(norm):
+        if not math.isfinite(norm):
             raise DataError(_diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.optim, number)
         optimizer.step()
         return torch.stack([sums.detach(), counts])
 
-    def _batch(self, number: int) -> Batch:
+    def _batch(self, number: int, seed: int) -> Batch:
         index = torch.from_numpy(self.order.rows(number)[self.share]).to(self.device)
-        noise = input_noise(self.optim, self.rows.inputs.shape[1:], self.arm.seed, number)
+        noise = input_noise(self.optim, self.rows.inputs.shape[1:], seed)
         return self.rows.batch(index, None if noise is None else noise[self.share].to(self.device))
 
 

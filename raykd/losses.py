@@ -129,7 +129,7 @@ class Objective(nn.Module):
         sums, counts = [], []
         for name in self.weights:
             value, mask = self._evaluate(name, student, batch)
-            sums.append(torch.where(mask, value, torch.zeros_like(value)).sum())
+            sums.append(torch.where(mask, value, 0.0).sum())
             counts.append(mask.sum())
         return torch.stack(sums), torch.stack(counts).to(sums[0].dtype)
 

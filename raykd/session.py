@@ -3,6 +3,8 @@
 import logging
 import os
 import secrets
+import signal
+import threading
 from typing import Any
 
 from raykd.errors import InfraError, RaykdError
@@ -34,12 +36,16 @@ def connect(address: str | None = None) -> None:
 
     if ray.is_initialized():
         return
+    terminate = signal.getsignal(signal.SIGTERM)
     loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **({} if address else loopback))
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         where = f"at {address}" if address else "as an embedded cluster"
         raise InfraError(f"Ray can not be reached {where}: {_last_line(error)}; try `raykd doctor`") from None
+    if callable(terminate) and threading.current_thread() is threading.main_thread():
+        # Ray's own handler prints a stack, and aborts a process that takes three seconds to end
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _prepare_embedded() -> None:

@@ -1,4 +1,4 @@
-"""The command line in processes of its own: forked from a server that has imported torch, so that each starts at once."""
+"""The command line in processes of its own, forked from a server that has imported torch: each starts at once."""
 
 import os
 import sys

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from child import start, wait
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -84,12 +84,19 @@ def hidden_labels(size: int, labelled: int) -> np.ndarray:
     return np.where(np.arange(size) < labelled, 0, UNLABELLED)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
 def test_an_epoch_sees_each_row_once(size, batch, seed):
     order = Order(np.zeros(size, np.int64), Optim(batch=batch), seed)
     seen = np.concatenate([order.rows(step) for step in range(3 * size // batch + 1)])
     for epoch in range(len(seen) // size):
         assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_each_epoch_has_its_own_order():
+    order = Order(np.zeros(30, np.int64), Optim(batch=10), 0)
+    epochs = np.concatenate([order.rows(step) for step in range(12)]).reshape(4, 30)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -121,6 +128,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone():
     assert straight != [Order(label, optim, 1).rows(step).tolist() for step in range(20)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_shares_part_a_batch_in_order_and_differ_by_one_row_at_most(batch, data):
     size = data.draw(st.integers(1, batch))
@@ -280,6 +288,32 @@ def test_a_gradient_that_overflows_stops_the_run():
         student.module.head.weight.mul_(torch.inf)
     with pytest.raises(DataError, match="not finite at step 0"):
         train(ARM, OPTIM, student, tiny_rows(), lambda _: {})
+
+
+class Forgetful(SeriesEncoder):
+    """The encoder behind dropout, which draws from torch's own generator."""
+
+    def __init__(self) -> None:
+        super().__init__(channels=3, classes=4, steps=8, width=WIDTH)
+        self.dropped: list[torch.Tensor] = []
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept = torch.nn.functional.dropout(torch.ones_like(inputs), 0.2, self.training)
+        self.dropped.append(kept[:7])
+        return super().forward(inputs * kept)
+
+
+def test_dropout_is_drawn_by_seed_and_step_so_that_a_resumed_run_draws_the_same(tmp_path):
+    kept, optim, students = Checkpoints(tmp_path), OPTIM.model_copy(update={"steps": 12}), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        students.append(Forgetful())
+        torch.manual_seed(len(students))  # whatever was drawn before must not matter
+        train(ARM, optim, Adapter(students[-1]), tiny_rows(), lambda _: {}, checkpoints=kept, checkpoint_every=5)
+    alone, resumed = students
+    assert [len(s.dropped) for s in students] == [12, 2]
+    assert_equal_bits(alone.state_dict(), resumed.state_dict())
+    assert len({tuple(d.flatten().tolist()) for d in alone.dropped}) == 12
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():

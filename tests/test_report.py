@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from raykd import charts, page, schema, words
-from raykd.files import read_json, write_json
 from raykd.evidence import Evidence, build
+from raykd.files import read_json, write_json
 
 CLASSES = ["Biceps curl", "Shoulder press", "Lateral raise", "Triceps dip", "Chest fly", "Row", "Rest"]
 CONTRACT = {

@@ -17,9 +17,10 @@ from raykd import data, stream
 from raykd.files import put_once
 from raykd.recipe import Recipe
 from raykd.scorer import Scorer, _to_table
+from raykd.signals import Signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
 
-SHARDS_A_ROUND, ROUNDS = 6, 10
+SHARDS_A_ROUND, ROUNDS = 2, 30
 
 
 class Paired(stream.ShardScorer):
@@ -31,21 +32,21 @@ class Paired(stream.ShardScorer):
         self.bare_path = Path(folder) / "bare.parquet"
         self.bare_file: pq.ParquetWriter | None = None
         self.round: list[Shard] = []
-        self.warm, self.gap = False, 0.0
-        self.clock = Clock()
-        self.left = time.perf_counter()
+        self.warm, self.gap, self.idle = False, 0.0, 0.0
+        self.clock, self.pause = Clock(), Clock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        self.gap += time.perf_counter() - self.left
+        cpu, wall = self.pause.read()
+        self.gap, self.idle = self.gap + wall, self.idle + max(wall - cpu, 0.0)
         out = super().__call__(batch)
         self.round.append(Shard(*(batch[k].item() for k in ("number", "split", "first", "last"))))
-        spent = [np.nan] * 5
+        spent = [np.nan] * 6
         if not self.warm or len(self.round) == SHARDS_A_ROUND:
             raykd, bare = self.clock.read(), self.bare()
             if self.warm:
-                spent = [*raykd, *bare, self.gap]
-            self.warm, self.gap, self.round = True, 0.0, []
-        self.left = time.perf_counter()
+                spent = [*raykd, *bare, self.gap, self.idle]
+            self.warm, self.gap, self.idle, self.round = True, 0.0, 0.0, []
+        self.pause.read()
         return out | {"spent": np.array([spent])}
 
     @torch.inference_mode()
@@ -66,7 +67,7 @@ class Paired(stream.ShardScorer):
 
 
 def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
-    """(rounds, 5): CPU and wall seconds of raykd, of the bare loop, and of raykd's waits between shards."""
+    """(rounds, 6): CPU and wall seconds of raykd and of the bare loop; raykd's wall between shards, idle part of it."""
     dataset = data.load(recipe.data)
     _, wanted = stream.locate(recipe, dataset, folder)
     writer = StoreWriter(folder / "paired", wanted)
@@ -78,40 +79,37 @@ def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
 
 def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
     """Median CPU seconds of each part of one shard's scoring."""
-    scorer = Scorer(recipe)
-    shard = Shard(0, "train", 0, recipe.store.rows_per_shard)
+    scorer, fresh = Scorer(recipe), itertools.count()
+    shard, size = Shard(0, "train", 0, recipe.store.rows_per_shard), recipe.store.batch
     rows = scorer.dataset.splits["train"].take(slice(shard.first, shard.last))
-    size = recipe.store.batch
     batches = [rows.take(slice(i, i + size)) for i in range(0, len(rows), size)]
-    signals = [scorer._signals(batch) for batch in batches]
-    arrays = {k: np.concatenate([s[k] for s in signals]) for k in signals[0]}
+    arrays = [scorer._signals(batch) for batch in batches]
     table = scorer.table(shard)
-    content, fresh = to_parquet(table), itertools.count()
+    content = to_parquet(table)
 
-    def forward() -> None:
-        with torch.inference_mode():
-            for b in batches:
-                scorer.teacher(torch.from_numpy(b.inputs), torch.from_numpy(b.mask))
+    def forward() -> list[Signals]:
+        return [scorer.teacher(torch.from_numpy(b.inputs), torch.from_numpy(b.mask)) for b in batches]
 
     def write() -> None:
         number = next(fresh)
         put_once(folder / f"{number}.parquet", content)
         put_once(folder / f"{number}.json", b"{}")
 
-    def cost(act: Callable[[], Any]) -> float:
-        spent = []
-        for _ in range(times):
-            started = time.process_time()
-            act()
-            spent.append(time.process_time() - started)
-        return float(np.median(spent))
+    with torch.inference_mode():
+        signals = forward()
+        acts: dict[str, Callable[[], Any]] = {
+            "forward": forward,
+            "valence signals": lambda: [scorer._valence(b, s) for b, s in zip(batches, signals, strict=True)],
+            "encode": lambda: _to_table(rows, {k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]}),
+            "Parquet": lambda: to_parquet(table),
+            "sha256": lambda: record_of(shard, content),
+            "write, fsync": write,
+        }
+        spent = np.median([[_cost(act) for act in acts.values()] for _ in range(times)], axis=0)
+    return dict(zip(acts, spent.tolist(), strict=True))
 
-    whole, alone = cost(lambda: scorer.table(shard)), cost(forward)
-    encoded = cost(lambda: _to_table(rows, dict(arrays)))
-    return {
-        "forward": alone,
-        "valence signals": whole - alone - encoded,
-        "encode, Parquet": encoded + cost(lambda: to_parquet(table)),
-        "sha256": cost(lambda: record_of(shard, content)),
-        "write, fsync": cost(write),
-    }
+
+def _cost(act: Callable[[], Any]) -> float:
+    started = time.process_time()
+    act()
+    return time.process_time() - started

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Clock:
@@ -35,7 +36,7 @@ class Figure(NamedTuple):
     floor: str
 
 
-def figure(name: str, baseline: str, ratios: Sequence[float], *, bar: str, floor: str) -> Figure:
+def figure(name: str, baseline: str, ratios: NDArray[np.float64], *, bar: str, floor: str) -> Figure:
     """The median of one ratio a round; the spread is the distance between the quartiles."""
     low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
     return Figure(name, baseline, float(median), float(high - low), bar, floor)

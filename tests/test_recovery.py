@@ -1,0 +1,124 @@
+"""What a killed process costs: time, and not one bit of the result.
+
+The kills are real (SIGKILL at a named point, once), the workers are Ray's, and each result is compared with that of
+the same recipe left alone.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import Done, raykd, start, until
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def session(cluster) -> dict[str, str]:
+    """The environment that leads a command to the test run's cluster."""
+    return {"RAY_ADDRESS": cluster} | {key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+
+
+def fatal(fault: str, fired: Path) -> dict[str, str]:
+    """Environment variables that kill the first process to reach `fault`, and leave the file `fired`."""
+    return {"RAYKD_FAULT": fault, "RAYKD_FAULT_FIRED": str(fired)}
+
+
+def in_workers(environment: dict[str, str]) -> dict[str, str]:
+    """The same for the workers of a job on a running cluster, as `ray job submit` hands them on."""
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": environment}})}
+
+
+def trained(out: Path) -> dict[str, bytes]:
+    """The weights of every arm under `out`."""
+    return {path.parent.name: path.read_bytes() for path in sorted(out.rglob("arms/*/weights.safetensors"))}
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    """The training loss of every arm at each evaluation."""
+    records = {path.parent.name: json.loads(path.read_bytes()) for path in sorted(out.rglob("arms/*/arm.json"))}
+    return {name: [point["loss"] for point in record["history"]] for name, record in records.items()}
+
+
+def sound(done: Done) -> None:
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, scored, tmp_path_factory) -> Path:
+    """An --out whose arms were trained by one worker, undisturbed."""
+    return _trained(tiny, scored, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, scored, session, tmp_path_factory) -> Path:
+    """An --out whose arms were trained by a group of two workers, undisturbed."""
+    return _trained(tiny, scored, tmp_path_factory.mktemp("pair"), "--set", "scale.workers=2", **session)
+
+
+def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environment: str) -> Path:
+    out = folder / "out"
+    out.mkdir()
+    (out / "stores").symlink_to(scored / "stores")
+    sound(raykd(folder, "train", tiny, "--out", out, *options, **environment))
+    return out
+
+
+def test_a_worker_killed_in_training_changes_no_bit_of_any_weight(tiny, pair, stocked, session, tmp_path):
+    fired, out = tmp_path / "fired", stocked("out")
+    fault = in_workers(fatal("train:step=25,rank=1,arm=student-0", fired))
+    sound(raykd(tmp_path, "train", tiny, "--out", out, "--set", "scale.workers=2", **session, **fault))
+    assert fired.exists()
+    assert trained(out).keys() == {"control-0", "student-0"}
+    assert trained(out) == trained(pair)
+
+
+def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
+    # a sum of 32 rows in another order differs in the last bits of fp32 (6e-8); 40 steps of AdamW magnify that
+    assert losses(pair) == {name: pytest.approx(values, rel=1e-4) for name, values in losses(alone).items()}
+    ours, theirs = (next(out.rglob("student-0/weights.safetensors")) for out in (pair, alone))
+    for name, value in load_file(ours).items():
+        np.testing.assert_allclose(value, load_file(theirs)[name], atol=1e-3, err_msg=name)
+
+
+def test_a_killed_driver_is_run_again_and_changes_no_bit_of_any_weight(tiny, alone, stocked, tmp_path):
+    fired, out = tmp_path / "fired", stocked("out")
+    killed = raykd(tmp_path, "train", tiny, "--out", out, **fatal("train:step=25,rank=0,arm=student-0", fired))
+    assert killed.code == -9
+    assert fired.exists()
+    assert trained(out).keys() == {"control-0"}
+    assert list(out.rglob("student-0/step-*.safetensors"))
+    sound(raykd(tmp_path, "train", tiny, "--out", out))
+    assert trained(out) == trained(alone)
+
+
+def test_a_scorer_killed_between_shard_and_record_changes_no_byte_of_the_manifest(tiny, scored, session, tmp_path):
+    fired, out = tmp_path / "fired", tmp_path / "out"
+    fault = in_workers(fatal("score:shard=1,at=before_commit", fired))
+    sound(raykd(tmp_path, "score", tiny, "--out", out, **session, **fault))
+    assert fired.exists()
+    manifests: list[Any] = [list(where.glob("stores/*/_MANIFEST.json")) for where in (out, scored)]
+    assert [path.parent.name for path in manifests[0]] == [path.parent.name for path in manifests[1]]
+    assert manifests[0][0].read_bytes() == manifests[1][0].read_bytes()
+
+
+def test_a_command_in_a_ray_session_is_terminated_in_two_lines_and_the_rerun_continues(tiny, session, tmp_path):
+    out = tmp_path / "out"
+    asked = ("score", tiny, "--out", out, "--set", "store.rows_per_shard=64")
+    running = start(tmp_path, *asked, **session)
+    until(lambda: list(out.glob("stores/*/_commits/*.json")))
+    os.kill(running.pid, signal.SIGTERM)
+    done = running.wait()
+    assert done.code == 143, done.err
+    assert done.err.splitlines()[-1] == "raykd: interrupted; the same command continues from here"
+    assert "SIGTERM received" not in done.err
+    assert not list(out.glob("stores/*/_MANIFEST.json"))
+    before = {path: path.stat().st_mtime_ns for path in out.glob("stores/*/data/*.parquet")}
+    sound(raykd(tmp_path, *asked, **session))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
