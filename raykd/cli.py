@@ -181,6 +181,73 @@ def doctor(out: Path, uri: str | None, as_json: bool) -> None:
 
 
 @cli.group()
+def store() -> None:
+    """A teacher store: verify, show, repair, gc."""
+
+
+def store_command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A verb over one store folder; it gives (result, text)."""
+
+    @store.command(function.__name__.rstrip("_"), help=function.__doc__)
+    @click.argument("folder", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
+    @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
+    @wraps(function)
+    def command(folder: Path, as_json: bool, **options: Any) -> None:
+        show(*function(folder, **options), as_json)
+
+    return command
+
+
+@store_command
+def verify(folder: Path) -> tuple[Any, str]:
+    """Every file against its digest. Exit code 3 if the store is incomplete or damaged."""
+    from raykd.errors import StoreError
+    from raykd.store import tend
+
+    found = tend.verify(folder)
+    if found["damaged"]:
+        faults = "\n".join(f"  {d['file']}: {d['fault']}" for d in found["damaged"])
+        raise StoreError(f"{folder}:\n{faults}\ntype: raykd store repair {folder}")
+    return found, f"{found['shards']} shards, complete and sound"
+
+
+@store_command
+def show_(folder: Path) -> tuple[Any, str]:
+    """What it holds: identity, splits, and each column with its bytes a row."""
+    from raykd.store import tend
+
+    found = tend.show(folder)
+    lines = [f"{folder}: {'complete' if found['complete'] else 'incomplete'}"]
+    lines += [f"{name:<14}{p['rows']:>12,} rows{p['bytes']:>16,} bytes" for name, p in found["splits"].items()]
+    lines += [f"{name:<20}{c['type']:<10}{c['bytes_per_row']:>12,} bytes a row" for name, c in found["columns"].items()]
+    return found, "\n".join(lines)
+
+
+@store_command
+def repair(folder: Path) -> tuple[Any, str]:
+    """Remove damaged shards, so that scoring does just these again."""
+    from raykd.store import tend
+
+    removed = tend.repair(folder)
+    text = (
+        f"shards {removed} removed; type `raykd score RECIPE` to score them again" if removed else "nothing is damaged"
+    )
+    return {"removed": removed}, text
+
+
+@store.command()
+@click.argument("folder", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--older-than", default=24.0, help="Hours that a file must have stood.", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
+def gc(folder: Path, older_than: float, as_json: bool) -> None:
+    """Remove what killed writers left behind: files that no commit record names."""
+    from raykd.store import tend
+
+    removed = tend.gc(folder, older_than_s=3600 * older_than)
+    show({"removed": removed}, "\n".join(removed) or "nothing to remove", as_json)
+
+
+@cli.group()
 def track() -> None:
     """The MLflow record of a run."""
 

@@ -31,6 +31,8 @@ class Signals:
 
     def valid(self) -> "Signals":
         """The same with zeros at invalid steps, so that whatever stands there reaches neither value nor gradient."""
+        if self.mask.device.type == "cpu" and self.mask.all():  # on a GPU, asking would wait for its queue
+            return self
         return Signals(
             zeroed(self.logits, self.mask),
             self.mask,

@@ -92,9 +92,11 @@ def scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
-    return ray.data.from_items([vars(s) for s in shards], override_num_blocks=len(shards)).map_batches(
+    tasks = max(min(len(shards), 8 * high), -(-len(shards) // 4))  # a task costs Ray some 8 ms of the actor's CPU
+    return ray.data.from_items([vars(s) for s in shards], override_num_blocks=tasks).map_batches(
         actor,
         fn_constructor_args=(recipe, str(writer.folder), writer.identity),
         batch_size=1,

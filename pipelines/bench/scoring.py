@@ -20,7 +20,7 @@ from raykd.scorer import Scorer, _to_table
 from raykd.signals import Signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
 
-SHARDS_A_ROUND, ROUNDS = 2, 30
+SHARDS_A_ROUND, ROUNDS = 4, 15
 
 
 class Paired(stream.ShardScorer):

@@ -83,14 +83,14 @@ class Alternating(Workshop):
         self.plain = Plain(recipe.optim, self.arm, self.student(self.arm).module, self.train)
         self.raykd: list[tuple[float, float]] = []
         self.by_hand: list[tuple[float, float]] = []
-        self.steps, self.clock = 0, Clock()
+        self.taken, self.clock = 0, Clock()
 
     def validate(self, student: nn.Module) -> dict[str, float]:
         return {"val_accuracy": 0.0}
 
-    def take_turns(self, *_: Any) -> None:
-        self.steps += 1
-        if self.steps % TURN == 0:
+    def take_turns(self, *hooked: Any) -> None:
+        self.taken += 1
+        if self.taken % TURN == 0:
             self.raykd.append(self.clock.read())
             for _ in range(TURN):
                 self.plain.step()

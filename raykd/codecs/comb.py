@@ -31,6 +31,7 @@ from raykd.codecs.layout import Column, Layout, Stream
 from raykd.errors import StoreError
 from raykd.targets import SparseTargets
 
+LOWEST = -1e4  # a class of smaller log p is never drawn at any sensible temperature
 ENTROPY_STEP = 0.25  # nats, rounded at random: far below the noise of the draws
 CHUNK = 1 << 20  # logits at a time: what stays in cache
 
@@ -167,10 +168,13 @@ class Comb:
     ) -> tuple[NDArray[np.float32], Tensor]:
         """Weights (M,) and entropy (P,) at the grid's temperature number `at`, from shares count / N (M,)."""
         low = streams["scale"].data.view("<f4")
-        if not (np.isfinite(low) & (low < 0)).all():
-            raise StoreError("a comb's scale of log-probs is not a number below 0: the column is damaged")
+        if not ((low > LOWEST) & (low < 0)).all():
+            raise StoreError(f"a comb's scale of log-probs is not within {LOWEST:g} and 0: the column is damaged")
         log_p = streams["log_p"].data * np.repeat(low / np.float32(255), entries[entries > 0])
-        codes, places = streams["lse"].data.view("<u2").reshape(len(start) - 1, -1), np.diff(start)
+        codes, places = (
+            streams["lse"].data.view("<u2").reshape(len(start) - 1, sum(t != 1 for t in self.grid)),
+            np.diff(start),
+        )
         each, column = [], 0
         for t in self.grid:
             lse: Any = 0.0
@@ -178,8 +182,10 @@ class Comb:
                 bound = np.float32(math.copysign(lse_bound(t, self.vocab), t - 1) / 65535)
                 lse, column = np.repeat(codes[:, column] * bound, places), column + 1
             each.append(log_p / np.float32(t) - lse)
-        r = np.exp(np.stack(each)).mean(0)
-        weight = share * np.exp(each[at]) / r
+        ratio = np.zeros_like(share)  # r / p_T; beyond exp(80) a weight is 0 whatever it is
+        for other in each:
+            ratio += np.exp(np.minimum(other - each[at], np.float32(80))) / np.float32(len(each))
+        weight = share / ratio
         own = np.bincount(np.repeat(np.arange(len(places)), places), weight * each[at], len(places))
         return weight.astype(np.float32), torch.from_numpy(-own.astype(np.float32))
 

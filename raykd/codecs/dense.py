@@ -33,7 +33,7 @@ class Dense:
         steps = mask.sum(1).cpu().numpy()
         z = logits[mask][:, : self.vocab].float()
         if self.values == "fp16":
-            data = z.cpu().numpy().astype("<f2")
+            data = z.half().cpu().numpy().astype("<f2", copy=False)
             _check_finite(data, steps, row_id)
             return layout.binary(Stream(data.reshape(-1).view(np.uint8), steps * 2 * self.vocab))
         log_p = z.log_softmax(1).cpu().numpy()

@@ -59,7 +59,7 @@ class TopK:
             values = log_p.gather(1, ids).cpu().numpy().astype("<f2")
             parts.append((ids.cpu().numpy(), values, lse_bytes(lse, self.grid, self.vocab)))
         ids, log_p, lse = (np.concatenate(p) for p in zip(*parts, strict=True))
-        entries, start = self._places(steps)
+        entries, start = self.k * steps, self._starts(steps)
         streams = {
             "ids": layout.put_ids(ids.reshape(-1), start, entries, self.vocab, "plain"),
             "log_p": Stream(log_p.reshape(-1).view(np.uint8), 2 * entries),
@@ -96,14 +96,14 @@ class TopK:
         flat = [torch.from_numpy(x.astype(np.float32).reshape(-1)) for x in (p, entropy, tail)]
         return SparseTargets(torch.from_numpy(ids), torch.from_numpy(start), flat[0], self.vocab, flat[1], flat[2])
 
-    def _places(self, steps: NDArray[np.integer]) -> tuple[Ints, Ints]:
-        """Entries of each row (R,), and start (P + 1,)."""
-        return self.k * steps.astype(np.int64), np.arange(int(steps.sum()) + 1) * self.k
+    def _starts(self, steps: NDArray[np.integer]) -> Ints:
+        """(P + 1,): where each place's entries begin."""
+        return np.arange(int(steps.sum(dtype=np.int64)) + 1) * self.k
 
     def _checked(self, column: Column, steps: NDArray[Any]) -> tuple[dict[str, Stream], Ints, Ints]:
         streams = layout.streams_of(column, self.streams)
-        entries, start = self._places(steps)
+        entries = self.k * steps.astype(np.int64)
         sizes = {"ids": entries * layout.id_bytes(self.vocab), "log_p": 2 * entries}
         sizes["lse"] = 2 * sum(t != 1 for t in self.grid) * steps.astype(np.int64)
         layout.check_sizes(streams, {name: sizes[name] for name in self.streams})
-        return streams, entries, start
+        return streams, entries, self._starts(steps)

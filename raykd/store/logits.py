@@ -1,0 +1,100 @@
+"""The store's column of teacher answers: which codec it has, and how a batch's rows come back out of it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raykd.codecs import CODECS, Codec, default_codec
+from raykd.codecs.layout import Layout
+from raykd.errors import StoreError
+from raykd.recipe import StoreSettings
+from raykd.targets import SparseTargets
+
+SPARSE = frozenset({"comb", "topk"})
+
+
+@dataclass(frozen=True)
+class StoredLogits:
+    """The logits column of some rows, still encoded."""
+
+    column: pa.ChunkedArray  # (N,)
+    steps: NDArray[np.int32]  # (N,) valid steps of each row
+    codec: Codec
+    layout: Layout
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.codec.name in SPARSE
+
+    def take(self, index: NDArray[np.int64]) -> "StoredLogits":
+        """The rows at `index`, in that order."""
+        return StoredLogits(taken(self.column, index), self.steps[index], self.codec, self.layout)
+
+    def at(self, temperature: float = 1.0) -> SparseTargets | Tensor:
+        """What the codec gives: sparse targets at a temperature of its grid, or (P, V) or (P, D) values."""
+        return self.codec.decode(self.column, self.steps, temperature, self.layout)
+
+    def targets(self) -> Callable[[float], SparseTargets]:
+        """Sparse targets of all rows' steps in turn, as a function of the temperature."""
+
+        def at(temperature: float) -> SparseTargets:
+            found = self.at(temperature)
+            assert isinstance(found, SparseTargets)
+            return found
+
+        return at
+
+
+def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
+    """The rows at `index`; only the chunks that hold them are touched, because take() on all would copy all."""
+    ends = np.cumsum([len(chunk) for chunk in column.chunks])
+    chunk = np.searchsorted(ends, index, side="right")
+    order = np.argsort(chunk, kind="stable")
+    parts = []
+    for number in np.unique(chunk):
+        here = index[order][chunk[order] == number] - (ends[number] - len(column.chunk(number)))
+        parts.append(column.chunk(number).take(pa.array(here)))
+    back = np.empty(len(index), np.int64)
+    back[order] = np.arange(len(index))
+    return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], column.type)
+
+
+def codec_name(settings: StoreSettings, classes: int) -> str:
+    """The codec's name; "auto" keeps every class of a small head and draws from a large one."""
+    return default_codec(classes) if settings.codec == "auto" else settings.codec
+
+
+def codec_for(stored: Mapping[str, Any], classes: int) -> Codec:
+    """The codec of a store identity's `store` table. `hidden` is told its head by the scorer."""
+    grid = tuple(stored.get("temperatures") or (1.0,))
+    match stored["codec"]:
+        case "dense":
+            return CODECS["dense"](vocab=classes, values=stored["values"])  # type: ignore[call-arg]
+        case "comb":
+            return CODECS["comb"](vocab=classes, grid=grid, points=stored["points"])  # type: ignore[call-arg]
+        case "topk":
+            return CODECS["topk"](vocab=classes, grid=grid, k=stored["top"])  # type: ignore[call-arg]
+    raise AssertionError(stored["codec"])
+
+
+def metadata(codec: Codec, layout: Layout) -> dict[str, str]:
+    """The schema entry of an encoded column."""
+    return {"codec": codec.name, "settings": json.dumps(asdict(codec)), "layout": layout, "steps": "steps"}  # type: ignore[call-overload]
+
+
+def from_metadata(found: Mapping[bytes, bytes] | None) -> tuple[Codec, Layout]:
+    """The codec and layout of a column; StoreError for one that this version does not know."""
+    try:
+        assert found is not None
+        settings = json.loads(found[b"settings"])
+        settings |= {"grid": tuple(settings["grid"])} if "grid" in settings else {}
+        layout: Any = found[b"layout"].decode()
+        return CODECS[found[b"codec"].decode()](**settings), layout
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the logits column's description is not one that this version reads: {error!r}") from None
