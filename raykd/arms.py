@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from raykd import data, measure, models
 from raykd.batches import to_device
 from raykd.checkpoints import Checkpoints
 from raykd.checks import register
+from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
@@ -58,7 +60,8 @@ class Workshop:
         self.dataset: Dataset = data.load(recipe.data)
         opened = Store(store) if store else None
         needs = needs_of(recipe.terms)
-        self.train = to_device(self.dataset.splits["train"], "train", opened if needs else None, needs, device)
+        head = teacher_head(recipe, opened) if opened else None
+        self.train = to_device(self.dataset.splits["train"], "train", opened if needs else None, needs, device, head)
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
 
     def student(self, arm: Arm) -> Adapter:
@@ -82,6 +85,21 @@ class Workshop:
         """(N, C) sequence logits of the test split."""
         rows = to_device(self.dataset.splits["test"], "test", None, frozenset(), self.device)
         return measure.sequence_logits(student, rows)
+
+
+def teacher_head(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor | None] | None:
+    """The frozen head that a store of its inputs needs, from the teacher's file; None for any other store."""
+    codec = store.logits("train").codec
+    if not isinstance(codec, Hidden):
+        return None
+    assert recipe.teacher is not None
+    assert recipe.teacher.weights is not None
+    with safe_open(recipe.teacher.weights, framework="pt") as file:
+        names = set(file.keys())
+        weight = file.get_tensor(f"{recipe.store.head}.weight")
+        bias = file.get_tensor(f"{recipe.store.head}.bias") if f"{recipe.store.head}.bias" in names else None
+    codec.check_head(weight, bias)
+    return weight.float(), None if bias is None else bias.float()
 
 
 def run_arms(

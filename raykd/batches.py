@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.data import UNLABELLED, Rows
+from raykd.errors import StoreError
 from raykd.recipe import Optim
 from raykd.signals import Batch, Signals
+from raykd.store.logits import StoredLogits
 from raykd.store.reader import Store
 
 
@@ -66,6 +68,8 @@ class DeviceRows:
     valence: Tensor | None
     teacher: dict[str, Tensor]
     teacher_mask: Tensor | None
+    stored: StoredLogits | None = None  # where `teacher` holds no dense logits
+    head: tuple[Tensor, Tensor | None] | None = None  # of hidden states that are stored in their place
 
     def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
         """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
@@ -74,30 +78,61 @@ class DeviceRows:
             inputs = inputs + noise * mask.unsqueeze(-1)
         valence = None if self.valence is None else self.valence.index_select(0, index)
         row_id, label = self.row_id.index_select(0, index), self.label.index_select(0, index)
-        return Batch(row_id, inputs, mask, label, valence, self._signals(index))
+        stored = self.stored.take(index.cpu().numpy()) if self.stored else None
+        targets = stored.targets(inputs.device) if stored and stored.is_sparse else None
+        return Batch(row_id, inputs, mask, label, valence, self._signals(index, stored), targets)
 
-    def _signals(self, index: Tensor) -> Signals | None:
+    def _signals(self, index: Tensor, stored: StoredLogits | None) -> Signals | None:
         if self.teacher_mask is None:
             return None
         at = {k: v.index_select(0, index) for k, v in self.teacher.items()}
+        mask = self.teacher_mask.index_select(0, index)
         return Signals(
-            at["logits"],
-            self.teacher_mask.index_select(0, index),
+            at["logits"] if stored is None else self._logits(stored, mask),
+            mask,
             at.get("trajectory"),
             {k.partition(".")[2]: v for k, v in at.items() if k.startswith("hidden.")},
             {k.partition(".")[2]: v.transpose(1, 2) for k, v in at.items() if k.startswith("attention.")},
         )
 
+    def _logits(self, stored: StoredLogits, mask: Tensor) -> Tensor:
+        """(B, T, C): logits again from stored hidden states and their head; (B, T, 0) of a sparse store."""
+        if self.head is None:
+            return mask.new_zeros((*mask.shape, 0), dtype=torch.float32)
+        hidden = stored.at()
+        assert isinstance(hidden, Tensor)
+        weight, bias = self.head
+        z = torch.nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
+        return z.new_zeros((*mask.shape, len(weight))).index_put((mask,), z)
 
-def to_device(rows: Rows, split: str, store: Store | None, needs: frozenset[str], device: torch.device) -> DeviceRows:
-    """A split's tensors; the store's signals are matched by row id and must be there for every row."""
-    teacher, mask = {}, None
+
+def to_device(
+    rows: Rows,
+    split: str,
+    store: Store | None,
+    needs: frozenset[str],
+    device: torch.device,
+    head: tuple[Tensor, Tensor | None] | None = None,
+) -> DeviceRows:
+    """A split's tensors; the store's signals are matched by row id and must be there for every row.
+
+    `head` is the teacher's, for a store of its inputs.
+    """
+    teacher, mask, stored = {}, None, None
     if store is not None:
         assert np.array_equal(store.row_id(split), rows.row_id), "the store holds other rows"
-        logits = store.column("logits", split)
-        short = bool((logits.steps == 1).all())
-        mask = torch.ones(len(rows), 1, dtype=torch.bool) if short else torch.from_numpy(rows.mask)
-        for name in sorted({"logits"} | needs):
+        stored = store.logits(split)
+        is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1
+        valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
+        if not np.array_equal(stored.steps, valid.sum(1)):
+            raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
+        mask = torch.from_numpy(valid)
+        if stored.codec.name == "dense":
+            flat = stored.at()
+            assert isinstance(flat, Tensor)
+            teacher["logits"] = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
+            stored = None
+        for name in sorted(needs - {"logits"}):
             teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
     return DeviceRows(
         torch.from_numpy(rows.row_id).to(device),
@@ -107,6 +142,8 @@ def to_device(rows: Rows, split: str, store: Store | None, needs: frozenset[str]
         None if rows.valence is None else torch.from_numpy(rows.valence).to(device),
         teacher,
         None if mask is None else mask.to(device),
+        stored,
+        None if head is None else (head[0].to(device), None if head[1] is None else head[1].to(device)),
     )
 
 

@@ -192,8 +192,9 @@ def store_command(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.argument("folder", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
     @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
     @wraps(function)
-    def command(folder: Path, as_json: bool, **options: Any) -> None:
-        show(*function(folder, **options), as_json)
+    def command(folder: Path, as_json: bool) -> None:
+        result, text = function(folder)
+        show(result, text, as_json)
 
     return command
 

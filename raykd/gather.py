@@ -40,7 +40,7 @@ def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, ml
         group=test.group,
         student=_predicted(folder, records, "student"),
         control=_predicted(folder, records, "control"),
-        teacher=_teacher(opened, test.mask) if opened else None,
+        teacher=opened.column("answer", "test").values if opened else None,
         artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
@@ -63,13 +63,6 @@ def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, ml
 def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predicted]:
     own = {key: record["seed"] for key, record in records.items() if record["arm"] == name}
     return {seed: read_predictions(folder / "arms" / k / "predictions.parquet").argmax(1) for k, seed in own.items()}
-
-
-def _teacher(store: Store, mask: NDArray[np.bool_]) -> Predicted:
-    """(N,) the teacher's decision on every test row: the class of the highest mean logit over valid steps."""
-    logits = store.column("logits", "test").padded(mask).astype(np.float64)
-    weight = mask if logits.shape[1] == mask.shape[1] else np.ones(logits.shape[:2], bool)
-    return ((logits * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)).argmax(1)
 
 
 def _thriving(store: Store | None, saliency: NDArray[np.floating] | None) -> NDArray[np.bool_] | None:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, create_model
 from torch import Tensor, nn
 
-from raykd.errors import Problem
+from raykd.errors import Problem, RecipeError
 from raykd.recipe import TermSpec, suggestion, validate
 from raykd.signals import UNLABELLED, Batch, Signals, log_softmax
+from raykd.targets import SparseTargets, cross_entropy
 from raykd.valence import future_valence as realised_future
 from raykd.valence import prefix_confidence
 
@@ -77,6 +78,9 @@ def kd(
     The gradient with respect to the student's logits is T (q_T - p_T); t_squared = false drops the factor T^2.
     """
     assert batch.teacher is not None
+    scale = temperature**2 if t_squared else 1.0
+    if batch.targets is not None:
+        return _sparse_kd(student, batch.targets(temperature), temperature, scale, on)
     if student.logits.shape[1] != batch.teacher.logits.shape[1]:
         on = "sequence"
     z_s, mask = _places(student, on)
@@ -84,7 +88,19 @@ def kd(
     log_q = log_softmax(z_s.float() / temperature)
     log_p = log_softmax(z_t.float() / temperature)
     value = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    return Places(value * (temperature**2 if t_squared else 1.0), mask)
+    return Places(value * scale, mask)
+
+
+def _sparse_kd(student: Signals, targets: SparseTargets, temperature: float, scale: float, on: Where) -> Places:
+    """kd against sparse targets: what they leave of the KL, -entropy - sum_i w_i log q_i, at every valid step."""
+    if on == "sequence" or len(targets) != student.mask.sum():
+        raise RecipeError(
+            "terms.kd: a sparse store holds one target a step, so the student must answer at every step, with "
+            'on = "steps"; or score with store.codec = "dense"'
+        )
+    log_q = log_softmax(student.logits[student.mask] / temperature)  # (P, C)
+    value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
+    return Places(value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask)
 
 
 @term()

@@ -75,7 +75,12 @@ class Valence(Table):
 class StoreSettings(Table):
     """The fixed shape of the teacher store; part of its identity, because batches decide the last bit."""
 
-    codec: Literal["dense"] = "dense"
+    codec: Literal["auto", "dense", "comb", "topk", "hidden"] = "auto"
+    values: Literal["fp16", "int8"] = "fp16"  # dense
+    points: Annotated[int, Field(ge=1, le=255)] = 50  # comb
+    top: Positive = 50  # topk
+    temperatures: list[Annotated[float, Field(gt=0)]] | None = None  # comb, topk; the terms' own by default
+    head: str = "head"  # hidden: the submodule whose input is kept
     rows_per_shard: Positive = 1024
     batch: Positive = 256
 

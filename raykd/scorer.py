@@ -1,24 +1,27 @@
 """Scoring: a teacher's signals for one shard of rows, as a table. Plain torch; Ray only schedules it."""
 
-import importlib.util
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raykd import data, models, valence
 from raykd.checks import register
+from raykd.codecs import Codec
+from raykd.codecs.hidden import Hidden, head_digest
 from raykd.data import Dataset, Rows
-from raykd.errors import DataError
+from raykd.errors import DataError, RecipeError
+from raykd.identity import identity, store_table
 from raykd.losses import needs_of
 from raykd.models.adapter import Adapter
-from raykd.recipe import ModelRef, Recipe, content_of, file_sha256
+from raykd.recipe import Recipe, digest_of
 from raykd.signals import Signals
 from raykd.store.codec import encode, field
-from raykd.store.commit import SCHEMA, Shard
+from raykd.store.commit import Shard
+from raykd.store.logits import codec_for, metadata
 from raykd.store.reader import Store
 
 
@@ -26,26 +29,6 @@ def device_of(recipe: Recipe) -> torch.device:
     """The device of this process: CUDA where it is present and not refused."""
     wanted = recipe.scale.device
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """Everything the store's content depends on, and nothing else."""
-    assert recipe.teacher is not None
-    register(recipe.technique)
-    return {
-        "schema": SCHEMA,
-        "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher)},
-        "data": {"name": dataset.name, "sha256": dataset.digest},
-        "needs": sorted(needs_of(recipe.terms)),
-        "valence": recipe.valence.model_dump(),
-        "store": recipe.store.model_dump(),
-    }
-
-
-def _code_digest(ref: ModelRef) -> str | None:
-    """The digest of a user's own model file; None for a model that ships with raykd."""
-    spec = importlib.util.find_spec(ref.model.partition(":")[0]) if ":" in ref.model else None
-    return file_sha256(spec.origin) if spec and spec.origin else None
 
 
 class Scorer:
@@ -58,6 +41,14 @@ class Scorer:
         register(recipe.technique)
         module = models.build(recipe.teacher, **self.dataset.shape, key="teacher")
         want = frozenset(n for n in needs_of(recipe.terms) if "." in n)
+        self.settings = store_table(recipe, len(self.dataset.classes))
+        self.key = int(digest_of(identity(recipe, self.dataset))[:15], 16)
+        self.head_inputs = _watch_head(module, recipe.store.head) if self.settings["codec"] == "hidden" else None
+        self.codec = (
+            _hidden_codec(module, recipe.store.head)
+            if self.head_inputs is not None
+            else codec_for(self.settings, len(self.dataset.classes))
+        )
         self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
 
     def table(self, shard: Shard) -> pa.Table:
@@ -65,20 +56,23 @@ class Scorer:
         rows = self.dataset.splits[shard.split].take(slice(shard.first, shard.last))
         size = self.recipe.store.batch
         batches = [self._signals(rows.take(slice(i, i + size))) for i in range(0, len(rows), size)]
+        encoded = pa.concat_arrays([b.pop("logits") for b in batches])
         arrays = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-        bad = rows.row_id[~np.isfinite(arrays["logits"]).all(axis=(1, 2))]
-        if len(bad):
-            raise DataError(f"the teacher gives NaN, infinite or fp16-overflowing logits for rows {bad[:5].tolist()}")
-        return _to_table(rows, arrays)
+        return _to_table(rows, arrays, self.codec, encoded)
 
     @torch.inference_mode()
-    def _signals(self, rows: Rows) -> dict[str, NDArray[Any]]:
+    def _signals(self, rows: Rows) -> dict[str, Any]:
         mask = torch.from_numpy(rows.mask).to(self.device)
         signals = self.teacher(torch.from_numpy(rows.inputs).to(self.device), mask)
-        out = {"logits": signals.logits, "mask": signals.mask} | self._valence(rows, signals)
+        bad = rows.row_id[~torch.isfinite(signals.logits).all(2).cpu().numpy().all(1)]
+        if len(bad):
+            raise DataError(f"the teacher gives NaN or infinite logits for rows {bad[:5].tolist()}")
+        out = {"mask": signals.mask, "answer": signals.sequence_logits().argmax(1)} | self._valence(rows, signals)
         out |= {f"hidden.{k}": v for k, v in signals.hidden.items()}
         out |= {f"attention.{k}": v.transpose(1, 2) for k, v in signals.attention.items()}
-        return {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
+        arrays = {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
+        kept = signals.logits if self.head_inputs is None else self.head_inputs[0]
+        return arrays | {"logits": self.codec.encode(kept, signals.mask, rows.row_id, self.key)}
 
     def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
         """Valence per step, the teacher's future-valence trajectory, its certainty and the row's saliency."""
@@ -103,10 +97,30 @@ class Scorer:
         }
 
 
-def _to_table(rows: Rows, arrays: dict[str, NDArray[Any]]) -> pa.Table:
+def _watch_head(module: nn.Module, name: str) -> list[Tensor]:
+    """A list whose only item is always the latest input of the submodule `name`."""
+    named, kept = dict(module.named_modules()), []
+    if not isinstance(named.get(name), nn.Linear):
+        raise RecipeError(
+            f"store.head {name!r}: the teacher has no linear layer of that name; it has {', '.join(named)}"
+        )
+    named[name].register_forward_pre_hook(lambda _m, args: kept.__setitem__(slice(None), [args[0]]))
+    return kept
+
+
+def _hidden_codec(module: nn.Module, name: str) -> Hidden:
+    head = dict(module.named_modules())[name]
+    assert isinstance(head, nn.Linear)
+    return Hidden(head.in_features, head_digest(head.weight, head.bias))
+
+
+def _to_table(rows: Rows, arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array) -> pa.Table:
     masks = {"steps": arrays.pop("mask"), "valence_steps": arrays.pop("valence_mask")}
     columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): rows.row_id}
     columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
+    packed, layout = codec.pack(encoded, masks["steps"].sum(1))
+    columns[pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))] = packed
+    columns[pa.field("answer", pa.int32())] = arrays.pop("answer").astype(np.int32)
     for name, values in arrays.items():
         if values.ndim == 1:
             columns[pa.field(name, pa.float32())] = values.astype(np.float32)

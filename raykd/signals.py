@@ -3,10 +3,13 @@
 Shape letters used everywhere: B rows, T steps, C classes, K input channels, D width, H heads, N rows of a split.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from raykd.targets import SparseTargets
 
 UNLABELLED = -100
 LANES = 8  # floats in a CPU vector register
@@ -51,7 +54,8 @@ class Batch:
     mask: Tensor  # (B, T) bool
     label: Tensor  # (B,) int64
     valence: Tensor | None = None  # (B, T), NaN where missing
-    teacher: Signals | None = None
+    teacher: Signals | None = None  # its logits are (B, T, 0) where `targets` stands for them
+    targets: Callable[[float], SparseTargets] | None = None  # of all valid steps in turn, at a temperature
 
 
 def zeroed(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 from raykd.data import Dataset
 from raykd.errors import RaykdError
 from raykd.files import read_json, write_json
+from raykd.identity import identity
 from raykd.progress import Progress, say
 from raykd.recipe import Recipe
-from raykd.scorer import Scorer, device_of, identity, statistics
+from raykd.scorer import Scorer, device_of, statistics
 from raykd.session import plain_error
 from raykd.store.commit import Shard, StoreWriter, intact, plan_shards, store_id
 from raykd.store.reader import Store

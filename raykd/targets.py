@@ -66,3 +66,14 @@ class SparseTargets:
         """(P, vocab) fp32: the weights as a matrix, zeros elsewhere; for tests and small vocabularies."""
         out = torch.zeros(len(self), self.vocab, dtype=self.weight.dtype, device=self.weight.device)
         return out.index_put_((self.rows(), self.ids), self.weight, accumulate=True)
+
+
+def cross_entropy(log_q: Tensor, targets: SparseTargets) -> Tensor:
+    """(P,): -sum_i w_i log q_i of log_q (P, V), the tail's bucket included, less the entropy where it is stored."""
+    rows = targets.rows()
+    picked = log_q[rows, targets.ids]
+    value = log_q.new_zeros(len(targets)).index_add(0, rows, -targets.weight * picked)
+    if targets.tail is not None:
+        head = log_q.new_zeros(len(targets)).index_add(0, rows, picked.exp())
+        value = value - targets.tail * torch.log1p(-head.clamp(max=1 - 1e-6))
+    return value if targets.entropy is None else value - targets.entropy

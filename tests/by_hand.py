@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from raykd.identity import identity
 from raykd.models.series import SeriesEncoder
 from raykd.recipe import Recipe
-from raykd.scorer import Scorer, identity, statistics
+from raykd.scorer import Scorer, statistics
 from raykd.store.commit import StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
 

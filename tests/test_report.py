@@ -218,9 +218,7 @@ def test_a_student_below_its_control_is_called_harmful(evidence):
 
 def test_few_seeds_few_recordings_and_absent_classes_are_warned_of(evidence):
     one = {0: evidence.student[0]}
-    made = build(
-        replace(evidence, student=one, best_seed=0, group=evidence.group % 4, classes=[*CLASSES, "Jump"])
-    )
+    made = build(replace(evidence, student=one, best_seed=0, group=evidence.group % 4, classes=[*CLASSES, "Jump"]))
     assert [w.split(":")[0] for w in made["warnings"]] == [
         "1 seed",
         "4 test recordings",

@@ -25,9 +25,10 @@ from raykd import checks, data, models
 from raykd.batches import to_device
 from raykd.errors import StoreError
 from raykd.files import read_json
+from raykd.identity import identity
 from raykd.losses import needs_of
 from raykd.models.adapter import Adapter
-from raykd.scorer import Scorer, identity
+from raykd.scorer import Scorer
 from raykd.store.codec import decode, encode, field
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -40,13 +41,13 @@ class StoredLogits:
         """What the codec gives: sparse targets at a temperature of its grid, or (P, V) or (P, D) values."""
         return self.codec.decode(self.column, self.steps, temperature, self.layout)
 
-    def targets(self) -> Callable[[float], SparseTargets]:
-        """Sparse targets of all rows' steps in turn, as a function of the temperature."""
+    def targets(self, device: torch.device) -> Callable[[float], SparseTargets]:
+        """Sparse targets of all rows' steps in turn, on a device, as a function of the temperature."""
 
         def at(temperature: float) -> SparseTargets:
             found = self.at(temperature)
             assert isinstance(found, SparseTargets)
-            return found
+            return found.to(device)
 
         return at
 

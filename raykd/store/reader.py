@@ -16,6 +16,7 @@ from raykd.errors import StoreError
 from raykd.files import read_json
 from raykd.recipe import digest_of
 from raykd.store.codec import decode
+from raykd.store.logits import StoredLogits, from_metadata
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class Store:
         shape = json.loads(field.metadata[b"shape"])
         steps = table.column(field.metadata[b"steps"].decode()).to_numpy()
         return Column(decode(table.column(name), shape, steps), steps)
+
+    def logits(self, split: str) -> StoredLogits:
+        """The teacher's answers of one split, still encoded."""
+        table = self.table(split)
+        codec, layout = from_metadata(table.schema.field("logits").metadata)
+        return StoredLogits(table.column("logits"), table.column("steps").to_numpy(), codec, layout)
 
     def _read(self, record: dict[str, Any]) -> pa.Table:
         path = self.folder / record["file"]
