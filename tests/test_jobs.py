@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,9 +77,10 @@ def test_nobody_without_the_token_is_let_in(head):
         assert answer.status == 200
 
 
-def test_a_job_walks_the_whole_example(head, sources, tmp_path):
-    options = ("--smoke", "--set", "data.stride=40", "--out", tmp_path)
-    done = submit(head, sources, "pipelines.run", "examples/gesture/recipe.toml", *options)
+def test_readmes_job_walks_the_whole_example(head, sources, tmp_path):
+    told = re.search(r"ray job submit .* --smoke$", (ROOT / "README.md").read_text(), re.M)
+    assert told
+    done = call(*told[0].split(), "--set", "data.stride=40", "--out", tmp_path, env=head, cwd=sources)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(next(tmp_path.glob("gesture-*/report.json")).read_bytes())
     assert len(report["search"]["trials"]) == 4
