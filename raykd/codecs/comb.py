@@ -26,14 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.codecs import draws, layout
-from raykd.codecs.grid import index_of, lse_bound, lse_bytes, tempered
+from raykd.codecs.grid import chunks, index_of, lse_bound, lse_bytes, tempered
 from raykd.codecs.layout import Column, Layout, Stream
 from raykd.errors import StoreError
 from raykd.targets import SparseTargets
 
 LOWEST = -1e4  # a class of smaller log p is never drawn at any sensible temperature
 ENTROPY_STEP = 0.25  # nats, rounded at random: far below the noise of the draws
-CHUNK = 1 << 20  # logits at a time: what stays in cache
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,7 @@ class Comb:
         steps = mask.sum(1).cpu().numpy()
         row = np.repeat(np.arange(len(steps)), steps)
         word = draws.words(key, row_id[row], layout.ragged(np.zeros_like(steps), steps))
-        places = mask.flatten().nonzero().squeeze(1)
-        flat, size = logits.flatten(0, 1), max(1, CHUNK // logits.shape[-1])
-        parts = [
-            self._draw(flat[places[i : i + size], : self.vocab].float(), word[i : i + size])
-            for i in range(0, max(len(places), 1), size)
-        ]
+        parts = [self._draw(z, word[at]) for at, z in chunks(logits, mask, self.vocab)]
         found, ids, count, log_p, fixed = (np.concatenate(p) for p in zip(*parts, strict=True))
         entries, start = layout.sums(found, steps), np.concatenate([[0], np.cumsum(found)])
         streams = {"ids": layout.put_ids(ids, start, entries, self.vocab, "plain"), "counts": Stream(count, entries)}

@@ -5,6 +5,7 @@ than 1e-4 of itself. lse_1 = 0 is not stored.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,6 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.errors import RecipeError
+
+CHUNK = 1 << 19  # logits at a time: what stays in cache
+
+
+def chunks(logits: Tensor, mask: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of valid steps of `logits` (B, T, C) and their fp32 logits (c, vocab); an empty one if there are none."""
+    places, flat = mask.flatten().nonzero().squeeze(1).cpu(), logits.flatten(0, 1)
+    size = max(1, CHUNK // logits.shape[-1])
+    for first in range(0, max(len(places), 1), size):
+        here = places[first : first + size]
+        whole = len(here) > 0 and int(here[-1] - here[0]) + 1 == len(here)  # most are: no copy is made then
+        z = flat[int(here[0]) : int(here[-1]) + 1] if whole else flat[here.to(flat.device)]
+        yield slice(first, first + size), z[:, :vocab].float()
 
 
 def index_of(temperature: float, grid: tuple[float, ...]) -> int:
@@ -27,15 +41,14 @@ def index_of(temperature: float, grid: tuple[float, ...]) -> int:
 def tempered(log_p: Tensor, grid: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
     """The mean over the grid of softmax(log p / T) (c, V), and lse_T (c,) of every T but 1."""
     mixed, lse = torch.zeros_like(log_p), []
+    scaled, p = torch.empty_like(log_p), torch.empty_like(log_p)
     top = log_p.argmax(1, keepdim=True)
     for t in grid:
-        if t == 1:
-            mixed += log_p.exp()
-            continue
-        p = (log_p / t).softmax(1)
-        lse.append((log_p.gather(1, top) / t - p.gather(1, top).log()).squeeze(1))
-        mixed += p
-    return mixed.div_(len(grid)), lse
+        torch.softmax(torch.div(log_p, t, out=scaled), 1, out=p)
+        mixed.add_(p, alpha=1 / len(grid))
+        if t != 1:
+            lse.append((log_p.gather(1, top) / t - p.gather(1, top).log()).squeeze(1))
+    return mixed, lse
 
 
 def lse_bound(temperature: float, vocab: int) -> float:

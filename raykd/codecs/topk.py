@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.codecs import layout
-from raykd.codecs.grid import index_of, lse_bound, lse_bytes, tempered
+from raykd.codecs.grid import chunks, index_of, lse_bound, lse_bytes, tempered
 from raykd.codecs.layout import Column, Ints, Layout, Stream
 from raykd.errors import StoreError
 from raykd.targets import SparseTargets
-
-CHUNK = 1 << 20  # logits at a time: what stays in cache
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,9 @@ class TopK:
         Nothing is drawn: `row_id` and `key` change nothing.
         """
         steps = mask.sum(1).cpu().numpy()
-        places = mask.flatten().nonzero().squeeze(1)
-        flat, size = logits.flatten(0, 1), max(1, CHUNK // logits.shape[-1])
         parts = []
-        for i in range(0, max(len(places), 1), size):
-            log_p = flat[places[i : i + size], : self.vocab].float().log_softmax(1)
+        for _, z in chunks(logits, mask, self.vocab):
+            log_p = z.log_softmax(1)
             ids = log_p.topk(self.k, dim=1).indices.sort(1).values
             lse = tempered(log_p, self.grid)[1] if "lse" in self.streams else []
             values = log_p.gather(1, ids).cpu().numpy().astype("<f2")

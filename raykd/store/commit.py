@@ -117,9 +117,17 @@ class StoreWriter:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A shard's file: no dictionary, because encoded rows do not repeat."""
+    """A shard's file: no dictionary, because encoded rows do not repeat; no statistics of what is only bytes."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
     return sink.getvalue()
 
 
