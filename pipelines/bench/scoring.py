@@ -16,7 +16,7 @@ from pipelines.bench.table import Clock
 from raykd import data, stream
 from raykd.files import put_once
 from raykd.recipe import Recipe
-from raykd.scorer import Scorer, _to_table
+from raykd.scorer import Scorer
 from raykd.signals import Signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
 
@@ -83,7 +83,6 @@ def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
     shard, size = Shard(0, "train", 0, recipe.store.rows_per_shard), recipe.store.batch
     rows = scorer.dataset.splits["train"].take(slice(shard.first, shard.last))
     batches = [rows.take(slice(i, i + size)) for i in range(0, len(rows), size)]
-    arrays = [scorer._signals(batch) for batch in batches]
     table = scorer.table(shard)
     content = to_parquet(table)
 
@@ -100,7 +99,10 @@ def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
         acts: dict[str, Callable[[], Any]] = {
             "forward": forward,
             "valence signals": lambda: [scorer._valence(b, s) for b, s in zip(batches, signals, strict=True)],
-            "encode": lambda: _to_table(rows, {k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]}),
+            "codec": lambda: [
+                scorer.codec.encode(s.logits, s.mask, b.row_id, scorer.key)
+                for b, s in zip(batches, signals, strict=True)
+            ],
             "Parquet": lambda: to_parquet(table),
             "sha256": lambda: record_of(shard, content),
             "write, fsync": write,
