@@ -11,7 +11,7 @@ from torch import Tensor
 from raykd.data import UNLABELLED, Rows
 from raykd.errors import StoreError
 from raykd.recipe import Optim
-from raykd.signals import Batch, Signals
+from raykd.signals import Batch, Signals, tensor
 from raykd.store.logits import StoredLogits
 from raykd.store.reader import Store
 
@@ -70,10 +70,16 @@ class DeviceRows:
     teacher_mask: Tensor | None
     stored: StoredLogits | None = None  # where `teacher` holds no dense logits
     head: tuple[Tensor, Tensor | None] | None = None  # of hidden states that are stored in their place
+    mapped: bool = False  # a batch is gathered from files in memory maps, which is worth a thread of its own
+
+    @property
+    def device(self) -> torch.device:
+        return self.label.device
 
     def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
         """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
-        inputs, mask = self.inputs.index_select(0, index), self.mask.index_select(0, index)
+        inputs = self.inputs.index_select(0, index.to(self.inputs.device)).to(self.device)
+        mask = self.mask.index_select(0, index)
         if noise is not None:
             inputs = inputs + noise * mask.unsqueeze(-1)
         valence = None if self.valence is None else self.valence.index_select(0, index)
@@ -119,14 +125,16 @@ def to_device(
     `head` is the teacher's, for a store of its inputs.
     """
     teacher, mask, stored = {}, None, None
+    mapped = isinstance(rows.inputs, np.memmap)
     if store is not None:
-        assert np.array_equal(store.row_id(split), rows.row_id), "the store holds other rows"
+        if not np.array_equal(store.row_id(split), rows.row_id):
+            raise StoreError("the store holds other rows than the data")
         stored = store.logits(split)
         is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1
         valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
         if not np.array_equal(stored.steps, valid.sum(1)):
             raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
-        mask = torch.from_numpy(valid)
+        mask = tensor(valid)
         if stored.codec.name == "dense":
             flat = stored.at()
             assert isinstance(flat, Tensor)
@@ -135,15 +143,16 @@ def to_device(
         for name in sorted(needs - {"logits"}):
             teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
     return DeviceRows(
-        torch.from_numpy(rows.row_id).to(device),
-        torch.from_numpy(rows.inputs).to(device),
-        torch.from_numpy(rows.mask).to(device),
-        torch.from_numpy(rows.label).to(device),
-        None if rows.valence is None else torch.from_numpy(rows.valence).to(device),
+        tensor(rows.row_id).to(device),
+        tensor(rows.inputs).to("cpu" if mapped else device),
+        tensor(rows.mask).to(device),
+        tensor(rows.label).to(device),
+        None if rows.valence is None else tensor(rows.valence).to(device),
         teacher,
         None if mask is None else mask.to(device),
         stored,
         None if head is None else (head[0].to(device), None if head[1] is None else head[1].to(device)),
+        mapped or stored is not None,
     )
 
 

@@ -8,6 +8,7 @@ and resumed ends with the weights of one that was not.
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raykd import faults
+from raykd.ahead import Ahead
 from raykd.batches import DeviceRows, Order, input_noise, mixed
 from raykd.checkpoints import Checkpoints
 from raykd.errors import DataError
@@ -25,6 +27,7 @@ from raykd.losses import Objective
 from raykd.models.adapter import Adapter
 from raykd.recipe import Optim, TermSpec
 from raykd.signals import Batch
+from raykd.store.logits import Targets
 
 Report = Callable[[int, dict[str, Any]], None]
 
@@ -123,7 +126,7 @@ def train(
     `report(step, metrics)` is called every `optim.evaluate_every` steps and after the last, on every rank, with the
     mean of each term since the last call and what `evaluate(student)` says.
     """
-    device = rows.inputs.device
+    device = rows.device
     learner = Learner(student, Objective(arm.terms)).to(device)
     adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
     state = State(learner, adamw)
@@ -133,18 +136,24 @@ def train(
     learner.train()
     step = Step(arm, optim, rows, world, state, model)
     seen = torch.zeros(2, len(learner.objective.weights), device=device)
-    while state.step < optim.steps:
-        started = clock(device)
-        seen += step()
-        state.step += 1
-        state.seconds += clock(device) - started
-        faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
-        if state.step % optim.evaluate_every == 0 or state.step == optim.steps:
-            state.history.append(_summary(state, world.sum(seen), evaluate))
-            seen.zero_()
-            report(state.step, state.history[-1])
-            if checkpoints and state.step < optim.steps and world.rank == 0 and _due(state, optim, checkpoint_every):
-                state.save(checkpoints)
+    with closing(step):
+        while state.step < optim.steps:
+            started = clock(device)
+            seen += step()
+            state.step += 1
+            state.seconds += clock(device) - started
+            faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
+            if state.step % optim.evaluate_every == 0 or state.step == optim.steps:
+                state.history.append(_summary(state, world.sum(seen), evaluate))
+                seen.zero_()
+                report(state.step, state.history[-1])
+                if (
+                    checkpoints
+                    and state.step < optim.steps
+                    and world.rank == 0
+                    and _due(state, optim, checkpoint_every)
+                ):
+                    state.save(checkpoints)
     return state
 
 
@@ -153,16 +162,21 @@ class Step:
 
     def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, model: nn.Module):
         self.arm, self.optim, self.rows, self.world, self.state, self.model = arm, optim, rows, world, state, model
-        self.device, self.share = rows.inputs.device, world.share(optim.batch)
+        self.device, self.share = rows.device, world.share(optim.batch)
         self.order = Order(rows.label.cpu().numpy(), optim, arm.seed)
         self.parameters = list(state.learner.parameters())
+        self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
+        self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped else None
 
     def __call__(self) -> Tensor:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
         number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
         seed = mixed(self.arm.seed, number)
+        batch = self.ahead(number) if self.ahead else self._batch(number, seed)
         reseed(self.device, seed + 1 + self.world.rank)
-        sums, counts = self.model(self._batch(number, seed))
+        sums, counts = self.model(batch)
+        if isinstance(batch.targets, Targets):
+            self.temperatures = tuple(batch.targets.asked)
         optimizer.zero_grad()
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
@@ -172,6 +186,18 @@ class Step:
             group["lr"] = learning_rate(self.optim, number)
         optimizer.step()
         return torch.stack([sums.detach(), counts])
+
+    def close(self) -> None:
+        if self.ahead:
+            self.ahead.close()
+
+    def _decoded(self, number: int) -> Batch:
+        """The batch of a step, its sparse targets decoded where an earlier step has read them."""
+        batch = self._batch(number, mixed(self.arm.seed, number))
+        if batch.targets:
+            for temperature in self.temperatures:
+                batch.targets(temperature)
+        return batch
 
     def _batch(self, number: int, seed: int) -> Batch:
         index = torch.from_numpy(self.order.rows(number)[self.share]).to(self.device)

@@ -16,7 +16,10 @@ def sequence_logits(model: nn.Module, rows: DeviceRows) -> NDArray[np.float32]:
     training = model.training
     model.eval()
     parts = [
-        model(rows.inputs[i : i + EVAL_BATCH], rows.mask[i : i + EVAL_BATCH]).sequence_logits().float().cpu()
+        model(rows.inputs[i : i + EVAL_BATCH].to(rows.device), rows.mask[i : i + EVAL_BATCH])
+        .sequence_logits()
+        .float()
+        .cpu()
         for i in range(0, len(rows.inputs), EVAL_BATCH)
     ]
     model.train(training)

@@ -3,10 +3,13 @@
 Shape letters used everywhere: B rows, T steps, C classes, K input channels, D width, H heads, N rows of a split.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.targets import SparseTargets
@@ -56,6 +59,13 @@ class Batch:
     valence: Tensor | None = None  # (B, T), NaN where missing
     teacher: Signals | None = None  # its logits are (B, T, 0) where `targets` stands for them
     targets: Callable[[float], SparseTargets] | None = None  # of all valid steps in turn, at a temperature
+
+
+def tensor(values: NDArray[Any]) -> Tensor:
+    """The array as a tensor over the same memory, a read-only map too: nothing here writes into inputs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(values)
 
 
 def zeroed(values: Tensor, mask: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ grace = 20
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory) -> None:
+    """Copies of stores go where the run's other files go, in every process of the tests."""
+    os.environ["RAYKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """The address of the run's one Ray cluster: on loopback, behind a token, in and with this process."""

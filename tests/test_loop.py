@@ -6,7 +6,7 @@ and closed forms for the schedule. The data-parallel tolerance is argued where i
 
 import json
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +369,7 @@ def distillation(tmp_path_factory) -> tuple[Recipe, Path]:
 class Watched(DeviceRows):
     """Rows that remember which of them were asked for."""
 
-    seen: list[list[int]]
+    seen: list[list[int]] = field(default_factory=list)
 
     def batch(self, index: torch.Tensor, noise: torch.Tensor | None = None) -> Batch:
         self.seen.append(self.row_id[index].tolist())

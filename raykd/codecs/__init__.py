@@ -20,13 +20,15 @@ SMALL = 64  # classes up to which every one is stored: a sparse form has no fewe
 
 
 class Codec(Protocol):
-    """A frozen dataclass of a column's settings: `encode` batches, `pack` the shard they make, `decode` any rows."""
+    """A frozen dataclass of a column's settings: `encode` batches, `pack` the shard they make
+    in its smallest layout, `unpack` it into the plain one, `decode` any rows."""
 
     name: ClassVar[str]
     serves: ClassVar[frozenset[str]]  # divergences
 
     def encode(self, values: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int, /) -> pa.Array: ...
     def pack(self, column: Any, steps: NDArray[Any], /) -> tuple[pa.Array, Layout]: ...
+    def unpack(self, column: Any, steps: NDArray[Any], laid_out: Layout, /) -> pa.Array: ...
     def decode(
         self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain", /
     ) -> SparseTargets | Tensor: ...

@@ -47,6 +47,9 @@ class Dense:
         """The column as it is: it has one layout."""
         return column, "plain"
 
+    def unpack(self, column: pa.BinaryArray, steps: NDArray[Any], laid_out: Layout) -> pa.BinaryArray:
+        return column
+
     def decode(
         self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
     ) -> Tensor:

@@ -37,6 +37,9 @@ class Hidden:
         """The column as it is: it has one layout."""
         return column, "plain"
 
+    def unpack(self, column: pa.BinaryArray, steps: NDArray[Any], laid_out: Layout) -> pa.BinaryArray:
+        return column
+
     def decode(
         self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
     ) -> Tensor:

@@ -69,6 +69,12 @@ class TopK:
         ids = layout.take_ids(streams["ids"], start, entries, self.vocab, "plain")
         return layout.smallest(column, ids, start, entries, self.vocab)
 
+    def unpack(self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout) -> pa.StructArray:
+        """The inverse of `pack`: the column in the plain layout. StoreError for damaged bytes."""
+        streams, entries, start = self._checked(column, steps)
+        ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
+        return layout.struct(streams | {"ids": layout.put_ids(ids, start, entries, self.vocab, "plain")})
+
     def decode(
         self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
     ) -> SparseTargets:

@@ -13,11 +13,19 @@ from raykd.errors import DataError
 
 UNLABELLED = -100
 SPLITS = ("train", "val", "test")
+CHUNK = 4096  # rows at a time: inputs may be memory maps of any size
+KINDS = {
+    "row_id": ("int64", 1),
+    "inputs": ("float32", 3),
+    "mask": ("bool", 2),
+    "label": ("int64", 1),
+    "group": ("int64", 1),
+}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split. Row ids are unique over the data set and ascend within it."""
+    """One split. Row ids are unique over the data set and ascend within it. Arrays may be memory maps."""
 
     row_id: NDArray[np.int64]  # (N,)
     inputs: NDArray[np.float32]  # (N, T, K), zero where the mask is False
@@ -58,7 +66,8 @@ class Dataset:
                 state.update(f"{name}.{key}".encode())
                 if value is not None:
                     state.update(f"{value.dtype}{value.shape}".encode())
-                    state.update(np.ascontiguousarray(value).data)
+                    for at in range(0, len(value), CHUNK):
+                        state.update(np.ascontiguousarray(value[at : at + CHUNK]).data)
         return state.hexdigest()
 
     def describe(self) -> str:
@@ -83,18 +92,42 @@ def checked(dataset: Dataset) -> Dataset:
 
 def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
     where, count = f"{dataset.name}, split {name!r}", len(dataset.classes)
-    if bad := _ids(rows, ~np.isfinite(rows.inputs).all(axis=(1, 2))):
+    _check_arrays(where, rows)
+    if bad := _ids(rows, ~_by_chunks(lambda part: np.isfinite(part).all(axis=(1, 2)), rows.inputs)):
         raise DataError(f"{where}: NaN or infinite inputs in rows {bad}; mend or drop them")
     if bad := _ids(rows, ~rows.mask.any(1)):
         raise DataError(f"{where}: rows {bad} hold no step")
     outside = (rows.label != UNLABELLED) & ((rows.label < 0) | (rows.label >= count))
     if bad := _ids(rows, outside):
         raise DataError(f"{where}: labels outside the {count} classes in rows {bad}")
-    absent = [c for i, c in enumerate(dataset.classes) if not (rows.label == i).any()]
+    present = set(np.unique(rows.label).tolist())
+    absent = [c for i, c in enumerate(dataset.classes) if i not in present]
     if absent:
         raise DataError(f"{where}: no row of class {', '.join(absent)}; every class must occur in every split")
-    if rows.valence is not None and (bad := _ids(rows, (np.abs(rows.valence) > 1).any(1))):
+    outside = rows.valence is not None and _by_chunks(lambda part: (np.abs(part) > 1).any(1), rows.valence)
+    if rows.valence is not None and (bad := _ids(rows, outside)):
         raise DataError(f"{where}: valence outside [-1, 1] in rows {bad}; rescale it")
+
+
+def _check_arrays(where: str, rows: Rows) -> None:
+    """DataError unless a function's own Rows have the types and shapes that every other source gives."""
+    for key, (dtype, dims) in KINDS.items():
+        values = getattr(rows, key)
+        if values.dtype != dtype or values.ndim != dims or len(values) != len(rows):
+            found = f"{values.dtype} of shape {values.shape}"
+            raise DataError(f"{where}: {key} must be {dtype} with {dims} axes and {len(rows)} rows, and is {found}")
+    wrong = rows.inputs.shape[:2] != rows.mask.shape or (
+        rows.valence is not None and (rows.valence.shape != rows.mask.shape or rows.valence.dtype != np.float32)
+    )
+    if wrong:
+        raise DataError(f"{where}: inputs (N, T, K), mask (N, T) and float32 valence (N, T) must have equal N and T")
+    if (np.diff(rows.row_id) <= 0).any():
+        raise DataError(f"{where}: row ids must ascend")
+
+
+def _by_chunks(test: Any, values: NDArray[Any]) -> NDArray[np.bool_]:
+    """(N,): `test` of CHUNK rows at a time."""
+    return np.concatenate([test(values[at : at + CHUNK]) for at in range(0, len(values), CHUNK)])
 
 
 def _ids(rows: Rows, faulty: Any) -> str:

@@ -41,8 +41,13 @@ def load_parquet(ref: DataRef) -> Dataset:
 
 
 def load_function(ref: DataRef) -> Dataset:
-    """Rows from `module:function(**data.settings)`: dicts with the keys that `data.columns` names."""
-    rows: list[dict[str, Any]] = list(imports.load(ref.source, "data.source")(**ref.settings))
+    """What `module:function(**data.settings)` gives: a Dataset, or dicts with the keys that `data.columns` names."""
+    given = imports.load(ref.source, "data.source")(**ref.settings)
+    if isinstance(given, Dataset):
+        if ref.classes and tuple(ref.classes) != given.classes:
+            raise DataError(f"{ref.source}: its classes {list(given.classes)} are not data.classes {ref.classes}")
+        return given
+    rows: list[dict[str, Any]] = list(given)
     wanted = _wanted(ref)
     for number, row in enumerate(rows):
         for key, name in wanted.items():

@@ -1,7 +1,7 @@
 """The store's column of teacher answers: which codec it has, and how a batch's rows come back out of it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,15 +41,24 @@ class StoredLogits:
         """What the codec gives: sparse targets at a temperature of its grid, or (P, V) or (P, D) values."""
         return self.codec.decode(self.column, self.steps, temperature, self.layout)
 
-    def targets(self, device: torch.device) -> Callable[[float], SparseTargets]:
+    def targets(self, device: torch.device) -> "Targets":
         """Sparse targets of all rows' steps in turn, on a device, as a function of the temperature."""
+        return Targets(self, device)
 
-        def at(temperature: float) -> SparseTargets:
-            found = self.at(temperature)
+
+class Targets:
+    """Sparse targets as a function of the temperature; each is decoded once, `asked` are those that were read."""
+
+    def __init__(self, stored: StoredLogits, device: torch.device):
+        self.stored, self.device = stored, device
+        self.asked: dict[float, SparseTargets] = {}
+
+    def __call__(self, temperature: float) -> SparseTargets:
+        if temperature not in self.asked:
+            found = self.stored.at(temperature)
             assert isinstance(found, SparseTargets)
-            return found.to(device)
-
-        return at
+            self.asked[temperature] = found.to(self.device)
+        return self.asked[temperature]
 
 
 def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
@@ -64,6 +73,24 @@ def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
     back = np.empty(len(index), np.int64)
     back[order] = np.arange(len(index))
     return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], column.type)
+
+
+def plain(table: pa.Table) -> pa.Table:
+    """A shard's table with its answers in the plain layout, which all shards can share and any rows are read from.
+
+    Each shard's file has the layout that made it smallest.
+    """
+    if "logits" not in table.column_names:
+        return table
+    at = table.schema.get_field_index("logits")
+    field = table.schema.field(at)
+    if not field.metadata or b"codec" not in field.metadata:
+        return table
+    codec, laid_out = from_metadata(field.metadata)
+    column = table.column(at).combine_chunks()
+    if laid_out != "plain":
+        column = codec.unpack(column, table.column("steps").to_numpy(), laid_out)
+    return table.set_column(at, field.with_metadata(metadata(codec, "plain")), column)
 
 
 def codec_name(settings: StoreSettings, classes: int) -> str:

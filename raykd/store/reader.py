@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from numpy.typing import NDArray
 from raykd.errors import StoreError
 from raykd.files import read_json
 from raykd.recipe import digest_of
+from raykd.store import bounds, hot
 from raykd.store.codec import decode
-from raykd.store.logits import StoredLogits, from_metadata
+from raykd.store.logits import StoredLogits, from_metadata, plain
+
+PART = re.compile(r"data/part-\d{5,}-[0-9a-f]{16}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -47,33 +52,36 @@ class Store:
             raise StoreError(f"{folder} is not a complete store: it has no manifest; run `raykd score` to finish it")
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         if digest_of(body) != manifest.get("sha256"):
-            raise StoreError(f"{folder}/_MANIFEST.json is damaged: its digest does not match; delete the folder")
+            raise StoreError(
+                f"{folder}/_MANIFEST.json is damaged: its digest does not match; type: raykd store repair {folder}"
+            )
         self.manifest: dict[str, Any] = manifest
         self._splits: dict[str, pa.Table] = {}
 
     @classmethod
     def of_shards(cls, folder: Path, records: list[dict[str, Any]]) -> "Store":
-        """A view of committed shards before there is a manifest."""
+        """A view of committed shards before there is a manifest: its columns, read shard by shard."""
         store = cls.__new__(cls)
         store.folder, store.manifest, store._splits = folder, {"shards": records}, {}
         return store
 
+    def shards(self, split: str) -> Iterator[pa.Table]:
+        """The shards of one split in turn, each verified by digest, bounds and page checksums."""
+        return (read_shard(self.folder, r) for r in self.manifest["shards"] if r["split"] == split)
+
     def table(self, split: str) -> pa.Table:
-        """All shards of one split, verified by digest and page checksum."""
+        """All rows of one split, memory mapped from this node's copy; ids are in the plain layout."""
         if split not in self._splits:
-            records = [r for r in self.manifest["shards"] if r["split"] == split]
-            self._splits[split] = pa.concat_tables([self._read(r) for r in records])
+            self._splits[split] = hot.mapped(self.manifest["sha256"], split, map(plain, self.shards(split)))
         return self._splits[split]
 
     def row_id(self, split: str) -> NDArray[np.int64]:
-        return self.table(split).column("row_id").to_numpy()
+        return self.column("row_id", split).values
 
     def column(self, name: str, split: str) -> Column:
         """One signal of one split; StoreError lists what there is if it is not stored."""
-        table = self.table(split)
-        if name not in table.column_names:
-            raise StoreError(f"store {self.folder.name} holds no {name!r}; it has {', '.join(table.column_names)}")
-        field = table.schema.field(name)
+        table = self.table(split) if "sha256" in self.manifest else self._only(name, split)
+        field = self._field(table, name)
         if field.type != pa.binary():
             return Column(table.column(name).to_numpy(), np.ones(table.num_rows, np.int32))
         shape = json.loads(field.metadata[b"shape"])
@@ -86,13 +94,43 @@ class Store:
         codec, layout = from_metadata(table.schema.field("logits").metadata)
         return StoredLogits(table.column("logits"), table.column("steps").to_numpy(), codec, layout)
 
-    def _read(self, record: dict[str, Any]) -> pa.Table:
-        path = self.folder / record["file"]
-        again = "run `raykd score` to score just this shard again"
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise StoreError(f"{path} is missing; {again}") from None
-        if hashlib.sha256(data).hexdigest() != record["sha256"]:
-            raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; {again}")
-        return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+    def _only(self, name: str, split: str) -> pa.Table:
+        """A column, and the one that counts its steps, of every shard."""
+        parts = []
+        for shard in self.shards(split):
+            steps = (self._field(shard, name).metadata or {}).get(b"steps")
+            parts.append(shard.select([name, *([steps.decode()] if steps else [])]))
+        return pa.concat_tables(parts)
+
+    def _field(self, table: pa.Table, name: str) -> pa.Field:
+        if name not in table.column_names:
+            raise StoreError(f"store {self.folder.name} holds no {name!r}; it has {', '.join(table.column_names)}")
+        return table.schema.field(name)
+
+
+def read_shard(folder: Path, record: dict[str, Any]) -> pa.Table:
+    """A shard's rows, verified by digest, by the bounds of what it may decode to, and by page checksums."""
+    if not PART.fullmatch(record["file"]):
+        raise StoreError(f"{folder}: a record names {record['file']!r}, which is no shard's file")
+    path = folder / record["file"]
+    again = f"type: raykd store repair {folder}, then `raykd score` does just this shard again"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; {again}") from None
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; {again}")
+    if not 0 <= record["rows"] <= record["last"] - record["first"]:
+        raise StoreError(f"{path}: {record['rows']} rows can not be of {record['last'] - record['first']}")
+    return decoded(data, record["rows"], str(path))
+
+
+def decoded(data: bytes, rows: int, name: str) -> pa.Table:
+    """The rows of a Parquet file, once its bounds are known to be sound. StoreError otherwise."""
+    bounds.check(data, rows, name)
+    try:
+        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{name} is not a readable Parquet file: {error}") from None
+    return table
