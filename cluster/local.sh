@@ -128,7 +128,7 @@ stop() {
     # The head ends the others in order; told all at once, it waits half a minute for the ones already gone.
     # shellcheck disable=SC2086
     if is_in "$(saved head)" $roots; then kill -TERM "$(saved head)"; else kill -TERM $all; fi || true
-    deadline=$((SECONDS + 30))
+    deadline=$((SECONDS + 12)) # an idle head ends in six; after jobs Ray waits half a minute for processes that are gone
     for pid in $all; do
       while alive "$pid" && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
       if alive "$pid"; then kill -KILL "$pid" 2>/dev/null || true; fi
