@@ -48,6 +48,10 @@ class DataError(RaykdError):
     exit_code = 3
 
 
+class Diverged(DataError):
+    """A training whose gradient is no longer finite; on every worker at the same step (exit code 3)."""
+
+
 class StoreError(RaykdError):
     """A teacher store or run folder that is incomplete, damaged or of another recipe (exit code 3)."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.arms import arms_of, run_arms
-from raykd.errors import InfraError
+from raykd.errors import Diverged, InfraError
 from raykd.files import read_json
 from raykd.loop import World
 from raykd.progress import Progress
@@ -31,9 +31,11 @@ def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
     with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress):
         try:
-            group(recipe, train_worker, config, folder).fit()
+            fault = group(recipe, train_worker, config, folder).fit().return_value
         except Exception as error:  # Ray raises its own kinds and ours, wrapped
             raise plain_error(error, "train") from error
+    if fault:
+        raise fault
     records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms]
     if not all(records):
         raise InfraError("train ended without training every arm; run it again to continue where it stopped")
@@ -77,8 +79,8 @@ def group(
     )
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of the group runs."""
+def train_worker(config: dict[str, Any]) -> Diverged | None:
+    """What every worker of the group runs. A divergence is every rank's: given back, because a retry repeats it."""
     import ray.train
     import ray.train.torch
 
@@ -93,7 +95,11 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.train.report({"arm": arm, **metrics})
 
     device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
-    run_arms(recipe, store, folder, world=world, device=device, tell=tell)
+    try:
+        run_arms(recipe, store, folder, world=world, device=device, tell=tell)
+    except Diverged as fault:
+        return fault
+    return None
 
 
 def _note(folder: Path, arm: str, step: int, metrics: dict[str, Any]) -> None:

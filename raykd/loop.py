@@ -22,7 +22,7 @@ from raykd import faults
 from raykd.ahead import Ahead
 from raykd.batches import DeviceRows, Order, input_noise, mixed
 from raykd.checkpoints import Checkpoints
-from raykd.errors import DataError
+from raykd.errors import Diverged
 from raykd.losses import Objective
 from raykd.models.adapter import Adapter
 from raykd.recipe import Optim, TermSpec
@@ -181,7 +181,7 @@ class Step:
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
         if not math.isfinite(norm):
-            raise DataError(_diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts)))
+            raise Diverged(_diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.optim, number)
         optimizer.step()

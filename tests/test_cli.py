@@ -186,3 +186,13 @@ def test_a_second_process_on_a_run_says_so(here, tmp_path):
     assert "is being worked on by another process" in second.err
     assert is_one_screen(second.err)
     assert first.wait().code == 143
+
+
+def test_a_training_that_diverges_names_its_arm_and_terms(tmp_path):
+    sets = ("--set", "optim.learning_rate=1e30", "--set", "optim.clip=1e30")
+    done = raykd(tmp_path, "train", "examples/gesture/teacher.toml", "--smoke", *sets, "--out", tmp_path / "runs")
+    assert done.code == 3
+    assert "arm student-0: the gradient is not finite at step" in done.err
+    assert "lower optim.learning_rate" in done.err
+    assert "Traceback" not in done.err
+    assert not list((tmp_path / "runs").rglob("arm.json"))

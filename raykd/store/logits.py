@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.codecs import CODECS, Codec, default_codec
+from raykd.codecs.comb import Comb
+from raykd.codecs.dense import Dense
 from raykd.codecs.layout import Layout
+from raykd.codecs.topk import TopK
 from raykd.errors import StoreError
 from raykd.recipe import StoreSettings
 from raykd.targets import SparseTargets
@@ -103,11 +106,11 @@ def codec_for(stored: Mapping[str, Any], classes: int) -> Codec:
     grid = tuple(stored.get("temperatures") or (1.0,))
     match stored["codec"]:
         case "dense":
-            return CODECS["dense"](vocab=classes, values=stored["values"])  # type: ignore[call-arg]
+            return Dense(vocab=classes, values=stored["values"])
         case "comb":
-            return CODECS["comb"](vocab=classes, grid=grid, points=stored["points"])  # type: ignore[call-arg]
+            return Comb(vocab=classes, grid=grid, points=stored["points"])
         case "topk":
-            return CODECS["topk"](vocab=classes, grid=grid, k=stored["top"])  # type: ignore[call-arg]
+            return TopK(vocab=classes, grid=grid, k=stored["top"])
     raise AssertionError(stored["codec"])
 
 
