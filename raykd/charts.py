@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raykd.svg import INK, svg
+from raykd.words import RETENTIONS
 
 COLOURS = {"teacher": "#7a7f87", "control": "#d9822b", "student": "#2f7ed8", "artefact": "#1a9a76"}
 SHARE = "#1f5fb0"
@@ -36,7 +37,7 @@ def _accuracy(report: Mapping[str, Any]) -> str:
 
 
 def _retention(report: Mapping[str, Any]) -> str:
-    parts = {n: p for n, p in report["retention"].items() if p["value"] is not None}
+    parts = {n: p for n in RETENTIONS if (p := report["retention"][n])["value"] is not None}
     if not parts:
         return ""
 

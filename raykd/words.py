@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FEW_SEEDS, FEW_GROUPS = 3, 10
+RETENTIONS = ("all", "thriving", "rest")  # in the order they are told
 WIDTH = 100
 
 
@@ -131,8 +132,8 @@ def _wrapped(text: str) -> str:
 def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) of every ratio that was measured."""
     found = []
-    for name, part in report["retention"].items():
-        if part["value"] is not None:
+    for name in RETENTIONS:
+        if (part := report["retention"][name])["value"] is not None:
             extra = f", less chance {percent(part['chance_corrected'])}" if part["chance_corrected"] else ""
             share = f"{percent(part['value'])} ({span(part)}){extra}"
             found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
