@@ -1,7 +1,8 @@
 """Which rows a step sees, and their tensors: a pure function of (seed, step), for any number of workers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ class DeviceRows:
     teacher_mask: Tensor | None
     stored: StoredLogits | None = None  # where `teacher` holds no dense logits
     head: tuple[Tensor, Tensor | None] | None = None  # of hidden states that are stored in their place
+    place: Tensor | None = None  # of each row in `inputs`, where rows that could not be scored are left out
     mapped: bool = False  # a batch is gathered from files in memory maps, which is worth a thread of its own
 
     @property
@@ -78,7 +80,8 @@ class DeviceRows:
 
     def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
         """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
-        inputs = self.inputs.index_select(0, index.to(self.inputs.device)).to(self.device)
+        place = (index if self.place is None else self.place[index]).to(self.inputs.device)
+        inputs = self.inputs.index_select(0, place).to(self.device)
         mask = self.mask.index_select(0, index)
         if noise is not None:
             inputs = inputs + noise * mask.unsqueeze(-1)
@@ -126,9 +129,13 @@ def to_device(
     """
     teacher, mask, stored = {}, None, None
     mapped = isinstance(rows.inputs, np.memmap)
+    place = None
     if store is not None:
-        if not np.array_equal(store.row_id(split), rows.row_id):
-            raise StoreError("the store holds other rows than the data")
+        kept = _scored(store, split, rows)
+        if not kept.all():  # inputs stay whole: they may be a memory map
+            place = torch.from_numpy(np.flatnonzero(kept))
+            rest: dict[str, Any] = {k: v for k, v in vars(rows).items() if k != "inputs" and v is not None}
+            rows = replace(rows, **{k: v[kept] for k, v in rest.items()})
         stored = store.logits(split)
         is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1
         valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
@@ -152,8 +159,18 @@ def to_device(
         None if mask is None else mask.to(device),
         stored,
         None if head is None else (head[0].to(device), None if head[1] is None else head[1].to(device)),
+        None if place is None else place.to(device),
         mapped or stored is not None,
     )
+
+
+def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
+    """(N,): which rows the store holds. StoreError unless they are all of them but those that could not be scored."""
+    ids = store.row_id(split)
+    kept = np.isin(rows.row_id, ids)
+    if len(rows) - len(ids) != store.unscored(split) or not np.array_equal(rows.row_id[kept], ids):
+        raise StoreError("the store holds other rows than the data")
+    return kept
 
 
 def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:

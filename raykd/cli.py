@@ -209,6 +209,10 @@ def verify(folder: Path) -> tuple[Any, str]:
     if found["damaged"]:
         faults = "\n".join(f"  {d['file']}: {d['fault']}" for d in found["damaged"])
         raise StoreError(f"{folder}:\n{faults}\ntype: raykd store repair {folder}")
+    if not found["complete"]:
+        raise StoreError(
+            f"{folder}: {found['shards']} shards are sound, but it is not complete; type: raykd score RECIPE"
+        )
     return found, f"{found['shards']} shards, complete and sound"
 
 
@@ -221,6 +225,8 @@ def show_(folder: Path) -> tuple[Any, str]:
     lines = [f"{folder}: {'complete' if found['complete'] else 'incomplete'}"]
     lines += [f"{name:<14}{p['rows']:>12,} rows{p['bytes']:>16,} bytes" for name, p in found["splits"].items()]
     lines += [f"{name:<20}{c['type']:<10}{c['bytes_per_row']:>12,} bytes a row" for name, c in found["columns"].items()]
+    lines += [f"not scored: row {row['row_id']}: {row['reason']}" for row in found["quarantined"]]
+    lines += [f"can not be read: {name}" for name in found["unreadable"]]
     return found, "\n".join(lines)
 
 
@@ -230,9 +236,9 @@ def repair(folder: Path) -> tuple[Any, str]:
     from raykd.store import tend
 
     removed = tend.repair(folder)
-    text = (
-        f"shards {removed} removed; type `raykd score RECIPE` to score them again" if removed else "nothing is damaged"
-    )
+    text = "nothing is damaged"
+    if removed:
+        text = f"removed {', '.join(removed)}; type `raykd score RECIPE` to write them again"
     return {"removed": removed}, text
 
 

@@ -1,12 +1,14 @@
 """Files that are whole or absent: written aside, synced, then renamed or linked into place."""
 
+import errno
 import json
 import os
 import uuid
 from pathlib import Path
 from typing import Any
 
-from raykd.errors import StoreError
+from raykd import faults
+from raykd.errors import InfraError, StoreError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -21,8 +23,11 @@ def put_once(path: Path, data: bytes) -> bool:
     """Create `path` with `data` unless it exists; True if this call created it (one winner under a race)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = _stage(path, data)
+    where = {"folder": path.parent.name, "name": path.name}
+    faults.point("file", **where, at="staged")
     try:
         os.link(staged, path)
+        faults.point("file", **where, at="linked")
         created = True
     except FileExistsError:
         created = False
@@ -54,10 +59,17 @@ def read_json(path: Path) -> Any:
 
 def _stage(path: Path, data: bytes) -> Path:
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with staged.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = f"{path.parent}: {error.strerror}, {len(data):,} bytes could not be written"
+            raise InfraError(f"{full}; free that disk and give the same command, which continues from here") from None
+        raise
     return staged
 
 

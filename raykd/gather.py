@@ -27,7 +27,7 @@ def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, ml
     records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
     test, opened = dataset.splits["test"], Store(store) if store else None
     manifest = read_json(folder / "artefact" / "manifest.json")
-    saliency = opened.column("saliency", "test").values if opened else None
+    saliency = opened.aligned("saliency", "test", test.row_id, np.nan) if opened else None
     return Evidence(
         recipe_digest=recipe.digest(found),
         technique=found.technique,
@@ -40,7 +40,7 @@ def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, ml
         group=test.group,
         student=_predicted(folder, records, "student"),
         control=_predicted(folder, records, "control"),
-        teacher=opened.column("answer", "test").values if opened else None,
+        teacher=opened.aligned("answer", "test", test.row_id, -1) if opened else None,
         artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,

@@ -6,9 +6,11 @@ from typing import Any
 from raykd import models
 from raykd.arms import arms_of
 from raykd.errors import DataError
+from raykd.identity import identity
 from raykd.losses import needs_of
 from raykd.recipe import Recipe
 from raykd.stages import Place
+from raykd.store import tend
 from raykd.store.commit import plan_shards
 
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
@@ -32,6 +34,7 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         "memory_bytes_a_worker": _memory(place),
         "tracking": place.uri,
         "stages": _stages(place),
+        "nearest_store": _nearest(place),
     }
 
 
@@ -61,6 +64,13 @@ def _stages(place: Place) -> list[dict[str, Any]]:
     return stages
 
 
+def _nearest(place: Place) -> dict[str, Any] | None:
+    """Where the recipe's store does not exist, the one beside it that differs least, and in what."""
+    if place.store is None or place.store.exists():
+        return None
+    return tend.nearest(place.store.parent, identity(place.recipe, place.dataset))
+
+
 def _store_bytes(place: Place) -> int:
     """fp16 logits and valence at every valid step, 24 bytes a row beside; other signals are not foreseen."""
     width = 2 * (len(place.dataset.classes) + SIGNALS_A_STEP)
@@ -87,4 +97,7 @@ def table(found: dict[str, Any]) -> str:
         f"tracking    {found['tracking']}",
     ]
     lines += [f"{'done' if s['done'] else 'to do':<12}{s['stage']:<8}{s['what']}" for s in found["stages"]]
+    if near := found["nearest_store"]:
+        lines += [f"{'':<12}this recipe has no store; {near['store']} is nearest:"]
+        lines += [f"{'':<14}{difference}" for difference in near["differences"]]
     return "\n".join(lines)

@@ -167,6 +167,7 @@ class Scale(Table):
     scorers: Pair[Positive] = (1, 2)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     retries: Annotated[int, Field(ge=0)] = 3
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0  # that the teacher can not score; they are left out
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
 

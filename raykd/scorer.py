@@ -1,5 +1,6 @@
 """Scoring: a teacher's signals for one shard of rows, as a table. Plain torch; Ray only schedules it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from raykd.identity import identity, store_table
 from raykd.losses import needs_of
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, digest_of
-from raykd.signals import Signals
+from raykd.signals import Signals, tensor
 from raykd.store.codec import encode, field
 from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, metadata
 from raykd.store.reader import Store
+
+HALF = torch.finfo(torch.float16).max
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -53,35 +56,63 @@ class Scorer:
 
     def table(self, shard: Shard) -> pa.Table:
         """One row of signals for each row of the shard. DataError names rows that can not be scored."""
+        table, bad = self.score(shard)
+        if bad:
+            raise DataError(bad_rows(bad, 0))
+        return table
+
+    def score(self, shard: Shard) -> tuple[pa.Table, dict[int, str]]:
+        """(a row of signals for each row that the teacher can score, the other rows with the reason)."""
         rows = self.dataset.splits[shard.split].take(slice(shard.first, shard.last))
-        size = self.recipe.store.batch
-        batches = [self._signals(rows.take(slice(i, i + size))) for i in range(0, len(rows), size)]
+        size, bad = self.recipe.store.batch, {}
+        batches = [self._signals(rows.take(slice(i, i + size)), bad) for i in range(0, len(rows), size)]
         encoded = pa.concat_arrays([b.pop("logits") for b in batches])
         arrays = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-        return _to_table(rows, arrays, self.codec, encoded)
+        return _to_table(rows.row_id[~np.isin(rows.row_id, list(bad))], arrays, self.codec, encoded), bad
 
     @torch.inference_mode()
-    def _signals(self, rows: Rows) -> dict[str, Any]:
-        mask = torch.from_numpy(rows.mask).to(self.device)
-        signals = self.teacher(torch.from_numpy(rows.inputs).to(self.device), mask)
-        bad = rows.row_id[~torch.isfinite(signals.logits).all(2).cpu().numpy().all(1)]
-        if len(bad):
-            raise DataError(f"the teacher gives NaN or infinite logits for rows {bad[:5].tolist()}")
+    def _signals(self, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:
+        """The arrays of a batch's rows; those that can not be stored are added to `bad` instead."""
+        mask = tensor(rows.mask).to(self.device)
+        signals = self.teacher(tensor(rows.inputs).to(self.device), mask)
         out = {"mask": signals.mask, "answer": signals.sequence_logits().argmax(1)} | self._valence(rows, signals)
         out |= {f"hidden.{k}": v for k, v in signals.hidden.items()}
         out |= {f"attention.{k}": v.transpose(1, 2) for k, v in signals.attention.items()}
         arrays = {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
         kept = signals.logits if self.head_inputs is None else self.head_inputs[0]
-        return arrays | {"logits": self.codec.encode(kept, signals.mask, rows.row_id, self.key)}
+        unfit = self._unfit(signals, kept, arrays)
+        bad |= {int(rows.row_id[i]): reason for i, reason in unfit.items()}
+        fit = np.setdiff1d(np.arange(len(rows)), list(unfit))
+        if unfit:
+            arrays = {k: v[fit] for k, v in arrays.items()}
+            kept, signals = kept[fit], replace(signals, mask=signals.mask[fit])
+        return arrays | {"logits": self.codec.encode(kept, signals.mask, rows.row_id[fit], self.key)}
+
+    def _unfit(self, signals: Signals, kept: Tensor, arrays: dict[str, NDArray[Any]]) -> dict[int, str]:
+        """The places in the batch of rows with an answer that can not be stored at some valid step, and why."""
+        mask, classes = signals.mask.cpu().numpy(), len(self.dataset.classes)
+        is_half = self.settings["codec"] == "hidden" or self.settings.get("values") == "fp16"
+        finite: dict[str, Any] = {
+            "NaN or infinite logits": torch.isfinite(signals.logits[..., :classes]).all(2).cpu().numpy()
+        }
+        if is_half:
+            finite["logits or hidden states that fp16 can not hold"] = (kept.abs() <= HALF).all(2).cpu().numpy()
+        for name in (n for n in arrays if "." in n):
+            sound = np.isfinite(arrays[name]).reshape(*mask.shape, -1).all(2)
+            finite[f"{name} has values that fp16 can not hold"] = sound
+        found: dict[int, str] = {}
+        for reason, sound in finite.items():
+            found = {int(i): reason for i in np.flatnonzero((~sound & mask).any(1))} | found
+        return found
 
     def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
         """Valence per step, the teacher's future-valence trajectory, its certainty and the row's saliency."""
         settings = self.recipe.valence
-        steps, label = signals.mask, torch.from_numpy(rows.label).to(self.device)
+        steps, label = signals.mask, tensor(rows.label).to(self.device)
         if settings.source == "column":
             if rows.valence is None:
                 raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
-            values, steps = torch.from_numpy(rows.valence).to(self.device), torch.from_numpy(rows.mask).to(self.device)
+            values, steps = tensor(rows.valence).to(self.device), tensor(rows.mask).to(self.device)
         else:
             values = valence.prefix_confidence(signals.logits, steps, label)
         trajectory, known = valence.future_valence(values, steps, settings.discount)
@@ -114,9 +145,9 @@ def _hidden_codec(module: nn.Module, name: str) -> Hidden:
     return Hidden(head.in_features, head_digest(head.weight, head.bias))
 
 
-def _to_table(rows: Rows, arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array) -> pa.Table:
+def _to_table(row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array) -> pa.Table:
     masks = {"steps": arrays.pop("mask"), "valence_steps": arrays.pop("valence_mask")}
-    columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): rows.row_id}
+    columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): row_id}
     columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
     packed, layout = codec.pack(encoded, masks["steps"].sum(1))
     columns[pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))] = packed
@@ -128,6 +159,14 @@ def _to_table(rows: Rows, arrays: dict[str, NDArray[Any]], codec: Codec, encoded
             steps = "valence_steps" if name in ("valence", "trajectory") else "steps"
             columns[field(name, values, steps)] = encode(values, masks[steps])
     return pa.table(list(columns.values()), schema=pa.schema(list(columns)))
+
+
+def bad_rows(bad: dict[int, str], most: int) -> str:
+    """What a user is told of rows that the teacher can not score."""
+    lines = [f"  row {row_id}: {reason}" for row_id, reason in sorted(bad.items())[:10]]
+    more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
+    head = f"the teacher can not score {len(bad)} rows, scale.max_bad_rows allows {most}:"
+    return "\n".join([head, *lines, *more, "mend them or the teacher, or raise scale.max_bad_rows to leave them out"])
 
 
 def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]:
@@ -156,6 +195,7 @@ def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]
 
 def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> float | None:
     rows, values = dataset.splits["val"], store.column("valence", "val")
+    rows = rows.take(np.isin(rows.row_id, store.row_id("val")))
     mask = rows.mask if not (values.steps == 1).all() else rows.mask[:, :1] | True
     signal = torch.from_numpy(values.padded(mask).astype(np.float32))
     realised, known = valence.future_valence(signal, torch.from_numpy(mask), recipe.valence.discount)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from raykd.data import Dataset
-from raykd.errors import RaykdError
+from raykd.errors import DataError, RaykdError
 from raykd.files import read_json, write_json
 from raykd.identity import identity
 from raykd.progress import Progress, say
 from raykd.recipe import Recipe
-from raykd.scorer import Scorer, device_of, statistics
+from raykd.scorer import Scorer, bad_rows, device_of, statistics
 from raykd.session import plain_error
 from raykd.store.commit import Shard, StoreWriter, intact, plan_shards, store_id
 from raykd.store.reader import Store
@@ -29,16 +29,18 @@ class ShardScorer:
         self.writer = StoreWriter(Path(folder), wanted)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of shard descriptors in, the rows scored and seconds spent out."""
-        rows, seconds = [], []
+        """A batch of shard descriptors in; the rows scored, those that can not be, and seconds spent out."""
+        rows, bad, seconds = [], [], []
         for values in zip(*(batch[k] for k in ("number", "split", "first", "last")), strict=True):
             started = time.process_time()
             number, split, first, last = values
             shard = Shard(int(number), str(split), int(first), int(last))
-            record = self.writer.commit(shard, self.scorer.table(shard))
+            table, unfit = self.scorer.score(shard)
+            record = self.writer.commit(shard, table, unfit)
             rows.append(record["rows"])
+            bad.append(len(unfit))
             seconds.append(time.process_time() - started)
-        return {"rows": rows, "seconds": seconds}
+        return {"rows": rows, "bad": bad, "seconds": seconds}
 
 
 def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -54,24 +56,34 @@ def is_complete(folder: Path) -> bool:
 
 
 def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
-    """Score every row that is not yet in the store, finish it, and give its folder. Needs a Ray session."""
+    """Score every row that is not yet in the store, finish it, and give its folder. Needs a Ray session.
+
+    DataError names the rows that can not be scored if they are more than `scale.max_bad_rows`; they are tried again
+    by the next call.
+    """
     say("score", dataset.describe())
     folder, wanted = locate(recipe, dataset, out)
     shards = plan_shards({n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard)
     writer = StoreWriter(folder, wanted)
     missing = writer.missing(shards)
+    if len(writer.quarantined(shards)) > recipe.scale.max_bad_rows:
+        for shard in shards:
+            if writer.quarantined([shard]):
+                writer.retract(shard)
+        missing = writer.missing(shards)
     if missing:
-        _stream(recipe, writer, missing)
+        _stream(recipe, writer, shards, missing)
     # the statistics read the shards, so a provisional view stands in until the manifest exists
     writer.finish(shards, statistics(recipe, dataset, Store.of_shards(folder, writer.records(shards))))
     return folder
 
 
-def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
+def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: list[Shard]) -> None:
+    """Score `shards` of `every` shard of the store."""
     import ray.exceptions
 
     progress = Progress("score", sum(s.last - s.first for s in shards), "rows")
-    done, seconds = 0, 0.0
+    done, bad, seconds = 0, len(writer.quarantined(every)), 0.0
     try:
         with warnings.catch_warnings():  # Ray Data warns of its own defaults, and of the only way to bound retries
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
@@ -79,6 +91,9 @@ def _stream(recipe: Recipe, writer: StoreWriter, shards: list[Shard]) -> None:
             for row in scored(recipe, writer, shards).iter_rows():
                 done, seconds = done + int(row["rows"]), seconds + float(row["seconds"])
                 progress.advance(done)
+                bad += int(row["bad"])
+                if bad > recipe.scale.max_bad_rows:
+                    raise DataError(bad_rows(writer.quarantined(every), recipe.scale.max_bad_rows))
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
         raise plain_error(error, "score") from None
     timing = read_json(writer.folder / "_TIMING.json") or {"seconds": 0.0}

@@ -52,7 +52,7 @@ def _promise(data: bytes, group: Any) -> int:
     for i in range(group.num_columns):
         column = group.column(i)
         if column.compression != "ZSTD" or column.has_dictionary_page or column.num_values != group.num_rows:
-            raise StoreError(f"has a column {column.path_in_schema!r} that no teacher store has: {column.compression}")
+            raise StoreError(f"has a column {column.path_in_schema!r} not plain zstd, which no teacher store has")
         first, size = column.data_page_offset, column.total_compressed_size
         if not 0 <= first <= first + size <= len(data):
             raise StoreError(f"has a column {column.path_in_schema!r} that lies outside the file")

@@ -2,6 +2,7 @@
 
     <store_id>/_RECIPE.json            what the id is the digest of, in clear
                data/part-00003-<sha>.parquet
+               _quarantine/00003.json      only where rows could not be scored: which, and why
                _commits/00003.json     one record a shard; the first to link wins
                _MANIFEST.json          written last: its presence means complete
 
@@ -20,8 +21,9 @@ import pyarrow.parquet as pq
 
 from raykd import faults
 from raykd.errors import StoreError
-from raykd.files import put_once, read_json, to_json
+from raykd.files import put_once, read_json, to_json, write_json
 from raykd.recipe import digest_of
+from raykd.store import bounds
 
 SCHEMA = 1
 
@@ -61,15 +63,23 @@ class StoreWriter:
         if read_json(folder / "_RECIPE.json") != identity:
             raise StoreError(f"{folder} holds the store of another recipe; give another --out")
 
-    def commit(self, shard: Shard, table: pa.Table) -> dict[str, Any]:
-        """Write one shard whole, then its record; the record that stands, ours or an earlier attempt's."""
+    def commit(self, shard: Shard, table: pa.Table, bad: dict[int, str] | None = None) -> dict[str, Any]:
+        """Write one shard whole, then its record; the record that stands, ours or an earlier attempt's.
+
+        `bad` are the rows of the shard that `table` lacks, each with the reason.
+        """
         data = to_parquet(table)
         record = record_of(shard, data)
-        assert table.num_rows == record["rows"]
+        assert record["rows"] == shard.last - shard.first - len(bad or {})
+        bounds.check(data, table.num_rows, record["file"])
         faults.point("score", shard=shard.number, at="before_write")
         put_once(self.folder / record["file"], data)
+        if bad:
+            rows = [{"row_id": row_id, "reason": reason} for row_id, reason in sorted(bad.items())]
+            write_json(self._quarantine(shard), {"shard": shard.number, "split": shard.split, "rows": rows})
         faults.point("score", shard=shard.number, at="before_commit")
         put_once(self._record(shard), to_json(record))
+        faults.point("score", shard=shard.number, at="after_commit")
         return read_json(self._record(shard))
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
@@ -80,10 +90,20 @@ class StoreWriter:
         absent = [s for s in shards if not self._stands(s)]
         for shard in absent:
             if self._record(shard).exists():
-                for path in (self.folder / "data").glob(f"part-{shard.number:05d}-*"):
-                    path.unlink(missing_ok=True)
-                self._record(shard).unlink(missing_ok=True)
+                self.retract(shard)
         return absent
+
+    def retract(self, shard: Shard) -> None:
+        """Remove a shard: its record first, so that no record is without its file."""
+        self._record(shard).unlink(missing_ok=True)
+        self._quarantine(shard).unlink(missing_ok=True)
+        for path in (self.folder / "data").glob(f"part-{shard.number:05d}-*"):
+            path.unlink(missing_ok=True)
+
+    def quarantined(self, shards: list[Shard]) -> dict[int, str]:
+        """Each row of these shards that could not be scored, with the reason."""
+        found = [read_json(self._quarantine(s)) for s in shards if self._lacks(s)]
+        return {row["row_id"]: row["reason"] for f in found if f for row in f["rows"]}
 
     def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
         """The commit records of all shards. StoreError names those that have none."""
@@ -98,6 +118,7 @@ class StoreWriter:
         body = {"schema": SCHEMA, "store_id": self.folder.name, "identity": self.identity, "shards": records}
         body |= {"bytes": sum(r["bytes"] for r in records), "statistics": statistics}
         manifest = body | {"sha256": digest_of(body)}
+        faults.point("score", at="before_manifest")
         put_once(self.folder / "_MANIFEST.json", to_json(manifest))
         standing = read_json(self.folder / "_MANIFEST.json")
         if standing != manifest:
@@ -108,9 +129,19 @@ class StoreWriter:
         """Whether a shard has a record, and its file's bytes give just that record."""
         try:
             record = read_json(self._record(shard)) or {}
-            return record == record_of(shard, (self.folder / record.get("file", "")).read_bytes())
-        except (StoreError, OSError):
+            if record != record_of(shard, (self.folder / record.get("file", "")).read_bytes()):
+                return False
+            return len(self.quarantined([shard])) == self._lacks(shard)
+        except (StoreError, OSError, pa.ArrowException, KeyError, TypeError):
             return False
+
+    def _lacks(self, shard: Shard) -> int:
+        """How many of its rows a shard's file lacks."""
+        record = read_json(self._record(shard)) or {}
+        return shard.last - shard.first - record.get("rows", 0)
+
+    def _quarantine(self, shard: Shard) -> Path:
+        return self.folder / "_quarantine" / f"{shard.number:05d}.json"
 
     def _record(self, shard: Shard) -> Path:
         return self.folder / "_commits" / f"{shard.number:05d}.json"
@@ -135,7 +166,7 @@ def record_of(shard: Shard, data: bytes) -> dict[str, Any]:
     """The commit record of a shard whose file holds `data`."""
     sha = hashlib.sha256(data).hexdigest()
     name = f"data/part-{shard.number:05d}-{sha[:16]}.parquet"
-    rows = shard.last - shard.first
+    rows = pq.read_metadata(io.BytesIO(data)).num_rows
     return asdict(shard) | {"file": name, "bytes": len(data), "rows": rows, "sha256": sha}
 
 

@@ -78,6 +78,16 @@ class Store:
     def row_id(self, split: str) -> NDArray[np.int64]:
         return self.column("row_id", split).values
 
+    def unscored(self, split: str) -> int:
+        """How many rows of a split could not be scored and are left out."""
+        return sum(r["last"] - r["first"] - r["rows"] for r in self.manifest["shards"] if r["split"] == split)
+
+    def aligned(self, name: str, split: str, row_id: NDArray[np.int64], missing: float) -> NDArray[Any]:
+        """(N,): a signal of one value a row, for just these rows; `missing` for those that could not be scored."""
+        found, ids = self.column(name, split).values, self.row_id(split)
+        at = np.searchsorted(ids, row_id).clip(max=max(len(ids) - 1, 0))
+        return np.where(ids[at] == row_id, found[at], np.array(missing, found.dtype)) if len(ids) else found
+
     def column(self, name: str, split: str) -> Column:
         """One signal of one split; StoreError lists what there is if it is not stored."""
         table = self.table(split) if "sha256" in self.manifest else self._only(name, split)

@@ -1,0 +1,161 @@
+"""Laws of rows that a teacher can not score: told by id and reason, left out or refused, and nothing else changes.
+
+The reference is the store of the same teacher when it answers for every row.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_stored_logits
+import torch
+
+from raykd import stream
+from raykd.arms import Workshop, arms_of
+from raykd.batches import to_device
+from raykd.errors import DataError
+from raykd.recipe import Recipe
+from raykd.scorer import Scorer, bad_rows, statistics
+from raykd.store import tend
+from raykd.store.commit import StoreWriter, plan_shards
+from raykd.store.reader import Store
+
+folder = test_stored_logits.folder
+CPU = torch.device("cpu")
+
+
+class Poisoned(Scorer):
+    """A scorer whose teacher answers NaN for some rows, and beyond fp16 for others."""
+
+    nan: tuple[int, ...] = ()
+    large: tuple[int, ...] = ()
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.sound, self.teacher = self.teacher, self._answer  # type: ignore[assignment]
+
+    def _signals(self, rows, bad):
+        self.ids = rows.row_id
+        return super()._signals(rows, bad)
+
+    def _answer(self, inputs, mask):
+        signals = self.sound(inputs, mask)
+        logits = signals.logits.clone()
+        logits[np.isin(self.ids, self.nan)] = torch.nan
+        logits[np.isin(self.ids, self.large)] = 1e6
+        return replace(signals, logits=logits)
+
+
+def poisoned(recipe: Recipe, out: Path, nan: tuple[int, ...], large: tuple[int, ...] = ()) -> tuple[Path, Any, Any]:
+    """(the store of a teacher that can not score some rows, its writer, its shards)."""
+    scorer = Poisoned(recipe)
+    scorer.nan, scorer.large = nan, large
+    where, wanted = stream.locate(recipe, scorer.dataset, out)
+    writer = StoreWriter(where, wanted)
+    shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, recipe.store.rows_per_shard)
+    for shard in shards:
+        writer.commit(shard, *scorer.score(shard))
+    kept = Store.of_shards(where, writer.records(shards))
+    writer.finish(shards, statistics(recipe, scorer.dataset, kept))
+    return where, writer, shards
+
+
+@pytest.mark.parametrize("codec", ["fp16", "comb"])
+def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder, tmp_path):
+    recipe, whole = test_stored_logits.scored(folder, codec)
+    splits = Scorer(recipe).dataset.splits
+    train, test = splits["train"].row_id, splits["test"].row_id
+    lost = {int(train[3]), int(train[70]), int(test[5])}
+    large = (int(train[9]),) if codec == "fp16" else ()
+    where, writer, shards = poisoned(recipe, tmp_path, tuple(lost), large)
+    told = writer.quarantined(shards)
+    assert told.keys() == lost | set(large)
+    assert {told[i] for i in lost} == {"NaN or infinite logits"}
+    assert all("fp16" in told[i] for i in large)
+    assert writer.missing(shards) == []
+    assert tend.verify(where)["complete"]
+    assert {row["row_id"] for row in tend.show(where)["quarantined"]} == told.keys()
+    assert f"row {int(train[3])}: NaN" in bad_rows(told, 0)
+    store, fit = Store(where), ~np.isin(train, list(told))
+    assert np.array_equal(store.row_id("train"), train[fit])
+    ours = to_device(splits["train"], "train", store, frozenset({"logits"}), CPU)
+    theirs = to_device(splits["train"], "train", whole, frozenset({"logits"}), CPU)
+    at = torch.from_numpy(np.flatnonzero(fit))
+    index = torch.tensor([0, 3, 60, len(at) - 1])
+    a, b = ours.batch(index), theirs.batch(at[index])
+    for name in ("row_id", "inputs", "mask", "label"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    logits = [x.targets(2.0).dense() if x.targets else x.teacher.logits for x in (a, b)]
+    assert torch.equal(*logits)
+    aligned = store.aligned("answer", "test", test, -1)
+    assert np.flatnonzero(aligned == -1).tolist() == [5]
+    shop = Workshop(recipe, where, CPU)
+    arm = next(x for x in arms_of(recipe) if x.name == "student")
+    assert np.isfinite(shop.train_arm(arm, shop.student(arm)).history[-1]["loss"])
+
+
+def test_a_shard_whose_reasons_are_lost_is_scored_again(folder, tmp_path):
+    recipe, _ = test_stored_logits.scored(folder, "fp16")
+    first = int(Scorer(recipe).dataset.splits["train"].row_id[0])
+    where, writer, shards = poisoned(recipe, tmp_path, (first,))
+    (where / "_quarantine/00000.json").unlink()
+    assert "without a reason" in tend.verify(where)["damaged"][0]["fault"]
+    assert writer.missing(shards) == shards[:1]
+    assert not (where / "_commits/00000.json").exists()
+
+
+def test_a_shard_without_any_row_that_can_be_scored_is_sound(folder, tmp_path):
+    recipe, _ = test_stored_logits.scored(folder, "comb")
+    every = Scorer(recipe).dataset.splits["train"].row_id
+    size = recipe.store.rows_per_shard
+    where, writer, shards = poisoned(recipe, tmp_path, tuple(every[:size].tolist()))
+    assert Store(where).table("train").num_rows == len(every) - size
+    assert writer.missing(shards) == []
+
+
+def test_a_row_that_can_not_be_scored_is_an_error_unless_it_is_allowed(folder):
+    recipe, _ = test_stored_logits.scored(folder, "fp16")
+    scorer = Poisoned(recipe)
+    ids = scorer.dataset.splits["val"].row_id
+    scorer.nan = (int(ids[1]),)
+    shard = plan_shards({"val": len(ids)}, 1000)[0]
+    with pytest.raises(DataError, match=rf"row {ids[1]}: NaN or infinite logits"):
+        scorer.table(shard)
+
+
+class OneProcess:
+    """Ray's data set of scored shards, its only actor in this process."""
+
+    def __init__(self, recipe, writer, shards):
+        self.actor = stream.ShardScorer(recipe, str(writer.folder), writer.identity)
+        self.shards = shards
+
+    def iter_rows(self):
+        for shard in self.shards:
+            yield {k: v[0] for k, v in self.actor({k: [v] for k, v in vars(shard).items()}).items()}
+
+
+def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(folder, tmp_path, monkeypatch):
+    recipe, whole = test_stored_logits.scored(folder, "fp16")
+    dataset = Scorer(recipe).dataset
+    ids = dataset.splits["train"].row_id
+    monkeypatch.setattr(stream, "scored", OneProcess)
+    monkeypatch.setattr(stream, "Scorer", Poisoned)
+    monkeypatch.setattr(Poisoned, "nan", (int(ids[2]), int(ids[80])))
+    with pytest.raises(DataError, match=rf"can not score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"):
+        stream.score(recipe, dataset, tmp_path)
+    allowed = recipe.model_copy(update={"scale": recipe.scale.model_copy(update={"max_bad_rows": 1})})
+    with pytest.raises(DataError, match=rf"(?s)can not score 2 rows.* row {ids[2]}: .* row {ids[80]}: "):
+        stream.score(allowed, dataset, tmp_path)
+    where, _ = stream.locate(recipe, dataset, tmp_path)
+    assert not (where / "_MANIFEST.json").exists()
+    monkeypatch.setattr(Poisoned, "nan", (int(ids[2]),))
+    stream.score(allowed, dataset, tmp_path)
+    assert Store(where).unscored("train") == 1
+    assert stream.is_complete(where)
+    (where / "_MANIFEST.json").unlink()
+    monkeypatch.setattr(Poisoned, "nan", ())
+    stream.score(recipe, dataset, tmp_path)
+    assert (where / "_MANIFEST.json").read_bytes() == (whole.folder / "_MANIFEST.json").read_bytes()
