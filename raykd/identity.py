@@ -28,7 +28,6 @@ def identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
         "schema": SCHEMA,
         "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher)},
         "data": {"name": dataset.name, "sha256": dataset.digest},
-        "needs": sorted(needs_of(recipe.terms)),
         "valence": recipe.valence.model_dump(),
         "store": store_table(recipe, len(dataset.classes)),
     }
@@ -40,6 +39,11 @@ CODEC_KEYS = {
     "topk": ("top", "temperatures"),
     "hidden": ("head",),
 }
+
+
+def signals_of(recipe: Recipe) -> list[str]:
+    """The inner layers that a recipe's terms read: what its store holds beyond the teacher's answers."""
+    return sorted(name for name in needs_of(recipe.terms) if "." in name)
 
 
 def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from raykd.codecs import Codec
 from raykd.codecs.hidden import Hidden, head_digest
 from raykd.data import Dataset, Rows
 from raykd.errors import DataError, RecipeError
-from raykd.identity import identity, store_table
-from raykd.losses import needs_of
+from raykd.identity import identity, signals_of, store_table
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, digest_of
 from raykd.signals import Signals, tensor
@@ -43,7 +42,7 @@ class Scorer:
         self.dataset = data.load(recipe.data)
         register(recipe.technique)
         module = models.build(recipe.teacher, **self.dataset.shape, key="teacher")
-        want = frozenset(n for n in needs_of(recipe.terms) if "." in n)
+        want = frozenset(signals_of(recipe))
         self.settings = store_table(recipe, len(self.dataset.classes))
         self.key = int(digest_of(identity(recipe, self.dataset))[:15], 16)
         self.head_inputs = _watch_head(module, recipe.store.head) if self.settings["codec"] == "hidden" else None

@@ -17,6 +17,7 @@ from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.errors import InfraError, RecipeError
 from raykd.files import read_json, write_bytes, write_json
+from raykd.identity import signals_of
 from raykd.journal import Journal
 from raykd.losses import needs_of
 from raykd.progress import say
@@ -52,7 +53,7 @@ class Place:
 
     @property
     def is_scored(self) -> bool:
-        return self.store is None or stream.is_complete(self.store)
+        return self.store is None or stream.is_complete(self.store, signals_of(self.recipe))
 
     @property
     def untrained(self) -> list[str]:

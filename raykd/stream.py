@@ -9,11 +9,12 @@ from typing import Any
 from raykd.data import Dataset
 from raykd.errors import DataError, RaykdError
 from raykd.files import read_json, write_json
-from raykd.identity import identity
+from raykd.identity import identity, signals_of
 from raykd.progress import Progress, say
 from raykd.recipe import Recipe
 from raykd.scorer import Scorer, bad_rows, device_of, statistics
 from raykd.session import plain_error
+from raykd.store import layers
 from raykd.store.commit import Shard, StoreWriter, intact, plan_shards, store_id
 from raykd.store.reader import Store
 
@@ -26,7 +27,7 @@ class ShardScorer:
 
         torch.set_num_threads(1)
         self.scorer = Scorer(recipe)
-        self.writer = StoreWriter(Path(folder), wanted)
+        self.writers = layers.writers(Path(folder), wanted, signals_of(recipe))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of shard descriptors in; the rows scored, those that can not be, and seconds spent out."""
@@ -36,8 +37,10 @@ class ShardScorer:
             number, split, first, last = values
             shard = Shard(int(number), str(split), int(first), int(last))
             table, unfit = self.scorer.score(shard)
-            record = self.writer.commit(shard, table, unfit)
-            rows.append(record["rows"])
+            for name, part in layers.split(table).items():
+                if not self.writers[name].stands(shard):
+                    self.writers[name].commit(shard, part, unfit)
+            rows.append(table.num_rows)
             bad.append(len(unfit))
             seconds.append(time.process_time() - started)
         return {"rows": rows, "bad": bad, "seconds": seconds}
@@ -49,8 +52,12 @@ def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Path, dict[str,
     return out / "stores" / store_id(wanted), wanted
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a store is finished and every file in it is what the manifest says."""
+def is_complete(folder: Path, signals: list[str]) -> bool:
+    """Whether a store and its signals are finished and every file in them is what the manifests say."""
+    return all(map(_is_whole, [folder, *(layers.folder_of(folder, name) for name in signals)]))
+
+
+def _is_whole(folder: Path) -> bool:
     manifest = read_json(folder / "_MANIFEST.json")
     return manifest is not None and all(intact(folder, r) for r in manifest["shards"])
 
@@ -64,17 +71,19 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
     say("score", dataset.describe())
     folder, wanted = locate(recipe, dataset, out)
     shards = plan_shards({n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard)
-    writer = StoreWriter(folder, wanted)
-    missing = writer.missing(shards)
+    writers = layers.writers(folder, wanted, signals_of(recipe))
+    writer = writers[""]
     if len(writer.quarantined(shards)) > recipe.scale.max_bad_rows:
         for shard in shards:
             if writer.quarantined([shard]):
                 writer.retract(shard)
-        missing = writer.missing(shards)
+    missing = {shard for each in writers.values() for shard in each.missing(shards)}
     if missing:
-        _stream(recipe, writer, shards, missing)
+        _stream(recipe, writer, shards, sorted(missing, key=lambda shard: shard.number))
     # the statistics read the shards, so a provisional view stands in until the manifest exists
     writer.finish(shards, statistics(recipe, dataset, Store.of_shards(folder, writer.records(shards))))
+    for name in signals_of(recipe):
+        writers[name].finish(shards, {})
     return folder
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from raykd.identity import identity
+from raykd.identity import identity, signals_of
 from raykd.models.series import SeriesEncoder
 from raykd.recipe import Recipe
 from raykd.scorer import Scorer, statistics
-from raykd.store.commit import StoreWriter, plan_shards, store_id
+from raykd.store import layers
+from raykd.store.commit import plan_shards, store_id
 from raykd.store.reader import Store
 
 SETTINGS = {"steps": 16, "width": 8, "layers": 2, "heads": 2}
@@ -31,10 +32,13 @@ def score(found: Recipe, out: Path, *, backwards: bool = False) -> Path:
     wanted = identity(found, scorer.dataset)
     folder = out / store_id(wanted)
     shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard)
-    writer = StoreWriter(folder, wanted)
+    writers = layers.writers(folder, wanted, signals_of(found))
     for shard in shards[::-1] if backwards else shards:
-        writer.commit(shard, scorer.table(shard))
-    writer.finish(shards, statistics(found, scorer.dataset, Store.of_shards(folder, writer.records(shards))))
+        for name, part in layers.split(scorer.table(shard)).items():
+            writers[name].commit(shard, part)
+    for name, writer in writers.items():
+        view = Store.of_shards(folder, writer.records(shards))
+        writer.finish(shards, {} if name else statistics(found, scorer.dataset, view))
     torch.set_num_threads(before)
     return folder
 

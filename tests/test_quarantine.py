@@ -154,7 +154,7 @@ def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(folder, t
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]),))
     stream.score(allowed, dataset, tmp_path)
     assert Store(where).unscored("train") == 1
-    assert stream.is_complete(where)
+    assert stream.is_complete(where, [])
     (where / "_MANIFEST.json").unlink()
     monkeypatch.setattr(Poisoned, "nan", ())
     stream.score(recipe, dataset, tmp_path)

@@ -430,7 +430,7 @@ def with_(raw: dict[str, Any], table: str, **values: Any) -> dict[str, Any]:
         ("valence", {"min": 0.3}),
         ("store", {"batch": 32}),
         ("store", {"rows_per_shard": 50}),
-        ("terms", {"kd": {"weight": 0.0}}),
+        ("store", {"codec": "comb"}),
     ],
     ids=str,
 )
@@ -446,6 +446,7 @@ def test_whatever_decides_the_content_changes_the_id(raw, table, values):
         ("optim", {"steps": 7, "learning_rate": 1.0}),
         ("student", {"settings": {"width": 4}}),
         ("terms", {"kd": {"weight": 0.3, "temperature": 5.0}}),
+        ("terms", {"kd": {"weight": 0.0}}),  # what terms read decides which layers are added, below the store
     ],
     ids=str,
 )

@@ -87,7 +87,7 @@ class StoreWriter:
 
         A damaged shard's record and file are removed; scoring it again writes the same bytes.
         """
-        absent = [s for s in shards if not self._stands(s)]
+        absent = [s for s in shards if not self.stands(s)]
         for shard in absent:
             if self._record(shard).exists():
                 self.retract(shard)
@@ -125,7 +125,7 @@ class StoreWriter:
             raise StoreError(f"{self.folder}: scored again, the store differs from its manifest; delete the folder")
         return standing
 
-    def _stands(self, shard: Shard) -> bool:
+    def stands(self, shard: Shard) -> bool:
         """Whether a shard has a record, and its file's bytes give just that record."""
         try:
             record = read_json(self._record(shard)) or {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raykd.errors import StoreError
 from raykd.files import read_json
 from raykd.recipe import digest_of
-from raykd.store import bounds, hot
+from raykd.store import bounds, hot, layers
 from raykd.store.codec import decode
 from raykd.store.logits import StoredLogits, from_metadata, plain
 
@@ -57,12 +57,13 @@ class Store:
             )
         self.manifest: dict[str, Any] = manifest
         self._splits: dict[str, pa.Table] = {}
+        self._layers: frozenset[str] = frozenset()  # the signals that this is the own store of
 
     @classmethod
     def of_shards(cls, folder: Path, records: list[dict[str, Any]]) -> "Store":
         """A view of committed shards before there is a manifest: its columns, read shard by shard."""
         store = cls.__new__(cls)
-        store.folder, store.manifest, store._splits = folder, {"shards": records}, {}
+        store.folder, store.manifest, store._splits, store._layers = folder, {"shards": records}, {}, frozenset()
         return store
 
     def shards(self, split: str) -> Iterator[pa.Table]:
@@ -90,6 +91,8 @@ class Store:
 
     def column(self, name: str, split: str) -> Column:
         """One signal of one split; StoreError lists what there is if it is not stored."""
+        if "." in name and name not in self._layers:
+            return self._layer(name, split).column(name, split)
         table = self.table(split) if "sha256" in self.manifest else self._only(name, split)
         field = self._field(table, name)
         if field.type != pa.binary():
@@ -97,6 +100,20 @@ class Store:
         shape = json.loads(field.metadata[b"shape"])
         steps = table.column(field.metadata[b"steps"].decode()).to_numpy()
         return Column(decode(table.column(name), shape, steps), steps)
+
+    def _layer(self, name: str, split: str) -> "Store":
+        """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""
+        folder = layers.folder_of(self.folder, name)
+        if not (folder / "_MANIFEST.json").exists():
+            held = [*self.table(split).column_names, *(path.name for path in layers.stored(self.folder))]
+            raise StoreError(
+                f"store {self.folder.name} holds no {name!r}; it has {', '.join(held)}; `raykd score RECIPE` adds it"
+            )
+        found = Store(folder)
+        found._layers = frozenset({name})
+        if not np.array_equal(found.row_id(split), self.row_id(split)):
+            raise StoreError(f"{folder} is of other rows than its store; type: raykd store repair {self.folder}")
+        return found
 
     def logits(self, split: str) -> StoredLogits:
         """The teacher's answers of one split, still encoded."""

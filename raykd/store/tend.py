@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from raykd.errors import StoreError
 from raykd.files import read_json, write_json
+from raykd.store import layers
 from raykd.store.commit import Shard, record_of
 from raykd.store.reader import PART, Store, read_shard
 
@@ -58,6 +59,11 @@ def verify(folder: Path) -> dict[str, Any]:
     known, damaged = shards(folder)
     damaged += [fault for record in known if (fault := _fault(folder, record))]
     complete = (folder / "_MANIFEST.json").exists() and not damaged
+    for layer in layers.stored(folder):
+        below = verify(layer)
+        complete &= below["complete"]
+        known = known + below["shards"] * [{}]
+        damaged += [d | {"file": f"{layers.FOLDER}/{layer.name}/{d['file']}"} for d in below["damaged"]]
     return {"complete": complete, "shards": len(known), "damaged": damaged}
 
 
@@ -102,6 +108,11 @@ def show(folder: Path) -> dict[str, Any]:
     for column in columns.values():
         column["bytes_per_row"] = round(column.pop("bytes") / max(rows, 1), 2)
     complete = (folder / "_MANIFEST.json").exists()
+    for layer in layers.stored(folder):
+        below = show(layer)
+        columns |= {name: column for name, column in below["columns"].items() if name == layer.name}
+        for name, part in below["splits"].items():
+            splits.setdefault(name, {"rows": part["rows"], "bytes": 0})["bytes"] += part["bytes"]
     return {
         "store": str(folder),
         "complete": complete,
@@ -122,7 +133,8 @@ def _add_columns(columns: dict[str, dict[str, Any]], path: Path) -> None:
     for group in range(footer.num_row_groups):
         for i in range(footer.num_columns):
             part = footer.row_group(group).column(i)
-            columns[part.path_in_schema.split(".")[0]]["bytes"] += part.total_compressed_size
+            whole = part.path_in_schema  # of a struct's child it ends in the child's name
+            columns[whole if whole in columns else whole.rpartition(".")[0]]["bytes"] += part.total_compressed_size
 
 
 def repair(folder: Path) -> list[str]:
@@ -141,15 +153,20 @@ def repair(folder: Path) -> list[str]:
             (folder / record["file"]).unlink(missing_ok=True)
         elif not _commit(folder, record).exists():
             write_json(_commit(folder, record), record)
-    return [fault["file"] for fault in faults] + [record["file"] for record in doubtful]
+    below = [f"{layers.FOLDER}/{layer.name}/{name}" for layer in layers.stored(folder) for name in repair(layer)]
+    return [fault["file"] for fault in faults] + [record["file"] for record in doubtful] + below
 
 
 def gc(folder: Path, *, older_than_s: float) -> list[str]:
     """Files that no record names and that have stood for `older_than_s`, removed: what killed writers left behind."""
     named = {record["file"] for record in shards(folder)[0]} | set(KEPT)
     now, removed = time.time(), []
+    for layer in layers.stored(folder):
+        removed += [f"{layers.FOLDER}/{layer.name}/{name}" for name in gc(layer, older_than_s=older_than_s)]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if name.startswith(f"{layers.FOLDER}/"):
+            continue
         is_ours = name in named or (path.parent.name in ("_commits", "_quarantine") and path.suffix == ".json")
         if path.is_file() and not is_ours and now - path.stat().st_mtime > older_than_s:
             path.unlink()

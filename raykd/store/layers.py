@@ -1,0 +1,42 @@
+"""Signals beyond the answers: each inner layer's is a store of its own below the first, added without touching it.
+
+    <store_id>/signals/hidden.blocks.0/    the same protocol: _RECIPE.json, data/, _commits/, _MANIFEST.json
+
+So a recipe that reads one more layer extends the store that stands: its teacher runs once more, the shards that are
+there are not written again, and recipes that do not read the layer never open it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raykd.errors import StoreError
+from raykd.store.commit import StoreWriter
+
+FOLDER = "signals"
+
+
+def folder_of(store: Path, signal: str) -> Path:
+    """Where a signal's own store stands. StoreError for a name that can not be a folder's."""
+    if not re.fullmatch(r"\w[\w.-]*", signal):
+        raise StoreError(f"signal {signal!r}: a layer's name must be letters, digits, dots, - and _")
+    return store / FOLDER / signal
+
+
+def writers(store: Path, identity: dict[str, Any], signals: list[str]) -> dict[str, StoreWriter]:
+    """The writer of the store itself, under "", and of each signal."""
+    extra = {name: StoreWriter(folder_of(store, name), identity | {"signal": name}) for name in signals}
+    return {"": StoreWriter(store, identity)} | extra
+
+
+def split(table: pa.Table) -> dict[str, pa.Table]:
+    """A shard's table as its parts: "" holds every column without a dot in its name, each signal its own."""
+    names = [name for name in table.column_names if "." in name]
+    return {"": table.drop_columns(names)} | {name: table.select(["row_id", "steps", name]) for name in names}
+
+
+def stored(store: Path) -> list[Path]:
+    """The folders of all signals that a store holds, whole or not."""
+    return sorted(path for path in (store / FOLDER).glob("*") if (path / "_RECIPE.json").exists())
