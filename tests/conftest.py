@@ -40,15 +40,18 @@ grace = 20
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory) -> None:
-    """Copies of stores go where the run's other files go, in every process of the tests."""
+def _own_environment(tmp_path_factory) -> None:
+    """For every process of the tests: a cache of their own, and Ray's token before anything imports Ray.
+
+    Ray settles on a way to authenticate when it is first imported.
+    """
     os.environ["RAYKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """The address of the run's one Ray cluster: on loopback, behind a token, in and with this process."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     from raykd.session import connect
