@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import Done, raykd, start, until
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 pytestmark = pytest.mark.ray
 
@@ -37,6 +37,18 @@ def in_workers(environment: dict[str, str]) -> dict[str, str]:
 def trained(out: Path) -> dict[str, bytes]:
     """The weights of every arm under `out`."""
     return {path.parent.name: path.read_bytes() for path in sorted(out.rglob("arms/*/weights.safetensors"))}
+
+
+def alike(out: Path, reference: Path) -> bool:
+    """Whether every arm's weights are those of the reference, up to the last bits.
+
+    Mostly they are bit-equal. But CPU kernels choose by the alignment of memory, so that two undisturbed runs of two
+    workers were seen to differ too; a lost or repeated step moves weights by about the learning rate, 2e-3.
+    """
+    found, wanted = trained(out), trained(reference)
+    assert found.keys() == wanted.keys()
+    pairs = [(load(found[arm]), load(wanted[arm])) for arm in found]
+    return all(np.allclose(a[name], b[name], rtol=0, atol=1e-3) for a, b in pairs for name in a.keys() | b.keys())
 
 
 def losses(out: Path) -> dict[str, list[float]]:
@@ -70,13 +82,13 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
     return out
 
 
-def test_a_worker_killed_in_training_changes_no_bit_of_any_weight(tiny, pair, stocked, session, tmp_path):
+def test_a_worker_killed_in_training_changes_no_weight(tiny, pair, stocked, session, tmp_path):
     fired, out = tmp_path / "fired", stocked("out")
     fault = in_workers(fatal("train:step=25,rank=1,arm=student-0", fired))
     sound(raykd(tmp_path, "train", tiny, "--out", out, "--set", "scale.workers=2", **session, **fault))
     assert fired.exists()
     assert trained(out).keys() == {"control-0", "student-0"}
-    assert trained(out) == trained(pair)
+    assert alike(out, pair)
 
 
 def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
@@ -87,7 +99,7 @@ def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
         np.testing.assert_allclose(value, load_file(theirs)[name], atol=1e-3, err_msg=name)
 
 
-def test_a_killed_driver_is_run_again_and_changes_no_bit_of_any_weight(tiny, alone, stocked, tmp_path):
+def test_a_killed_driver_is_run_again_and_changes_no_weight(tiny, alone, stocked, tmp_path):
     fired, out = tmp_path / "fired", stocked("out")
     killed = raykd(tmp_path, "train", tiny, "--out", out, **fatal("train:step=25,rank=0,arm=student-0", fired))
     assert killed.code == -9
@@ -95,7 +107,7 @@ def test_a_killed_driver_is_run_again_and_changes_no_bit_of_any_weight(tiny, alo
     assert trained(out).keys() == {"control-0"}
     assert list(out.rglob("student-0/step-*.safetensors"))
     sound(raykd(tmp_path, "train", tiny, "--out", out))
-    assert trained(out) == trained(alone)
+    assert alike(out, alone)
 
 
 def test_a_scorer_killed_between_shard_and_record_changes_no_byte_of_the_manifest(tiny, scored, session, tmp_path):
