@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.bench.encodings import SHARD, Encoding, Stored, stored
+from pipelines.bench.encodings import Encoding, Stored
 from pipelines.bench.language import Language
 from raykd.fused import sparse_kl
 from raykd.targets import SparseTargets
@@ -31,30 +31,21 @@ class Judge:
     """A student and blocks of tokens with their exact gradients, KL at T = 1 from softmax(factor z)."""
 
     def __init__(self, student: Language, tokens: Tensor, logits: Tensor, factor: float, blocks: int):
-        self.student, self.tokens, self.logits, self.factor = student, tokens, logits, factor
+        self.student, self.tokens = student, tokens
         steps = tokens.shape[1]
         rows = TOKENS // steps
         at = np.linspace(0, len(tokens) - rows, blocks).astype(int)
         self.blocks = [(slice(i, i + rows), slice(i * steps, (i + rows) * steps)) for i in at]
         self.exact = [self._gradient(rows, logits[rows].flatten(0, 1).float() * factor) for rows, _ in self.blocks]
 
-    def point(self, encoding: Encoding) -> Point:
-        """Encode, store, read back, and compare."""
-        kept = stored(encoding, self.logits, factor=self.factor)
-        gradients = [self._gradient(rows, _at(kept, places)) for rows, places in self.blocks]
-        pairs = list(zip(gradients, self.exact, strict=True))
+    def point(self, encoding: Encoding, kept: Stored) -> Point:
+        """What is kept of the tokens of the blocks, of as many as there is, against every class."""
+        count = len(kept.targets)
+        blocks = [b for b in zip(self.blocks, self.exact, strict=True) if b[0][1].stop <= count]
+        pairs = [(self._gradient(rows, _at(kept, places)), exact) for (rows, places), exact in blocks]
         cosine = np.array([float(F.cosine_similarity(g, e, dim=0)) for g, e in pairs])
         error = np.array([float((g - e).norm() / e.norm()) for g, e in pairs])
         return Point(encoding, kept.bytes_per_token, cosine, error)
-
-    def full(self, encoding: Encoding) -> Point:
-        """The same for one shard's bytes of an encoding of every class."""
-        kept = stored(encoding, self.logits[:SHARD], factor=self.factor)
-        rows, places = self.blocks[0]
-        gradient, exact = self._gradient(rows, _at(kept, places)), self.exact[0]
-        error = (gradient - exact).norm() / exact.norm()
-        cosine = F.cosine_similarity(gradient, exact, dim=0)
-        return Point(encoding, kept.bytes_per_token, np.array([float(cosine)]), np.array([float(error)]))
 
     def _gradient(self, rows: slice, targets: SparseTargets | Tensor) -> Tensor:
         """(parameters,) in fp64: of the mean forward KL over the rows' steps."""

@@ -38,12 +38,13 @@ class Size:
     rounds: int = 9
     shards: int = 5
     ingest_rounds: int = 60
-    combs: tuple[int, ...] = (6, 8, 10, 12, 16, 25, 40, 45, 50, 60, 100)
+    combs: tuple[int, ...] = (6, 8, 10, 12, 16, 25, 35, 50, 70, 100, 150, 200, 255)
     draws: tuple[int, ...] = (12, 25, 50, 100, 200)
     all_rivals: bool = True
 
 
-QUICK = Size(64, 16, 40, 120, 32, 1, 4, 3, 1, 15, (8, 12, 16, 40, 50), (12, 50, 100), False)
+EARLY = 30
+QUICK = Size(64, 16, 40, 120, 32, 1, 4, 3, 2, 25, (10, 16, 50, 150), (12, 50, 100), False)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Setting:
     """What every part of the bench shares."""
 
     size: Size
-    student: Language
+    student: Language  # as distillation begins
+    early: Language  # after EARLY steps: its gradients are larger, and easier to keep
     tokens: Tensor  # (R, T)
     logits: Tensor  # (R, T, V) fp16
     held: tuple[Tensor, Tensor]
@@ -63,11 +65,14 @@ def main() -> None:
     size = QUICK if options.quick else Size()
     setting = prepare(size, options.out)
     torch.set_num_threads(1)
-    flat, sharp = (measured(setting, factor, name) for factor, name in ((1.0, "flat"), (setting.factor, "sharp")))
+    flat, early_flat = measured(setting, 1.0, "flat")
+    sharp, early_sharp = measured(setting, setting.factor, "sharp")
     if options.plot:
         titles = (f"flat teacher, {teachers.FLAT_BITS} bits", f"sharp teacher, {teachers.SHARP_BITS} bits")
         plot.draw(dict(zip(titles, (flat, sharp), strict=True)), options.plot)
-    found = [*encoding_figures(flat, sharp), quality_figure(setting), *loss_figures(size)]
+    found = list(encoding_figures("sharp", sharp, early_sharp, ("<= 8", "<= 0.45")))
+    found += encoding_figures("flat", flat, early_flat, ("<= 40", "<= 0.70"))
+    found += [quality_figure(setting), *loss_figures(size)]
     with tempfile.TemporaryDirectory() as folder:
         show([*found, *cost_figures(setting, Path(folder))])
 
@@ -88,35 +93,39 @@ def prepare(size: Size, out: Path) -> Setting:
     print(
         f"student: {_count(student)}, {logits.shape[:2].numel()} tokens to distil on, {held.shape[:2].numel()} held out"
     )
-    return Setting(size, student, inputs[0], logits, (inputs[1], held), mixture.sharpening)
+    early = teachers.warm_student(text, out, steps=EARLY)
+    return Setting(size, student, early, inputs[0], logits, (inputs[1], held), mixture.sharpening)
 
 
-def measured(setting: Setting, factor: float, name: str) -> list[Point]:
-    """Every encoding's bytes and gradient error for one teacher, printed."""
-    size = setting.size
-    judge = Judge(setting.student, setting.tokens, setting.logits, factor, size.blocks)
+def measured(setting: Setting, factor: float, name: str) -> tuple[list[Point], list[Point]]:
+    """Every encoding's bytes and gradient error for one teacher, by the warm student and the early one; printed."""
+    size, data = setting.size, (setting.tokens, setting.logits, factor, setting.size.blocks)
+    warm, early = Judge(setting.student, *data), Judge(setting.early, *data)
     chosen = encodings.combs(VOCAB, size.combs) + encodings.draws(VOCAB, size.draws) + encodings.others(VOCAB)
-    points = [judge.full(encodings.full(VOCAB)), *map(judge.point, chosen)]
-    print(f"{f'{name} teacher':<22}{'bytes/token':>12}{'cosine':>10}{'error':>8}")
-    for p in points:
-        numbers = f"{p.bytes_per_token.mean():>12.1f}{p.cosine.mean():>10.5f}{p.error.mean():>8.4f}"
-        print(f"{p.encoding.name:<22}{numbers}", flush=True)
-    return points
+    points = []
+    print(f"{f'{name} teacher':<22}{'bytes/token':>12}{'cosine':>10}{'error':>8}{'early: cosine':>16}{'error':>8}")
+    for encoding in [encodings.full(VOCAB), *chosen]:
+        logits = setting.logits[: encodings.SHARD] if encoding.family == "full fp16" else setting.logits
+        kept = encodings.stored(encoding, logits, factor=factor)
+        p, q = warm.point(encoding, kept), early.point(encoding, kept)
+        points.append((p, q))
+        late, soon = (f"{x.cosine.mean():.5f}{x.error.mean():>8.4f}" for x in (p, q))
+        print(f"{encoding.name:<22}{p.bytes_per_token.mean():>12.1f}{late:>18}{soon:>24}", flush=True)
+    return [p for p, _ in points], [q for _, q in points]
 
 
-def encoding_figures(flat: list[Point], sharp: list[Point]) -> Iterator[Figure]:
+def encoding_figures(name: str, points: list[Point], early: list[Point], bars: tuple[str, str]) -> Iterator[Figure]:
     """Bytes at the cosine that counts, and the comb's error beside random sampling's at the same bytes."""
-    floors = {"sharp": "1.4", "flat": ""}
-    for name, points, bar in (("sharp", sharp, "<= 8"), ("flat", flat, "<= 40")):
-        best = smallest([p for p in points if p.encoding.family == "comb"])
-        rival = next(p for p in points if p.encoding.name == "DistillKit 128/16")
-        baseline = f"DistillKit {rival.bytes_per_token.mean():.0f} at {rival.cosine.mean():.4f}; {best.encoding.name}"
-        yield figure(f"bytes_{name}", baseline, best.bytes_per_token, bar=bar, floor=floors[name])
-    for name, points, bar in (("sharp", sharp, "<= 0.45"), ("flat", flat, "<= 0.70")):
-        comb = next(p for p in points if p.encoding.name == "comb 50")
-        drawn = [p for p in points if p.encoding.family == "RS-KD"]
-        ratio = comb.error / error_at(float(comb.bytes_per_token.mean()), drawn)
-        yield figure(f"error_vs_rs_{name}", "RS-KD at the bytes of comb 50", ratio, bar=bar, floor="0")
+    rival = next(p for p in points if p.encoding.name == "DistillKit 128/16")
+    known = f"DistillKit 128/16 {rival.bytes_per_token.mean():.0f} at {rival.cosine.mean():.4f}"
+    for which, found in ((f"bytes_{name}", points), (f"bytes_{name}_early", early)):
+        best = smallest([p for p in found if p.encoding.family == "comb"])
+        reached = f"{best.encoding.name} at {best.cosine.mean():.4f}"
+        yield figure(which, f"{known}; {reached}", best.bytes_per_token, bar=bars[0], floor="")
+    comb = next(p for p in points if p.encoding.name == "comb 50")
+    drawn = [p for p in points if p.encoding.family == "RS-KD"]
+    ratio = comb.error / error_at(float(comb.bytes_per_token.mean()), drawn)
+    yield figure(f"error_vs_rs_{name}", "RS-KD at the bytes of comb 50", ratio, bar=bars[1], floor="0")
 
 
 def quality_figure(setting: Setting) -> Figure:

@@ -7,6 +7,7 @@ the same for a whole shard, whichever is smallest under the file's own compressi
     plain   id after id        planes   byte plane after byte plane, per row        delta   planes of the differences
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -109,7 +110,8 @@ def put_ids(ids: Ints, start: Ints, entries: Ints, vocab: int, layout: Layout) -
     data = np.ascontiguousarray(ids.astype("<u4")).view(np.uint8).reshape(-1, 4)[:, :width]
     if layout != "plain":
         out = np.empty(data.size, np.uint8)
-        out[_planes(entries, width)] = data
+        for byte, at in enumerate(_planes(entries, width)):
+            out[at] = data[:, byte]
         data = out
     return Stream(np.ascontiguousarray(data).reshape(-1), entries * width)
 
@@ -119,9 +121,13 @@ def take_ids(stream: Stream, start: Ints, entries: Ints, vocab: int, layout: Lay
     if layout not in get_args(Layout):
         raise StoreError(f"ids are laid out as {layout!r}; this version reads {', '.join(get_args(Layout))}")
     width = id_bytes(vocab)
-    wide = np.zeros((int(entries.sum()), 4), np.uint8)
-    wide[:, :width] = stream.data.reshape(-1, width) if layout == "plain" else stream.data[_planes(entries, width)]
-    ids = wide.view("<u4").reshape(-1).astype(np.int64)
+    if layout == "plain":
+        planes = iter(stream.data.reshape(-1, width).T)
+    else:
+        planes = (stream.data[at] for at in _planes(entries, width))
+    ids = next(planes).astype(np.int64)
+    for byte, plane in enumerate(planes, 1):
+        ids |= plane.astype(np.int64) << (8 * byte)
     if layout == "delta":
         total = np.cumsum(ids)
         ids = total - np.repeat((total - ids)[start[:-1]], np.diff(start))
@@ -149,8 +155,9 @@ def compressed(column: Column) -> int:
     return pa.Codec("zstd", compression_level=3).compress(data.tobytes()).size if len(data) else 0
 
 
-def _planes(entries: Ints, width: int) -> Ints:
-    """(M, width): where each byte of each entry stands when every row keeps byte plane after byte plane."""
-    first = np.repeat((np.cumsum(entries) - entries) * width, entries)
-    inside = ragged(np.zeros_like(entries), entries)
-    return (first + inside)[:, None] + np.repeat(entries, entries)[:, None] * np.arange(width)
+def _planes(entries: Ints, width: int) -> Iterator[Ints]:
+    """For each byte (M,): where that of each entry stands when every row keeps byte plane after byte plane."""
+    at, gap = ragged((np.cumsum(entries) - entries) * width, entries), np.repeat(entries, entries)
+    for _ in range(width):
+        yield at
+        at = at + gap
