@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raykd.checks import load
-    from raykd.losses import Places, term
     from raykd.models import register_model
     from raykd.recipe import Recipe
     from raykd.signals import Batch, Signals
     from raykd.stages import export, report, run, score, train, tune
+    from raykd.terms import Places, term
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 
 HOMES = {
     "checks": ("load",),
-    "losses": ("Places", "term"),
+    "terms": ("Places", "term"),
     "models": ("register_model",),
     "recipe": ("Recipe",),
     "signals": ("Batch", "Signals"),

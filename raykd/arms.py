@@ -27,10 +27,10 @@ from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
-from raykd.losses import TERMS, needs_of
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, TermSpec
 from raykd.store.reader import Store
+from raykd.terms import needs_of, wants_of
 
 Tell = Callable[[str, int, dict[str, Any]], None]
 
@@ -42,8 +42,13 @@ def arms_of(recipe: Recipe) -> list[Arm]:
     for seed in recipe.seeds:
         if recipe.control:
             found.append(Arm("control", seed, labels_only))
-        found.append(Arm("student", seed, dict(recipe.terms)))
+        found.append(student_arm(recipe, seed))
     return found
+
+
+def student_arm(recipe: Recipe, seed: int) -> Arm:
+    """The recipe's own terms and row weights."""
+    return Arm("student", seed, dict(recipe.terms), recipe.weighting)
 
 
 def _ce_settings(recipe: Recipe) -> dict[str, Any]:
@@ -68,8 +73,7 @@ class Workshop:
         """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
         torch.manual_seed(arm.seed)
         module = models.build(self.recipe.student, **self.dataset.shape, key="student")
-        want = {n for term, spec in arm.terms.items() if spec.weight > 0 for n in TERMS[term].needs if "." in n}
-        return Adapter(module, want=frozenset(want))
+        return Adapter(module, want=wants_of(arm.terms))
 
     def validate(self, student: nn.Module) -> dict[str, float]:
         """Validation metrics, prefixed val_."""

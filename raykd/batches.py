@@ -72,6 +72,8 @@ class DeviceRows:
     stored: StoredLogits | None = None  # where `teacher` holds no dense logits
     head: tuple[Tensor, Tensor | None] | None = None  # of hidden states that are stored in their place
     place: Tensor | None = None  # of each row in `inputs`, where rows that could not be scored are left out
+    saliency: Tensor | None = None  # (N,) NaN where unknown
+    answer: Tensor | None = None  # (N,) the teacher's classes
     mapped: bool = False  # a batch is gathered from files in memory maps, which is worth a thread of its own
 
     @property
@@ -89,7 +91,8 @@ class DeviceRows:
         row_id, label = self.row_id.index_select(0, index), self.label.index_select(0, index)
         stored = self.stored.take(index.cpu().numpy()) if self.stored else None
         targets = stored.targets(inputs.device) if stored and stored.is_sparse else None
-        return Batch(row_id, inputs, mask, label, valence, self._signals(index, stored), targets)
+        saliency, answer = (None if v is None else v.index_select(0, index) for v in (self.saliency, self.answer))
+        return Batch(row_id, inputs, mask, label, valence, self._signals(index, stored), targets, saliency, answer)
 
     def _signals(self, index: Tensor, stored: StoredLogits | None) -> Signals | None:
         if self.teacher_mask is None:
@@ -100,8 +103,7 @@ class DeviceRows:
             at["logits"] if stored is None else self._logits(stored, mask),
             mask,
             at.get("trajectory"),
-            {k.partition(".")[2]: v for k, v in at.items() if k.startswith("hidden.")},
-            {k.partition(".")[2]: v.transpose(1, 2) for k, v in at.items() if k.startswith("attention.")},
+            {k: v for k, v in at.items() if "." in k},
         )
 
     def _logits(self, stored: StoredLogits, mask: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def to_device(
 
     `head` is the teacher's, for a store of its inputs.
     """
-    teacher, mask, stored = {}, None, None
+    teacher, mask, stored, saliency, answer = {}, None, None, None, None
     mapped = isinstance(rows.inputs, np.memmap)
     place = None
     if store is not None:
@@ -147,6 +149,8 @@ def to_device(
             assert isinstance(flat, Tensor)
             teacher["logits"] = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
             stored = None
+        saliency = tensor(store.column("saliency", split).values).to(device)
+        answer = torch.from_numpy(store.column("answer", split).values.astype(np.int64)).to(device)
         for name in sorted(needs - {"logits"}):
             teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
     return DeviceRows(
@@ -160,6 +164,8 @@ def to_device(
         stored,
         None if head is None else (head[0].to(device), None if head[1] is None else head[1].to(device)),
         None if place is None else place.to(device),
+        saliency,
+        answer,
         mapped or stored is not None,
     )
 

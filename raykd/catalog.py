@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from raykd import imports
 from raykd.errors import RecipeError
-from raykd.recipe import suggestion
+from raykd.validation import suggestion
 
 FOLDER = Path(__file__).parent / "techniques"
 

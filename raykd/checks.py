@@ -5,12 +5,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from raykd import catalog, data, imports, losses, models, recipe, techniques
+from raykd import catalog, data, imports, models, recipe, techniques, terms
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
+from raykd.validation import suggestion, validate
 
-SEARCHABLE = ("terms", "optim", "student")
+SEARCHABLE = ("terms", "weighting", "optim", "student")
 
 
 def load(
@@ -39,7 +40,7 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
     """
     base, problems = _technique(raw.get("technique", "vanilla"), allow_import)
     merged = merge(base, raw)
-    found, faults = recipe.validate(Recipe, merged)
+    found, faults = validate(Recipe, merged)
     if "terms" not in raw and any(p.key == "technique" for p in problems + faults):  # it would have brought them
         faults = [fault for fault in faults if fault.key != "terms"]
     if not (problems and "." in raw["technique"]):
@@ -75,15 +76,15 @@ def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any]
 
 
 def _term_problems(merged: dict[str, Any]) -> list[Problem]:
-    terms = merged.get("terms")
-    specs = {k: recipe.validate(recipe.TermSpec, v)[0] for k, v in terms.items()} if isinstance(terms, dict) else {}
-    return losses.term_problems({k: v for k, v in specs.items() if v is not None})
+    given = merged.get("terms")
+    specs = {k: validate(recipe.TermSpec, v)[0] for k, v in given.items()} if isinstance(given, dict) else {}
+    return terms.term_problems({k: v for k, v in specs.items() if v is not None})
 
 
 def _teacher_problems(found: Recipe) -> list[Problem]:
-    needs = losses.needs_of(found.terms)
+    needs = terms.needs_of(found.terms)
     if needs and found.teacher is None:
-        wanting = ", ".join(n for n, s in found.terms.items() if s.weight > 0 and losses.TERMS[n].needs)
+        wanting = ", ".join(n for n, s in found.terms.items() if terms.needs_of({n: s}))
         return [Problem("teacher", f"missing, but the terms {wanting} read the teacher's {', '.join(sorted(needs))}")]
     if found.teacher and found.teacher.weights is None:
         return [Problem("teacher.weights", "missing; name the teacher's safetensors file")]
@@ -106,7 +107,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)
         else:
-            advice = f"{recipe.suggestion(name, known)} Or write module:function."
+            advice = f"{suggestion(name, known)} Or write module:function."
             problems.append(Problem(dotted, f"{name!r} is not built in.{advice}"))
     return problems
 
@@ -137,8 +138,8 @@ def _search_problems(merged: dict[str, Any], found: Recipe, allow_import: Collec
             continue
         for value in span.ends():
             trial = apply_trial(merged, {key: value})
-            tried, faults = recipe.validate(Recipe, trial)
-            faults = faults or losses.term_problems(tried.terms if tried else {}) or _name_problems(trial, allow_import)
+            tried, faults = validate(Recipe, trial)
+            faults = faults or terms.term_problems(tried.terms if tried else {}) or _name_problems(trial, allow_import)
             if faults:
                 problems += [Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults]
                 break

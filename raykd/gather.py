@@ -19,6 +19,7 @@ from raykd.recipe import Recipe
 from raykd.signals import UNLABELLED
 from raykd.store.reader import Store
 
+LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
 
 
@@ -56,7 +57,7 @@ def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, ml
         search=read_json(folder / "tune.json"),
         machine={"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        warnings=_warnings(dataset, opened),
+        warnings=_warnings(dataset, opened, records),
     )
 
 
@@ -118,7 +119,7 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
     return curves
 
 
-def _warnings(dataset: Dataset, store: Store | None) -> list[str]:
+def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
     found, label = [], dataset.splits["train"].label
     hidden = int((label == UNLABELLED).sum())
     if hidden:
@@ -126,4 +127,10 @@ def _warnings(dataset: Dataset, store: Store | None) -> list[str]:
     gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
     if gate is not None and gate < 0.2:
         found.append(f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise")
+    shares = [p["weights"]["ess"] for record in records.values() for p in record["history"] if "weights" in p]
+    if shares and min(shares) < LEAST_ESS:
+        found.append(
+            f"row weights leave {min(shares):.1%} of a batch as its effective sample: a few rows are all that is learnt; "
+            'set weighting.mode = "ess" or lower weighting.boost'
+        )
     return found

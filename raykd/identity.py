@@ -7,10 +7,10 @@ from typing import Any
 from raykd.checks import register
 from raykd.data import Dataset
 from raykd.errors import RecipeError
-from raykd.losses import TERMS, needs_of
 from raykd.recipe import ModelRef, Recipe, content_of, file_sha256
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import codec_name
+from raykd.terms import TERMS, needs_of
 
 CODEC_KEYS = {
     "dense": ("values",),

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ from raykd.ahead import Ahead
 from raykd.batches import DeviceRows, Order, input_noise, mixed
 from raykd.checkpoints import Checkpoints
 from raykd.errors import Diverged
-from raykd.losses import Objective
 from raykd.models.adapter import Adapter
-from raykd.recipe import Optim, TermSpec
-from raykd.signals import Batch
+from raykd.objective import Objective, learned
+from raykd.recipe import Optim, TermSpec, Weighting
+from raykd.signals import Batch, Signals
 from raykd.store.logits import Targets
+from raykd.weighting import RowWeights, Spread, mean_spread
 
 Report = Callable[[int, dict[str, Any]], None]
 
@@ -39,6 +40,7 @@ class Arm:
     name: str
     seed: int
     terms: dict[str, TermSpec]
+    weighting: Weighting | None = None
 
     @property
     def key(self) -> str:
@@ -127,7 +129,7 @@ def train(
     mean of each term since the last call and what `evaluate(student)` says.
     """
     device = rows.device
-    learner = Learner(student, Objective(arm.terms)).to(device)
+    learner = Learner(student, objective_of(arm, student, rows)).to(device)
     adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
     state = State(learner, adamw)
     if checkpoints:
@@ -144,7 +146,7 @@ def train(
             state.seconds += clock(device) - started
             faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
             if state.step % optim.evaluate_every == 0 or state.step == optim.steps:
-                state.history.append(_summary(state, world.sum(seen), evaluate))
+                state.history.append(_summary(state, world.sum(seen), step.spreads, evaluate))
                 seen.zero_()
                 report(state.step, state.history[-1])
                 if (
@@ -157,6 +159,17 @@ def train(
     return state
 
 
+def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
+    """The arm's objective; terms that learn are built from what the student says of one row, drawn by the seed."""
+    if not learned(arm.terms):
+        return Objective(arm.terms)
+    with torch.no_grad():
+        batch = rows.batch(torch.zeros(1, dtype=torch.int64, device=rows.device))
+        said: Signals = student.to(rows.device).eval()(batch.inputs, batch.mask)
+    torch.manual_seed(mixed(arm.seed, len(arm.terms)))
+    return Objective(arm.terms, (said, batch))
+
+
 class Step:
     """One optimiser step at a time, with everything that no step changes made once."""
 
@@ -165,6 +178,8 @@ class Step:
         self.device, self.share = rows.device, world.share(optim.batch)
         self.order = Order(rows.label.cpu().numpy(), optim, arm.seed)
         self.parameters = list(state.learner.parameters())
+        self.weights = RowWeights.of(rows.saliency, arm.weighting)
+        self.spreads: list[Spread] = []  # of the row weights since the last report
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
         self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped else None
 
@@ -172,7 +187,8 @@ class Step:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
         number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
         seed = mixed(self.arm.seed, number)
-        batch = self.ahead(number) if self.ahead else self._batch(number, seed)
+        batch = self._weighed(number, self.ahead(number) if self.ahead else self._batch(number, seed))
+        objective.progress = number / self.optim.steps
         reseed(self.device, seed + 1 + self.world.rank)
         sums, counts = self.model(batch)
         if isinstance(batch.targets, Targets):
@@ -198,6 +214,14 @@ class Step:
             for temperature in self.temperatures:
                 batch.targets(temperature)
         return batch
+
+    def _weighed(self, number: int, batch: Batch) -> Batch:
+        """The batch with its rows' weights: every rank knows the saliency of the whole global batch."""
+        if self.weights is None:
+            return batch
+        weight, spread = self.weights(self.order.rows(number), self.share)
+        self.spreads.append(spread)
+        return replace(batch, weight=torch.from_numpy(weight).to(self.device))
 
     def _batch(self, number: int, seed: int) -> Batch:
         index = torch.from_numpy(self.order.rows(number)[self.share]).to(self.device)
@@ -228,12 +252,16 @@ def _due(state: State, optim: Optim, every: int) -> bool:
     return state.step // every > (state.step - optim.evaluate_every) // every
 
 
-def _summary(state: State, seen: Tensor, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
+def _summary(
+    state: State, seen: Tensor, spreads: list[Spread], evaluate: Callable[[nn.Module], dict[str, float]]
+) -> dict[str, Any]:
     objective = state.learner.objective
     means = (seen[0] / seen[1].clamp(min=1)).tolist()
     terms = dict(zip(objective.weights, means, strict=True))
     loss = sum(objective.weights[n] * v for n, v in terms.items())
-    return {"step": state.step, "loss": loss, "terms": terms, **evaluate(state.learner.student)}
+    weights = {"weights": mean_spread(spreads)} if spreads else {}
+    spreads.clear()
+    return {"step": state.step, "loss": loss, "terms": terms, **weights, **evaluate(state.learner.student)}
 
 
 def _diverged(state: State, arm: Arm, sums: Tensor, counts: Tensor) -> str:

@@ -7,11 +7,11 @@ from raykd import models
 from raykd.arms import arms_of
 from raykd.errors import DataError
 from raykd.identity import identity
-from raykd.losses import needs_of
 from raykd.recipe import Recipe
 from raykd.stages import Place
 from raykd.store import tend
 from raykd.store.commit import plan_shards
+from raykd.terms import needs_of
 
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 

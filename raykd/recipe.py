@@ -5,17 +5,12 @@ error with a suggestion, and all errors come at once. Tables that change the res
 and `[track]`, which only say where and how fast, do not.
 """
 
-import difflib
 import hashlib
 import json
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
-
-from raykd.errors import Problem
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -70,6 +65,7 @@ class Valence(Table):
     mean: float = 0.6
     min: float = 0.25
     coherence: float = 0.15
+    certainty: Literal["normalised", "nats"] = "normalised"  # 1 - H / ln C, or the reference's -H
 
 
 class StoreSettings(Table):
@@ -86,15 +82,45 @@ class StoreSettings(Table):
 
 
 class TermSpec(BaseModel):
-    """One loss term: its weight, and keyword settings that the term's own signature checks."""
+    """One loss term: its weight, when it counts, and keyword settings that the term's own signature checks.
+
+    It counts from the share `since` of the steps up to the share `until`; `weighted = false` keeps it out of the
+    `[weighting]` of rows.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
     weight: Annotated[float, Field(ge=0)] = 1.0
+    since: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    until: Share = 1.0
+    weighted: bool = True
+
+    @model_validator(mode="after")
+    def _some_time(self) -> Self:
+        if self.since >= self.until:
+            raise ValueError(f"since = {self.since} must come before until = {self.until}")
+        return self
 
     @property
     def settings(self) -> dict[str, JsonValue]:
         return dict(self.__pydantic_extra__ or {})
+
+
+class Weighting(Table):
+    """How much each row counts, by its saliency z standardised: exp(boost z), tamed by `mode`. Present, every term
+    is a mean over rows of means over a row's steps; absent, a mean over all steps.
+
+    `ess` lowers boost until the effective sample size is `fraction` of the rows. `dataset` statistics make a row's
+    weight one number for the whole training; the others take mean and spread from the rows of each batch.
+    """
+
+    mode: Literal["ess", "selfnorm", "capped", "raw", "snippet", "uniform"] = "ess"
+    boost: Annotated[float, Field(ge=0)] = 6.0
+    statistics: Literal["dataset", "global_batch", "local_batch"] = "dataset"
+    fraction: Share = 0.5  # ess
+    cap: Annotated[float, Field(gt=0)] = 20.0  # capped
+    clip: Annotated[float, Field(gt=0)] | None = None  # of |z|
+    least_std: Annotated[float, Field(gt=0)] = 0.02
 
 
 class Optim(Table):
@@ -206,6 +232,7 @@ class Recipe(Table):
     teacher: ModelRef | None = None
     student: ModelRef = ModelRef()
     terms: Annotated[dict[str, TermSpec], Field(min_length=1)]
+    weighting: Weighting | None = None
     valence: Valence = Valence()
     store: StoreSettings = StoreSettings()
     optim: Optim = Optim()
@@ -231,59 +258,6 @@ NOT_HASHED = {"name", "setting", "scale", "track"}
 def is_path(source: str) -> bool:
     """Whether a data source names a folder: it holds a slash or starts with a dot."""
     return "/" in source or source.startswith(".")
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def validate(model: type[M], raw: Any, *, key: str = "") -> tuple[M | None, list[Problem]]:
-    """(`model` filled from raw values, no problems) or (None, every problem with its key)."""
-    problems = list(_no_json(raw, key))
-    try:
-        found = model.model_validate_json(json.dumps(raw, default=str), strict=True)
-    except ValidationError as error:
-        named = {problem.key for problem in problems}
-        return None, problems + [p for e in error.errors() if (p := _problem(model, e, key)).key not in named]
-    return (None if problems else found), problems
-
-
-def _no_json(value: Any, key: str) -> Iterator[Problem]:
-    """The values that JSON does not have: TOML's dates and its nan and inf."""
-    if isinstance(value, dict | list | tuple):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _no_json(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield Problem(key, f"must be a finite number, found {value}")
-    elif not isinstance(value, str | int | float | None):
-        yield Problem(key, f"{type(value).__name__} {value} is not a value here; write a string or a number")
-
-
-def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
-    loc = [str(part) for part in error["loc"]]
-    dotted = ".".join(([key] if key else []) + loc).replace("search.space.", "search.", 1)  # as users write it
-    match error["type"]:
-        case "extra_forbidden":
-            return Problem(dotted, "unknown key." + suggestion(loc[-1], _fields(model, loc[:-1])))
-        case "missing":
-            return Problem(dotted, "missing; add it to the recipe")
-        case "value_error":
-            return Problem(dotted, str(error["ctx"]["error"]))
-        case _:
-            return Problem(dotted, f"{error['msg'].lower()}, found {error['input']!r}")
-
-
-def suggestion(word: str, known: Any) -> str:
-    """A sentence for a misspelt word: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
-
-
-def _fields(model: Any, loc: list[str]) -> list[str]:
-    for part in loc:
-        field = getattr(model, "model_fields", {}).get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else [model]
-        model = next((o for o in options if hasattr(o, "model_fields")), model)
-    return list(getattr(model, "model_fields", {}))
 
 
 def file_sha256(path: str | Path) -> str:

@@ -89,7 +89,7 @@ def curves(history: Iterable[Mapping[str, Any]]) -> list[Metric]:
     found: list[Metric] = []
     for point in history:
         flat = {k: v for k, v in point.items() if isinstance(v, float)}
-        flat |= {f"terms/{k}": v for k, v in point.get("terms", {}).items()}
+        flat |= {f"{table}/{k}": v for table in ("terms", "weights") for k, v in point.get(table, {}).items()}
         found += [(name, value, point["step"]) for name, value in flat.items()]
     return found
 

@@ -19,6 +19,7 @@ from raykd.identity import identity, signals_of, store_table
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, digest_of
 from raykd.signals import Signals, tensor
+from raykd.store import layers
 from raykd.store.codec import encode, field
 from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, metadata
@@ -75,8 +76,8 @@ class Scorer:
         mask = tensor(rows.mask).to(self.device)
         signals = self.teacher(tensor(rows.inputs).to(self.device), mask)
         out = {"mask": signals.mask, "answer": signals.sequence_logits().argmax(1)} | self._valence(rows, signals)
-        out |= {f"hidden.{k}": v for k, v in signals.hidden.items()}
-        out |= {f"attention.{k}": v.transpose(1, 2) for k, v in signals.attention.items()}
+        for name, values in signals.layers.items():
+            out |= {name: values, layers.counts(name): mask if values.shape[1] == mask.shape[1] else _all_steps(values)}
         arrays = {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
         kept = signals.logits if self.head_inputs is None else self.head_inputs[0]
         unfit = self._unfit(signals, kept, arrays)
@@ -96,12 +97,13 @@ class Scorer:
         }
         if is_half:
             finite["logits or hidden states that fp16 can not hold"] = (kept.abs() <= HALF).all(2).cpu().numpy()
-        for name in (n for n in arrays if "." in n):
-            sound = np.isfinite(arrays[name]).reshape(*mask.shape, -1).all(2)
-            finite[f"{name} has values that fp16 can not hold"] = sound
+        bad = {reason: (~sound & mask).any(1) for reason, sound in finite.items()}
+        for name in filter(layers.is_signal, arrays):
+            sound = np.isfinite(arrays[name]).reshape(*arrays[name].shape[:2], -1).all(2)
+            bad[f"{name} has values that fp16 can not hold"] = (~sound & arrays[layers.counts(name)]).any(1)
         found: dict[int, str] = {}
-        for reason, sound in finite.items():
-            found = {int(i): reason for i in np.flatnonzero((~sound & mask).any(1))} | found
+        for reason, rows in bad.items():
+            found = {int(i): reason for i in np.flatnonzero(rows)} | found
         return found
 
     def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
@@ -117,7 +119,7 @@ class Scorer:
         trajectory, known = valence.future_valence(values, steps, settings.discount)
         if signals.valence is not None:
             trajectory = signals.valence
-        certainty = valence.coherence(signals.logits, signals.mask)
+        certainty = valence.coherence(signals.logits, signals.mask, settings.certainty)
         return {
             "valence": values,
             "trajectory": trajectory,
@@ -125,6 +127,10 @@ class Scorer:
             "coherence": certainty,
             "saliency": valence.saliency(trajectory, known, certainty, settings),
         }
+
+
+def _all_steps(values: Tensor) -> Tensor:
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
 
 
 def _watch_head(module: nn.Module, name: str) -> list[Tensor]:
@@ -145,6 +151,7 @@ def _hidden_codec(module: nn.Module, name: str) -> Hidden:
 
 
 def _to_table(row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array) -> pa.Table:
+    inner = {k: (arrays.pop(k), arrays.pop(layers.counts(k))) for k in [n for n in arrays if layers.is_signal(n)]}
     masks = {"steps": arrays.pop("mask"), "valence_steps": arrays.pop("valence_mask")}
     columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): row_id}
     columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
@@ -157,6 +164,9 @@ def _to_table(row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec:
         else:
             steps = "valence_steps" if name in ("valence", "trajectory") else "steps"
             columns[field(name, values, steps)] = encode(values, masks[steps])
+    for name, (values, mask) in inner.items():
+        columns[pa.field(layers.counts(name), pa.int32())] = mask.sum(1).astype(np.int32)
+        columns[field(name, values, "steps")] = encode(values, mask)
     return pa.table(list(columns.values()), schema=pa.schema(list(columns)))
 
 

@@ -22,29 +22,36 @@ LANES = 8  # floats in a CPU vector register
 class Signals:
     """One model's outputs for a batch. `mask` marks the valid steps of the *outputs*.
 
-    A model that answers once per sequence has T = 1. Attention is softmax rows over keys.
+    A model that answers once per sequence has T = 1. Inner layers stand under "<kind>.<submodule>":
+
+        hidden     (B, T, D)     the submodule's output
+        attention  (B, T, H, T)  each step's softmax rows over keys
+        scores     (B, T, H, T)  their logits, 0 where a key is hidden from the step
+        embedding  (B, 1, D)     the mean of the output over valid steps
     """
 
     logits: Tensor  # (B, T, C)
     mask: Tensor  # (B, T) bool
     valence: Tensor | None = None  # (B, T) future valence in [-1, 1]
-    hidden: dict[str, Tensor] = field(default_factory=dict)  # name -> (B, T, D)
-    attention: dict[str, Tensor] = field(default_factory=dict)  # name -> (B, H, T, T)
+    layers: dict[str, Tensor] = field(default_factory=dict)
 
     def sequence_logits(self) -> Tensor:
         """(B, C) fp32: the mean of the logits over valid steps."""
         return masked_mean(self.logits.float(), self.mask)
 
-    def valid(self) -> "Signals":
-        """The same with zeros at invalid steps, so that whatever stands there reaches neither value nor gradient."""
-        if self.mask.device.type == "cpu" and self.mask.all():  # on a GPU, asking would wait for its queue
+    def valid(self, steps: Tensor) -> "Signals":
+        """The same with zeros at invalid steps, so that whatever stands there reaches neither value nor gradient.
+
+        `steps` (B, T) are the valid steps of the inputs: an inner layer has them too, whatever the answer has.
+        """
+        if steps.device.type == "cpu" and self.mask.all() and steps.all():  # on a GPU, asking would wait for its queue
             return self
+        masks = {steps.shape[1]: steps, 1: steps.any(1, True)}
         return Signals(
             zeroed(self.logits, self.mask),
             self.mask,
             None if self.valence is None else zeroed(self.valence, self.mask),
-            {k: zeroed(v, self.mask) for k, v in self.hidden.items()},
-            {k: zeroed(v.transpose(1, 2), self.mask).transpose(1, 2) for k, v in self.attention.items()},
+            {k: zeroed(v, masks[v.shape[1]]) if v.shape[1] in masks else v for k, v in self.layers.items()},
         )
 
 
@@ -59,6 +66,9 @@ class Batch:
     valence: Tensor | None = None  # (B, T), NaN where missing
     teacher: Signals | None = None  # its logits are (B, T, 0) where `targets` stands for them
     targets: Callable[[float], SparseTargets] | None = None  # of all valid steps in turn, at a temperature
+    saliency: Tensor | None = None  # (B,), NaN where unknown
+    answer: Tensor | None = None  # (B,) int64, the teacher's class of the whole row
+    weight: Tensor | None = None  # (B,) how much each row counts; without it every step counts alike
 
 
 def tensor(values: NDArray[Any]) -> Tensor:
@@ -86,3 +96,30 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """(B, ...): the mean of `values` (B, T, ...) over the steps where `mask` (B, T); 0 for a row with none."""
     count = mask.sum(1).clamp(min=1).reshape(-1, *(1,) * (values.dim() - 2))
     return zeroed(values, mask).sum(1) / count
+
+
+def aligned(mine: Tensor, theirs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Two layers (B, T, D) with the number of steps of the shorter, each averaged over parts of its own row.
+
+    A layer with the steps of `mask` (B, T) is valid there, any other everywhere.
+    """
+    if mine.shape[1] == theirs.shape[1]:
+        return mine, theirs
+    steps = min(mine.shape[1], theirs.shape[1])
+    every = {mask.shape[1]: mask}
+    masks = [every.get(x.shape[1], mask.new_ones(x.shape[:2])) for x in (mine, theirs)]
+    return resampled(mine, masks[0], steps), resampled(theirs, masks[1], steps)
+
+
+def resampled(values: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """(B, steps, D): `values` (B, T, D) averaged over equal parts of each row's valid steps; 0 for a row with none.
+
+    The n-th of a row's N valid steps covers [n / N, (n + 1) / N) of it, and each part weighs what it overlaps, so
+    nothing is cropped; where N = steps it changes nothing.
+    """
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    start = (mask.cumsum(1) - 1) / count  # (B, T)
+    part = torch.arange(steps, device=mask.device)[:, None] / steps  # (steps, 1)
+    overlap = torch.minimum((start + 1 / count)[:, None], part + 1 / steps) - torch.maximum(start[:, None], part)
+    weight = torch.where(mask[:, None], overlap.clamp(min=0), 0.0)  # (B, steps, T)
+    return steps * weight @ zeroed(values, mask)

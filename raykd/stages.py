@@ -19,11 +19,11 @@ from raykd.errors import InfraError, RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.identity import signals_of
 from raykd.journal import Journal
-from raykd.losses import needs_of
 from raykd.progress import say
 from raykd.recipe import Recipe, digest, digest_of
 from raykd.scorer import Scorer
 from raykd.session import connect
+from raykd.terms import needs_of
 
 OUT = Path("runs")
 

@@ -15,11 +15,11 @@ from safetensors.torch import save
 from torch import nn
 
 from raykd import checks, models
-from raykd.arms import Workshop
+from raykd.arms import Workshop, student_arm
 from raykd.errors import InfraError
 from raykd.files import write_bytes
 from raykd.fit import group
-from raykd.loop import Arm, World
+from raykd.loop import World
 from raykd.measure import classifier_metrics
 from raykd.progress import Progress
 from raykd.recipe import Range, Recipe
@@ -116,7 +116,7 @@ def _train_trial(
     recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
     store = Path(shared["store"]) if shared["store"] else None
     shop = Workshop(recipe, store, device_of(recipe))
-    arm = Arm("student", recipe.seeds[0], dict(recipe.terms))
+    arm = student_arm(recipe, recipe.seeds[0])
     student = shop.student(arm)
 
     def tell(step: int, metrics: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def _train_trial(
 def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
     """Metrics of a trial's weights on the test split; for the best trial, once the search is over."""
     shop = Workshop(recipe, None, device_of(recipe))
-    student = shop.student(Arm("student", recipe.seeds[0], dict(recipe.terms))).to(shop.device)
+    student = shop.student(student_arm(recipe, recipe.seeds[0])).to(shop.device)
     models.load_weights(student.module, weights, "trial")
     return classifier_metrics(shop.test_logits(student), shop.dataset.splits["test"].label)
 

@@ -42,10 +42,12 @@ def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tens
     return torch.where(known, total / torch.where(known, weight, 1.0), 0.0), known
 
 
-def coherence(logits: Tensor, mask: Tensor) -> Tensor:
-    """(B,): 1 - H / ln C, the mean over valid steps of the certainty at temperature 1, in [0, 1]."""
+def coherence(logits: Tensor, mask: Tensor, certainty: str = "normalised") -> Tensor:
+    """(B,): 1 - H / ln C, with H the entropy at temperature 1, mean over valid steps, in [0, 1]; or -H in nats."""
     entropy = torch.special.entr(log_softmax(logits).exp()).sum(-1)
     mean = masked_mean(entropy, mask)
+    if certainty == "nats":
+        return -mean
     return (1 - mean / math.log(max(logits.shape[-1], 2))).clamp(0, 1)
 
 

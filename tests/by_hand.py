@@ -14,7 +14,7 @@ from raykd.store import layers
 from raykd.store.commit import plan_shards, store_id
 from raykd.store.reader import Store
 
-SETTINGS = {"steps": 16, "width": 8, "layers": 2, "heads": 2}
+SETTINGS = {"steps": 16, "width": 8, "layers": 3, "heads": 2}
 
 
 def teacher(path: Path, seed: int = 0) -> dict[str, Any]:

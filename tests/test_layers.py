@@ -11,10 +11,10 @@ import torch
 from raykd import checks
 from raykd.batches import to_device
 from raykd.errors import StoreError
-from raykd.losses import TERMS, Places, term
 from raykd.scorer import Scorer
 from raykd.store import layers, tend
 from raykd.store.reader import Store
+from raykd.terms import TERMS, Places, term
 
 LAYER = "hidden.blocks.0"
 
@@ -59,11 +59,11 @@ def test_an_extended_store_keeps_every_byte_and_gains_the_layer(recipes):
     scorer = Scorer(reading)
     rows = scorer.dataset.splits["val"]
     with torch.inference_mode():
-        live = scorer.teacher(torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)).hidden["blocks.0"]
+        live = scorer.teacher(torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)).layers["hidden.blocks.0"]
     kept = to_device(rows, "val", Store(store), frozenset({"logits", LAYER}), torch.device("cpu"))
     read = kept.batch(torch.arange(len(rows))).teacher
     assert read is not None
-    assert torch.allclose(read.hidden["blocks.0"].float(), live, atol=2**-9 * float(live.abs().max()))
+    assert torch.allclose(read.layers["hidden.blocks.0"].float(), live, atol=2**-9 * float(live.abs().max()))
 
 
 def test_an_extended_store_is_cared_for_as_a_whole(recipes):

@@ -94,7 +94,7 @@ def test_any_answer_becomes_signals(batch, form, per_step):
         assert signals.mask.tolist() == [[True]] * B
         assert torch.equal(signals.sequence_logits(), logits)
     assert (signals.valence is not None) == ("valence" in form)
-    assert signals.hidden == signals.attention == {}
+    assert signals.layers == {}
 
 
 @pytest.mark.parametrize("answer", [torch.zeros(B), torch.zeros(B, T, C, 1), {"out": torch.zeros(B, C)}, None, (1, 2)])
@@ -112,18 +112,41 @@ def test_a_hidden_layer_is_what_the_layer_gives_by_hand(batch):
     net = Net().eval()
     signals = Adapter(net, want=frozenset({"hidden.embed", "hidden.mix", "hidden.head"}))(inputs, mask)
     embedded = net.embed(inputs)
-    assert torch.equal(signals.hidden["embed"], embedded)
-    assert torch.equal(signals.hidden["mix"], net.mix(embedded)[0])
-    assert torch.equal(signals.hidden["head"], signals.logits)
-    assert signals.hidden.keys() == {"embed", "mix", "head"}
+    assert torch.equal(signals.layers["hidden.embed"], embedded)
+    assert torch.equal(signals.layers["hidden.mix"], net.mix(embedded)[0])
+    assert torch.equal(signals.layers["hidden.head"], signals.logits)
+    assert signals.layers.keys() == {"hidden.embed", "hidden.mix", "hidden.head"}
+
+
+def test_an_embedding_is_the_mean_of_a_layer_over_valid_steps(batch):
+    inputs, mask = batch
+    net = Net().eval()
+    mask = mask.clone()
+    mask[0, 2:] = False
+    found = Adapter(net, want=frozenset({"embedding.mix"}))(inputs, mask).layers["embedding.mix"]
+    mixed = net.mix(net.embed(inputs))[0]
+    assert found.shape == (B, 1, mixed.shape[-1])
+    torch.testing.assert_close(found[0, 0], mixed[0, :2].mean(0))
+    torch.testing.assert_close(found[1, 0], mixed[1, mask[1]].mean(0))
+
+
+def test_scores_are_the_logits_of_attention_with_zeros_at_hidden_keys(batch):
+    net = SeriesEncoder(channels=K, classes=C, steps=T, width=D, heads=H)
+    name = "blocks.0.attention"
+    layers = Adapter(net, want=frozenset({f"scores.{name}", f"attention.{name}"}))(*batch).layers
+    scores, rows = layers[f"scores.{name}"], layers[f"attention.{name}"]
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)[:, None, :]
+    assert (scores.masked_select(later) == 0).all()
+    torch.testing.assert_close(scores.masked_fill(later, -torch.inf).softmax(-1), rows)
 
 
 def test_a_hidden_layer_inside_a_layer_is_found_and_has_gradients(batch):
     net = SeriesEncoder(channels=K, classes=C, steps=T, width=D, heads=H, layers=2)
     adapter = Adapter(net, want=frozenset({"hidden.blocks.0", "hidden.blocks.1.mlp.1"}))
-    hidden = adapter(*batch).hidden
-    assert {k: tuple(v.shape) for k, v in hidden.items()} == {"blocks.0": (B, T, D), "blocks.1.mlp.1": (B, T, 2 * D)}
-    hidden["blocks.0"].sum().backward()
+    layers = adapter(*batch).layers
+    expected = {"hidden.blocks.0": (B, T, D), "hidden.blocks.1.mlp.1": (B, T, 2 * D)}
+    assert {k: tuple(v.shape) for k, v in layers.items()} == expected
+    layers["hidden.blocks.0"].sum().backward()
     assert net.conv.weight.grad is not None
     assert net.head.weight.grad is None
 
@@ -131,9 +154,9 @@ def test_a_hidden_layer_inside_a_layer_is_found_and_has_gradients(batch):
 def test_every_call_has_its_own_layers(batch):
     inputs, mask = batch
     adapter = Adapter(Net().eval(), want=frozenset({"hidden.embed"}))
-    first = adapter(inputs, mask).hidden["embed"]
-    second = adapter(2 * inputs, mask).hidden["embed"]
-    assert torch.equal(first, adapter(inputs, mask).hidden["embed"])
+    first = adapter(inputs, mask).layers["hidden.embed"]
+    second = adapter(2 * inputs, mask).layers["hidden.embed"]
+    assert torch.equal(first, adapter(inputs, mask).layers["hidden.embed"])
     assert not torch.equal(first, second)
 
 
@@ -142,7 +165,7 @@ def test_listening_changes_no_answer(batch):
     plain = Adapter(net)(*batch)
     heard = Adapter(net, want=frozenset({"hidden.mix", "attention.attend"}))(*batch)
     torch.testing.assert_close(heard.logits, plain.logits)
-    assert plain.hidden == {}
+    assert plain.layers == {}
 
 
 class Encoder(nn.Module):
@@ -172,20 +195,20 @@ def test_attention_rows_sum_to_one(batch, layer, training):
     module = ATTENTION[layer]().train(training)
     adapter = Adapter(module, want=frozenset({f"attention.{layer}"}))
     with torch.set_grad_enabled(training):
-        maps = adapter(*batch).attention[layer]
-    assert maps.shape == (B, H, T, T)
+        maps = adapter(*batch).layers[f"attention.{layer}"]
+    assert maps.shape == (B, T, H, T)
     assert (maps >= 0).all()
-    torch.testing.assert_close(maps.sum(-1), torch.ones(B, H, T))
-    assert not torch.allclose(maps, maps.mean(1, keepdim=True)), "heads are apart, not averaged"
+    torch.testing.assert_close(maps.sum(-1), torch.ones(B, T, H))
+    assert not torch.allclose(maps, maps.mean(2, keepdim=True)), "heads are apart, not averaged"
 
 
 def test_attention_of_torch_is_the_softmax_of_its_own_weights(batch):
     inputs, mask = batch
     net = Net().eval()
-    maps = Adapter(net, want=frozenset({"attention.attend"}))(inputs, mask).attention["attend"]
+    maps = Adapter(net, want=frozenset({"attention.attend"}))(inputs, mask).layers["attention.attend"]
     x = net.mix(net.embed(inputs))[0]
     q, k, _ = F.linear(x, net.attend.in_proj_weight, net.attend.in_proj_bias).unflatten(-1, (3, H, -1)).unbind(2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / (D / H) ** 0.5
+    scores = torch.einsum("bqhd,bkhd->bqhk", q, k) / (D / H) ** 0.5
     torch.testing.assert_close(maps, scores.softmax(-1))
 
 
@@ -200,7 +223,7 @@ def test_a_module_that_leaves_its_attention_is_heard(batch):
 
     module = nn.Sequential(Own(), nn.Linear(K, C))
     heard = Adapter(module, want=frozenset({"attention.0"}))(*batch)
-    assert heard.attention["0"].sum() == pytest.approx(B * H * T)
+    assert heard.layers["attention.0"].sum() == pytest.approx(B * H * T)
 
 
 @pytest.mark.parametrize("name", ["hidden.mixx", "attention.blocks.0", "hidden.mix.9"])

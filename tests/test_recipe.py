@@ -266,7 +266,7 @@ def test_smoke_cuts_steps_seeds_and_trials(write):
 
 @pytest.fixture
 def rich(write) -> Recipe:
-    return checks.load(write("seeds = [0, 1]\n[terms.ce]\non = 'sequence'\n" + SEARCH))
+    return checks.load(write("seeds = [0, 1]\n[weighting]\nboost = 2\n[terms.ce]\non = 'sequence'\n" + SEARCH))
 
 
 def test_a_recipe_equals_its_json_and_its_pickle(rich):
@@ -294,7 +294,8 @@ def other(value: Any, annotation: Any) -> Any:
         case bool():
             return not value
         case None:
-            return [0.5] if "float" in str(annotation) else ["x"] if "list" in str(annotation) else "x"
+            one = 0.5 if "float" in str(annotation) else "x"
+            return [one] if "list" in str(annotation) else one
         case int() | float():
             return value + 1
         case str():
@@ -397,7 +398,7 @@ def test_a_range_has_one_of_four_forms(write, span, ends):
         ("optim.labelled_share", "{ uniform = [0.5, 2] }", "2.0 leads to optim.labelled_share"),
         ("optim.batch", "{ choice = [8, 1] }", "1 leads to optim.batch = 1"),
         ("student.model", '{ choice = ["series_encoder", "os:system"] }', "add --allow-import os"),
-        ("data.window", "{ integer = [8, 16] }", "only terms, optim, student can be searched"),
+        ("data.window", "{ integer = [8, 16] }", "only terms, weighting, optim, student can be searched"),
         ("store.batch", "{ integer = [8, 16] }", "trials share one store"),
     ],
 )

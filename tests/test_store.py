@@ -26,12 +26,12 @@ from raykd.batches import to_device
 from raykd.errors import StoreError
 from raykd.files import read_json
 from raykd.identity import identity
-from raykd.losses import needs_of
 from raykd.models.adapter import Adapter
 from raykd.scorer import Scorer
 from raykd.store.codec import decode, encode, field
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
+from raykd.terms import needs_of
 
 ROWS = {"train": 50, "val": 10, "test": 9}
 SHARDS = plan_shards(ROWS, 16)

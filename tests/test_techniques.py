@@ -21,17 +21,20 @@ from safetensors.torch import load_file
 from raykd import catalog, checks, losses, recipe, techniques
 from raykd.batches import DeviceRows
 from raykd.loop import Arm, train
-from raykd.losses import TERMS, Objective, needs_of
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
+from raykd.objective import Objective
 from raykd.recipe import Optim, Recipe, TermSpec
 from raykd.scorer import Scorer
 from raykd.signals import UNLABELLED, Batch, Signals
+from raykd.store import layers
 from raykd.store.commit import Shard
+from raykd.terms import TERMS, needs_of, wants_of
 
 techniques.load_terms()
 TECHNIQUES = {t.name: t for t in catalog.techniques()}
 B, T, C, D, H = 6, 5, 4, 6, 2
+SHAPES = {"hidden": (T, D), "embedding": (1, D), "attention": (T, H, T), "scores": (T, H, T)}
 GARBAGE = [1e4, torch.inf, -torch.inf, torch.nan]
 
 
@@ -42,6 +45,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+ATTENTION = {"pairs": [["blocks.0.attention", "blocks.2.attention"]]}  # shows scores; its projection does not
 
 
 def specs(terms: dict[str, dict[str, Any]]) -> dict[str, TermSpec]:
@@ -55,7 +61,8 @@ def settings_of(name: str) -> list[dict[str, Any]]:
     choices = {k: get_args(h) or (False, True) for k, h in hints.items() if h is bool or "Literal[" in str(h)}
     named = [t.recipe["terms"][name] for t in TECHNIQUES.values() if name in t.recipe["terms"]]
     base = {k: v for k, v in (named[0] if named else {}).items() if k not in ("weight", *choices)}
-    return [base | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    found = [base | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    return [s | ATTENTION if s.get("mode") == "scores" else s for s in found]
 
 
 def label_of(settings: dict[str, Any]) -> str:
@@ -65,28 +72,30 @@ def label_of(settings: dict[str, Any]) -> str:
 TERM_CASES = [pytest.param({n: s}, id=f"{n}-{label_of(s)}") for n in TERMS for s in settings_of(n)]
 CASES = [pytest.param(t.recipe["terms"], id=f"technique-{n}") for n, t in TECHNIQUES.items()] + TERM_CASES
 MATCHING = [case for case in TERM_CASES if "logits" in TERMS[next(iter(case.values[0]))].needs]
-LAYERS = frozenset().union(*(t.needs for t in TERMS.values()))
+EVERY = [specs(case.values[0]) for case in CASES]
+LAYERS = sorted(filter(layers.is_signal, frozenset().union(*(wants_of(t) | needs_of(t) for t in EVERY))))
+SPLITTABLE = [case for case in CASES if not any(TERMS[name].whole_batch for name in case.values[0])]
 
 
 def objective_of(terms: dict[str, dict[str, Any]]) -> Objective:
+    """Built from any example: only the widths count."""
     torch.manual_seed(0)
-    return Objective(specs(terms))
+    said = signals(0, torch.ones(1, T, dtype=torch.bool))
+    steps = torch.ones(1, T, dtype=torch.bool)
+    label = torch.zeros(1, dtype=torch.int64)
+    return Objective(specs(terms), (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said)))
 
 
 def signals(seed: int, mask: torch.Tensor) -> Signals:
     """Random signals of every kind that any term reads."""
     draw = torch.Generator().manual_seed(seed)
     rows, steps = mask.shape
-    layers = {k: n.partition(".")[2] for n in LAYERS if (k := n.partition(".")[0]) in ("hidden", "attention")}
-    hidden = {v: torch.randn(rows, steps, D, generator=draw) for k, v in layers.items() if k == "hidden"}
-    maps = {v: torch.randn(rows, H, steps, steps, generator=draw) for k, v in layers.items() if k == "attention"}
-    seen = mask[:, None, None, :]
+    inner = {n: torch.randn(rows, *SHAPES[n.partition(".")[0]], generator=draw) for n in LAYERS}
     return Signals(
         2 * torch.randn(rows, steps, C, generator=draw),
         mask,
         torch.rand(rows, steps, generator=draw) * 2 - 1,
-        hidden,
-        {k: v.masked_fill(~seen, -1e9).softmax(-1) * seen for k, v in maps.items()},
+        inner,
     )
 
 
@@ -104,13 +113,13 @@ def batch(student) -> Batch:
     valence = torch.rand(B, T, generator=draw) * 2 - 1
     valence[0, 1] = valence[2, 1] = torch.nan
     inputs = torch.randn(B, T, 3, generator=draw)
-    return Batch(torch.arange(B), inputs, student.mask, label, valence, signals(2, student.mask))
+    saliency, answer = torch.linspace(-1, 1, B), torch.tensor([0, 1, 2, 3, 0, 1])
+    teacher = signals(2, student.mask)
+    return Batch(torch.arange(B), inputs, student.mask, label, valence, teacher, saliency=saliency, answer=answer)
 
 
 def tensors(found: Signals) -> list[torch.Tensor]:
-    return [
-        v for v in (found.logits, found.valence, *found.hidden.values(), *found.attention.values()) if v is not None
-    ]
+    return [v for v in (found.logits, found.valence, *found.layers.values()) if v is not None]
 
 
 def mapped(found: Signals, change: Any) -> Signals:
@@ -119,8 +128,7 @@ def mapped(found: Signals, change: Any) -> Signals:
         change(found.logits),
         change(found.mask),
         None if found.valence is None else change(found.valence),
-        {k: change(v) for k, v in found.hidden.items()},
-        {k: change(v.transpose(1, 2)).transpose(1, 2) for k, v in found.attention.items()},
+        {k: change(v) for k, v in found.layers.items()},
     )
 
 
@@ -138,18 +146,12 @@ def evaluate(objective: Objective, student: Signals, batch: Batch) -> tuple[torc
         student,
         logits=student.logits.detach().requires_grad_(),
         valence=student.valence.detach().requires_grad_(),
-        hidden={k: v.detach().requires_grad_() for k, v in student.hidden.items()},
-        attention={k: v.detach().requires_grad_() for k, v in student.attention.items()},
+        layers={k: v.detach().requires_grad_() for k, v in student.layers.items()},
     )
     sums, counts = objective(leaves, batch)
     wanted = tensors(leaves)
     found = torch.autograd.grad(sums.sum(), wanted, allow_unused=True)
     return sums.detach(), counts, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
-
-
-def steps_first(values: torch.Tensor) -> torch.Tensor:
-    """Gradients as (B, T, ...): those of attention come (B, H, T, T)."""
-    return values.transpose(1, 2) if values.dim() == 4 else values
 
 
 @pytest.mark.parametrize("terms", CASES)
@@ -168,7 +170,10 @@ def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms,
         if values.dtype == torch.bool:
             return values
         values = values.clone()
-        values[~student.mask] = garbage
+        if values.shape[1] > 1:  # a pooled layer has no invalid step
+            values[~student.mask] = garbage
+        if values.dim() == 4:  # of one step over keys
+            values.transpose(1, 3)[~student.mask] = garbage
         return values
 
     objective = objective_of(terms)
@@ -179,7 +184,7 @@ def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms,
     assert torch.equal(counts, counts2)
     for before, after in zip(gradients, gradients2, strict=True):
         assert torch.equal(before, after)
-        assert (steps_first(after)[~student.mask] == 0).all()
+        assert after.shape[1] == 1 or (after[~student.mask] == 0).all()
 
 
 @pytest.mark.parametrize("terms", CASES)
@@ -196,20 +201,19 @@ def test_rows_may_be_permuted(terms, student, batch):
 @pytest.mark.parametrize("terms", CASES)
 def test_padding_further_changes_nothing(terms, student, batch):
     def pad(values: torch.Tensor) -> torch.Tensor:
-        values = values.transpose(1, 2) if values.dim() == 4 else values
-        if values.dim() == 4:  # attention: no weight on the keys that are not there
-            values = torch.nn.functional.pad(values, (0, 3))
+        if values.shape[1] == 1:
+            return values
+        if values.dim() == 4:  # of steps over keys
+            values = torch.nn.functional.pad(values, (0, 3), value=2.0)
         extra = values[:, :1].repeat(1, 3, *(1,) * (values.dim() - 2))
-        padded = torch.cat([values, torch.zeros_like(extra) if values.dtype == torch.bool else extra + 1], 1)
-        return padded.transpose(1, 2) if padded.dim() == 4 else padded
+        return torch.cat([values, torch.zeros_like(extra) if values.dtype == torch.bool else extra + 1], 1)
 
     def wider(found: Signals) -> Signals:
         return Signals(
             pad(found.logits),
             pad(found.mask),
             pad(found.valence),
-            {k: pad(v) for k, v in found.hidden.items()},
-            {k: pad(v) for k, v in found.attention.items()},
+            {k: pad(v) for k, v in found.layers.items()},
         )
 
     objective = objective_of(terms)
@@ -219,14 +223,12 @@ def test_padding_further_changes_nothing(terms, student, batch):
     torch.testing.assert_close(sums2, sums, rtol=1e-6, atol=1e-6)
     assert torch.equal(counts, counts2)
     for before, after in zip(gradients, gradients2, strict=True):
-        here = steps_first(after)[:, :T]
-        torch.testing.assert_close(
-            here[..., : steps_first(before).shape[-1]], steps_first(before), rtol=1e-6, atol=1e-6
-        )
+        here = after[tuple(slice(size) for size in before.shape)]
+        torch.testing.assert_close(here, before, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [[6], [3, 3], [1, 5], [2, 1, 3], [1] * 6], ids=str)
-@pytest.mark.parametrize("terms", CASES)
+@pytest.mark.parametrize("terms", SPLITTABLE)
 def test_splitting_a_batch_changes_nothing(terms, parts, student, batch):
     objective = objective_of(terms)
     sums, counts, gradients = evaluate(objective, student, batch)
@@ -345,7 +347,7 @@ def test_a_technique_needs_only_what_scoring_stores(name, teacher):
 def test_the_loss_falls(terms, teacher):
     module = SeriesEncoder(channels=6, classes=7, **teacher["settings"])
     module.load_state_dict(load_file(teacher["weights"]))
-    model = Adapter(module, want=frozenset(n for n in LAYERS if "." in n))
+    model = Adapter(module, want=needs_of(specs(terms)) & set(LAYERS))
     draw = torch.Generator().manual_seed(11)
     label = torch.arange(64) % 7
     inputs = torch.randn(64, 8, 6, generator=draw)
@@ -354,12 +356,14 @@ def test_the_loss_falls(terms, teacher):
     with torch.no_grad():
         said = model(inputs, mask)
     columns = {"logits": 3 * said.logits, "trajectory": said.valence}
-    columns |= {f"hidden.{k}": v for k, v in said.hidden.items()}
-    columns |= {f"attention.{k}": v.transpose(1, 2) for k, v in said.attention.items()}
-    rows = DeviceRows(torch.arange(64), inputs * mask[..., None], mask, label, None, columns, mask)
+    columns |= said.layers
+    answer, saliency = said.sequence_logits().argmax(1), torch.linspace(-1, 1, 64)
+    rows = DeviceRows(
+        torch.arange(64), inputs * mask[..., None], mask, label, None, columns, mask, saliency=saliency, answer=answer
+    )
     torch.manual_seed(0)
     student = SeriesEncoder(channels=6, classes=7, steps=8, width=8)
-    want = frozenset(n for n in needs_of(specs(terms)) if "." in n)
+    want = wants_of(specs(terms))
     optim = Optim(steps=60, batch=32, learning_rate=1e-2, evaluate_every=10)
     state = train(Arm("student", 0, specs(terms)), optim, Adapter(student, want=want), rows, lambda _: {})
     assert state.history[-1]["loss"] < 0.9 * state.history[0]["loss"]

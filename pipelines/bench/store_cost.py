@@ -21,8 +21,8 @@ from raykd.batches import DeviceRows, to_device
 from raykd.codecs import Comb
 from raykd.data import Rows
 from raykd.loop import Arm, Learner, State, Step, World
-from raykd.losses import Objective
 from raykd.models.adapter import Adapter
+from raykd.objective import Objective
 from raykd.recipe import Optim, TermSpec
 from raykd.signals import Batch
 from raykd.store.commit import Shard, StoreWriter, plan_shards, to_parquet

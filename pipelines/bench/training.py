@@ -16,7 +16,7 @@ from raykd.arms import Workshop, arms_of
 from raykd.batches import DeviceRows
 from raykd.checkpoints import Checkpoints
 from raykd.loop import Arm, Learner, State, Step, World
-from raykd.losses import Objective
+from raykd.objective import Objective
 from raykd.recipe import Optim, Recipe
 
 TURN = 25

@@ -3,7 +3,8 @@
 from raykd.data import tables, watch_gestures
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows, checked, hide_labels
 from raykd.errors import DataError
-from raykd.recipe import DataRef, is_path, suggestion
+from raykd.recipe import DataRef, is_path
+from raykd.validation import suggestion
 
 BUILT_IN = {"watch_gestures": watch_gestures.load}
 

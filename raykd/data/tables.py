@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from raykd import imports
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
 from raykd.errors import DataError
-from raykd.recipe import DataRef, suggestion
+from raykd.recipe import DataRef
+from raykd.validation import suggestion
 
 
 def load_parquet(ref: DataRef) -> Dataset:

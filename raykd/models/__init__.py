@@ -12,7 +12,8 @@ from torch import nn
 from raykd import imports
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
-from raykd.recipe import ModelRef, suggestion
+from raykd.recipe import ModelRef
+from raykd.validation import suggestion
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder}
 

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
-from raykd.signals import Signals
+from raykd.signals import Signals, masked_mean
 
 
 @runtime_checkable
 class KeepsAttention(Protocol):
-    """A module that leaves its softmax rows (B, H, T, T) in `.attention` at every call while this is True."""
+    """A module that leaves its softmax rows (B, H, T, T) in `.attention` at every call while this is True.
+
+    One that leaves their logits in `.scores` too, -inf at hidden keys, can be read for those.
+    """
 
     keep_attention: bool
 
@@ -20,9 +23,9 @@ class Adapter(nn.Module):
     """`module` as a function (inputs (B, T, K), mask (B, T)) -> Signals.
 
     The module answers with logits (B, C) or (B, T, C), or a dict or object that holds `logits` and, if it has a
-    value head, `valence` (B, T). `want` names inner layers: "hidden.<submodule>" is that submodule's output
-    (B, T, D), "attention.<submodule>" the softmax rows (B, H, T, T) of an nn.MultiheadAttention or of any module
-    that leaves them in `.attention` while its `.keep_attention` is True.
+    value head, `valence` (B, T). `want` names inner layers as in Signals: "hidden.<submodule>" and
+    "embedding.<submodule>" of any submodule that answers (B, T, D), "attention.<submodule>" of an
+    nn.MultiheadAttention or of a module that KeepsAttention, "scores.<submodule>" of the latter.
     """
 
     def __init__(self, module: nn.Module, *, want: frozenset[str] = frozenset()):
@@ -45,28 +48,28 @@ class Adapter(nn.Module):
         logits, valence = _field(answer, "logits"), _field(answer, "valence")
         if logits is None or logits.dim() not in (2, 3):
             raise RecipeError(f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)")
+        inside = mask
         if logits.dim() == 2:
             logits, mask = logits.unsqueeze(1), torch.ones_like(mask[:, :1])
-        hidden = {k.partition(".")[2]: v for k, v in self.kept.items() if k.startswith("hidden.")}
-        attention = {k.partition(".")[2]: v for k, v in self.kept.items() if k.startswith("attention.")}
-        return Signals(logits, mask, valence, hidden, attention)
+        layers = {k: _pooled(v, inside) if k.startswith("embedding.") else v for k, v in self.kept.items()}
+        return Signals(logits, mask, valence, layers)
 
     def _watch(self, name: str, kind: str, layer: nn.Module) -> None:
         def keep(module: Any, _inputs: Any, output: Any) -> None:
             self.kept[name] = read(module, output)
 
-        if kind == "hidden":
+        if kind in ("hidden", "embedding"):
             read = _first
-        elif isinstance(layer, nn.MultiheadAttention):
+        elif kind == "attention" and isinstance(layer, nn.MultiheadAttention):
             layer.register_forward_pre_hook(_ask_for_maps, with_kwargs=True)
             read = _second
-        elif isinstance(layer, KeepsAttention):
+        elif isinstance(layer, KeepsAttention) and (kind == "attention" or hasattr(layer, "scores")):
             layer.keep_attention = True
-            read = _left
+            read = _left if kind == "attention" else _scores
         else:
             raise RecipeError(
-                f"layer {name!r}: a {type(layer).__name__} shows no attention; name an nn.MultiheadAttention or a "
-                "module with .keep_attention and .attention"
+                f"layer {name!r}: a {type(layer).__name__} shows no {kind}; name an nn.MultiheadAttention (attention "
+                "only) or a module with .keep_attention, .attention and .scores, or leave the term out: weight = 0"
             )
         layer.register_forward_hook(keep)
 
@@ -86,8 +89,20 @@ def _first(_module: Any, output: Any) -> Tensor:
 
 
 def _second(_module: Any, output: Any) -> Tensor:
-    return output[1]
+    return output[1].transpose(1, 2)
 
 
 def _left(module: Any, _output: Any) -> Tensor:
-    return module.attention
+    return module.attention.transpose(1, 2)
+
+
+def _scores(module: Any, _output: Any) -> Tensor:
+    return module.scores.masked_fill(module.scores == float("-inf"), 0.0).transpose(1, 2)
+
+
+def _pooled(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1, D): the mean over valid steps, or over all where the layer has steps of its own."""
+    if values.dim() == 2:
+        return values.unsqueeze(1)
+    mask = mask if values.shape[1] == mask.shape[1] else mask.new_ones(values.shape[:2])
+    return masked_mean(values, mask).unsqueeze(1)

@@ -16,6 +16,7 @@ from raykd.errors import StoreError
 from raykd.store.commit import StoreWriter
 
 FOLDER = "signals"
+COUNTS = "#steps"
 
 
 def folder_of(store: Path, signal: str) -> Path:
@@ -32,9 +33,24 @@ def writers(store: Path, identity: dict[str, Any], signals: list[str]) -> dict[s
 
 
 def split(table: pa.Table) -> dict[str, pa.Table]:
-    """A shard's table as its parts: "" holds every column without a dot in its name, each signal its own."""
-    names = [name for name in table.column_names if "." in name]
-    return {"": table.drop_columns(names)} | {name: table.select(["row_id", "steps", name]) for name in names}
+    """A shard's table as its parts: "" holds every column without a dot in its name, each signal its own.
+
+    A signal counts its own steps: one where it is pooled, those of the inputs where the teacher answers once.
+    """
+    names = [name for name in table.column_names if is_signal(name)]
+    parts = {name: table.select(["row_id", counts(name), name]) for name in names}
+    parts = {name: part.rename_columns(["row_id", "steps", name]) for name, part in parts.items()}
+    return {"": table.select([name for name in table.column_names if "." not in name])} | parts
+
+
+def is_signal(name: str) -> bool:
+    """Whether a column is an inner layer's signal."""
+    return "." in name and not name.endswith(COUNTS)
+
+
+def counts(name: str) -> str:
+    """The column that counts a signal's steps, in the table of a shard before it is split."""
+    return name + COUNTS
 
 
 def stored(store: Path) -> list[Path]:

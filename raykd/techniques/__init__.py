@@ -5,6 +5,7 @@ import pkgutil
 
 
 def load_terms() -> None:
-    """Import every technique of the package, so that the terms they define are registered."""
+    """Import the shared terms and every technique of the package, so that their terms are registered."""
+    importlib.import_module("raykd.losses")
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -1,0 +1,104 @@
+"""Attention distillation: how a model relates a sequence's steps, not what it says (MiniLMv2, Wang et al. 2021).
+
+L = w_ce CE + w_kd T^2 KL + w_attention A, with A one of three named modes:
+
+    relation    KL between softmax rows of x x^T / sqrt(d), x a projection cut into heads (arXiv 2012.15828, eq. 3-4):
+                any widths and head counts, as long as `heads` divides the widths
+    scores      squared difference of attention's logits, sum over keys (TinyBERT, arXiv 1909.10351, eq. 7)
+    activation  squared difference of Q / |Q|, Q = mean over channels of |x|^2 a step (arXiv 1612.03928, eq. 1-2)
+
+The mean over all entries of an attention map vanishes as 1 / T^2 with its length, so sums run over keys and means over
+steps; relation, whose size does not depend on the length, is the default.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from raykd.errors import RecipeError
+from raykd.signals import Batch, Signals, aligned
+from raykd.terms import Pairs, Places, mean_places, term
+
+RECIPE = {
+    "terms": {
+        "ce": {"weight": 0.2},
+        "kd": {"weight": 0.8, "temperature": 2.0},
+        "attention": {"weight": 1.0, "pairs": [["blocks.0.attention.qkv", "blocks.2.attention.qkv"]], "parts": 3},
+    }
+}
+Count = Annotated[int, Field(ge=1)]
+
+
+def _kind(settings: Any) -> str:
+    return "scores" if settings["mode"] == "scores" else "hidden"
+
+
+@term(layers=_kind)
+def attention(
+    student: Signals,
+    batch: Batch,
+    *,
+    pairs: Pairs,
+    mode: Literal["relation", "scores", "activation"] = "relation",
+    heads: Count = 1,
+    parts: Count = 1,
+) -> Places:
+    """The mode's divergence of teacher and student, mean over pairs of layers.
+
+    relation: `parts` is what the layer's output is made of (3 for fused queries, keys and values), `heads` into how
+    many heads each part is cut.
+    """
+    assert batch.teacher is not None
+    kind, values = _kind({"mode": mode}), []
+    for mine, theirs in pairs:
+        x, y = student.layers[f"{kind}.{mine}"].float(), batch.teacher.layers[f"{kind}.{theirs}"].float()
+        if mode == "activation":
+            values.append(_activation(x, y, batch.mask))
+        elif x.shape[1] != y.shape[1]:
+            raise RecipeError(
+                f'terms.attention: {mine} has {x.shape[1]} steps, {theirs} {y.shape[1]}; mode = "activation"'
+            )
+        elif mode == "scores":
+            values.append(_scores(x, y, batch.mask))
+        else:
+            values.append(_relation(_cut(x, parts, heads, mine), _cut(y, parts, heads, theirs), batch.mask))
+    return mean_places(values, batch.mask)
+
+
+def _cut(x: Tensor, parts: int, heads: int, name: str) -> Tensor:
+    """(B, parts heads, T, d) of x (B, T, D)."""
+    if x.shape[-1] % (parts * heads):
+        raise RecipeError(
+            f"terms.attention: {name} is {x.shape[-1]} wide, not a multiple of {parts} parts x {heads} heads"
+        )
+    return x.unflatten(-1, (parts * heads, -1)).transpose(1, 2)
+
+
+def _relation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): KL(softmax(y y^T / sqrt(d_y)) || softmax(x x^T / sqrt(d_x))) a step, mean over heads."""
+    hidden = ~mask[:, None, None, :]
+    log_q, log_p = (
+        (z @ z.mT * z.shape[-1] ** -0.5).masked_fill(hidden, torch.finfo(z.dtype).min).log_softmax(-1) for z in (x, y)
+    )
+    p = log_p.exp()
+    return torch.where(hidden, 0.0, p * (log_p - log_q)).sum(-1).mean(1)
+
+
+def _scores(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): squared difference of scores (B, T, H, T), sum over valid keys, mean over heads."""
+    if x.shape[2] != y.shape[2]:
+        raise RecipeError(
+            f"terms.attention: scores need equal head counts, found {x.shape[2]} and {y.shape[2]}; "
+            'use mode = "relation"'
+        )
+    keys = mask[:, None, None, :]
+    return (torch.where(keys, x, 0.0) - torch.where(keys, y, 0.0)).square().sum(-1).mean(-1)
+
+
+def _activation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1): |Q_S / |Q_S| - Q_T / |Q_T||^2 over the steps, Q the mean square over channels."""
+    q, p = aligned(x.square().mean(-1, keepdim=True), y.square().mean(-1, keepdim=True), mask)
+    return (F.normalize(q, dim=1) - F.normalize(p, dim=1)).square().sum((1, 2))[:, None]

@@ -1,0 +1,92 @@
+"""Contrastive distillation: a student's summary of a row is nearest to the teacher's of the same row, not of others.
+
+L = w_ce CE + w_kd T^2 KL + w_infonce I, I = (CE over rows + CE over columns) / 2 of s_ij = <g_S(f_S^i), g_T(f_T^j)> / t
+with unit vectors g, f the mean over steps of a layer, and the other rows of the global batch as negatives (van den Oord
+et al. 2018, arXiv 1807.03748, eq. 4; both directions as in Radford et al. 2021; for distillation Tian et al. 2020,
+arXiv 1910.10699). ln N - I bounds what the two know of each other from below. g_S and g_T are never exported.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from raykd.everyone import everyone
+from raykd.signals import UNLABELLED, Batch, Signals
+from raykd.terms import Pairs, Places, term
+
+RECIPE = {
+    "terms": {
+        "ce": {"weight": 0.2},
+        "kd": {"weight": 0.8, "temperature": 2.0},
+        "infonce": {"weight": 0.2, "pairs": [["norm", "norm"]]},
+    }
+}
+
+
+@term(layers="embedding", whole_batch=True)
+class infonce(nn.Module):
+    """(CE over rows + CE over columns) / 2 a row, mean over pairs of layers.
+
+    `alike` names the rows that are no negatives of each other: the same row only, those of one known label, or those
+    that the teacher answers alike. `hard` > 1 counts a negative of saliency below the batch's mean that many times.
+    """
+
+    def __init__(
+        self,
+        student: Signals,
+        batch: Batch,
+        *,
+        pairs: Pairs,
+        temperature: Annotated[float, Field(gt=0)] = 0.1,
+        width: Annotated[int, Field(ge=1)] = 64,
+        alike: Literal["row", "label", "answer"] = "answer",
+        hard: Annotated[float, Field(ge=1)] = 1.0,
+    ):
+        super().__init__()
+        assert batch.teacher is not None
+        self.pairs = [(f"embedding.{mine}", f"embedding.{theirs}") for mine, theirs in pairs]
+        self.temperature, self.alike, self.hard = temperature, alike, hard
+        sizes = [(student.layers[s].shape[-1], batch.teacher.layers[t].shape[-1]) for s, t in self.pairs]
+        self.mine = nn.ModuleList(nn.Linear(size, width) for size, _ in sizes)
+        self.theirs = nn.ModuleList(nn.Linear(size, width) for _, size in sizes)
+
+    def forward(self, student: Signals, batch: Batch) -> Places:
+        assert batch.teacher is not None
+        bias, own = self._bias(batch)
+        values = []
+        for g_s, g_t, (s, t) in zip(self.mine, self.theirs, self.pairs, strict=True):
+            x = F.normalize(g_s(student.layers[s].float()[:, 0]), dim=1)
+            y = F.normalize(g_t(batch.teacher.layers[t].float()[:, 0]), dim=1)
+            rows, columns = (a @ everyone(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x)))
+            values += [F.cross_entropy(s, own, reduction="none") for s in (rows, columns)]
+        return Places(torch.stack(values).mean(0), batch.mask.any(1))
+
+    @torch.no_grad()
+    def _bias(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """((B, N) what is added to a candidate's similarity, (B,) the column of each row itself)."""
+        row_id, first = everyone(batch.row_id)
+        own = first + torch.arange(len(batch.row_id), device=row_id.device)
+        valid, _ = everyone(batch.mask.any(1).to(torch.int64))
+        group, _ = everyone(self._group(batch))
+        mine = group[own]
+        hidden = (
+            (valid == 0)
+            | (row_id == batch.row_id[:, None])
+            | ((mine[:, None] == group) & (mine[:, None] != UNLABELLED))
+        )
+        bias = torch.zeros(hidden.shape, device=row_id.device)
+        if self.hard > 1 and batch.saliency is not None:
+            saliency, _ = everyone(batch.saliency)
+            bias += math.log(self.hard) * (saliency < saliency.nanmean())
+        bias.masked_fill_(hidden, -torch.inf)
+        return bias.index_put_((torch.arange(len(own), device=own.device), own), bias.new_zeros(())), own
+
+    def _group(self, batch: Batch) -> Tensor:
+        """(B,): rows of one number are no negatives of each other, unless it is UNLABELLED."""
+        if self.alike == "answer" and batch.answer is not None:
+            return batch.answer
+        return batch.label if self.alike == "label" else torch.full_like(batch.label, UNLABELLED)
