@@ -130,7 +130,7 @@ def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) ->
     shares = [p["weights"]["ess"] for record in records.values() for p in record["history"] if "weights" in p]
     if shares and min(shares) < LEAST_ESS:
         found.append(
-            f"row weights leave {min(shares):.1%} of a batch as its effective sample: a few rows are all that is learnt; "
-            'set weighting.mode = "ess" or lower weighting.boost'
+            f"row weights leave {min(shares):.1%} of a batch as its effective sample, so a few rows are all that is "
+            'learnt; set weighting.mode = "ess" or lower weighting.boost'
         )
     return found
