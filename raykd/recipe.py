@@ -13,9 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from raykd.errors import Problem
+from raykd.store.place import checked
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -170,6 +180,7 @@ class Scale(Table):
     max_bad_rows: Annotated[int, Field(ge=0)] = 0  # that the teacher can not score; they are left out
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
+    store: Annotated[str, AfterValidator(checked)] | None = None  # a folder or s3://bucket/prefix; else OUT/stores
 
     @model_validator(mode="before")
     @classmethod
