@@ -13,16 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from raykd.errors import Problem
 from raykd.store.place import checked
@@ -31,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
 Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
+Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
 SMOKE = {"optim": {"steps": 40, "evaluate_every": 20}, "search": {"trials": 4, "grace": 20}}
 
 
@@ -180,7 +172,7 @@ class Scale(Table):
     max_bad_rows: Annotated[int, Field(ge=0)] = 0  # that the teacher can not score; they are left out
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
-    store: Annotated[str, AfterValidator(checked)] | None = None  # a folder or s3://bucket/prefix; else OUT/stores
+    store: Home | None = None  # a folder or s3://bucket/prefix; by default OUT/stores
 
     @model_validator(mode="before")
     @classmethod

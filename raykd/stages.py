@@ -80,7 +80,7 @@ class Place:
 
 
 def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Address | None:
-    """The recipe's complete teacher store; None if it reads no teacher."""
+    """The recipe's complete teacher store, a folder or an s3:// URL; None if it reads no teacher."""
     return _walk(Place(recipe, Path(out), address), _score)
 
 

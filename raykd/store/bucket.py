@@ -5,6 +5,7 @@ container or machine. AWS_ENDPOINT_URL names another server that speaks S3. Ever
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,10 +119,9 @@ class Bucket:
             yield api, _client(self.bucket, self.prefix, os.environ.get("AWS_ENDPOINT_URL"))
         except (BaseError, FileNotFoundError, ValueError) as error:
             _no_bucket(self, error)
-            reason = str(error).partition("\n")[0].partition("<?xml")[0].strip()
             raise InfraError(
-                f"{self}/{name}: {reason}; check the server and AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, then give the same command, which continues from here"
+                f"{self}/{name}: {_reason(error)}; check the server and AWS_ENDPOINT_URL, AWS_REGION, "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then give the same command, which continues from here"
             ) from None
 
 
@@ -129,6 +129,12 @@ def _no_bucket(place: Bucket, error: BaseException) -> None:
     """InfraError if it is the bucket that is missing."""
     if "<Code>NoSuchBucket</Code>" in str(error):
         raise InfraError(f"{place}: there is no bucket {place.bucket!r}; create it, or name another") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the package says, and the server's code, such as AccessDenied."""
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    return str(error).partition("\n")[0].partition("<?xml")[0].strip(" :") + (f" ({code[1]})" if code else "")
 
 
 def _package(address: str) -> Any:
