@@ -29,6 +29,7 @@ from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
 from raykd.recipe import Recipe, TermSpec
+from raykd.store.place import Address
 from raykd.store.reader import Store
 from raykd.terms import needs_of, wants_of
 
@@ -58,7 +59,7 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
 class Workshop:
     """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
 
-    def __init__(self, recipe: Recipe, store: Path | None, device: torch.device):
+    def __init__(self, recipe: Recipe, store: Address | None, device: torch.device):
         torch.set_num_threads(1)
         register(recipe.technique)
         self.recipe, self.device = recipe, device
@@ -107,7 +108,7 @@ def teacher_head(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor | None] |
 
 
 def run_arms(
-    recipe: Recipe, store: Path | None, folder: Path, *, world: World, device: torch.device, tell: Tell
+    recipe: Recipe, store: Address | None, folder: Path, *, world: World, device: torch.device, tell: Tell
 ) -> None:
     """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`."""
     shop = Workshop(recipe, store, device)

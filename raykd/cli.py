@@ -185,14 +185,31 @@ def store() -> None:
     """A teacher store: verify, show, repair, gc."""
 
 
+class StorePath(click.Path):
+    """A store's folder, or its s3:// URL as it stands."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from raykd.store.place import checked, is_url
+
+        if not is_url(value):
+            return super().convert(value, param, ctx)
+        try:
+            return checked(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+STORE = StorePath(path_type=Path, exists=True, file_okay=False)
+
+
 def store_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A verb over one store folder; it gives (result, text)."""
+    """A verb over one store, a folder or an s3:// URL; it gives (result, text)."""
 
     @store.command(function.__name__.rstrip("_"), help=function.__doc__)
-    @click.argument("folder", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
+    @click.argument("folder", metavar="PATH", type=STORE)
     @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
     @wraps(function)
-    def command(folder: Path, as_json: bool) -> None:
+    def command(folder: Path | str, as_json: bool) -> None:
         result, text = function(folder)
         show(result, text, as_json)
 
@@ -200,7 +217,7 @@ def store_command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @store_command
-def verify(folder: Path) -> tuple[Any, str]:
+def verify(folder: Path | str) -> tuple[Any, str]:
     """Every file against its digest. Exit code 3 if the store is incomplete or damaged."""
     from raykd.errors import StoreError
     from raykd.store import tend
@@ -217,7 +234,7 @@ def verify(folder: Path) -> tuple[Any, str]:
 
 
 @store_command
-def show_(folder: Path) -> tuple[Any, str]:
+def show_(folder: Path | str) -> tuple[Any, str]:
     """What it holds: identity, splits, and each column with its bytes a row."""
     from raykd.store import tend
 
@@ -231,7 +248,7 @@ def show_(folder: Path) -> tuple[Any, str]:
 
 
 @store_command
-def repair(folder: Path) -> tuple[Any, str]:
+def repair(folder: Path | str) -> tuple[Any, str]:
     """Remove damaged shards, so that scoring does just these again."""
     from raykd.store import tend
 
@@ -243,10 +260,10 @@ def repair(folder: Path) -> tuple[Any, str]:
 
 
 @store.command()
-@click.argument("folder", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", metavar="PATH", type=STORE)
 @click.option("--older-than", default=24.0, help="Hours that a file must have stood.", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
-def gc(folder: Path, older_than: float, as_json: bool) -> None:
+def gc(folder: Path | str, older_than: float, as_json: bool) -> None:
     """Remove what killed writers left behind: files that no commit record names."""
     from raykd.store import tend
 

@@ -50,11 +50,17 @@ def to_json(value: Any) -> bytes:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`, or None where there is no such file. StoreError if it is not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return from_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+
+
+def from_json(data: bytes | None, name: str) -> Any:
+    """The JSON value in a file's bytes, or None where there is no file. StoreError if they are not JSON."""
+    try:
+        return None if data is None else json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{path} is damaged: not JSON ({error}); delete it and run again") from None
+        raise StoreError(f"{name} is damaged: not JSON ({error}); delete it and run again") from None
 
 
 def _stage(path: Path, data: bytes) -> Path:

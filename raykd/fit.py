@@ -17,9 +17,10 @@ from raykd.progress import Progress
 from raykd.recipe import Recipe
 from raykd.scorer import device_of
 from raykd.session import plain_error
+from raykd.store.place import Address
 
 
-def fit(recipe: Recipe, store: Path | None, folder: Path) -> list[dict[str, Any]]:
+def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
     """Train all arms that are not done, give every arm's record.
 
     One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More are one worker
@@ -87,7 +88,6 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
     recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
-    store = Path(config["store"]) if config["store"] else None
 
     def tell(arm: str, step: int, metrics: dict[str, Any]) -> None:
         if world.rank == 0:
@@ -96,7 +96,7 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
 
     device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
     try:
-        run_arms(recipe, store, folder, world=world, device=device, tell=tell)
+        run_arms(recipe, config["store"], folder, world=world, device=device, tell=tell)
     except Diverged as fault:
         return fault
     return None

@@ -17,16 +17,19 @@ from raykd.evidence import Evidence, Predicted
 from raykd.files import read_json
 from raykd.recipe import Recipe
 from raykd.signals import UNLABELLED
+from raykd.store import place
 from raykd.store.reader import Store
 
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
 
 
-def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, mlflow: dict[str, Any]) -> Evidence:
+def gather(
+    found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None, mlflow: dict[str, Any]
+) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
     records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
-    test, opened = dataset.splits["test"], Store(store) if store else None
+    test, opened = dataset.splits["test"], Store(where) if where else None
     manifest = read_json(folder / "artefact" / "manifest.json")
     saliency = opened.aligned("saliency", "test", test.row_id, np.nan) if opened else None
     return Evidence(
@@ -50,7 +53,7 @@ def gather(found: Recipe, dataset: Dataset, folder: Path, store: Path | None, ml
         control_params=_params(records, "control"),
         teacher_info=_weights(found.teacher.weights) if found.teacher and found.teacher.weights else {},
         artefact_info=_artefact_info(manifest),
-        training_cost=_cost(records, store),
+        training_cost=_cost(records, opened),
         store=_store(opened),
         mlflow=mlflow,
         history=_history(records),
@@ -93,10 +96,10 @@ def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:
     return {"path": "artefact"} | {key: manifest[key] for key in ("format", "bytes", "parity")}
 
 
-def _cost(records: dict[str, Any], store: Path | None) -> float | None:
+def _cost(records: dict[str, Any], store: Store | None) -> float | None:
     """A student's seconds with all of the teacher's, over a control's; means over seeds."""
     seconds = {n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")}
-    timing = read_json(store / "_TIMING.json") if store else None
+    timing = place.read_json(store.place, "_TIMING.json") if store else None
     if not seconds["control"] or (store and timing is None):
         return None
     teacher = timing["seconds"] if timing else 0.0

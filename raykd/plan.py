@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from raykd import models
+from raykd import models, stream
 from raykd.arms import arms_of
 from raykd.errors import DataError
 from raykd.identity import identity
@@ -11,6 +11,7 @@ from raykd.recipe import Recipe
 from raykd.stages import Place
 from raykd.store import tend
 from raykd.store.commit import plan_shards
+from raykd.store.place import at
 from raykd.terms import needs_of
 
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
@@ -47,7 +48,8 @@ def _stages(place: Place) -> list[dict[str, Any]]:
     stages = []
     if place.store is not None:
         shards = plan_shards({n: len(r) for n, r in place.dataset.splits.items()}, recipe.store.rows_per_shard)
-        done = [s for s in shards if (place.store / "_commits" / f"{s.number:05d}.json").exists()]
+        committed = at(place.store).listed("_commits")
+        done = [s for s in shards if f"_commits/{s.number:05d}.json" in committed]
         rows = sum(map(len, place.dataset.splits.values()))
         what = f"{rows} rows in {len(shards)} shards, {len(done)} scored; about {_store_bytes(place):,} bytes"
         what += f" before compression, in {place.store}"
@@ -66,9 +68,9 @@ def _stages(place: Place) -> list[dict[str, Any]]:
 
 def _nearest(place: Place) -> dict[str, Any] | None:
     """Where the recipe's store does not exist, the one beside it that differs least, and in what."""
-    if place.store is None or place.store.exists():
+    if place.store is None or at(place.store).get("_RECIPE.json") is not None:
         return None
-    return tend.nearest(place.store.parent, identity(place.recipe, place.dataset))
+    return tend.nearest(stream.home(place.recipe, place.out.resolve()), identity(place.recipe, place.dataset))
 
 
 def _store_bytes(place: Place) -> int:

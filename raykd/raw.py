@@ -6,6 +6,7 @@ from typing import Any
 
 from raykd.errors import RecipeError
 from raykd.recipe import is_path
+from raykd.store.place import is_url
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,14 +47,14 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`raw` with file paths made absolute against the recipe's folder."""
+    """`raw` with file paths, but not URLs, made absolute against the recipe's folder."""
 
     def absolute(value: Any) -> Any:
-        return str((folder / value).resolve()) if isinstance(value, str) else value
+        return str((folder / value).resolve()) if isinstance(value, str) and not is_url(value) else value
 
-    for table in ("teacher", "student"):
-        if isinstance(raw.get(table), dict) and "weights" in raw[table]:
-            raw = merge(raw, {table: {"weights": absolute(raw[table]["weights"])}})
+    for table, key in (("teacher", "weights"), ("student", "weights"), ("scale", "store")):
+        if isinstance(raw.get(table), dict) and key in raw[table]:
+            raw = merge(raw, {table: {key: absolute(raw[table][key])}})
     source = raw.get("data", {}).get("source") if isinstance(raw.get("data"), dict) else None
     if isinstance(source, str) and is_path(source):
         raw = merge(raw, {"data": {"source": absolute(source)}})

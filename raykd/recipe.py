@@ -12,10 +12,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
+from raykd.store.place import checked
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
 Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
+Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
 SMOKE = {"optim": {"steps": 40, "evaluate_every": 20}, "search": {"trials": 4, "grace": 20}}
 
 
@@ -196,6 +199,7 @@ class Scale(Table):
     max_bad_rows: Annotated[int, Field(ge=0)] = 0  # that the teacher can not score; they are left out
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
+    store: Home | None = None  # a folder or s3://bucket/prefix; by default OUT/stores
 
     @model_validator(mode="before")
     @classmethod

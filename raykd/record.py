@@ -12,13 +12,15 @@ from raykd.data import Dataset
 from raykd.files import read_json
 from raykd.journal import NAME, Journal, Metric
 from raykd.recipe import Recipe
+from raykd.store import place
 
 PARENT = "run"
 
 
-def open_journal(found: Recipe, dataset: Dataset, folder: Path, store: Path | None) -> Journal:
+def open_journal(found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None) -> Journal:
     """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the run reads."""
     is_new, lines = not (folder / NAME).exists(), Journal(folder / NAME)
+    store = place.at(where) if where else None
     tags = {"raykd.technique": found.technique, "raykd.recipe_digest": recipe.digest(found)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
@@ -27,9 +29,9 @@ def open_journal(found: Recipe, dataset: Dataset, folder: Path, store: Path | No
         lines.params(PARENT, dict(_flat(found.model_dump(mode="json", exclude={"scale", "track"}))))
         rows = {name: len(split) for name, split in dataset.splits.items()}
         lines.dataset(PARENT, dataset.name, dataset.digest, found.data.source, {"rows": rows})
-        manifest = read_json(store / "_MANIFEST.json") if store else None
+        manifest = place.read_json(store, "_MANIFEST.json") if store else None
         if store and manifest:
-            lines.dataset(PARENT, f"teacher store {store.name}", manifest["sha256"], store.as_posix(), {"rows": rows})
+            lines.dataset(PARENT, f"teacher store {store.name}", manifest["sha256"], str(store), {"rows": rows})
     return lines
 
 

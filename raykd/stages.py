@@ -1,7 +1,8 @@
 """The walk: score -> train -> [tune] -> export -> report. Each verb runs what it needs and is not yet done.
 
 A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same folder, so a finished stage is found and
-not done again, and a changed input is a new folder. Teacher stores lie beside it, in `<out>/stores/`.
+not done again, and a changed input is a new folder. Teacher stores lie beside it, in `<out>/stores/`, or where
+`scale.store` says.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from raykd.progress import say
 from raykd.recipe import Recipe, digest, digest_of
 from raykd.scorer import Scorer
 from raykd.session import connect
+from raykd.store.place import Address
 from raykd.terms import needs_of
 
 OUT = Path("runs")
@@ -45,8 +47,8 @@ class Place:
         return data.load(self.recipe.data)
 
     @cached_property
-    def store(self) -> Path | None:
-        """The folder of the recipe's teacher store, whether or not it exists; None if no teacher is read."""
+    def store(self) -> Address | None:
+        """The address of the recipe's teacher store, whether or not it exists; None if no teacher is read."""
         if self.recipe.teacher is None or not needs_of(self.recipe.terms):
             return None
         return stream.locate(self.recipe, self.dataset, self.out.resolve())[0]
@@ -77,8 +79,8 @@ class Place:
         return self.recipe.track.uri or track.default_uri(self.out)
 
 
-def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path | None:
-    """The recipe's complete teacher store; None if it reads no teacher."""
+def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Address | None:
+    """The recipe's complete teacher store, a folder or an s3:// URL; None if it reads no teacher."""
     return _walk(Place(recipe, Path(out), address), _score)
 
 
@@ -129,7 +131,7 @@ def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     return found
 
 
-def _score(place: Place) -> Path | None:
+def _score(place: Place) -> Address | None:
     if place.store is None:
         return None
     if place.is_scored:

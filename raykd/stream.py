@@ -8,14 +8,15 @@ from typing import Any
 
 from raykd.data import Dataset
 from raykd.errors import DataError, RaykdError
-from raykd.files import read_json, write_json
+from raykd.files import to_json
 from raykd.identity import identity, signals_of
 from raykd.progress import Progress, say
 from raykd.recipe import Recipe
 from raykd.scorer import Scorer, bad_rows, device_of, statistics
 from raykd.session import plain_error
 from raykd.store import layers
-from raykd.store.commit import Shard, StoreWriter, intact, plan_shards, store_id
+from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
+from raykd.store.place import Address, Place, at, read_json, within
 from raykd.store.reader import Store
 
 
@@ -27,7 +28,7 @@ class ShardScorer:
 
         torch.set_num_threads(1)
         self.scorer = Scorer(recipe)
-        self.writers = layers.writers(Path(folder), wanted, signals_of(recipe))
+        self.writers = layers.writers(folder, wanted, signals_of(recipe))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of shard descriptors in; the rows scored, those that can not be, and seconds spent out."""
@@ -46,32 +47,38 @@ class ShardScorer:
         return {"rows": rows, "bad": bad, "seconds": seconds}
 
 
-def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Path, dict[str, Any]]:
-    """(folder, identity) of the store that belongs to a recipe, whether or not it exists."""
+def home(recipe: Recipe, out: Path) -> Address:
+    """Where a recipe's teacher stores stand side by side."""
+    return recipe.scale.store or out / "stores"
+
+
+def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Address, dict[str, Any]]:
+    """(address, identity) of the store that belongs to a recipe, whether or not it exists."""
     wanted = identity(recipe, dataset)
-    return out / "stores" / store_id(wanted), wanted
+    return within(home(recipe, out), store_id(wanted)), wanted
 
 
-def is_complete(folder: Path, signals: list[str]) -> bool:
-    """Whether a store and its signals are finished and every file in them is what the manifests say."""
-    return all(map(_is_whole, [folder, *(layers.folder_of(folder, name) for name in signals)]))
+def is_complete(where: Address, signals: list[str]) -> bool:
+    """Whether a store and its signals are finished and their files stand as the manifests say."""
+    store = at(where)
+    return all(map(_is_whole, [store, *(layers.place_of(store, name) for name in signals)]))
 
 
-def _is_whole(folder: Path) -> bool:
-    manifest = read_json(folder / "_MANIFEST.json")
-    return manifest is not None and all(intact(folder, r) for r in manifest["shards"])
+def _is_whole(place: Place) -> bool:
+    manifest = read_json(place, "_MANIFEST.json")
+    return manifest is not None and place.holds(manifest["shards"])
 
 
-def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
-    """Score every row that is not yet in the store, finish it, and give its folder. Needs a Ray session.
+def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
+    """Score every row that is not yet in the store, finish it, and give its address. Needs a Ray session.
 
     DataError names the rows that can not be scored if they are more than `scale.max_bad_rows`; they are tried again
     by the next call.
     """
     say("score", dataset.describe())
-    folder, wanted = locate(recipe, dataset, out)
+    where, wanted = locate(recipe, dataset, out)
     shards = plan_shards({n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard)
-    writers = layers.writers(folder, wanted, signals_of(recipe))
+    writers = layers.writers(where, wanted, signals_of(recipe))
     writer = writers[""]
     if len(writer.quarantined(shards)) > recipe.scale.max_bad_rows:
         for shard in shards:
@@ -81,10 +88,10 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Path:
     if missing:
         _stream(recipe, writer, shards, sorted(missing, key=lambda shard: shard.number))
     # the statistics read the shards, so a provisional view stands in until the manifest exists
-    writer.finish(shards, statistics(recipe, dataset, Store.of_shards(folder, writer.records(shards))))
+    writer.finish(shards, statistics(recipe, dataset, Store.of_shards(where, writer.records(shards))))
     for name in signals_of(recipe):
         writers[name].finish(shards, {})
-    return folder
+    return where
 
 
 def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: list[Shard]) -> None:
@@ -105,8 +112,8 @@ def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: lis
                     raise DataError(bad_rows(writer.quarantined(every), recipe.scale.max_bad_rows))
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
         raise plain_error(error, "score") from None
-    timing = read_json(writer.folder / "_TIMING.json") or {"seconds": 0.0}
-    write_json(writer.folder / "_TIMING.json", {"seconds": timing["seconds"] + seconds})
+    timing = read_json(writer.place, "_TIMING.json") or {"seconds": 0.0}
+    writer.place.put("_TIMING.json", to_json({"seconds": timing["seconds"] + seconds}))
     progress.finish()
 
 

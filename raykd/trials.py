@@ -25,12 +25,13 @@ from raykd.progress import Progress
 from raykd.recipe import Range, Recipe
 from raykd.scorer import device_of
 from raykd.session import plain_error
+from raykd.store.place import Address
 
 METRIC = "val_accuracy"
 TRIAL_CPU, WORKER_CPU = 0.05, 0.9  # a nested trial and its N workers fit N cores
 
 
-def search(recipe: Recipe, store: Path | None, folder: Path) -> dict[str, Any]:
+def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
     """Run the recipe's trials; their table, and the best by validation accuracy. Needs a Ray session.
 
     A trial that fits one worker runs the plain loop under Tune; one of several workers nests a Ray Train group.
@@ -43,7 +44,7 @@ def search(recipe: Recipe, store: Path | None, folder: Path) -> dict[str, Any]:
     nested = recipe.scale.workers[1] > 1
     shared = {
         "recipe": recipe.model_dump(mode="json"),
-        "store": str(store.resolve()) if store else None,
+        "store": str(store.resolve() if isinstance(store, Path) else store) if store else None,
         "folder": str(folder.resolve()),
     }
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
@@ -114,8 +115,7 @@ def _train_trial(
     config: dict[str, Any], shared: dict[str, Any], world: World, report: Callable[[dict[str, Any]], Any]
 ) -> None:
     recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
-    store = Path(shared["store"]) if shared["store"] else None
-    shop = Workshop(recipe, store, device_of(recipe))
+    shop = Workshop(recipe, shared["store"], device_of(recipe))
     arm = student_arm(recipe, recipe.seeds[0])
     student = shop.student(arm)
 

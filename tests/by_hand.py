@@ -12,6 +12,7 @@ from raykd.recipe import Recipe
 from raykd.scorer import Scorer, statistics
 from raykd.store import layers
 from raykd.store.commit import plan_shards, store_id
+from raykd.store.place import Address, within
 from raykd.store.reader import Store
 
 SETTINGS = {"steps": 16, "width": 8, "layers": 3, "heads": 2}
@@ -24,13 +25,13 @@ def teacher(path: Path, seed: int = 0) -> dict[str, Any]:
     return {"weights": str(path), "settings": SETTINGS}
 
 
-def score(found: Recipe, out: Path, *, backwards: bool = False) -> Path:
-    """The folder of a recipe's store, scored shard by shard on one thread, as each actor of the pool does."""
+def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
+    """The address of a recipe's store, scored shard by shard on one thread, as each actor of the pool does."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     scorer = Scorer(found)
     wanted = identity(found, scorer.dataset)
-    folder = out / store_id(wanted)
+    folder = within(out, store_id(wanted))
     shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard)
     writers = layers.writers(folder, wanted, signals_of(found))
     for shard in shards[::-1] if backwards else shards:

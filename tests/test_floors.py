@@ -18,8 +18,9 @@ ALLOWED = {
     "ray": {"session", "stream", "fit", "trials"},
     "mlflow": {"track"},
     "sqlalchemy": {"track"},
+    "obstore": {"store.bucket"},
 }
-HEAVY = ["torch", "ray", "mlflow", "sqlalchemy", "pyarrow", "numpy", "matplotlib", "safetensors", "jinja2", "optuna"]
+HEAVY = ["torch", *ALLOWED, "pyarrow", "numpy", "matplotlib", "safetensors", "jinja2", "optuna"]
 LIGHT = ["raykd", "raykd.errors", "raykd.recipe", "raykd.raw", "raykd.imports", "raykd.catalog", "raykd.cli"]
 LONGEST = 350
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}

@@ -18,11 +18,12 @@ from raykd.checkpoints import Checkpoints
 from raykd.loop import Arm, Learner, State, Step, World
 from raykd.objective import Objective
 from raykd.recipe import Optim, Recipe
+from raykd.store.place import Address
 
 TURN = 25
 
 
-def run(recipe: Recipe, store: Path, folder: Path) -> dict[str, Any]:
+def run(recipe: Recipe, store: Address, folder: Path) -> dict[str, Any]:
     """CPU and wall seconds of each round of both loops, and the parts of a step, from one real worker."""
     config = {"recipe": recipe.model_dump(mode="json"), "store": str(store), "folder": str(folder)}
     return fit.group(recipe, worker, config, folder, num_workers=1).fit().return_value
@@ -77,7 +78,7 @@ def endless(pool: Tensor, size: int) -> Iterator[Tensor]:
 class Alternating(Workshop):
     """A Workshop whose student, every TURN steps, lets the hand-written loop train as many; it does not validate."""
 
-    def __init__(self, recipe: Recipe, store: Path):
+    def __init__(self, recipe: Recipe, store: Address):
         super().__init__(recipe, store, torch.device("cpu"))
         self.arm = next(a for a in arms_of(recipe) if a.name == "student")
         self.plain = Plain(recipe.optim, self.arm, self.student(self.arm).module, self.train)
@@ -102,7 +103,7 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
-    shop = Alternating(recipe, Path(config["store"]))
+    shop = Alternating(recipe, config["store"])
     check_equal(shop)
     reports: list[float] = []
 

@@ -3,7 +3,7 @@
     <store_id>/_RECIPE.json            what the id is the digest of, in clear
                data/part-00003-<sha>.parquet
                _quarantine/00003.json      only where rows could not be scored: which, and why
-               _commits/00003.json     one record a shard; the first to link wins
+               _commits/00003.json     one record a shard; the first to create it wins
                _MANIFEST.json          written last: its presence means complete
 
 A file is named by its content, so two attempts at one shard either write the same bytes under the same name or can
@@ -13,7 +13,6 @@ not meet. Nothing is renamed over, nothing is listed to be read: readers open on
 import hashlib
 import io
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,9 +20,10 @@ import pyarrow.parquet as pq
 
 from raykd import faults
 from raykd.errors import StoreError
-from raykd.files import put_once, read_json, to_json, write_json
+from raykd.files import to_json
 from raykd.recipe import digest_of
 from raykd.store import bounds
+from raykd.store.place import Address, Place, at, read_json
 
 SCHEMA = 1
 
@@ -56,12 +56,16 @@ def store_id(identity: dict[str, Any]) -> str:
 class StoreWriter:
     """One store being written, by any number of processes at once."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        self.folder = folder
+    def __init__(self, where: Address | Place, identity: dict[str, Any]):
+        self.place = at(where)
         self.identity = identity
-        put_once(folder / "_RECIPE.json", to_json(identity))
-        if read_json(folder / "_RECIPE.json") != identity:
-            raise StoreError(f"{folder} holds the store of another recipe; give another --out")
+        self.place.put_once("_RECIPE.json", to_json(identity))
+        if read_json(self.place, "_RECIPE.json") != identity:
+            raise StoreError(f"{self.place} holds the store of another recipe; give another --out")
+
+    @property
+    def folder(self) -> Address:
+        return self.place.address
 
     def commit(self, shard: Shard, table: pa.Table, bad: dict[int, str] | None = None) -> dict[str, Any]:
         """Write one shard whole, then its record; the record that stands, ours or an earlier attempt's.
@@ -73,14 +77,15 @@ class StoreWriter:
         assert record["rows"] == shard.last - shard.first - len(bad or {})
         bounds.check(data, table.num_rows, record["file"])
         faults.point("score", shard=shard.number, at="before_write")
-        put_once(self.folder / record["file"], data)
+        self.place.put_once(record["file"], data)
         if bad:
             rows = [{"row_id": row_id, "reason": reason} for row_id, reason in sorted(bad.items())]
-            write_json(self._quarantine(shard), {"shard": shard.number, "split": shard.split, "rows": rows})
+            told = {"shard": shard.number, "split": shard.split, "rows": rows}
+            self.place.put(_quarantine(shard), to_json(told))
         faults.point("score", shard=shard.number, at="before_commit")
-        put_once(self._record(shard), to_json(record))
+        self.place.put_once(_record(shard), to_json(record))
         faults.point("score", shard=shard.number, at="after_commit")
-        return read_json(self._record(shard))
+        return read_json(self.place, _record(shard))
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
         """The shards still to score: those without a record, or whose record or file is gone or damaged.
@@ -89,47 +94,49 @@ class StoreWriter:
         """
         absent = [s for s in shards if not self.stands(s)]
         for shard in absent:
-            if self._record(shard).exists():
+            if self.place.get(_record(shard)) is not None:
                 self.retract(shard)
         return absent
 
     def retract(self, shard: Shard) -> None:
         """Remove a shard: its record first, so that no record is without its file."""
-        self._record(shard).unlink(missing_ok=True)
-        self._quarantine(shard).unlink(missing_ok=True)
-        for path in (self.folder / "data").glob(f"part-{shard.number:05d}-*"):
-            path.unlink(missing_ok=True)
+        self.place.delete(_record(shard))
+        self.place.delete(_quarantine(shard))
+        for name in self.place.listed("data"):
+            if name.startswith(f"data/part-{shard.number:05d}-"):
+                self.place.delete(name)
 
     def quarantined(self, shards: list[Shard]) -> dict[int, str]:
         """Each row of these shards that could not be scored, with the reason."""
-        found = [read_json(self._quarantine(s)) for s in shards if self._lacks(s)]
+        found = [read_json(self.place, _quarantine(s)) for s in shards if self._lacks(s)]
         return {row["row_id"]: row["reason"] for f in found if f for row in f["rows"]}
 
     def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
         """The commit records of all shards. StoreError names those that have none."""
-        found = [read_json(self._record(shard)) for shard in shards]
+        found = [read_json(self.place, _record(shard)) for shard in shards]
         if absent := [s.number for s, r in zip(shards, found, strict=True) if r is None]:
-            raise StoreError(f"{self.folder}: shards {absent} are not scored; run `raykd score` again")
+            raise StoreError(f"{self.place}: shards {absent} are not scored; run `raykd score` again")
         return found
 
     def finish(self, shards: list[Shard], statistics: dict[str, Any]) -> dict[str, Any]:
         """The manifest, written once every shard is committed. StoreError names the shards that are not."""
         records = self.records(shards)
-        body = {"schema": SCHEMA, "store_id": self.folder.name, "identity": self.identity, "shards": records}
+        body = {"schema": SCHEMA, "store_id": self.place.name, "identity": self.identity, "shards": records}
         body |= {"bytes": sum(r["bytes"] for r in records), "statistics": statistics}
         manifest = body | {"sha256": digest_of(body)}
         faults.point("score", at="before_manifest")
-        put_once(self.folder / "_MANIFEST.json", to_json(manifest))
-        standing = read_json(self.folder / "_MANIFEST.json")
+        self.place.put_once("_MANIFEST.json", to_json(manifest))
+        standing = read_json(self.place, "_MANIFEST.json")
         if standing != manifest:
-            raise StoreError(f"{self.folder}: scored again, the store differs from its manifest; delete the folder")
+            raise StoreError(f"{self.place}: scored again, the store differs from its manifest; delete the folder")
         return standing
 
     def stands(self, shard: Shard) -> bool:
         """Whether a shard has a record, and its file's bytes give just that record."""
         try:
-            record = read_json(self._record(shard)) or {}
-            if record != record_of(shard, (self.folder / record.get("file", "")).read_bytes()):
+            record = read_json(self.place, _record(shard))
+            data = self.place.get(record["file"]) if record else None
+            if data is None or record != record_of(shard, data):
                 return False
             return len(self.quarantined([shard])) == self._lacks(shard)
         except (StoreError, OSError, pa.ArrowException, KeyError, TypeError):
@@ -137,14 +144,16 @@ class StoreWriter:
 
     def _lacks(self, shard: Shard) -> int:
         """How many of its rows a shard's file lacks."""
-        record = read_json(self._record(shard)) or {}
+        record = read_json(self.place, _record(shard)) or {}
         return shard.last - shard.first - record.get("rows", 0)
 
-    def _quarantine(self, shard: Shard) -> Path:
-        return self.folder / "_quarantine" / f"{shard.number:05d}.json"
 
-    def _record(self, shard: Shard) -> Path:
-        return self.folder / "_commits" / f"{shard.number:05d}.json"
+def _quarantine(shard: Shard) -> str:
+    return f"_quarantine/{shard.number:05d}.json"
+
+
+def _record(shard: Shard) -> str:
+    return f"_commits/{shard.number:05d}.json"
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -168,12 +177,3 @@ def record_of(shard: Shard, data: bytes) -> dict[str, Any]:
     name = f"data/part-{shard.number:05d}-{sha[:16]}.parquet"
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     return asdict(shard) | {"file": name, "bytes": len(data), "rows": rows, "sha256": sha}
-
-
-def intact(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether a shard's file has the bytes that its record says."""
-    try:
-        with (folder / record["file"]).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-    except FileNotFoundError:
-        return False

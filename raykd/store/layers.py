@@ -7,28 +7,29 @@ there are not written again, and recipes that do not read the layer never open i
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from raykd.errors import StoreError
 from raykd.store.commit import StoreWriter
+from raykd.store.place import Address, Place, at
 
 FOLDER = "signals"
 COUNTS = "#steps"
 
 
-def folder_of(store: Path, signal: str) -> Path:
+def place_of(store: Place, signal: str) -> Place:
     """Where a signal's own store stands. StoreError for a name that can not be a folder's."""
     if not re.fullmatch(r"\w[\w.-]*", signal):
         raise StoreError(f"signal {signal!r}: a layer's name must be letters, digits, dots, - and _")
-    return store / FOLDER / signal
+    return store.below(f"{FOLDER}/{signal}")
 
 
-def writers(store: Path, identity: dict[str, Any], signals: list[str]) -> dict[str, StoreWriter]:
+def writers(where: Address | Place, identity: dict[str, Any], signals: list[str]) -> dict[str, StoreWriter]:
     """The writer of the store itself, under "", and of each signal."""
-    extra = {name: StoreWriter(folder_of(store, name), identity | {"signal": name}) for name in signals}
+    store = at(where)
+    extra = {name: StoreWriter(place_of(store, name), identity | {"signal": name}) for name in signals}
     return {"": StoreWriter(store, identity)} | extra
 
 
@@ -53,6 +54,7 @@ def counts(name: str) -> str:
     return name + COUNTS
 
 
-def stored(store: Path) -> list[Path]:
-    """The folders of all signals that a store holds, whole or not."""
-    return sorted(path for path in (store / FOLDER).glob("*") if (path / "_RECIPE.json").exists())
+def stored(store: Place) -> list[Place]:
+    """The places of all signals that a store holds, whole or not."""
+    below = [store.below(f"{FOLDER}/{name}") for name in store.folders(FOLDER)]
+    return [place for place in below if place.get("_RECIPE.json") is not None]

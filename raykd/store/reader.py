@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raykd.errors import StoreError
-from raykd.files import read_json
 from raykd.recipe import digest_of
 from raykd.store import bounds, hot, layers
 from raykd.store.codec import decode
 from raykd.store.logits import StoredLogits, from_metadata, plain
+from raykd.store.place import Address, Place, at, read_json
 
 PART = re.compile(r"data/part-\d{5,}-[0-9a-f]{16}\.parquet")
 
@@ -45,30 +44,34 @@ class Column:
 class Store:
     """A complete, verified store."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        manifest = read_json(folder / "_MANIFEST.json")
+    def __init__(self, where: Address | Place):
+        self.place = place = at(where)
+        manifest = read_json(place, "_MANIFEST.json")
         if manifest is None:
-            raise StoreError(f"{folder} is not a complete store: it has no manifest; run `raykd score` to finish it")
+            raise StoreError(f"{place} is not a complete store: it has no manifest; run `raykd score` to finish it")
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         if digest_of(body) != manifest.get("sha256"):
             raise StoreError(
-                f"{folder}/_MANIFEST.json is damaged: its digest does not match; type: raykd store repair {folder}"
+                f"{place}/_MANIFEST.json is damaged: its digest does not match; type: raykd store repair {place}"
             )
         self.manifest: dict[str, Any] = manifest
         self._splits: dict[str, pa.Table] = {}
         self._layers: frozenset[str] = frozenset()  # the signals that this is the own store of
 
+    @property
+    def folder(self) -> Address:
+        return self.place.address
+
     @classmethod
-    def of_shards(cls, folder: Path, records: list[dict[str, Any]]) -> "Store":
+    def of_shards(cls, where: Address | Place, records: list[dict[str, Any]]) -> "Store":
         """A view of committed shards before there is a manifest: its columns, read shard by shard."""
         store = cls.__new__(cls)
-        store.folder, store.manifest, store._splits, store._layers = folder, {"shards": records}, {}, frozenset()
+        store.place, store.manifest, store._splits, store._layers = at(where), {"shards": records}, {}, frozenset()
         return store
 
     def shards(self, split: str) -> Iterator[pa.Table]:
         """The shards of one split in turn, each verified by digest, bounds and page checksums."""
-        return (read_shard(self.folder, r) for r in self.manifest["shards"] if r["split"] == split)
+        return (read_shard(self.place, r) for r in self.manifest["shards"] if r["split"] == split)
 
     def table(self, split: str) -> pa.Table:
         """All rows of one split, memory mapped from this node's copy; ids are in the plain layout."""
@@ -103,16 +106,16 @@ class Store:
 
     def _layer(self, name: str, split: str) -> "Store":
         """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""
-        folder = layers.folder_of(self.folder, name)
-        if not (folder / "_MANIFEST.json").exists():
-            held = [*self.table(split).column_names, *(path.name for path in layers.stored(self.folder))]
+        place = layers.place_of(self.place, name)
+        if place.get("_MANIFEST.json") is None:
+            held = [*self.table(split).column_names, *(layer.name for layer in layers.stored(self.place))]
             raise StoreError(
-                f"store {self.folder.name} holds no {name!r}; it has {', '.join(held)}; `raykd score RECIPE` adds it"
+                f"store {self.place.name} holds no {name!r}; it has {', '.join(held)}; `raykd score RECIPE` adds it"
             )
-        found = Store(folder)
+        found = Store(place)
         found._layers = frozenset({name})
         if not np.array_equal(found.row_id(split), self.row_id(split)):
-            raise StoreError(f"{folder} is of other rows than its store; type: raykd store repair {self.folder}")
+            raise StoreError(f"{place} is of other rows than its store; type: raykd store repair {self.place}")
         return found
 
     def logits(self, split: str) -> StoredLogits:
@@ -131,25 +134,24 @@ class Store:
 
     def _field(self, table: pa.Table, name: str) -> pa.Field:
         if name not in table.column_names:
-            raise StoreError(f"store {self.folder.name} holds no {name!r}; it has {', '.join(table.column_names)}")
+            raise StoreError(f"store {self.place.name} holds no {name!r}; it has {', '.join(table.column_names)}")
         return table.schema.field(name)
 
 
-def read_shard(folder: Path, record: dict[str, Any]) -> pa.Table:
+def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
     """A shard's rows, verified by digest, by the bounds of what it may decode to, and by page checksums."""
     if not PART.fullmatch(record["file"]):
-        raise StoreError(f"{folder}: a record names {record['file']!r}, which is no shard's file")
-    path = folder / record["file"]
-    again = f"type: raykd store repair {folder}, then `raykd score` does just this shard again"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing; {again}") from None
+        raise StoreError(f"{place}: a record names {record['file']!r}, which is no shard's file")
+    path = f"{place}/{record['file']}"
+    again = f"type: raykd store repair {place}, then `raykd score` does just this shard again"
+    data = place.get(record["file"])
+    if data is None:
+        raise StoreError(f"{path} is missing; {again}")
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; {again}")
     if not 0 <= record["rows"] <= record["last"] - record["first"]:
         raise StoreError(f"{path}: {record['rows']} rows can not be of {record['last'] - record['first']}")
-    return decoded(data, record["rows"], str(path))
+    return decoded(data, record["rows"], path)
 
 
 def decoded(data: bytes, rows: int, name: str) -> pa.Table:

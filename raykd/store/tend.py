@@ -1,65 +1,72 @@
 """Looking after a store that stands: verify, show, repair, gc. None of them needs the teacher."""
 
+import io
+import re
 import time
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykd.errors import StoreError
-from raykd.files import read_json, write_json
+from raykd.files import to_json
 from raykd.store import layers
 from raykd.store.commit import Shard, record_of
+from raykd.store.place import Address, Place, at, read_json
 from raykd.store.reader import PART, Store, read_shard
 
 KEPT = ("_RECIPE.json", "_MANIFEST.json", "_TIMING.json")
+RECORD = re.compile(r"_(commits|quarantine)/[^/]*\.json")
 Fault = dict[str, str]
 
 
-def shards(folder: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
-    """(every shard's record, what is wrong with the records). StoreError if the folder is no store.
+def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
+    """(every shard's record, what is wrong with the records). StoreError if the place is no store.
 
     A sound manifest has the records; without one they are those that are committed and can be read.
     """
-    if read_json(folder / "_RECIPE.json") is None:
-        raise StoreError(f"{folder} is not a teacher store: it has no _RECIPE.json")
-    committed = {path: _record(path) for path in sorted((folder / "_commits").glob("*.json"))}
+    place = at(where)
+    if read_json(place, "_RECIPE.json") is None:
+        raise StoreError(f"{place} is not a teacher store: it has no _RECIPE.json")
+    committed = {name: _record(place, name) for name in place.listed("_commits") if name.endswith(".json")}
     try:
-        known = Store(folder).manifest["shards"]
+        known = Store(place).manifest["shards"]
     except StoreError as error:
-        faults = [
-            {"file": str(p.relative_to(folder)), "fault": "no shard's record"} for p, r in committed.items() if not r
-        ]
-        if (folder / "_MANIFEST.json").exists():
+        faults = [{"file": name, "fault": "no shard's record"} for name, record in committed.items() if not record]
+        if _is_finished(place):
             faults.append({"file": "_MANIFEST.json", "fault": str(error)})
         return [r for r in committed.values() if r], faults
-    wanted = {_commit(folder, record): record for record in known}
-    faults = [path for path, record in wanted.items() if committed.get(path) != record]
-    return known, [{"file": str(p.relative_to(folder)), "fault": "not the manifest's record"} for p in faults]
+    wanted = {_commit(record): record for record in known}
+    faults = [name for name, record in wanted.items() if committed.get(name) != record]
+    return known, [{"file": name, "fault": "not the manifest's record"} for name in faults]
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def _record(place: Place, name: str) -> dict[str, Any] | None:
     """The commit record in a file; None if it can not be one of that name."""
     try:
-        found = read_json(path)
+        found = read_json(place, name)
         Shard(*(found[key] for key in ("number", "split", "first", "last")))
-        sound = PART.fullmatch(found["file"]) and path.stem == f"{found['number']:05d}" and found["rows"] >= 0
+        sound = PART.fullmatch(found["file"]) and name == _commit(found) and found["rows"] >= 0
     except (StoreError, KeyError, TypeError, ValueError):
         return None
     return found if sound else None
 
 
-def _commit(folder: Path, record: dict[str, Any]) -> Path:
-    return folder / "_commits" / f"{record['number']:05d}.json"
+def _commit(record: dict[str, Any]) -> str:
+    return f"_commits/{record['number']:05d}.json"
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def _is_finished(place: Place) -> bool:
+    return place.get("_MANIFEST.json") is not None
+
+
+def verify(where: Address | Place) -> dict[str, Any]:
     """Every file against its digest and bounds, its pages against their checksums."""
-    known, damaged = shards(folder)
-    damaged += [fault for record in known if (fault := _fault(folder, record))]
-    complete = (folder / "_MANIFEST.json").exists() and not damaged
-    for layer in layers.stored(folder):
+    place = at(where)
+    known, damaged = shards(place)
+    damaged += [fault for record in known if (fault := _fault(place, record))]
+    complete = _is_finished(place) and not damaged
+    for layer in layers.stored(place):
         below = verify(layer)
         complete &= below["complete"]
         known = known + below["shards"] * [{}]
@@ -67,32 +74,33 @@ def verify(folder: Path) -> dict[str, Any]:
     return {"complete": complete, "shards": len(known), "damaged": damaged}
 
 
-def _fault(folder: Path, record: dict[str, Any]) -> Fault | None:
+def _fault(place: Place, record: dict[str, Any]) -> Fault | None:
     """What is wrong with a shard's file; None if it is sound."""
     try:
-        read_shard(folder, record)
+        read_shard(place, record)
         shard = Shard(*(record[key] for key in ("number", "split", "first", "last")))
-        if record_of(shard, (folder / record["file"]).read_bytes()) != record:
+        if record_of(shard, place.get(record["file"]) or b"") != record:
             return {"file": record["file"], "fault": "its record is not that of its bytes"}
         lacks = record["last"] - record["first"] - record["rows"]
-        if lacks != len(quarantined(folder, record)):
+        if lacks != len(quarantined(place, record)):
             return {"file": record["file"], "fault": f"{lacks} rows are missing without a reason"}
     except StoreError as error:
         return {"file": record["file"], "fault": str(error)}
     return None
 
 
-def quarantined(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+def quarantined(place: Place, record: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that a shard leaves out, each with the reason."""
     if record["rows"] == record["last"] - record["first"]:
         return []
-    found = read_json(folder / "_quarantine" / f"{record['number']:05d}.json") or {}
+    found = read_json(place, f"_quarantine/{record['number']:05d}.json") or {}
     return list(found.get("rows", []))
 
 
-def show(folder: Path) -> dict[str, Any]:
+def show(where: Address | Place) -> dict[str, Any]:
     """What a store is: identity, rows and bytes by split, and each column with its type and bytes a row."""
-    known, _ = shards(folder)
+    place = at(where)
+    known, _ = shards(place)
     splits: dict[str, dict[str, int]] = {}
     columns: dict[str, dict[str, Any]] = {}
     unreadable = []
@@ -101,33 +109,38 @@ def show(folder: Path) -> dict[str, Any]:
         part["rows"] += record["rows"]
         part["bytes"] += record["bytes"]
         try:
-            _add_columns(columns, folder / record["file"])
+            _add_columns(columns, _footer(place, record["file"]))
         except (OSError, pa.ArrowException):
             unreadable.append(record["file"])
     rows = sum(part["rows"] for part in splits.values())
     for column in columns.values():
         column["bytes_per_row"] = round(column.pop("bytes") / max(rows, 1), 2)
-    complete = (folder / "_MANIFEST.json").exists()
-    for layer in layers.stored(folder):
+    complete = _is_finished(place)
+    for layer in layers.stored(place):
         below = show(layer)
         columns |= {name: column for name, column in below["columns"].items() if name == layer.name}
         for name, part in below["splits"].items():
             splits.setdefault(name, {"rows": part["rows"], "bytes": 0})["bytes"] += part["bytes"]
     return {
-        "store": str(folder),
+        "store": str(place),
         "complete": complete,
-        "identity": read_json(folder / "_RECIPE.json"),
+        "identity": read_json(place, "_RECIPE.json"),
         "splits": splits,
         "columns": columns,
-        "quarantined": [row for record in known for row in quarantined(folder, record)],
+        "quarantined": [row for record in known for row in quarantined(place, record)],
         "unreadable": unreadable,
-        "statistics": read_json(folder / "_MANIFEST.json").get("statistics") if complete else None,
+        "statistics": read_json(place, "_MANIFEST.json").get("statistics") if complete else None,
     }
 
 
-def _add_columns(columns: dict[str, dict[str, Any]], path: Path) -> None:
+def _footer(place: Place, name: str) -> pq.FileMetaData:
+    """A Parquet file's footer, fetched alone: its own length stands before the last four bytes."""
+    length = int.from_bytes((place.get(name, last=8) or b"")[:4], "little")
+    return pq.read_metadata(io.BytesIO(place.get(name, last=length + 8) or b""))
+
+
+def _add_columns(columns: dict[str, dict[str, Any]], footer: pq.FileMetaData) -> None:
     """Compressed bytes of each column, from a file's footer."""
-    footer = pq.read_metadata(path)
     for field in footer.schema.to_arrow_schema():
         columns.setdefault(field.name, {"type": str(field.type), "bytes": 0})
     for group in range(footer.num_row_groups):
@@ -137,39 +150,38 @@ def _add_columns(columns: dict[str, dict[str, Any]], path: Path) -> None:
             columns[whole if whole in columns else whole.rpartition(".")[0]]["bytes"] += part.total_compressed_size
 
 
-def repair(folder: Path) -> list[str]:
+def repair(where: Address | Place) -> list[str]:
     """Damaged files, removed with the records of their shards, so that scoring does just these again; their names.
 
     Of a store that stands, a commit record that is lost is written again from the manifest.
     """
-    known, faults = shards(folder)
+    place = at(where)
+    known, faults = shards(place)
     for fault in faults:
-        (folder / fault["file"]).unlink(missing_ok=True)
-    doubtful = [record for record in known if _fault(folder, record)]
+        place.delete(fault["file"])
+    doubtful = [record for record in known if _fault(place, record)]
     for record in known:
         if record in doubtful:
-            _commit(folder, record).unlink(missing_ok=True)
-            (folder / "_quarantine" / f"{record['number']:05d}.json").unlink(missing_ok=True)
-            (folder / record["file"]).unlink(missing_ok=True)
-        elif not _commit(folder, record).exists():
-            write_json(_commit(folder, record), record)
-    below = [f"{layers.FOLDER}/{layer.name}/{name}" for layer in layers.stored(folder) for name in repair(layer)]
+            place.delete(_commit(record))
+            place.delete(f"_quarantine/{record['number']:05d}.json")
+            place.delete(record["file"])
+        elif place.get(_commit(record)) is None:
+            place.put(_commit(record), to_json(record))
+    below = [f"{layers.FOLDER}/{layer.name}/{name}" for layer in layers.stored(place) for name in repair(layer)]
     return [fault["file"] for fault in faults] + [record["file"] for record in doubtful] + below
 
 
-def gc(folder: Path, *, older_than_s: float) -> list[str]:
+def gc(where: Address | Place, *, older_than_s: float) -> list[str]:
     """Files that no record names and that have stood for `older_than_s`, removed: what killed writers left behind."""
-    named = {record["file"] for record in shards(folder)[0]} | set(KEPT)
+    place = at(where)
+    named = {record["file"] for record in shards(place)[0]} | set(KEPT)
     now, removed = time.time(), []
-    for layer in layers.stored(folder):
+    for layer in layers.stored(place):
         removed += [f"{layers.FOLDER}/{layer.name}/{name}" for name in gc(layer, older_than_s=older_than_s)]
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name.startswith(f"{layers.FOLDER}/"):
-            continue
-        is_ours = name in named or (path.parent.name in ("_commits", "_quarantine") and path.suffix == ".json")
-        if path.is_file() and not is_ours and now - path.stat().st_mtime > older_than_s:
-            path.unlink()
+    for name, found in place.listed().items():
+        is_ours = name in named or RECORD.fullmatch(name) or name.startswith(f"{layers.FOLDER}/")
+        if not is_ours and now - found.written_s > older_than_s:
+            place.delete(name)
             removed.append(name)
     return removed
 
@@ -182,12 +194,14 @@ def differences(wanted: Any, found: Any, key: str = "") -> list[str]:
     return [] if wanted == found else [f"{key}: {wanted} wanted, {found} stored"]
 
 
-def nearest(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """Of the stores in a folder the one whose identity is nearest to the wanted: {"store", "differences"}."""
+def nearest(home: Address, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Of the stores in a place the one whose identity is nearest to the wanted: {"store", "differences"}."""
     found = []
-    for path in sorted(folder.glob("*/_RECIPE.json")):
+    for store in (at(home).below(name) for name in at(home).folders()):
         try:
-            found.append({"store": str(path.parent), "differences": differences(wanted, read_json(path))})
+            stored = read_json(store, "_RECIPE.json")
         except StoreError:
             continue
+        if stored is not None:
+            found.append({"store": str(store), "differences": differences(wanted, stored)})
     return min(found, key=lambda store: len(store["differences"]), default=None)
