@@ -56,7 +56,7 @@ def read(folder: Path) -> Answers:
     if not path.exists():
         raise StoreError(f"{folder} was reported without {NAME}; type: raykd report RECIPE --out {folder.parent}")
     try:
-        columns = {name: v.to_numpy() for name, v in zip(*_table(path), strict=True)}
+        columns = _columns(path)
         known = columns["label"] >= 0
         found = {name: values[known] for name, values in columns.items()}
         rows = {name: found[name] for name in ("row_id", "label", "group")}
@@ -66,6 +66,7 @@ def read(folder: Path) -> Answers:
     return Answers(**rows, thriving=found.get("thriving"), student=dict(sorted(student.items())))
 
 
-def _table(path: Path) -> tuple[list[str], list[pa.ChunkedArray]]:
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
     table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    return table.column_names, table.columns
+    kinds = {name: pa.bool_() if name == "thriving" else pa.int64() for name in table.column_names}
+    return {name: table.column(name).cast(kind).to_numpy() for name, kind in kinds.items()}

@@ -55,7 +55,8 @@ def bars(axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], co
     high = max(max(p["hi"], p["value"]) for p in parts)
     room = max(high - low, 0.02)
     for i, (part, colour) in enumerate(zip(parts, colours, strict=True)):
-        axes.plot([100 * part["lo"], 100 * part["hi"]], [i, i], color=colour, linewidth=7, alpha=0.35)
+        ends = [100 * part["lo"], 100 * part["hi"]]  # butt: other caps reach beyond them
+        axes.plot(ends, [i, i], color=colour, linewidth=7, alpha=0.35, solid_capstyle="butt")
         axes.plot(100 * part["value"], i, "o", color=colour, markersize=8)
         axes.annotate(
             f"{100 * part['value']:.1f}",

@@ -283,8 +283,9 @@ def test_answers_survive_a_round_trip_without_unlabelled_rows(tmp_path):
     assert {"teacher", "artefact", "control-2", "student-0"} <= kept
 
 
-def test_answers_without_a_column_are_damaged(tmp_path):
-    pq.write_table(pa.table({"row_id": [1]}), tmp_path / answers.NAME)
+@pytest.mark.parametrize("columns", [{"row_id": [1]}, {"row_id": [1], "label": ["a"], "group": [0]}])
+def test_answers_of_other_columns_are_damaged(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / answers.NAME)
     with pytest.raises(StoreError, match="damaged"):
         answers.read(tmp_path)
 

@@ -33,17 +33,18 @@ def charts(made: Mapping[str, Any]) -> dict[str, str]:
     first, *others = made["runs"]
     differences = {first["name"]: {"value": 0, "lo": 0, "hi": 0}} | {run["name"]: run["accuracy"] for run in others}
     closed = {run["name"]: run["gap_closed"] for run in made["runs"] if run["gap_closed"]["value"] is not None}
-    found = {"Accuracy less the first run's, in points": _chart("difference", differences, COLOURS["artefact"])}
-    if closed:
-        found["Share of its gap that each student closes, in %"] = _chart("gap", closed, COLOURS["student"])
-    return found
+    told = {
+        "Accuracy less the first run's, in points": ("difference", differences, COLOURS["artefact"]),
+        "Share of its gap that each student closes, in %": ("gap", closed, COLOURS["student"]),
+    }
+    return {caption: _chart(name, caption, parts, colour) for caption, (name, parts, colour) in told.items() if parts}
 
 
-def _chart(name: str, parts: Mapping[str, Mapping[str, Any]], colour: str) -> str:
+def _chart(name: str, caption: str, parts: Mapping[str, Mapping[str, Any]], colour: str) -> str:
     def draw(axes: Any) -> None:
         bars(axes, [words.brief(run, LONGEST_NAME) for run in parts], list(parts.values()), [colour] * len(parts))
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0), max(high, 0))
         axes.axvline(0, color=INK, linewidth=1.2, linestyle="--")
 
-    return svg(name, f"Each run's {name} with its 95 % interval", HEIGHTS[0] + HEIGHTS[1] * len(parts), draw)
+    return svg(name, f"{caption}, with 95 % intervals", HEIGHTS[0] + HEIGHTS[1] * len(parts), draw)
