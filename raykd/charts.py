@@ -30,7 +30,7 @@ def _accuracy(report: Mapping[str, Any]) -> str:
     metrics = [report[n]["metrics"]["accuracy"] for n in names]
 
     def draw(axes: Any) -> None:
-        _bars(axes, names, metrics, [COLOURS[n] for n in names])
+        bars(axes, names, metrics, [COLOURS[n] for n in names])
         axes.set_xlabel("accuracy on test rows, %")
 
     return svg("accuracy", "Accuracy of each model with its 95 % interval", 0.75 + 0.42 * len(names), draw)
@@ -42,20 +42,21 @@ def _retention(report: Mapping[str, Any]) -> str:
         return ""
 
     def draw(axes: Any) -> None:
-        _bars(axes, [f"{n} rows" for n in parts], list(parts.values()), [COLOURS["student"]] * len(parts))
+        bars(axes, [f"{n} rows" for n in parts], list(parts.values()), [COLOURS["student"]] * len(parts))
         axes.axvline(100, color=COLOURS["teacher"], linewidth=1.2, linestyle="--")
         axes.set_xlabel("% of the teacher's accuracy")
 
     return svg("retention", "Retention of the teacher's accuracy", 0.75 + 0.42 * len(parts), draw)
 
 
-def _bars(axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], colours: Sequence[str]) -> None:
+def bars(axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], colours: Sequence[str]) -> None:
     """Points with their intervals, one a line, on an axis cut to where they differ."""
     low = min(p["lo"] for p in parts)
     high = max(max(p["hi"], p["value"]) for p in parts)
     room = max(high - low, 0.02)
     for i, (part, colour) in enumerate(zip(parts, colours, strict=True)):
-        axes.plot([100 * part["lo"], 100 * part["hi"]], [i, i], color=colour, linewidth=7, alpha=0.35)
+        ends = [100 * part["lo"], 100 * part["hi"]]  # butt: other caps reach beyond them
+        axes.plot(ends, [i, i], color=colour, linewidth=7, alpha=0.35, solid_capstyle="butt")
         axes.plot(100 * part["value"], i, "o", color=colour, markersize=8)
         axes.annotate(
             f"{100 * part['value']:.1f}",

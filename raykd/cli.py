@@ -53,35 +53,52 @@ def main(*verb: str) -> None:
     sys.exit(code)
 
 
+def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that all verbs over a recipe share."""
+    options = [
+        click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand."),
+        click.option(
+            "--set", "sets", metavar="A.B=VALUE", multiple=True, help="Set one key of the recipe; repeatable."
+        ),
+        click.option("--smoke", is_flag=True, help="The fewest steps that still run every stage."),
+        click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value."),
+        click.option("--address", help="A Ray cluster; else RAY_ADDRESS, else one inside this process."),
+        click.option("--allow-import", multiple=True, metavar="PACKAGE", help="Let the recipe import this package."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A verb over one recipe, with the options that all of them share; it is given (recipe, out, address)."""
+    """A verb over one recipe; it is given (recipe, out, address)."""
 
     @cli.command(function.__name__, help=function.__doc__)
     @click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
-    @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand.")
-    @click.option("--set", "sets", metavar="A.B=VALUE", multiple=True, help="Set one key of the recipe; repeatable.")
-    @click.option("--smoke", is_flag=True, help="The fewest steps that still run every stage.")
-    @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
-    @click.option("--address", help="A Ray cluster; else RAY_ADDRESS, else one inside this process.")
-    @click.option("--allow-import", multiple=True, metavar="PACKAGE", help="Let the recipe import this package.")
+    @recipe_options
     @wraps(function)
-    def command(
-        path: Path,
-        out: Path,
-        sets: tuple[str, ...],
-        smoke: bool,
-        as_json: bool,
-        address: str | None,
-        allow_import: tuple[str, ...],
-    ) -> None:
-        from raykd.checks import load
-
-        with redirect_stdout(sys.stderr):  # Ray prints too, and so may the recipe's own code
-            recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
-            result, text = function(recipe, out, address)
-        show(result, text, as_json)
+    def command(path: Path, as_json: bool, **options: Any) -> None:
+        show(*carry_out(function, path, **options), as_json)
 
     return command
+
+
+def carry_out(
+    function: Callable[..., Any],
+    path: Path,
+    *,
+    out: Path,
+    sets: tuple[str, ...],
+    smoke: bool,
+    address: str | None,
+    allow_import: tuple[str, ...],
+) -> tuple[Any, str]:
+    """What a verb gives for the recipe at `path`, for a script and for a person."""
+    from raykd.checks import load
+
+    with redirect_stdout(sys.stderr):  # Ray prints too, and so may the recipe's own code
+        recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
+        return function(recipe, out, address)
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
@@ -145,12 +162,37 @@ def export(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     return {"artefact": str(folder)}, str(folder)
 
 
-@recipe_command
-def report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
-    """report.json and report.html, with control, seeds and intervals."""
+@cli.command()
+@click.argument("paths", metavar="RECIPE | RUN RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@recipe_options
+def report(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) -> None:
+    """report.json and report.html of a recipe, with control, seeds and intervals.
+
+    Of two or more run folders: what each bought over the first, in OUT/compare-DIGEST.
+    """
+    if len(paths) == 1 and not paths[0].is_dir():
+        show(*carry_out(_report, paths[0], out=out, **options), as_json)
+    else:
+        show(*_compare(paths, out, **options), as_json)
+
+
+def _report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     from raykd import stages, words
 
     made = stages.report(recipe, out, address=address)
+    return made, words.table(made)
+
+
+def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, str]:
+    from raykd.compare import compare, words
+    from raykd.errors import RecipeError
+
+    if len(paths) == 1:
+        raise RecipeError(f"{paths[0]} is a folder: name a recipe to report on, or more run folders to compare it with")
+    if given := [name for name, value in options.items() if value]:
+        names = ", ".join({"sets": "--set", "allow_import": "--allow-import"}.get(name, f"--{name}") for name in given)
+        raise RecipeError(f"{names}: of a recipe, and several run folders are compared as they are; leave it out")
+    made = compare(paths, out)
     return made, words.table(made)
 
 

@@ -29,7 +29,9 @@ class Evidence:
     seeds: Sequence[int]
     data_name: str
     data_rows: Mapping[str, int]  # train, val, test
+    test_digest: str = ""
     classes: Sequence[str]
+    row_id: NDArray[np.integer] | None = None  # (n,) counted from 0 where rows have none
     label: NDArray[np.integer]  # (n,)
     group: NDArray[np.integer]  # (n,) the recording of each row
     student: Mapping[int, Predicted]  # by seed
@@ -66,7 +68,7 @@ def _described(e: Evidence) -> dict[str, Any]:
         "recipe_digest": e.recipe_digest,
         "technique": e.technique,
         "setting": e.setting,
-        "data": schema.Data(name=e.data_name, rows=plain(e.data_rows), groups=len(np.unique(e.group))),
+        "data": _data(e),
         "classes": list(e.classes),
         "seeds": list(e.seeds),
         "compression": _compression(e.teacher_info, e.student_params, e.artefact_info.get("bytes")),
@@ -103,6 +105,11 @@ def _measured(e: Evidence) -> dict[str, Any]:
     }
 
 
+def _data(e: Evidence) -> schema.Data:
+    groups = len(np.unique(e.group))
+    return schema.Data(name=e.data_name, rows=plain(e.data_rows), groups=groups, test_sha256=e.test_digest)
+
+
 def _exported(e: Evidence) -> int:
     return min(e.student) if e.best_seed is None else e.best_seed
 
@@ -123,7 +130,7 @@ def _labelled(e: Evidence) -> Evidence:
     known = e.label >= 0
     assert known.any(), "a report needs labelled test rows"
     assert e.student, "a report needs a student"
-    arrays = {k: getattr(e, k) for k in ("label", "group", "teacher", "artefact", "thriving")}
+    arrays = {k: getattr(e, k) for k in ("row_id", "label", "group", "teacher", "artefact", "thriving")}
     by_seed = {k: getattr(e, k) for k in ("student", "control")}
     return replace(
         e,

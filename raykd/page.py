@@ -8,7 +8,7 @@ from raykd import stats, words
 from raykd.charts import charts, searched
 from raykd.files import write_bytes
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+FOLDER = Path(__file__).parent
 
 
 def write_html(report: Mapping[str, Any], path: Path) -> None:
@@ -17,14 +17,12 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page as text. Everything but our own SVG is escaped: class names and settings come from users."""
-    from jinja2 import Environment, StrictUndefined
+    """The page as text."""
     from markupsafe import Markup
 
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"percent": words.percent, "count": words.count, "figure": _figure, "firm": _firm}
     drawn = {name: Markup(svg) for name, svg in charts(report).items()}
-    page = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        "report.html.j2",
         report=report,
         headline=words.headline(report),
         models=words.rows_of(report),
@@ -37,7 +35,22 @@ def render(report: Mapping[str, Any]) -> str:
         resamples=stats.RESAMPLES,
         facts=_facts(report),
     )
-    return page + "\n"
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template of this folder as text. All but Markup is escaped: names of classes and runs come from users."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"percent": words.percent, "count": words.count, "figure": _figure, "firm": _firm}
+    return env.get_template(template).render(**values)
 
 
 CAPTIONS = {

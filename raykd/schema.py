@@ -92,11 +92,12 @@ class Artefact(Part):
 
 
 class Data(Part):
-    """`groups` counts the test recordings, the units that the bootstrap resamples."""
+    """`groups` counts the test recordings, the units that the bootstrap resamples; `test_sha256` is of their rows."""
 
     name: str
     rows: dict[Literal["train", "val", "test"], int]
     groups: int
+    test_sha256: str = ""
 
 
 class Compression(Part):

@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli_w
 
-from raykd import artefact, checks, data, evidence, gather, page, patience, record, stream, track
+from raykd import answers, artefact, checks, data, evidence, gather, page, patience, record, stream, track
 from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.errors import InfraError, RecipeError
@@ -197,10 +197,11 @@ def _export(place: Place) -> Path:
 def _report(place: Place) -> dict[str, Any]:
     inputs = _inputs(place)
     made = read_json(place.folder / "report.json")
-    if made is None or made["inputs"] != inputs:
+    if made is None or made["inputs"] != inputs or not (place.folder / answers.NAME).exists():
         synced = _sync(place)
         found = gather.gather(place.recipe, place.dataset, place.folder, place.store, synced)
         made = evidence.build(found) | {"inputs": inputs}
+        answers.write(found, place.folder)
         page.write_html(made, place.folder / "report.html")
         write_json(place.folder / "report.json", made)
         record.result(place.journal(), made)

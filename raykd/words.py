@@ -121,11 +121,12 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"{a:<10}{b:>14}{c:>14}{d:>12}   {e}" for a, b, c, d, e in [head, *rows_of(report)]]
     lines += ["", *(f"{name:<20}{text}" for name, text in figures(report))]
-    lines += ["", *(_wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
-    return "\n".join(line if len(line) <= WIDTH else _wrapped(line) for line in lines)
+    lines += ["", *(wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
+    return "\n".join(line if len(line) <= WIDTH else wrapped(line) for line in lines)
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
+    """`text` in lines that fit a terminal."""
     return "\n".join(textwrap.wrap(text, WIDTH, subsequent_indent="  "))
 
 

@@ -342,6 +342,13 @@ def test_the_digest_changes_with_any_value(load, split, field):
     assert replace(good, name="other").digest == good.digest
 
 
+def test_the_test_digest_is_of_the_test_rows_alone(gestures):
+    fewer = data.load(DataRef(label_fraction=0.1))
+    assert fewer.test_digest == gestures.test_digest
+    assert fewer.digest != gestures.digest
+    assert data.load(DataRef(stride=16)).test_digest != gestures.test_digest
+
+
 def test_the_digest_changes_with_shapes_classes_and_order(load):
     good = load(plain_rows())
     train = good.splits["train"]

@@ -1,21 +1,33 @@
 """The whole walk on one small recipe: what a run leaves, that it is left alone by the next, and what MLflow holds."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import child
+import numpy as np
 import pytest
 import torch
 from conftest import SEARCH
 from mlflow import MlflowClient
 
-from raykd import checks, plan, schema, stages
-from raykd.arms import Workshop, arms_of
+from raykd import answers, checks, compare, plan, schema, stages
+from raykd.arms import Workshop, arms_of, read_predictions
 
 pytestmark = pytest.mark.ray
-KEPT = ("stores", "arms", "artefact", "trials", "tune.json", "best.toml", "report.json", "report.html")
+KEPT = (
+    "stores",
+    "arms",
+    "artefact",
+    "trials",
+    "tune.json",
+    "best.toml",
+    "answers.parquet",
+    "report.json",
+    "report.html",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +56,23 @@ def test_the_report_is_whole(made, folder):
         assert 0 <= made[name]["metrics"]["accuracy"]["value"] <= 1
     assert made["artefact"]["parity"]["agreement"] == 1
     assert made["search"]["best"] in made["search"]["trials"] or made["search"]["best"]["test_accuracy"] >= 0
+
+
+def test_the_run_can_be_compared(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    made = compare.compare([folder, Path(copy)], tmp_path)
+    assert made["runs"][1]["accuracy"] | {"n": 0} == {
+        "value": 0, "lo": 0, "hi": 0, "n": 0, "verdict": "not shown to differ"
+    }  # fmt: skip
+    (student,) = answers.read(folder).student.values()
+    np.testing.assert_array_equal(student, read_predictions(folder / "arms/student-0/predictions.parquet").argmax(1))
+
+
+def test_a_run_reported_without_its_answers_is_reported_again(made, recipe, folder, scored):
+    kept = (folder / answers.NAME).read_bytes()
+    (folder / answers.NAME).unlink()
+    assert stages.report(checks.load(recipe), scored) == made
+    assert (folder / answers.NAME).read_bytes() == kept
 
 
 def test_all_trials_are_there_over_one_store_without_a_look_at_test_rows(folder, scored):

@@ -1,0 +1,64 @@
+"""The shape of compare.json, version 1: finished runs side by side, each held against the first.
+
+A difference is this run's less the first's, on the same test rows. What was not measured is null.
+"""
+
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field
+
+from raykd.schema import Data, Estimate, Part, Ratio, Retentions
+
+VERSION = 1
+Verdict = Literal["better", "worse", "not shown to differ"]
+
+
+class Change(Part):
+    """One recipe key that a run sets otherwise than the first; null where it is not set."""
+
+    key: str
+    first: Any
+    here: Any
+
+
+class Difference(Estimate):
+    """A paired difference of accuracies; better or worse only where its interval leaves 0 out."""
+
+    verdict: Verdict
+
+
+class Row(Part):
+    """One run. `accuracy` and `thriving` are its student's less the first run's; null in the first run itself."""
+
+    name: str
+    folder: str
+    recipe_digest: str
+    technique: str
+    setting: str
+    seeds: list[int]
+    steps: int
+    changes: list[Change]
+    teacher: Estimate | None
+    control: Estimate | None
+    student: Estimate
+    gap_closed: Ratio
+    retention: Retentions
+    training_cost: float | None
+    bytes_per_row: float | None
+    accuracy: Difference | None
+    thriving: Difference | None
+
+
+class Comparison(Part):
+    """The whole of it. `digest` is of the files it was made from; `thriving_of` names whose thriving rows are meant."""
+
+    version: Literal[1] = Field(
+        VERSION, validation_alias=AliasChoices("schema", "version"), serialization_alias="schema"
+    )
+    metric: str
+    data: Data
+    thriving_of: str | None
+    thriving_rows: int
+    runs: list[Row]
+    warnings: list[str]
+    digest: str
