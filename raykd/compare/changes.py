@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from raykd.compare.table import Change
-from raykd.recipe import NOT_HASHED, Recipe, file_sha256
+from raykd.recipe import NOT_HASHED, Recipe, TermSpec, file_sha256
 
+UNSAID = {name: field.default for name, field in TermSpec.model_fields.items() if name != "weight"}
 PATHS = ("data.source", "teacher.weights", "student.weights")
 
 
@@ -18,11 +19,11 @@ def changes(first: Recipe, here: Recipe) -> list[Change]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every key that is set."""
+    """(dotted key, value) of every key that is set; of a term that its weight stands for, none that says nothing."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
+        elif value is not None and not (prefix.startswith("terms.") and value == UNSAID.get(key)):
             yield f"{prefix}{key}", value
 
 
