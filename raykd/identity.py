@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 from typing import Any
 
-from raykd.checks import register
+from raykd.checks import apply_trial, register
 from raykd.data import Dataset
 from raykd.errors import RecipeError
 from raykd.recipe import ModelRef, Recipe, content_of, file_sha256
@@ -42,8 +42,12 @@ CODEC_KEYS = {
 
 
 def signals_of(recipe: Recipe) -> list[str]:
-    """The inner layers that a recipe's terms read: what its store holds beyond the teacher's answers."""
-    return sorted(name for name in needs_of(recipe.terms) if "." in name)
+    """The inner layers that a recipe's terms read, or one of its trials': what its store holds beyond the answers."""
+    raw = recipe.model_dump(mode="json")
+    spans = recipe.search.space.items() if recipe.search else ()
+    trials = [{key: value} for key, span in spans if key.startswith("terms.") for value in span.ends()]
+    read = [needs_of(Recipe.model_validate(apply_trial(raw, trial)).terms) for trial in ({}, *trials)]
+    return sorted(name for name in frozenset().union(*read) if "." in name)
 
 
 def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:
