@@ -176,3 +176,55 @@ def test_an_adapter_and_its_store_agree_on_one_answer_a_sequence():
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
     signals = Adapter(module)(torch.ones(2, 4, 1), torch.ones(2, 4, dtype=torch.bool))
     assert signals.logits.shape == (2, 1, 3)
+
+
+SHAPED = '''
+"""Rows of eight steps whose valid ones stand anywhere."""
+
+import numpy as np
+
+from raykd.data.rows import Dataset, Rows
+
+
+def rows(padding):
+    rng = np.random.default_rng(3)
+    n, steps = 210, 8
+    length = rng.integers(1, steps + 1, n)[:, None]
+    at = np.arange(steps)
+    mask = {
+        "left": at >= steps - length,
+        "packed": rng.random((n, steps)) < 0.7,  # documents with separators, which are no targets, between them
+        "cut": np.broadcast_to(at < 5, (n, steps)).copy(),
+    }[padding]
+    mask[np.arange(n), rng.integers(0, 5, n)] = True
+    inputs = (rng.normal(size=(n, steps, 6)) * mask[..., None]).astype(np.float32)
+    every = Rows(np.arange(n), inputs, mask, np.arange(n) % 7, np.arange(n))
+    split = np.arange(n) // 7 % 5
+    part = {"train": split < 3, "val": split == 3, "test": split == 4}
+    return Dataset("shaped", tuple("abcdefg"), {name: every.take(where) for name, where in part.items()})
+'''
+
+
+@pytest.mark.parametrize("padding", ["left", "packed", "cut"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
+    """Each target is that of its own place, and of no place beside it: shifted by one, the comparison would fail."""
+    (folder / "shaped.py").write_text(SHAPED)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    recipe, store = scored(folder, codec, data={"source": "shaped:rows", "settings": {"padding": padding}})
+    scorer = Scorer(recipe)
+    train = scorer.dataset.splits["train"]
+    kept = to_device(train, "train", store, frozenset({"logits"}), CPU, teacher_head(recipe, store))
+    batch = kept.batch(torch.arange(len(train)).flip(0))
+    with torch.inference_mode():
+        live = (scorer.teacher(batch.inputs, batch.mask).logits / 2).softmax(-1)
+    targets = batch.targets(2.0).dense() if batch.targets else None
+    assert batch.teacher is not None
+    found = torch.zeros_like(live)
+    found[batch.mask] = (
+        (batch.teacher.logits[batch.mask].float() / 2).softmax(1) if targets is None else targets.float()
+    )
+    error, shifted = ((found - p).abs()[batch.mask].max() for p in (live, live.roll(1, 1)))
+    assert error <= (1 / 255 if codec == "comb" else 5e-3)
+    assert shifted > 10 * error
