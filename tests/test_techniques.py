@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raykd import catalog, checks, losses, recipe, techniques
+from raykd import catalog, checks, losses, models, recipe, techniques
+from raykd.arms import run_arms
 from raykd.batches import DeviceRows
-from raykd.loop import Arm, train
+from raykd.loop import Arm, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
 from raykd.objective import Objective
@@ -540,3 +541,29 @@ def test_future_valence_leaves_the_logits_alone(student, batch):
 def test_a_model_without_a_value_head_is_told_what_is_missing(student, batch):
     with pytest.raises(ValueError, match="no value head"):
         losses.future_valence(replace(student, valence=None), batch)
+
+
+@pytest.mark.parametrize("name", [n for n in TECHNIQUES if needs_of(specs(TECHNIQUES[n].recipe["terms"]))])
+def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypatch):
+    """Scored once; then the teacher's weights are gone, and any attempt to build it fails the test."""
+    weights = tmp_path / "teacher.safetensors"
+    recipe = checks.resolve(
+        {
+            "technique": name,
+            "teacher": by_hand.teacher(weights),
+            "data": {"stride": 128},
+            "optim": {"steps": 4, "batch": 16, "evaluate_every": 2},
+        }
+    )
+    store = by_hand.score(recipe, tmp_path / "stores")
+    weights.unlink()
+    built = []
+    build = models.build
+    monkeypatch.setattr(
+        models, "build", lambda *args, key, **shape: built.append(key) or build(*args, key=key, **shape)
+    )
+    run_arms(
+        recipe, store, tmp_path / "run", world=World(), device=torch.device("cpu"), tell=lambda key, step, metrics: None
+    )
+    assert set(built) == {"student"}
+    assert {path.name for path in (tmp_path / "run" / "arms").iterdir()} == {"student-0", "control-0"}
