@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from raykd import artefact, recipe
+from raykd import artefact
 from raykd.arms import arms_of, read_predictions
 from raykd.data import Dataset
 from raykd.evidence import Evidence, Predicted
 from raykd.files import read_json
+from raykd.identity import run_digest
 from raykd.recipe import Recipe
 from raykd.signals import UNLABELLED
 from raykd.store import place
@@ -33,7 +34,7 @@ def gather(
     manifest = read_json(folder / "artefact" / "manifest.json")
     saliency = opened.aligned("saliency", "test", test.row_id, np.nan) if opened else None
     return Evidence(
-        recipe_digest=recipe.digest(found),
+        recipe_digest=run_digest(found, dataset),
         technique=found.technique,
         setting=found.setting,
         seeds=found.seeds,

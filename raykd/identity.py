@@ -7,7 +7,8 @@ from typing import Any
 from raykd.checks import apply_trial, register
 from raykd.data import Dataset
 from raykd.errors import RecipeError
-from raykd.recipe import ModelRef, Recipe, content_of, file_sha256
+from raykd.recipe import Recipe, content_of, digest_of, file_sha256
+from raykd.recipe import identity as recipe_identity
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import codec_name
 from raykd.terms import TERMS, needs_of
@@ -26,19 +27,24 @@ def identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     register(recipe.technique)
     return {
         "schema": SCHEMA,
-        "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher)},
+        "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)},
         "data": {"name": dataset.name, "sha256": dataset.digest},
         "valence": recipe.valence.model_dump(),
         "store": store_table(recipe, len(dataset.classes)),
     }
 
 
-CODEC_KEYS = {
-    "dense": ("values",),
-    "comb": ("points", "temperatures"),
-    "topk": ("top", "temperatures"),
-    "hidden": ("head",),
-}
+def run_digest(recipe: Recipe, dataset: Dataset) -> str:
+    """Hex sha256 of everything a run's result depends on; its first eight digits name the run's folder.
+
+    The files that a function reads are unknown, so its rows count; and the file of every model's and function's code.
+    """
+    tables = {"data": recipe.data.source, "student": recipe.student.model}
+    tables |= {"teacher": recipe.teacher.model} if recipe.teacher else {}
+    tables |= {"technique": f"{recipe.technique}:"} if "." in recipe.technique else {}
+    code = {key: found for key, name in tables.items() if (found := _code_digest(name))}
+    rows = {"rows": dataset.digest} if "data" in code else {}
+    return digest_of(recipe_identity(recipe) | ({"code": code | rows} if code else {}))
 
 
 def signals_of(recipe: Recipe) -> list[str]:
@@ -66,7 +72,7 @@ def _temperatures(recipe: Recipe, codec: str) -> list[float]:
     grid = set()
     for name, spec in recipe.terms.items():
         setting = inspect.signature(TERMS[name].make).parameters.get("temperature")
-        if setting is None or spec.weight == 0:
+        if setting is None or spec.weight == 0 or "logits" not in TERMS[name].needs:
             continue
         grid.add(float(spec.settings.get("temperature", setting.default)))  # type: ignore[arg-type]
         span = recipe.search.space.get(f"terms.{name}.temperature") if recipe.search else None
@@ -79,7 +85,7 @@ def _temperatures(recipe: Recipe, codec: str) -> list[float]:
     return sorted(grid) or [1.0]
 
 
-def _code_digest(ref: ModelRef) -> str | None:
-    """The digest of a user's own model file; None for a model that ships with raykd."""
-    spec = importlib.util.find_spec(ref.model.partition(":")[0]) if ":" in ref.model else None
+def _code_digest(name: str) -> str | None:
+    """The digest of the file of a user's own `module:function`; None for a name that ships with raykd."""
+    spec = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
     return file_sha256(spec.origin) if spec and spec.origin else None

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd import journal, recipe
+from raykd import journal
 from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.files import read_json
+from raykd.identity import run_digest
 from raykd.journal import NAME, Journal, Metric
 from raykd.recipe import Recipe
 from raykd.store import place
@@ -21,7 +22,7 @@ def open_journal(found: Recipe, dataset: Dataset, folder: Path, where: place.Add
     """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the run reads."""
     is_new, lines = not (folder / NAME).exists(), Journal(folder / NAME)
     store = place.at(where) if where else None
-    tags = {"raykd.technique": found.technique, "raykd.recipe_digest": recipe.digest(found)}
+    tags = {"raykd.technique": found.technique, "raykd.recipe_digest": run_digest(found, dataset)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
     lines.run(PARENT, folder.name, tags=tags | ({"mlflow.source.git.commit": commit} if commit else {}))

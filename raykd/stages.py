@@ -18,10 +18,10 @@ from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.errors import InfraError, RecipeError
 from raykd.files import read_json, write_bytes, write_json
-from raykd.identity import signals_of
+from raykd.identity import run_digest, signals_of
 from raykd.journal import Journal
 from raykd.progress import say
-from raykd.recipe import Recipe, digest, digest_of
+from raykd.recipe import Recipe, digest_of
 from raykd.scorer import Scorer
 from raykd.session import connect
 from raykd.store.place import Address
@@ -40,7 +40,7 @@ class Place:
 
     @cached_property
     def folder(self) -> Path:
-        return (self.out / f"{self.recipe.name}-{digest(self.recipe)[:8]}").resolve()
+        return (self.out / f"{self.recipe.name}-{run_digest(self.recipe, self.dataset)[:8]}").resolve()
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -3,6 +3,7 @@
 The shipped file is checked against the sizes that its split rule gives by hand.
 """
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -15,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raykd import data
+from raykd import checks, data
 from raykd.data import SPLITS, UNLABELLED
 from raykd.data.rows import Dataset, Rows, checked, hide_labels
 from raykd.errors import DataError, RecipeError
+from raykd.identity import run_digest
 from raykd.recipe import DataRef
 
 SHIPPED = resources.files("raykd") / "datasets" / "watch_gestures.npz"
@@ -375,3 +377,33 @@ def test_a_line_says_what_was_loaded():
         f"watch_gestures: train 8946, val 1353, test 3798 rows, {labels} training labels, 7 classes, "
         f"sha256 {found.digest[:12]}"
     )
+
+
+def test_a_runs_folder_follows_the_rows_and_the_code_of_a_function(tmp_path, monkeypatch):
+    """What a function reads is unknown to the recipe, so its rows name the run; so does a model's own file."""
+    (tmp_path / "mine.py").write_text(
+        "import json, pathlib\n"
+        "def rows():\n"
+        "    return json.loads((pathlib.Path(__file__).parent / 'rows.json').read_text())\n"
+        "def model(channels, classes):\n"
+        "    raise NotImplementedError\n"
+    )
+    (tmp_path / "nets.py").write_text("def model(channels, classes): ...\n")
+    rows = [
+        {"inputs": [[float(i)]], "label": i % 2, "split": split}
+        for i, split in enumerate(["train", "val", "test"] * 2 + ["train"] * 2)
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = checks.resolve({"technique": "none", "data": {"source": "mine:rows"}, "student": {"model": "nets:model"}})
+
+    def named(value: float) -> str:
+        rows[0]["inputs"] = [[value]]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        return run_digest(recipe, data.load(recipe.data))
+
+    first = named(0.0)
+    assert named(1.0) != first
+    assert named(0.0) == first
+    (tmp_path / "nets.py").write_text("def model(channels, classes): pass\n")
+    assert named(0.0) != first
