@@ -166,11 +166,23 @@ def _ratio(found: Interval | None) -> schema.Ratio:
 
 def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
     parts = {"all": _retention(e, sample, None)}
-    if e.thriving is not None:
-        for name, rows in (("thriving", e.thriving), ("rest", ~e.thriving)):
-            if rows.any():
-                parts[name] = _retention(e, stats.resample(_hits(e, rows)), rows)
+    for name, rows in parts_of(e.thriving).items():
+        parts[name] = _retention(e, stats.resample(_hits(e, rows)), rows)
     return schema.Retentions(**parts)
+
+
+def parts_of(thriving: NDArray[np.bool_] | None) -> dict[str, NDArray[np.bool_]]:
+    """The test rows by part, none of them empty: thriving, the rest, and as many as thrive drawn at random.
+
+    What holds on thriving rows and on the random ones alike is no effect of thriving, but of how few rows they are.
+    """
+    if thriving is None or not thriving.any():
+        return {}
+    random = np.zeros_like(thriving)
+    random[np.random.default_rng(0).permutation(len(thriving))[: int(thriving.sum())]] = True
+    return {
+        name: rows for name, rows in (("thriving", thriving), ("rest", ~thriving), ("random", random)) if rows.any()
+    }
 
 
 def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> schema.Retention:

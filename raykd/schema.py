@@ -44,11 +44,12 @@ class Retention(Ratio):
 
 
 class Retentions(Part):
-    """Over all test rows, the thriving quarter, and the other rows."""
+    """Over all test rows, the thriving quarter, the other rows, and as many as thrive, drawn at random."""
 
     all: Retention = Retention()
     thriving: Retention = Retention()
     rest: Retention = Retention()
+    random: Retention = Retention()
 
 
 Metrics = dict[str, Estimate]

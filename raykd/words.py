@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FEW_SEEDS, FEW_GROUPS = 3, 10
-RETENTIONS = ("all", "thriving", "rest")  # in the order they are told
+RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
 
 

@@ -15,7 +15,7 @@ from raykd.compare import page, runs, words
 from raykd.compare.changes import changes
 from raykd.compare.runs import Run
 from raykd.compare.table import VERSION, Comparison, Difference, Row
-from raykd.evidence import METRIC
+from raykd.evidence import METRIC, parts_of
 from raykd.files import write_json
 from raykd.progress import say
 
@@ -75,6 +75,7 @@ def difference(run: Run, first: Run, rows: NDArray[np.bool_] | None = None) -> D
 
 def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
     report, is_first = run.report, run is first
+    parts = {"thriving": None, "rest": None, "random": None} | parts_of(rows)
     return Row(
         name=run.name,
         folder=str(run.folder),
@@ -92,7 +93,7 @@ def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
         training_cost=report.training_cost.ratio,
         bytes_per_row=report.store.bytes_per_row,
         accuracy=None if is_first else difference(run, first),
-        thriving=None if is_first or rows is None else difference(run, first, rows),
+        **{n: None if is_first or part is None else difference(run, first, part) for n, part in parts.items()},
     )
 
 

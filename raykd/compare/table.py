@@ -28,7 +28,7 @@ class Difference(Estimate):
 
 
 class Row(Part):
-    """One run. `accuracy` and `thriving` are its student's less the first run's; null in the first run itself."""
+    """One run. Its student's accuracy less the first run's, over all rows and by part; null in the first run itself."""
 
     name: str
     folder: str
@@ -47,6 +47,8 @@ class Row(Part):
     bytes_per_row: float | None
     accuracy: Difference | None
     thriving: Difference | None
+    rest: Difference | None
+    random: Difference | None
 
 
 class Comparison(Part):

@@ -73,7 +73,7 @@ def figures(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def bought(made: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
     """(run, its changes, its differences by name) of every run but the first."""
-    parts = {"accuracy": "all rows", "thriving": "thriving rows"}
+    parts = {"accuracy": "all rows", "thriving": "thriving rows", "rest": "the rest", "random": "random rows"}
     return [
         (
             run["name"],
