@@ -10,6 +10,7 @@ import inspect
 import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import by_hand
@@ -33,7 +34,15 @@ from raykd.store.commit import Shard
 from raykd.terms import TERMS, needs_of, wants_of
 
 techniques.load_terms()
-TECHNIQUES = {t.name: t for t in catalog.techniques()}
+ROOT = Path(__file__).parents[1]
+OWN = [  # techniques of the examples' own, named by their modules
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "examples").rglob("*.py"))
+    if "\nRECIPE = {" in path.read_text(encoding="utf-8")
+]
+for name in OWN:
+    checks.register(name)
+TECHNIQUES = {t.name: t for t in [*catalog.techniques(), *map(catalog.find, OWN)]}
 B, T, C, D, H = 6, 5, 4, 6, 2
 SHAPES = {"hidden": (T, D), "embedding": (1, D), "attention": (T, H, T), "scores": (T, H, T)}
 GARBAGE = [1e4, torch.inf, -torch.inf, torch.nan]
