@@ -92,7 +92,8 @@ class DeviceRows:
         stored = self.stored.take(index.cpu().numpy()) if self.stored else None
         targets = stored.targets(inputs.device) if stored and stored.is_sparse else None
         saliency, answer = (None if v is None else v.index_select(0, index) for v in (self.saliency, self.answer))
-        return Batch(row_id, inputs, mask, label, valence, self._signals(index, stored), targets, saliency, answer)
+        teacher = self._signals(index, stored)
+        return Batch(row_id, inputs, mask, label, valence, teacher, targets, saliency, answer, split=self)
 
     def _signals(self, index: Tensor, stored: StoredLogits | None) -> Signals | None:
         if self.teacher_mask is None:

@@ -6,7 +6,7 @@ Shape letters used everywhere: B rows, T steps, C classes, K input channels, D w
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -55,6 +55,19 @@ class Signals:
         )
 
 
+class Split(Protocol):
+    """What a term may read of rows beyond its batch, all (N, ...) in the split's order."""
+
+    @property
+    def row_id(self) -> Tensor: ...
+    @property
+    def label(self) -> Tensor: ...
+    @property
+    def answer(self) -> Tensor | None: ...
+    @property
+    def teacher(self) -> dict[str, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows as a loss sees them. `label` is UNLABELLED where the label is hidden or missing."""
@@ -69,6 +82,7 @@ class Batch:
     saliency: Tensor | None = None  # (B,), NaN where unknown
     answer: Tensor | None = None  # (B,) int64, the teacher's class of the whole row
     weight: Tensor | None = None  # (B,) how much each row counts; without it every step counts alike
+    split: "Split | None" = None  # what all rows of the split have, for terms that draw others from it
 
 
 def tensor(values: NDArray[Any]) -> Tensor:

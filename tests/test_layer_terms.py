@@ -352,6 +352,28 @@ def test_hard_negatives_count_as_often_as_said():
     assert value[0].item() == pytest.approx(sum(costs).item() / 2, rel=1e-4)
 
 
+def test_more_negatives_are_drawn_from_the_store_alike_for_all_workers():
+    """The row direction gains the drawn candidates that are not alike; the column direction is as it was."""
+    split = rows()
+    terms = {"infonce": TermSpec(pairs=[["norm", "norm"]], negatives=7, alike="row")}  # type: ignore[call-arg]
+    student = Adapter(encoder(), want=frozenset({"embedding.norm"}))
+    batch = split.batch(torch.arange(6))
+    said = student(batch.inputs, batch.mask)
+    term = Objective(terms, (said, batch)).modules_by_term["infonce"]
+    drawn, bias = term._drawn(batch)
+    assert torch.equal(drawn, term._drawn(batch)[0])
+    assert not torch.equal(drawn, term._drawn(split.batch(torch.arange(1, 7)))[0])
+    assert torch.equal(torch.isneginf(bias), batch.row_id[:, None] == split.row_id[drawn])
+    value, _ = term(said, batch)
+    x = F.normalize(term.mine[0](said.layers["embedding.norm"][:, 0]), dim=1)
+    every = F.normalize(term.theirs[0](split.teacher["embedding.norm"][:, 0]), dim=1)
+    s = x @ every[:6].T / 0.1
+    kept = [[j for j in drawn.tolist() if j != i] for i in range(6)]
+    row_costs = [torch.cat([s[i], x[i] @ every[kept[i]].T / 0.1]).logsumexp(0) - s[i, i] for i in range(6)]
+    column_costs = s.logsumexp(0) - s.diag()
+    torch.testing.assert_close(value, (torch.stack(row_costs) + column_costs) / 2)
+
+
 def test_the_objective_builds_terms_that_learn_from_an_example():
     with pytest.raises(AssertionError, match="hint learn, and need an example"):
         Objective({"hint": TermSpec(pairs=PAIRS)})  # type: ignore[call-arg]

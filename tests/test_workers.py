@@ -22,6 +22,8 @@ from raykd.terms import needs_of, wants_of
 
 techniques.load_terms()
 RECIPES = {t.name: t.recipe for t in catalog.techniques() if t.name != "none"}
+DRAWN = {"infonce": {"pairs": [["norm", "norm"]], "negatives": 16, "hard": 2.0}}
+RECIPES["infonce-drawn"] = {"terms": DRAWN, "weighting": {"mode": "ess", "statistics": "global_batch"}}
 OPTIM = Optim(steps=12, batch=12, learning_rate=1e-2, evaluate_every=1)
 
 
