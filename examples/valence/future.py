@@ -1,15 +1,18 @@
-"""How well the teacher foresees what people felt: r of its value head with the realised future valence.
+"""How well the teacher, or the students of a run, foresee what people felt: r with the realised future valence.
 
-python -m examples.valence.future
+python -m examples.valence.future [RUN]
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from raykd import checks, data, models
+from raykd.recipe import Recipe
 from raykd.valence import future_valence
 
 RECIPE = Path(__file__).parent / "recipe.toml"
@@ -17,22 +20,32 @@ RESAMPLES = 2000
 
 
 def main() -> None:
-    """Print r on reviews that the teacher never saw, with its 95 % interval over reviews."""
+    """Print r on reviews that no model has seen, with its 95 % interval; of students the mean over seeds."""
     torch.set_num_threads(1)
     recipe = checks.load(RECIPE)
     dataset = data.load(recipe.data)
-    assert recipe.teacher is not None
-    teacher = models.build(recipe.teacher, **dataset.shape, key="teacher").eval()
+    found = readers(recipe, dataset.shape, *map(Path, sys.argv[1:]))
     for split in ("val", "test"):
         rows = dataset.splits[split]
         assert rows.valence is not None
         human = torch.from_numpy(rows.valence)
         realised, known = future_valence(human, torch.from_numpy(rows.mask), recipe.valence.discount)
         with torch.inference_mode():
-            foreseen = teacher(torch.from_numpy(rows.inputs))["valence"]
+            foreseen = [reader(torch.from_numpy(rows.inputs))["valence"][known].numpy() for reader in found]
         group = np.broadcast_to(rows.group[:, None], known.shape)[known.numpy()]
-        r, lo, hi = correlation(foreseen[known].numpy(), realised[known].numpy(), group)
+        each = np.array([correlation(one, realised[known].numpy(), group) for one in foreseen])
+        r, lo, hi = each.mean(0)
         print(f"{split:<5} r {r:.2f} ({lo:.2f} to {hi:.2f}), {len(group)} steps of {len(np.unique(group))} reviews")
+
+
+def readers(recipe: Recipe, shape: dict[str, int], run: Path | None = None) -> list[nn.Module]:
+    """The teacher, or the student of each seed of a run."""
+    if run is None:
+        assert recipe.teacher is not None
+        return [models.build(recipe.teacher, **shape, key="teacher").eval()]
+    weights = sorted(run.glob("arms/student-*/weights.safetensors"))
+    tables = [recipe.student.model_copy(update={"weights": str(path)}) for path in weights]
+    return [models.build(table, **shape, key="student").eval() for table in tables]
 
 
 def correlation(x: NDArray, y: NDArray, group: NDArray) -> tuple[float, float, float]:
