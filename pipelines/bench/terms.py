@@ -25,7 +25,10 @@ from raykd.terms import needs_of
 
 RECIPE = Path(__file__).parents[2] / "examples" / "gesture" / "few_labels.toml"
 ATTENTION = [["blocks.0.attention", "blocks.2.attention"]]
-MODES = {"attention_scores": {"mode": "scores", "pairs": ATTENTION}, "attention_activation": {"mode": "activation"}}
+MODES = {
+    "attention_scores": {"mode": "scores", "pairs": ATTENTION},
+    "attention_activation": {"mode": "activation", "pairs": [["blocks.0", "blocks.2"]]},
+}
 TURN = 20
 
 
