@@ -22,21 +22,28 @@ Sentence = dict[str, Any]  # source, document, step, valence in [-1, 1], text
 
 
 def rows(
-    *, channels: int = 2048, window: int = 16, stride: int = 8, with_lessons: bool = True, file: str = str(FILE)
+    *,
+    channels: int = 2048,
+    window: int = 16,
+    stride: int = 8,
+    with_lessons: bool = True,
+    turn: int = 0,
+    file: str = str(FILE),
 ) -> Iterator[Row]:
     """Windows of reviews in their splits; for training also lessons, rows of single sentences. DataError if no file.
 
     The label tells whether a whole review, wherever in it the window lies, is rated above the median one of training.
+    `turn` = 1 tests just on reviews that `turn` = 0 trains on.
     """
     if not Path(file).is_file():
         raise DataError(f"{file}: no such file; write it with: python examples/valence/make_data.py")
     sentences = pq.read_table(file).to_pylist()
     reviews = documents(sentences)
-    median = float(np.median([rating(review) for number, review in reviews.items() if split(number) == "train"]))
+    median = float(np.median([rating(review) for number, review in reviews.items() if split(number + turn) == "train"]))
     for number, review in reviews.items():
         for first in range(0, max(1, len(review) - window + stride), stride):
             label = "above" if rating(review) > median else "below"
-            yield row(review[first : first + window], channels, label, split(number), f"review {number}")
+            yield row(review[first : first + window], channels, label, split(number + turn), f"review {number}")
     for number, lesson in enumerate(lessons(sentences, window) if with_lessons else ()):
         label = "above" if rating(lesson) > median else "below"
         yield row(lesson, channels, label, "train", f"lesson {number}")
