@@ -18,8 +18,9 @@ from raykd.files import read_json
 from raykd.identity import run_digest
 from raykd.recipe import Recipe
 from raykd.signals import UNLABELLED
-from raykd.store import place
+from raykd.store import layers, place
 from raykd.store.reader import Store
+from raykd.terms import needs_of
 
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
@@ -57,7 +58,7 @@ def gather(
         teacher_info=_weights(found.teacher.weights) if found.teacher and found.teacher.weights else {},
         artefact_info=_artefact_info(manifest),
         training_cost=_cost(records, opened),
-        store=_store(opened),
+        store=_store(found, opened),
         mlflow=mlflow,
         history=_history(records),
         search=read_json(folder / "tune.json"),
@@ -109,13 +110,16 @@ def _cost(records: dict[str, Any], store: Store | None) -> float | None:
     return float((np.mean(seconds["student"]) + teacher) / np.mean(seconds["control"]))
 
 
-def _store(store: Store | None) -> dict[str, Any]:
+def _store(recipe: Recipe, store: Store | None) -> dict[str, Any]:
+    """What the run reads of its store: the answers, and the inner layers of its own terms."""
     if store is None:
         return {}
     manifest = store.manifest
     rows = sum(record["rows"] for record in manifest["shards"])
-    described = {"id": manifest["store_id"], "rows": rows, "bytes": manifest["bytes"]}
-    return described | {"bytes_per_row": manifest["bytes"] / rows, "codec": manifest["identity"]["store"]["codec"]}
+    inner = [Store(layers.place_of(store.place, name)) for name in needs_of(recipe.terms) if layers.is_signal(name)]
+    size = sum(s.manifest["bytes"] for s in (store, *inner))
+    codec = manifest["identity"]["store"]["codec"]
+    return {"id": manifest["store_id"], "rows": rows, "bytes": size, "bytes_per_row": size / rows, "codec": codec}
 
 
 def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
