@@ -120,13 +120,13 @@ class Comb:
     def pack(self, column: pa.StructArray, steps: NDArray[Any]) -> tuple[pa.StructArray, Layout]:
         """A whole shard's column in its smallest layout, and that layout's name, which `decode` must be told."""
         streams, found = self._read(column, steps, "plain")
-        best, laid_out = layout.smallest(column, found.ids, found.start, found.entries, self.vocab)
-        if len(self.grid) > 1 or self.vocab > ranked.LARGEST:
-            return best, laid_out
-        own, name = ranked.put(found, steps.astype(np.int64), self.vocab)
-        packed = layout.struct(own | {k: s for k, s in streams.items() if k == "entropy"})
-        saves = layout.compressed(packed) + len(name) * 4 // 3 < layout.compressed(best)  # metadata is base64 in a file
-        return (packed, name) if saves else (best, laid_out)
+        if len(self.grid) == 1 and self.vocab <= ranked.LARGEST:
+            own, name = ranked.put(found, steps.astype(np.int64), self.vocab)
+            packed = layout.struct(own | {k: s for k, s in streams.items() if k == "entropy"})
+            named = len(name) * 4 // 3  # a file's metadata is base64
+            if layout.compressed(packed) + named < 0.9 * layout.compressed(column):  # small shards have their own best
+                return packed, name
+        return layout.smallest(column, found.ids, found.start, found.entries, self.vocab)
 
     def unpack(self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout) -> pa.StructArray:
         """The inverse of `pack`: the column in the plain layout. StoreError for damaged bytes."""

@@ -24,8 +24,8 @@ from raykd.errors import StoreError
 
 STREAMS = ["counts", "many", "many_more", "once", "once_more"]
 PREFIX = "ranked:"
-FREQUENT, MOST = 64, 4096  # occurrences in a shard that pay for naming a class; classes named
-ONE, TWO = 160, 224  # the first bytes from which on one more byte, or two, follow
+FREQUENT, MOST = 48, 4096  # occurrences in a shard that pay for naming a class; classes named
+ONE, TWO = 192, 224  # the first bytes from which on one more byte, or two, follow
 LONG = ONE + (TWO - ONE << 8)  # the smallest gap that takes two
 LARGEST = LONG + (256 - TWO << 16)  # classes that gaps can tell apart
 BASE = np.concatenate(
@@ -46,21 +46,23 @@ class Entries(NamedTuple):
 def put(found: Entries, steps: Ints, vocab: int) -> tuple[dict[str, Stream], Layout]:
     """The streams of a shard's entries, and the name of their layout. `vocab` is LARGEST at most."""
     ids, counts, start, _ = found
-    places = np.repeat(np.arange(len(start) - 1), np.diff(start))
     seen = np.bincount(ids, minlength=vocab)
     common = np.argsort(-seen, kind="stable")[:MOST]
     common = common[seen[common] >= FREQUENT]
     rank = np.empty(vocab, np.int64)
-    rank[_numbering(common, vocab)] = np.arange(vocab)
-    key = np.sort(places << 32 | rank[ids] << 8 | counts)
-    place, number, count = key >> 32, key >> 8 & 0xFFFFFF, key & 255
-    row = np.repeat(np.arange(len(steps)), steps)
-    streams = {"counts": _put_counts(count[count > 1], place[count > 1], row, len(steps))}
-    for name, here in (("many", count > 1), ("once", count == 1)):
-        first, more = _gaps(number[here], np.bincount(place[here], minlength=len(row)))
-        at = row[place[here]]
-        streams[name] = Stream(first, np.bincount(at, minlength=len(steps)))
-        streams[f"{name}_more"] = Stream(more, np.bincount(at, WIDTH[first], len(steps)).astype(np.int64))
+    rank[_numbering(common, vocab)] = np.arange(vocab) << 8
+    key = rank.take(ids)
+    key |= np.repeat(np.arange(len(start) - 1) << 32, np.diff(start))
+    key |= counts
+    key.sort()
+    count = key.astype(np.uint8)
+    several = sums(counts > 1, np.diff(start))
+    streams = {"counts": Stream(_ended(count[count > 1], several), sums(several + 1, steps))}
+    for name, here, size in (("many", count > 1, several), ("once", count == 1, np.diff(start) - several)):
+        first, more = _gaps(key[here] >> 8 & 0xFFFFFF, size)
+        entries = sums(size, steps)
+        streams[name] = Stream(first, entries)
+        streams[f"{name}_more"] = Stream(more, sums(WIDTH[first], entries))
     width = id_bytes(vocab)
     named = np.ascontiguousarray(common.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width])
     return streams, PREFIX + base64.b85encode(named.tobytes()).decode()
@@ -100,12 +102,13 @@ def _sorted(key: Ints, each: Ints, steps: Ints) -> Entries:
     return Entries(key, count, np.concatenate([[0], np.cumsum(each)]), sums(each, steps))
 
 
-def _put_counts(count: Ints, place: Ints, row: Ints, rows: int) -> Stream:
-    """Each place's counts above 1, and a 1 after them."""
-    several = np.bincount(place, minlength=len(row))
-    data = np.ones(len(count) + len(row), np.uint8)
-    data[np.arange(len(count)) + place] = count
-    return Stream(data, np.bincount(row, several + 1, rows).astype(np.int64))
+def _ended(count: Bytes, several: Ints) -> Bytes:
+    """Each place's `several` (P,) counts, and a 1 after them."""
+    data = np.ones(len(count) + len(several), np.uint8)
+    inner = np.ones(len(data), bool)
+    inner[np.cumsum(several + 1) - 1] = False
+    data[inner] = count
+    return data
 
 
 def _gaps(number: Ints, size: Ints) -> tuple[Bytes, Bytes]:
@@ -113,10 +116,12 @@ def _gaps(number: Ints, size: Ints) -> tuple[Bytes, Bytes]:
     begins = (np.cumsum(size) - size)[size > 0]
     gap = np.diff(number, prepend=-1) - 1
     gap[begins] = number[begins]
-    first = np.where(gap < ONE, gap, ONE + (gap - ONE >> 8))
-    first = np.where(gap < LONG, first, TWO + (gap - LONG >> 16)).astype(np.uint8)
-    more = (gap - BASE[first]).astype("<u2").view(np.uint8).reshape(-1, 2)
-    return first, more[WIDTH[first][:, None] > np.arange(2)]
+    long, longer = np.flatnonzero(gap >= ONE), np.flatnonzero(gap >= LONG)
+    first = gap.astype(np.uint8)
+    first[long] = ONE + (gap[long] - ONE >> 8)
+    first[longer] = TWO + (gap[longer] - LONG >> 16)
+    more = (gap[long] - BASE[first[long]]).astype("<u2").view(np.uint8).reshape(-1, 2)
+    return first, more[WIDTH[first[long]][:, None] > np.arange(2)]
 
 
 def _numbers(streams: dict[str, Stream], name: str, size: Ints) -> NDArray[np.int32]:
