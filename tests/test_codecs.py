@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raykd.codecs import CODECS, Codec, check_serves, default_codec, draws, layout
+from raykd.codecs import CODECS, Codec, check_serves, default_codec, draws, layout, ranked
 from raykd.codecs.comb import Comb
 from raykd.codecs.dense import Dense
 from raykd.codecs.hidden import Hidden, head_digest
@@ -217,6 +217,66 @@ def test_ids_of_every_width_survive_every_layout(data):
         assert np.array_equal(layout.take_ids(stream, start, entries, vocab, name), ids)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_ranked_entries_come_back_as_they_were_in_any_slices(data):
+    """Every width of gap, places without a repeated class and places without a single one, rows without a place."""
+    vocab = data.draw(st.sampled_from([3, 300, 40_000, ranked.LARGEST]))
+    points = data.draw(st.integers(1, 12))
+    kinds = st.lists(st.integers(0, vocab - 1), min_size=points, max_size=points)
+    rows = [*data.draw(st.lists(st.lists(kinds, max_size=4), min_size=1, max_size=5)), [[1] * points] * 70]
+    found = entries_of(rows)
+    streams, name = ranked.put(found, np.array([len(r) for r in rows]), vocab)
+    cut = data.draw(st.integers(0, len(rows)))
+    for part in (slice(0, cut), slice(cut, None), slice(None)):
+        kept = layout.streams_of(layout.struct(streams)[part], ranked.STREAMS)
+        back = ranked.take(kept, np.array([len(r) for r in rows[part]], np.int64), vocab, points, name)
+        assert all(np.array_equal(a, b) for a, b in zip(back, entries_of(rows[part]), strict=True))
+
+
+def entries_of(rows: list[list[list[int]]]) -> ranked.Entries:
+    each = [np.unique(np.array(p, np.int64), return_counts=True) for r in rows for p in r]
+    none = np.zeros(0, np.int64)
+    ids = np.concatenate([none, *(i for i, _ in each)])
+    counts = np.concatenate([none, *(n for _, n in each)]).astype(np.uint8)
+    start = np.cumsum([0, *(len(i) for i, _ in each)])
+    return ranked.Entries(ids, counts, start, np.array([sum(len(set(p)) for p in r) for r in rows], np.int64))
+
+
+def test_a_large_shard_is_ranked_smaller_and_damage_to_it_is_noticed():
+    logits, mask, row_id = rows([150, 130], vocab=3000, scale=1.0)
+    codec, steps = Comb(3000), steps_of(mask)
+    likely = torch.randperm(3000, generator=torch.Generator().manual_seed(1))
+    column = codec.encode(logits - 1.2 * (1 + likely).log(), mask, row_id, KEY)
+    packed, name = codec.pack(column, steps)
+    assert len(name) > len(ranked.PREFIX) + 10
+    assert layout.compressed(packed) < 0.95 * layout.compressed(column)
+    assert codec.unpack(packed, steps, name).equals(column)
+    for other in ("ranked:~", "ranked:" + 2 * name.removeprefix("ranked:"), name[:-5] + "\u00e9" * 5):
+        with pytest.raises(StoreError, match="frequent classes"):
+            codec.decode(packed, steps, 1.0, other)
+    rng, refused = np.random.default_rng(1), 0
+    for _ in range(300):
+        try:
+            found = codec.decode(damaged(packed, rng), steps, 1.0, name)
+        except StoreError:
+            refused += 1
+            continue
+        assert len(found) == steps.sum()
+        assert 0 <= found.ids.min() <= found.ids.max() < 3000
+    assert refused > 60
+
+
+def test_older_stores_with_an_entropy_for_each_step_are_read():
+    logits, mask, row_id = rows([9, 1, 0, 7])
+    old, new = (targets(Comb(V, entropy=kind), logits, mask, row_id) for kind in (True, "row"))
+    assert old.entropy is not None
+    assert new.entropy is not None
+    assert torch.equal(old.weight, new.weight)
+    assert len(new.entropy[:9].unique()) == 1
+    assert abs(float(old.entropy[:9].mean() - new.entropy[0])) < 0.25
+
+
 @pytest.mark.parametrize("codec", EVERY, ids=str)
 def test_damaged_bytes_give_a_store_error_or_targets_that_are_in_range(codec):
     logits, mask, row_id = rows([9, 4, 7])
@@ -243,7 +303,9 @@ def damaged(column: pa.Array, rng: np.random.Generator) -> pa.Array:
     at = int(rng.integers(len(streams)))
     values = [bytearray(v.as_py()) for v in streams[at]]
     row, kind = int(rng.integers(len(values))), int(rng.integers(3))
-    if kind == 0:
+    if not values[row]:
+        values[row] += b"\1"
+    elif kind == 0:
         values[row][int(rng.integers(len(values[row])))] ^= 1 << int(rng.integers(8))
     else:
         values[row] = values[row][: int(rng.integers(len(values[row])))] if kind == 1 else values[row] + b"\1"

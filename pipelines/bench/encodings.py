@@ -69,7 +69,7 @@ def stored(encoding: Encoding, logits: Tensor, *, factor: float = 1.0, key: int 
         table, laid_out = shard(encoding.codec, logits[first : first + SHARD], first, factor, key)
         data = to_parquet(table)
         steps = table["steps"].to_numpy()
-        sizes.append(chunk_bytes(data) / steps.sum())
+        sizes.append((chunk_bytes(data) + 4 / 3 * len(laid_out)) / steps.sum())  # metadata is base64 in the file
         column = pq.read_table(io.BytesIO(data))["logits"]
         parts.append(encoding.codec.decode(column, steps, 1.0, laid_out))
     return Stored(np.array(sizes), joined(parts))

@@ -64,10 +64,13 @@ def writing(tokens: Tensor, vocab: int, folder: Path, *, rounds: int, rows: int 
 
 
 def decoding(student: Language, tokens: Tensor, logits: Tensor, *, rounds: int) -> NDArray[np.float64]:
-    """(rounds, 2) CPU seconds a token: a shard read from Parquet and decoded; a student's step on labels."""
+    """(rounds, 3) CPU seconds a token: a shard read from Parquet and decoded; decoded as a node's mapped copy has it,
+    which is all that a training step does; a student's step on labels."""
     codec, clock, rows = Comb(logits.shape[2]), Clock(), logits[:SHARD]
     table, laid_out = shard(codec, rows, 0, 1.0, 1)
     data, optimizer = to_parquet(table), torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
+    steps = table["steps"].to_numpy()
+    copy = codec.unpack(table["logits"].combine_chunks(), steps, laid_out)
     spent = []
     for number in range(rounds + 1):
         x = tokens[number * ROWS % SHARD :][:ROWS]
@@ -75,10 +78,13 @@ def decoding(student: Language, tokens: Tensor, logits: Tensor, *, rounds: int) 
         read = pq.read_table(io.BytesIO(data), page_checksum_verification=True, use_threads=False)
         codec.decode(read["logits"], read["steps"].to_numpy(), 1.0, laid_out)
         decode = clock.read()[0]
+        codec.decode(copy, steps, 1.0, "plain")
+        mapped = clock.read()[0]
         optimizer.zero_grad()
         next_token_loss(student, x[:, :-1], x[:, 1:]).backward()
         optimizer.step()
-        spent.append((decode / rows.shape[:2].numel(), clock.read()[0] / x[:, 1:].numel()))
+        places = rows.shape[:2].numel()
+        spent.append((decode / places, mapped / places, clock.read()[0] / x[:, 1:].numel()))
     return np.array(spent[1:])
 
 

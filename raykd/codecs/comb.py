@@ -17,38 +17,39 @@ r may miss what p_T needs: refused. Log-probs are rounded to 8 bits at random, s
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.codecs import draws, layout
+from raykd.codecs import draws, layout, ranked
 from raykd.codecs.grid import chunks, index_of, lse_bound, lse_bytes, tempered
 from raykd.codecs.layout import Column, Layout, Stream
+from raykd.codecs.teeth import find
 from raykd.errors import StoreError
 from raykd.targets import SparseTargets
 
 LOWEST = -1e4  # a class of smaller log p is never drawn at any sensible temperature
-BLOCK = 32  # classes that are added up before the search
 ENTROPY_STEP = 0.25  # nats, rounded at random: far below the noise of the draws
+MOST_NATS = 88  # -log of the smallest probability that is drawn
 
 
 @dataclass(frozen=True)
 class Comb:
     """Settings of one column: `points` draws a step, for the temperatures of `grid`, over `vocab` real classes.
 
-    `entropy`: one byte a step makes the loss's value a KL instead of a cross-entropy; gradients need none. A grid
-    of several temperatures has what it takes anyway.
+    `entropy` makes the loss's value a KL instead of a cross-entropy; gradients need none. "row": each row's mean, 4
+    bytes, stands for all its steps; True, as older stores have it: one byte a step. A grid of several temperatures has
+    what it takes anyway.
     """
 
     vocab: int
     grid: tuple[float, ...] = (1.0,)
     points: int = 50
-    entropy: bool = True
+    entropy: bool | Literal["row"] = "row"
     name: ClassVar[str] = "comb"
     serves: ClassVar[frozenset[str]] = frozenset({"forward"})
 
@@ -58,7 +59,8 @@ class Comb:
 
     @property
     def streams(self) -> list[str]:
-        return ["ids", "counts", *(["log_p", "scale", "lse"] if len(self.grid) > 1 else ["entropy"] * self.entropy)]
+        rest = ["log_p", "scale", "lse"] if len(self.grid) > 1 else ["entropy"] * bool(self.entropy)
+        return ["ids", "counts", *rest]
 
     @torch.no_grad()
     def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.StructArray:
@@ -80,8 +82,16 @@ class Comb:
             streams |= {"log_p": Stream(code, entries), "scale": Stream(low.view(np.uint8), 4 * (entries > 0))}
             streams["lse"] = Stream(fixed.reshape(-1), steps * 2 * sum(t != 1 for t in self.grid))
         elif self.entropy:
-            streams["entropy"] = Stream(fixed.reshape(-1), steps)
+            streams["entropy"] = self._entropies(fixed.reshape(-1), row, steps, word)
         return layout.struct(streams)
+
+    def _entropies(self, found: NDArray[Any], row: Any, steps: NDArray[Any], word: NDArray[np.uint64]) -> Stream:
+        """The stream of the entropies (P,) found at each place."""
+        if self.entropy == "row":
+            mean = np.bincount(row, found, len(steps)) / np.maximum(steps, 1)
+            return Stream(mean[steps > 0].astype("<f4").view(np.uint8), 4 * (steps > 0))
+        u = draws.uniform(draws.mix(word, np.full(len(word), self.vocab, np.int64)))
+        return Stream(np.floor(found / ENTROPY_STEP + u).clip(0, 255).astype(np.uint8), steps)
 
     def _draw(self, z: Tensor, word: NDArray[np.uint64], room: Tensor) -> tuple[NDArray[Any], ...]:
         """Of z (c, V): entries per place (c,), then per entry ids, counts, log p at T = 1; the fixed bytes (c, F)."""
@@ -94,12 +104,10 @@ class Comb:
             lse = None
         u = torch.from_numpy(draws.uniform(word)).to(z.device)[:, None]
         teeth = torch.arange(self.points, device=z.device, dtype=torch.float64)
-        ids = _find(r, (teeth + u) / self.points)
+        ids = find(r, (teeth + u) / self.points)
         picked = log_p.gather(1, ids)
         if lse is None:
-            again = draws.uniform(draws.mix(word, np.full(len(word), self.vocab, np.int64)))
-            entropy = -picked.double().clamp(min=1e-38).log().mean(1).cpu().numpy()
-            fixed = np.floor(entropy / ENTROPY_STEP + again).clip(0, 255).astype(np.uint8)[:, None]
+            fixed = -picked.double().clamp(min=1e-38).log().mean(1, keepdim=True).cpu().numpy()
         else:
             fixed = lse_bytes(lse, self.grid, self.vocab)
         drawn, values = ids.cpu().numpy(), picked.cpu().numpy()
@@ -111,57 +119,76 @@ class Comb:
 
     def pack(self, column: pa.StructArray, steps: NDArray[Any]) -> tuple[pa.StructArray, Layout]:
         """A whole shard's column in its smallest layout, and that layout's name, which `decode` must be told."""
-        streams = layout.streams_of(column, self.streams)
-        entries, start, _ = self._places(streams, steps)
-        ids = layout.take_ids(streams["ids"], start, entries, self.vocab, "plain")
-        return layout.smallest(column, ids, start, entries, self.vocab)
+        streams, found = self._read(column, steps, "plain")
+        if len(self.grid) == 1 and self.vocab <= ranked.LARGEST:
+            own, name = ranked.put(found, steps.astype(np.int64), self.vocab)
+            packed = layout.struct(own | {k: s for k, s in streams.items() if k == "entropy"})
+            named = len(name) * 4 // 3  # a file's metadata is base64
+            if layout.compressed(packed) + named < 0.9 * layout.compressed(column):  # small shards have their own best
+                return packed, name
+        return layout.smallest(column, found.ids, found.start, found.entries, self.vocab)
 
     def unpack(self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout) -> pa.StructArray:
         """The inverse of `pack`: the column in the plain layout. StoreError for damaged bytes."""
-        streams = layout.streams_of(column, self.streams)
-        entries, start, _ = self._places(streams, steps)
-        ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
-        return layout.struct(streams | {"ids": layout.put_ids(ids, start, entries, self.vocab, "plain")})
+        streams, found = self._read(column, steps, laid_out)
+        streams["ids"] = layout.put_ids(found.ids, found.start, found.entries, self.vocab, "plain")
+        streams["counts"] = Stream(found.counts, found.entries)
+        return layout.struct({name: streams[name] for name in self.streams})
 
     def decode(
         self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
     ) -> SparseTargets:
         """The targets of all rows' steps in turn, at a temperature of the grid. StoreError for damaged bytes."""
         at = index_of(temperature, self.grid)
-        streams = layout.streams_of(column, self.streams)
-        entries, start, counts = self._places(streams, steps)
-        ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
+        streams, (ids, counts, start, entries) = self._read(column, steps, laid_out)
         weight, entropy = counts.astype(np.float32) / np.float32(self.points), None
         if len(self.grid) > 1:
             weight, entropy = self._weigh(weight, streams, start, entries, at)
         elif self.entropy:
-            entropy = torch.from_numpy(streams["entropy"].data.astype(np.float32) * np.float32(ENTROPY_STEP))
+            entropy = torch.from_numpy(self._entropy(streams["entropy"].data, steps))
         return SparseTargets(
             torch.from_numpy(ids), torch.from_numpy(start), torch.from_numpy(weight), self.vocab, entropy
         )
 
-    def _places(self, streams: dict[str, Stream], steps: NDArray[Any]) -> tuple[Any, Any, NDArray[np.uint8]]:
-        """Entries of each row (R,), start (P + 1,) and counts (M,), every stream's size checked against them.
-
-        A place ends where the counts pass a multiple of `points`.
-        """
+    def _read(self, column: Column, steps: NDArray[Any], laid_out: Layout) -> tuple[dict[str, Stream], ranked.Entries]:
+        """Streams and entries of a column in any layout, every stream's size checked."""
         steps = steps.astype(np.int64)
+        rest = {"entropy": 4 * (steps > 0) if self.entropy == "row" else steps} if "entropy" in self.streams else {}
+        if laid_out.startswith(ranked.PREFIX) and len(self.grid) == 1:
+            streams = layout.streams_of(column, [*ranked.STREAMS, *rest])
+            layout.check_sizes(streams, rest)
+            return streams, ranked.take(streams, steps, self.vocab, self.points, laid_out)
+        streams = layout.streams_of(column, self.streams)
         counts, entries = streams["counts"]
         if len(entries) != len(steps) or (entries < steps).any() or (entries > self.points * steps).any():
             raise StoreError(
                 f"a comb of {self.points} points has 1 to {self.points} entries a step: the column is damaged"
             )
-        scale, each = 4 * (entries > 0), 2 * sum(t != 1 for t in self.grid)
-        sizes = {"ids": entries * layout.id_bytes(self.vocab), "log_p": entries, "scale": scale}
-        sizes |= {"lse": each * steps, "entropy": steps}
+        sizes = rest | {"ids": entries * layout.id_bytes(self.vocab), "log_p": entries, "scale": 4 * (entries > 0)}
+        sizes["lse"] = 2 * sum(t != 1 for t in self.grid) * steps
         layout.check_sizes(streams, {name: sizes[name] for name in self.streams if name != "counts"})
-        end = np.cumsum(counts, dtype=np.int64)
-        start = np.concatenate([[0], np.flatnonzero(end % self.points == 0) + 1])
-        if (counts == 0).any() or not np.array_equal(layout.sums(counts, entries), self.points * steps):
-            raise StoreError(f"a comb's counts do not sum to {self.points} a step: the column is damaged")
-        if len(start) != steps.sum() + 1:
-            raise StoreError(f"a comb's counts do not stop at {self.points} in each step: the column is damaged")
-        return entries, start, counts
+        start = self._starts(counts, steps, entries)
+        ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
+        return streams, ranked.Entries(ids, counts, start, entries)
+
+    def _starts(self, counts: NDArray[np.uint8], steps: Any, entries: Any) -> Any:
+        """(P + 1,): a place ends where the counts reach the next multiple of `points`."""
+        end, wanted = np.cumsum(counts, dtype=np.int64), self.points * np.arange(1, int(steps.sum()) + 1)
+        start = np.concatenate([[0], np.searchsorted(end, wanted) + 1])
+        if (counts == 0).any() or (start[-1] != len(counts)) or not np.array_equal(end[start[1:] - 1], wanted):
+            raise StoreError(f"a comb's counts do not sum to {self.points} in each step: the column is damaged")
+        if not np.array_equal(start[np.cumsum(steps)], np.cumsum(entries)):
+            raise StoreError("a comb's counts are of other steps than its rows have: the column is damaged")
+        return start
+
+    def _entropy(self, data: NDArray[np.uint8], steps: NDArray[Any]) -> NDArray[np.float32]:
+        """(P,): what the entropy stream says of every step."""
+        if self.entropy != "row":
+            return data.astype(np.float32) * np.float32(ENTROPY_STEP)
+        mean = data.view("<f4")
+        if not ((mean >= 0) & (mean <= MOST_NATS)).all():
+            raise StoreError(f"a row's entropy is not within 0 and {MOST_NATS}: the column is damaged")
+        return np.repeat(mean, steps[steps > 0])
 
     def _weigh(
         self, share: NDArray[np.float32], streams: dict[str, Stream], start: Any, entries: Any, at: int
@@ -188,29 +215,6 @@ class Comb:
         weight = share / ratio
         own = np.bincount(np.repeat(np.arange(len(places)), places), weight * each[at], len(places))
         return weight.astype(np.float32), torch.from_numpy(-own.astype(np.float32))
-
-
-def _find(r: Tensor, share: Tensor) -> Tensor:
-    """(c, N) int64: the class of r (c, V) whose part of the cumulative distribution holds each `share` (c, N) of it.
-
-    Sums over blocks are searched first, then only the blocks found are added up: a third of the cost of all V.
-    """
-    short = -r.shape[1] % BLOCK
-    blocks = (F.pad(r, (0, short)) if short else r).unflatten(1, (-1, BLOCK))
-    mass = blocks.sum(2)
-    total = mass.cumsum(1)
-    block = torch.searchsorted(total, _below(share * total[:, -1:], total), right=True)
-    rest = share * total[:, -1:] - (total - mass).gather(1, block)
-    row = torch.arange(len(r), device=r.device)[:, None] * mass.shape[1]
-    inner = blocks.flatten(0, 1).index_select(0, (row + block).flatten()).cumsum(1)
-    at = _below(rest.view(-1, 1), inner).clamp(min=0)
-    return block * BLOCK + torch.searchsorted(inner, at, right=True).view_as(block)
-
-
-def _below(value: Tensor, total: Tensor) -> Tensor:
-    """`value` in the type of running sums `total` (.., n), below the last of them: rounding may have lifted it."""
-    end = total[..., -1:]
-    return torch.minimum(value.to(total.dtype), torch.nextafter(end, torch.zeros_like(end)))
 
 
 def _quantise(

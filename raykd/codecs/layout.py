@@ -2,13 +2,13 @@
 
 A column is a struct of binary streams, so that the file compresses like with like: Parquet keeps each child apart.
 Class ids take 2, 3 or 4 bytes by vocabulary, and rise within a place. Their stream is laid out in one of three ways,
-the same for a whole shard, whichever is smallest under the file's own compression:
+the same for a whole shard, whichever is smallest under the file's own compression (a comb's has one more, ranked.py):
 
     plain   id after id        planes   byte plane after byte plane, per row        delta   planes of the differences
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,8 @@ from raykd.errors import StoreError
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
-Layout = Literal["plain", "planes", "delta"]
+Layout: TypeAlias = str  # of a shard: one of LAYOUTS, or a name of ranked.py's
+LAYOUTS = ("plain", "planes", "delta")
 Column: TypeAlias = "pa.Array | pa.ChunkedArray"
 
 
@@ -118,8 +119,8 @@ def put_ids(ids: Ints, start: Ints, entries: Ints, vocab: int, layout: Layout) -
 
 def take_ids(stream: Stream, start: Ints, entries: Ints, vocab: int, layout: Layout) -> Ints:
     """(M,) int64: the inverse of `put_ids`. StoreError for ids that do not rise or leave the vocabulary."""
-    if layout not in get_args(Layout):
-        raise StoreError(f"ids are laid out as {layout!r}; this version reads {', '.join(get_args(Layout))}")
+    if layout not in LAYOUTS:
+        raise StoreError(f"ids are laid out as {layout[:20]!r}; this version reads {', '.join(LAYOUTS)}")
     width = id_bytes(vocab)
     if layout == "plain":
         planes = iter(stream.data.reshape(-1, width).T)
@@ -131,16 +132,16 @@ def take_ids(stream: Stream, start: Ints, entries: Ints, vocab: int, layout: Lay
     if layout == "delta":
         total = np.cumsum(ids)
         ids = total - np.repeat((total - ids)[start[:-1]], np.diff(start))
-    inner = np.ones(len(ids), bool)
-    inner[start[:-1]] = False
-    if len(ids) and (ids.max() >= vocab or (np.diff(ids, prepend=-1)[inner] <= 0).any()):
+    rises = ids[1:] > ids[:-1]
+    rises[start[1:-1] - 1] = True
+    if len(ids) and (ids.max() >= vocab or not rises.all()):
         raise StoreError(f"stored class ids do not rise within 0 to {vocab - 1}: the column is damaged")
     return ids
 
 
 def smallest(column: pa.StructArray, ids: Ints, start: Ints, entries: Ints, vocab: int) -> tuple[pa.Array, Layout]:
     """The column with its id stream in the layout of fewest bytes, and that layout."""
-    candidates: dict[Layout, Any] = {x: binary(put_ids(ids, start, entries, vocab, x)) for x in get_args(Layout)}
+    candidates: dict[Layout, Any] = {x: binary(put_ids(ids, start, entries, vocab, x)) for x in LAYOUTS}
     layout = min(candidates, key=lambda x: compressed(candidates[x]))
     names = [f.name for f in column.type]
     children = [candidates[layout] if name == "ids" else column.field(name) for name in names]

@@ -93,7 +93,8 @@ def plain(table: pa.Table) -> pa.Table:
     column = table.column(at).combine_chunks()
     if laid_out != "plain":
         column = codec.unpack(column, table.column("steps").to_numpy(), laid_out)
-    return table.set_column(at, field.with_metadata(metadata(codec, "plain")), column)
+    field = pa.field(field.name, column.type, field.nullable, metadata(codec, "plain"))
+    return table.set_column(at, field, column)
 
 
 def codec_name(settings: StoreSettings, classes: int) -> str:
