@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 from raykd.checks import apply_trial, register
+from raykd.codecs import CODECS, check_serves
 from raykd.data import Dataset
 from raykd.errors import RecipeError
 from raykd.recipe import Recipe, content_of, digest_of, file_sha256
@@ -59,12 +60,22 @@ def signals_of(recipe: Recipe) -> list[str]:
 def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:
     """The store's table, its codec resolved, without the keys that this codec does not read."""
     codec = codec_name(recipe.store, classes)
+    for name, spec in recipe.terms.items():
+        if spec.weight > 0 and "logits" in TERMS[name].needs:
+            _check_served(name, codec)
     found = {"codec": codec} | {
         key: getattr(recipe.store, key) for key in ("rows_per_shard", "batch", *CODEC_KEYS[codec])
     }
     if "temperatures" in found:
         found["temperatures"] = recipe.store.temperatures or _temperatures(recipe, codec)
     return found
+
+
+def _check_served(name: str, codec: str) -> None:
+    try:
+        check_serves(CODECS[codec], TERMS[name].divergence)
+    except RecipeError as error:
+        raise RecipeError(f"terms.{name}: {error}") from None
 
 
 def _temperatures(recipe: Recipe, codec: str) -> list[float]:

@@ -28,7 +28,7 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
     return Places(-log_q, mask)
 
 
-@term("logits")
+@term("logits", divergence="forward")
 def kd(
     student: Signals, batch: Batch, *, temperature: Temperature = 2.0, on: Where = "steps", t_squared: bool = True
 ) -> Places:

@@ -44,12 +44,14 @@ def mean_places(values: list[Tensor], mask: Tensor) -> Places:
 class Term(NamedTuple):
     """A registered term: its function or module class, the teacher's columns it reads, and the kind of its layers.
 
-    `whole_batch`: it compares the rows of the global batch with each other, so that its value is not a sum over them.
+    `divergence`: what it computes from the logits, "any" where it needs every class. `whole_batch`: it compares the
+    rows of the global batch with each other, so that its value is not a sum over them.
     """
 
     make: Callable[..., Any]
     needs: frozenset[str]
     layers: Callable[[Mapping[str, Any]], str] | None
+    divergence: str
     whole_batch: bool
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,12 +72,16 @@ TERMS: dict[str, Term] = {}
 
 
 def term(
-    *needs: str, layers: str | Callable[[Mapping[str, Any]], str] | None = None, whole_batch: bool = False
+    *needs: str,
+    layers: str | Callable[[Mapping[str, Any]], str] | None = None,
+    divergence: str = "any",
+    whole_batch: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or nn.Module class as a loss term that reads the named teacher signals.
 
     With `layers`, a kind of Signals.layers or a function from the settings to one, its setting `pairs: Pairs` names
-    submodules of the student and of the teacher.
+    submodules of the student and of the teacher. `divergence = "forward"` lets sparse stores serve it: it must then
+    read `batch.targets`.
     """
 
     def register(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +90,7 @@ def term(
         if known and known.make.__module__ != make.__module__:
             raise ValueError(f"two terms are called {name!r}: in {known.make.__module__} and {make.__module__}")
         kind = (lambda _settings, fixed=layers: fixed) if isinstance(layers, str) else layers
-        TERMS[name] = Term(make, frozenset(needs), kind, whole_batch)
+        TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch)
         return make
 
     return register

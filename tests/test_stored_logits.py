@@ -228,3 +228,10 @@ def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
     error, shifted = ((found - p).abs()[batch.mask].max() for p in (live, live.roll(1, 1)))
     assert error <= (1 / 255 if codec == "comb" else 5e-3)
     assert shifted > 10 * error
+
+
+def test_a_term_that_needs_every_class_is_refused_by_name_before_the_teacher_runs(folder):
+    checks.register("examples.own.reverse")
+    for codec in ("comb", "topk"):
+        with pytest.raises(RecipeError, match=rf"terms.reverse: a '{codec}' store .* needs every class"):
+            scored(folder, codec, technique="examples.own.reverse", terms={"reverse": {}, "kd": {"weight": 0}})

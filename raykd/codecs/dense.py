@@ -25,7 +25,7 @@ class Dense:
     vocab: int
     values: Literal["fp16", "int8"] = "fp16"
     name: ClassVar[str] = "dense"
-    serves: ClassVar[frozenset[str]] = frozenset({"forward", "reverse", "js", "tv"})
+    serves: ClassVar[frozenset[str]] = frozenset({"forward", "reverse", "js", "tv", "any"})
 
     @torch.no_grad()
     def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.BinaryArray:

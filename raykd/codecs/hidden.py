@@ -27,7 +27,7 @@ class Hidden:
     width: int
     head: str
     name: ClassVar[str] = "hidden"
-    serves: ClassVar[frozenset[str]] = frozenset({"forward", "reverse", "js", "tv"})
+    serves: ClassVar[frozenset[str]] = frozenset({"forward", "reverse", "js", "tv", "any"})
 
     def encode(self, hidden: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.BinaryArray:
         """(B,) binary: the valid steps of `hidden` (B, T, D) as fp16."""
