@@ -1,0 +1,105 @@
+"""Linear layers that compute as their quantised selves, and the swap that puts them into any model."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raykd.errors import RecipeError
+from raykd.quant.fake import Activations, Learned, Rounded, codes_of, scale_of
+from raykd.quant.scheme import LEVELS, Quant
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer under a Quant; None is full precision. Its parameters have nn.Linear's names and shapes.
+
+    `blend` in [0, 1] mixes (1 - blend) W + blend Q(W): 0 is full precision, 1 what the runtime computes. A learned
+    scale is one more parameter, `scale`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
+        self.quant: Quant | None = None
+        self.blend = 1.0
+        self.register_parameter("scale", None)
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "QuantLinear":
+        """The same layer, its parameters shared."""
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
+
+    def set(self, quant: Quant | None) -> None:
+        """Take up a Quant, its scales anew from the weights as they are. RecipeError for weights that are no numbers."""
+        if not torch.isfinite(self.weight).all():
+            raise RecipeError("quant: a layer's weights are NaN or infinite, and can not be rounded")
+        self.quant, self.scale = quant, None
+        if quant and quant.rule == "learned":
+            self.scale = nn.Parameter(scale_of(self._groups(quant), "learned", LEVELS[quant.weights]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quant is None or self.blend == 0:
+            return super().forward(x)
+        if self.quant.activations == "int8":
+            x = Activations.apply(x)  # type: ignore[assignment]
+        return F.linear(x, self.rounded(), self.bias)
+
+    def rounded(self) -> Tensor:
+        """(N, K): the weights that are multiplied with, scale times codes, blended."""
+        assert self.quant is not None
+        groups, largest = self._groups(self.quant), LEVELS[self.quant.weights]
+        if self.scale is not None:
+            found = Learned.apply(groups, self.scale, largest)
+        else:
+            found = Rounded.apply(groups, scale_of(groups.detach(), self.quant.rule, largest), self.quant.rule, largest)
+        found = found.reshape(self.weight.shape)  # type: ignore[attr-defined]
+        return found if self.blend == 1 else torch.lerp(self.weight, found, self.blend)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """(N, K) int8: what an artefact holds."""
+        assert self.quant is not None
+        found = codes_of(self._groups(self.quant), self._scale(), self._rule(), LEVELS[self.quant.weights])
+        return found.reshape(self.weight.shape).to(torch.int8)
+
+    @torch.no_grad()
+    def scales(self) -> Tensor:
+        """(N, G) float32: the scale of each output's groups of inputs; G = 1 without groups."""
+        assert self.quant is not None
+        scale = self._scale().reshape(-1, self._groups(self.quant).shape[1])
+        return scale.expand(self.out_features, -1).contiguous() if self.quant.per == "tensor" else scale
+
+    def _rule(self) -> str:
+        assert self.quant is not None
+        return "absmax" if self.scale is not None else self.quant.rule
+
+    def _scale(self) -> Tensor:
+        assert self.quant is not None
+        if self.scale is not None:
+            return self.scale
+        return scale_of(self._groups(self.quant), self.quant.rule, LEVELS[self.quant.weights])
+
+    def _groups(self, quant: Quant) -> Tensor:
+        """(N, G, K / G), or (1, 1, N K) where the whole layer shares a scale."""
+        if quant.per == "tensor":
+            return self.weight.reshape(1, 1, -1)
+        return self.weight.unflatten(1, (-1, quant.columns(self.in_features)))
+
+
+def prepare(module: nn.Module, quant: Quant) -> list[str]:
+    """The names of the linear layers that are swapped in place: all that the Quant does not skip, none rounded yet."""
+    found = [n for n, m in module.named_modules() if type(m) is nn.Linear and not quant.skips(n)]
+    if not found:
+        raise RecipeError(f"quant: no linear layer is left to quantise; skip = {quant.skip} leaves out every one")
+    for name in found:
+        owner, _, own = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        setattr(parent, own, QuantLinear.of(getattr(parent, own)))
+    return found
+
+
+def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """(name, layer) of every layer that `prepare` has swapped."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantLinear))

@@ -1,0 +1,56 @@
+"""How a layer is quantised, as data: levels, scales, what shares one, and what is left alone. Needs no torch.
+
+    weights    codes        scale of a group                     executed by
+    int8       -127..127    max|W| / 127                         MatMulInteger, activations uint8
+    int4       -7..7        max|W| / 7                           MatMulNBits, 4 bits
+    ternary    -1..1        mean|W| (arXiv 2402.17764)           MatMulNBits, 2 bits
+
+`per` says which weights share a scale: all of a layer ("tensor"), those of one output ("channel"), or `group`
+neighbouring inputs of one output ("group"). A layer whose inputs no group divides takes "channel".
+"""
+
+from fnmatch import fnmatch
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Weights = Literal["int8", "int4", "ternary"]
+LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "ternary": 1}  # the largest code
+BITS: dict[str, int] = {"int8": 8, "int4": 4, "ternary": 2}  # of a stored code
+SCALES = {"int8": "absmax", "int4": "absmax", "ternary": "absmean"}
+
+
+class Quant(BaseModel):
+    """One quantisation of a model's linear layers. `skip`: patterns of the names of layers that stay as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: Weights = "int8"
+    per: Literal["tensor", "channel", "group"] = "channel"
+    group: Literal[16, 32, 64, 128] = 32
+    scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # by default that of the table
+    activations: Literal["int8", "none"] = "int8"
+    skip: Annotated[list[str], Field()] = ["head", "value", "*.head", "lm_head"]
+
+    @model_validator(mode="after")
+    def _executable(self) -> "Quant":
+        if self.scale == "twn" and self.weights != "ternary":
+            raise ValueError(f'scale = "twn" is a rule for weights = "ternary", found {self.weights!r}')
+        if self.weights == "int8" and self.per == "group":
+            raise ValueError('per = "group" has no runtime for int8 weights; write "channel" or "tensor"')
+        if self.weights == "int8" and self.activations == "none":
+            raise ValueError('int8 weights are multiplied with int8 activations; write activations = "int8"')
+        return self
+
+    @property
+    def rule(self) -> str:
+        """How a scale is found."""
+        return self.scale or SCALES[self.weights]
+
+    def columns(self, inputs: int) -> int:
+        """How many inputs of one output share a scale."""
+        return self.group if self.per == "group" and inputs % self.group == 0 else inputs
+
+    def skips(self, name: str) -> bool:
+        """Whether a layer of this name is left as it is."""
+        return any(fnmatch(name, pattern) for pattern in self.skip)
