@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from raykd import data, measure, models
+from raykd import data, measure, models, phases
 from raykd.batches import to_device
 from raykd.checkpoints import Checkpoints
 from raykd.checks import register
@@ -48,8 +48,8 @@ def arms_of(recipe: Recipe) -> list[Arm]:
 
 
 def student_arm(recipe: Recipe, seed: int) -> Arm:
-    """The recipe's own terms and row weights."""
-    return Arm("student", seed, dict(recipe.terms), recipe.weighting)
+    """The recipe's own terms, row weights and phases."""
+    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases))
 
 
 def _ce_settings(recipe: Recipe) -> dict[str, Any]:
@@ -74,6 +74,7 @@ class Workshop:
         """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
         torch.manual_seed(arm.seed)
         module = models.build(self.recipe.student, **self.dataset.shape, key="student")
+        phases.prepare(module, arm.phases)
         return Adapter(module, want=wants_of(arm.terms))
 
     def validate(self, student: nn.Module) -> dict[str, float]:

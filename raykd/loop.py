@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raykd import faults
+from raykd import faults, phases
 from raykd.ahead import Ahead
 from raykd.batches import DeviceRows, Order, input_noise, mixed
 from raykd.checkpoints import Checkpoints
 from raykd.errors import Diverged
 from raykd.models.adapter import Adapter
 from raykd.objective import Objective, learned
-from raykd.recipe import Optim, TermSpec, Weighting
+from raykd.phases import Span
+from raykd.quant.layers import quantised
+from raykd.recipe import Optim, Phase, TermSpec, Weighting
 from raykd.signals import Batch, Signals
+from raykd.state import Learner, State
 from raykd.store.logits import Targets
 from raykd.weighting import RowWeights, Spread, mean_spread
 
@@ -41,6 +44,7 @@ class Arm:
     seed: int
     terms: dict[str, TermSpec]
     weighting: Weighting | None = None
+    phases: tuple[Phase, ...] = ()
 
     @property
     def key(self) -> str:
@@ -67,50 +71,6 @@ class World:
         return values
 
 
-class Learner(nn.Module):
-    """Student and objective as one module, so that DDP sees every parameter and one forward."""
-
-    def __init__(self, student: Adapter, objective: Objective):
-        super().__init__()
-        self.student, self.objective = student, objective
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.objective(self.student(batch.inputs, batch.mask), batch)
-
-
-@dataclass
-class State:
-    """A training in progress: everything that a checkpoint carries."""
-
-    learner: Learner
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, checkpoints: Checkpoints) -> None:
-        tensors = {f"model.{k}": v for k, v in self.learner.state_dict().items()}
-        for number, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optim.{number}.{slot}": v for slot, v in slots.items()}
-        checkpoints.save(self.step, tensors, {"seconds": self.seconds, "history": self.history})
-
-    def restore(self, checkpoints: Checkpoints) -> None:
-        """Continue from the newest sound checkpoint, if there is one."""
-        found = checkpoints.newest()
-        if found is None:
-            return
-        self.step, tensors, meta = found
-        self.seconds, self.history = meta["seconds"], meta["history"]
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        self.learner.load_state_dict(model)
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optim."):
-                _, number, slot = key.split(".", 2)
-                slots.setdefault(int(number), {})[slot] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
-
-
 def train(
     arm: Arm,
     optim: Optim,
@@ -132,30 +92,41 @@ def train(
     learner = Learner(student, objective_of(arm, student, rows)).to(device)
     adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
     state = State(learner, adamw)
+    plan = phases.spans(arm.phases, optim.steps)
+    resumed = checkpoints.newest() if checkpoints else None
+    begun = [span for span in plan if span.first < (resumed[0] if resumed else 1)]
+    for span in begun:  # in their order, so that the optimiser's parameters are those of the checkpoint
+        state.begin(span)
     if checkpoints:
         state.restore(checkpoints)
-    model = DistributedDataParallel(learner, find_unused_parameters=True) if world.size > 1 else learner
     learner.train()
-    step = Step(arm, optim, rows, world, state, model)
+    step = Step(arm, optim, rows, world, state)
     seen = torch.zeros(2, len(learner.objective.weights), device=device)
     with closing(step):
-        while state.step < optim.steps:
-            started = clock(device)
-            seen += step()
-            state.step += 1
-            state.seconds += clock(device) - started
-            faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
-            if state.step % optim.evaluate_every == 0 or state.step == optim.steps:
-                state.history.append(_summary(state, world.sum(seen), step.spreads, evaluate))
-                seen.zero_()
-                report(state.step, state.history[-1])
-                if (
-                    checkpoints
-                    and state.step < optim.steps
-                    and world.rank == 0
-                    and _due(state, optim, checkpoint_every)
-                ):
-                    state.save(checkpoints)
+        for span in plan[len(begun) - 1 :]:
+            if span not in begun:
+                state.begin(span)
+            step.enter(span)
+            while state.step < span.last:
+                started = clock(device)
+                seen += step()
+                state.step += 1
+                state.seconds += clock(device) - started
+                faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
+                if state.step % optim.evaluate_every == 0 or state.step == span.last:
+                    state.history.append(_summary(state, world.sum(seen), step.spreads, evaluate))
+                    seen.zero_()
+                    report(state.step, state.history[-1])
+                    if arm.phases:
+                        state.judge(span)
+                    if (
+                        checkpoints
+                        and state.step < span.last
+                        and world.rank == 0
+                        and _due(state, optim, checkpoint_every)
+                    ):
+                        state.save(checkpoints)
+            state.end()
     return state
 
 
@@ -173,15 +144,23 @@ def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
 class Step:
     """One optimiser step at a time, with everything that no step changes made once."""
 
-    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, model: nn.Module):
-        self.arm, self.optim, self.rows, self.world, self.state, self.model = arm, optim, rows, world, state, model
+    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State):
+        self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
         self.device, self.share = rows.device, world.share(optim.batch)
         self.order = Order(rows.label.cpu().numpy(), optim, arm.seed)
-        self.parameters = list(state.learner.parameters())
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
         self.spreads: list[Spread] = []  # of the row weights since the last report
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
         self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped else None
+
+    def enter(self, span: Span) -> None:
+        """Take the steps of a phase, over the parameters that it has."""
+        learner = self.state.learner
+        self.span, self.parameters = span, list(learner.parameters())
+        self.layers = [layer for _, layer in quantised(learner.student.module)]
+        self.model: nn.Module = learner
+        if self.world.size > 1:
+            self.model = DistributedDataParallel(learner, find_unused_parameters=True)
 
     def __call__(self) -> Tensor:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
@@ -189,6 +168,8 @@ class Step:
         seed = mixed(self.arm.seed, number)
         batch = self._weighed(number, self.ahead(number) if self.ahead else self._batch(number, seed))
         objective.progress = number / self.optim.steps
+        for layer in self.layers:
+            layer.blend = self.span.blend(number)
         reseed(self.device, seed + 1 + self.world.rank)
         sums, counts = self.model(batch)
         if isinstance(batch.targets, Targets):
@@ -199,7 +180,7 @@ class Step:
         if not math.isfinite(norm):
             raise Diverged(_diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.optim, number)
+            group["lr"] = self.span.learning_rate(self.optim, number)
         optimizer.step()
         return torch.stack([sums.detach(), counts])
 
@@ -238,13 +219,6 @@ def reseed(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
-
-
-def learning_rate(optim: Optim, step: int) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then linear decay to zero at the end."""
-    warm = optim.warmup * optim.steps
-    rise = (step + 1) / warm if step + 1 < warm else 1.0
-    return optim.learning_rate * min(rise, (optim.steps - step) / max(optim.steps - warm, 1.0))
 
 
 def _due(state: State, optim: Optim, every: int) -> bool:

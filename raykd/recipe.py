@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
+from raykd.quant.scheme import Quant
 from raykd.store.place import checked
 
 Positive = Annotated[int, Field(gt=0)]
@@ -126,6 +127,19 @@ class Weighting(Table):
     least_std: Annotated[float, Field(gt=0)] = 0.02
 
 
+class Phase(Table):
+    """A part of the student's training, up to the share `until` of its steps: full precision, or under a Quant.
+
+    Each phase warms the learning rate up to `rate` times `optim.learning_rate` and decays it again, takes its scales
+    anew from the weights as they are, and fades rounding in over the share `blend` of its steps.
+    """
+
+    until: Share
+    quant: Quant | None = None
+    rate: Annotated[float, Field(gt=0)] = 1.0
+    blend: Annotated[float, Field(ge=0, lt=1)] = 0.15
+
+
 class Optim(Table):
     """One arm's optimisation. `batch` is global: the number of workers does not change the result."""
 
@@ -237,6 +251,7 @@ class Recipe(Table):
     student: ModelRef = ModelRef()
     terms: Annotated[dict[str, TermSpec], Field(min_length=1)]
     weighting: Weighting | None = None
+    phases: list[Phase] = []
     valence: Valence = Valence()
     store: StoreSettings = StoreSettings()
     optim: Optim = Optim()
@@ -251,6 +266,9 @@ class Recipe(Table):
                 f"optim.batch = {self.optim.batch} rows can not be shared by scale.workers = {self.scale.workers[1]};"
                 " raise optim.batch or lower scale.workers"
             )
+        ends = [phase.until for phase in self.phases]
+        if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
+            raise ValueError(f"phases end at {ends}: each until must be above the one before, and the last 1")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds} repeats a seed; each must be its own run")
         return self

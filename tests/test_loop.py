@@ -26,7 +26,7 @@ from raykd.batches import DeviceRows, Order
 from raykd.checkpoints import Checkpoints
 from raykd.errors import DataError
 from raykd.files import read_json
-from raykd.loop import Arm, State, World, learning_rate, train
+from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
 from raykd.recipe import Optim, Recipe, TermSpec
@@ -328,7 +328,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines(steps, warmup):
     optim = Optim(steps=steps, warmup=warmup, learning_rate=0.3)
     warm = warmup * steps
-    found = [learning_rate(optim, step) for step in range(steps + 1)]
+    found = [spans((), steps)[0].learning_rate(optim, step) for step in range(steps + 1)]
     corners = ([-1, warm - 1, warm, steps], [0, 1, 1, 0]) if warm > 1 else ([warm, steps], [1, 0])
     np.testing.assert_allclose(found, 0.3 * np.interp(range(steps + 1), *corners), rtol=1e-12, atol=1e-15)
 

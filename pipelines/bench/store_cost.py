@@ -20,11 +20,13 @@ from pipelines.bench.table import Clock
 from raykd.batches import DeviceRows, to_device
 from raykd.codecs import Comb
 from raykd.data import Rows
-from raykd.loop import Arm, Learner, State, Step, World
+from raykd.loop import Arm, Step, World
 from raykd.models.adapter import Adapter
 from raykd.objective import Objective
+from raykd.phases import spans
 from raykd.recipe import Optim, TermSpec
 from raykd.signals import Batch
+from raykd.state import Learner, State
 from raykd.store.commit import Shard, StoreWriter, plan_shards, to_parquet
 from raykd.store.logits import metadata
 from raykd.store.reader import Store
@@ -137,7 +139,9 @@ def _step(student: Language, rows: DeviceRows, kind: type[Step]) -> Step:
     terms, optim = {"kd": TermSpec.model_validate({"temperature": 1.0})}, Optim(batch=ROWS, steps=10_000)
     learner = Learner(Adapter(Reads(student)), Objective(terms))
     state = State(learner, torch.optim.AdamW(learner.parameters(), 1e-4, fused=True))
-    return kind(Arm("student", 0, terms), optim, rows, World(), state, learner)
+    step = kind(Arm("student", 0, terms), optim, rows, World(), state)
+    step.enter(spans((), optim.steps)[0])
+    return step
 
 
 def _cost(clock: Clock, step: Callable[[], Any]) -> float:

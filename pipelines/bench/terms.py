@@ -17,8 +17,10 @@ import raykd
 from pipelines.bench.table import Clock, Figure, figure, show
 from raykd import catalog, checks, raw
 from raykd.arms import Workshop, student_arm
-from raykd.loop import Learner, State, Step, World, objective_of
+from raykd.loop import Step, World, objective_of
+from raykd.phases import spans
 from raykd.recipe import Recipe
+from raykd.state import Learner, State
 from raykd.store import layers, place
 from raykd.store.reader import Store
 from raykd.terms import needs_of
@@ -75,7 +77,9 @@ def fresh_step(recipe: Recipe, store: place.Place) -> Step:
     student = shop.student(arm)
     learner = Learner(student, objective_of(arm, student, shop.train)).train()
     adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
-    return Step(arm, optim, shop.train, World(), State(learner, adamw), learner)
+    step = Step(arm, optim, shop.train, World(), State(learner, adamw))
+    step.enter(spans((), optim.steps)[0])
+    return step
 
 
 def turns(steps: dict[str, Step], rounds: int) -> dict[str, NDArray[np.float64]]:

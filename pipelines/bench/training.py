@@ -15,9 +15,11 @@ from raykd import fit
 from raykd.arms import Workshop, arms_of
 from raykd.batches import DeviceRows
 from raykd.checkpoints import Checkpoints
-from raykd.loop import Arm, Learner, State, Step, World
+from raykd.loop import Arm, Step, World
 from raykd.objective import Objective
+from raykd.phases import spans
 from raykd.recipe import Optim, Recipe
+from raykd.state import Learner, State
 from raykd.store.place import Address
 
 TURN = 25
@@ -127,7 +129,9 @@ def fresh_step(shop: Alternating) -> tuple[Learner, Step]:
     optim = shop.recipe.optim
     learner = Learner(shop.student(shop.arm), Objective(shop.arm.terms))
     adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
-    return learner, Step(shop.arm, optim, shop.train, World(), State(learner, adamw), learner)
+    step = Step(shop.arm, optim, shop.train, World(), State(learner, adamw))
+    step.enter(spans((), optim.steps)[0])
+    return learner, step
 
 
 def check_equal(shop: Alternating) -> None:

@@ -32,7 +32,7 @@ class QuantLinear(nn.Linear):
         return made.train(layer.training)
 
     def set(self, quant: Quant | None) -> None:
-        """Take up a Quant, its scales anew from the weights as they are. RecipeError for weights that are no numbers."""
+        """Take up a Quant, its scales anew from the weights as they are. RecipeError if those are not finite."""
         if not torch.isfinite(self.weight).all():
             raise RecipeError("quant: a layer's weights are NaN or infinite, and can not be rounded")
         self.quant, self.scale = quant, None
@@ -90,13 +90,16 @@ class QuantLinear(nn.Linear):
 
 def prepare(module: nn.Module, quant: Quant) -> list[str]:
     """The names of the linear layers that are swapped in place: all that the Quant does not skip, none rounded yet."""
-    found = [n for n, m in module.named_modules() if type(m) is nn.Linear and not quant.skips(n)]
+    kinds = (nn.Linear, QuantLinear)
+    found = [n for n, m in module.named_modules() if type(m) in kinds and not quant.skips(n)]
     if not found:
         raise RecipeError(f"quant: no linear layer is left to quantise; skip = {quant.skip} leaves out every one")
     for name in found:
         owner, _, own = name.rpartition(".")
         parent = module.get_submodule(owner)
-        setattr(parent, own, QuantLinear.of(getattr(parent, own)))
+        layer = getattr(parent, own)
+        if not isinstance(layer, QuantLinear):
+            setattr(parent, own, QuantLinear.of(layer))
     return found
 
 
