@@ -150,8 +150,7 @@ def to_device(
             assert isinstance(flat, Tensor)
             teacher["logits"] = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
             stored = None
-        saliency = tensor(store.column("saliency", split).values).to(device)
-        answer = torch.from_numpy(store.column("answer", split).values.astype(np.int64)).to(device)
+        saliency, answer = (_of_rows(store, split, name, device) for name in ("saliency", "answer"))
         for name in sorted(needs - {"logits"}):
             teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
     return DeviceRows(
@@ -169,6 +168,14 @@ def to_device(
         answer,
         mapped or stored is not None,
     )
+
+
+def _of_rows(store: Store, split: str, name: str, device: torch.device) -> Tensor | None:
+    """(N,): a signal of one value a row; None in a store that was written without it."""
+    if name not in store.table(split).column_names:
+        return None
+    values = store.column(name, split).values
+    return tensor(values.astype(np.int64) if values.dtype == np.int32 else values).to(device)
 
 
 def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
