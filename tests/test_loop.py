@@ -26,11 +26,13 @@ from raykd.batches import DeviceRows, Order
 from raykd.checkpoints import Checkpoints
 from raykd.errors import DataError
 from raykd.files import read_json
-from raykd.loop import Arm, State, World, train
+from raykd.loop import Arm, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
+from raykd.phases import spans
 from raykd.recipe import Optim, Recipe, TermSpec
 from raykd.signals import UNLABELLED, Batch
+from raykd.state import State
 
 CPU = torch.device("cpu")
 WIDTH = 8
