@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raykd import measure, models
+from raykd import measure, models, phases
 from raykd.arms import arms_of, read_predictions
 from raykd.batches import to_device
 from raykd.data import Dataset
 from raykd.errors import GateError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.models.adapter import Adapter
-from raykd.recipe import ModelRef, Recipe, file_sha256
+from raykd.recipe import ModelRef, Phase, Recipe, file_sha256
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
@@ -63,11 +63,13 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 def load(folder: Path) -> Adapter:
     """The model of an artefact folder, ready to answer."""
     described = json.loads((folder / "model.json").read_bytes())
-    ref = ModelRef(
-        model=described["model"], settings=described["settings"], weights=str(folder / "student.safetensors")
-    )
+    ref = ModelRef(model=described["model"], settings=described["settings"])
     shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
     module = models.build(ref, **shape, key="artefact")
+    phase = Phase.model_validate({"until": 1.0, "quant": described.get("quant")})
+    phases.prepare(module, [phase])
+    phases.enter(module, phase)
+    models.load_weights(module, folder / "student.safetensors", "artefact")
     return Adapter(module).eval()
 
 
@@ -78,7 +80,9 @@ def predict(folder: Path, dataset: Dataset) -> NDArray[np.float32]:
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    quant = recipe.phases[-1].quant if recipe.phases else None
     described = {"model": recipe.student.model, "settings": recipe.student.settings}
+    described |= {"quant": quant.model_dump(mode="json") if quant else None}
     return described | dataset.shape | {"classes": list(dataset.classes)}
 
 

@@ -1,0 +1,149 @@
+"""A training in phases: which step has which levels, the schedule of each, and what a death in the middle changes."""
+
+import pytest
+import torch
+from test_workers import rows_for
+
+from raykd.checkpoints import Checkpoints
+from raykd.loop import Arm, train
+from raykd.models.adapter import Adapter
+from raykd.models.series import SeriesEncoder
+from raykd.phases import enter, prepare, spans
+from raykd.quant.layers import quantised
+from raykd.quant.scheme import Quant
+from raykd.recipe import Optim, Phase, TermSpec
+from raykd.state import State
+
+OPTIM = Optim(steps=40, batch=12, learning_rate=1e-2, evaluate_every=5)
+TERNARY = Quant(weights="ternary")
+PROGRESSIVE = (
+    Phase(until=0.25),
+    Phase(until=0.5, quant=Quant(weights="int8"), blend=0.0),
+    Phase(until=0.75, quant=Quant(weights="int4", per="group", group=16, scale="learned")),
+    Phase(until=1.0, quant=TERNARY, rate=0.5),
+)
+
+
+def arm_of(phases: tuple[Phase, ...]) -> Arm:
+    return Arm("student", 3, {"ce": TermSpec(), "kd": TermSpec()}, None, phases)
+
+
+def student_of(phases: tuple[Phase, ...]) -> Adapter:
+    torch.manual_seed(1)
+    module = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
+    prepare(module, phases)
+    return Adapter(module)
+
+
+def trained(phases: tuple[Phase, ...], evaluate=lambda _: {}, **keywords) -> State:
+    return train(arm_of(phases), OPTIM, student_of(phases), rows_for(arm_of(())), evaluate, **keywords)
+
+
+def test_without_phases_there_is_one_and_with_them_each_has_its_steps():
+    assert [(s.first, s.last, s.phase.quant) for s in spans((), 40)] == [(0, 40, None)]
+    assert [(s.first, s.last) for s in spans(PROGRESSIVE, 40)] == [(0, 10), (10, 20), (20, 30), (30, 40)]
+    assert [(s.first, s.last) for s in spans(PROGRESSIVE, 2)] == [(0, 1), (1, 2)], "too few steps for all of them"
+
+
+def test_each_phase_warms_up_anew_and_decays_to_nothing():
+    optim = Optim(steps=400, warmup=0.1, learning_rate=0.3)
+    for span in spans(PROGRESSIVE, 400):
+        rates = [span.learning_rate(optim, step) for step in range(span.first, span.last)]
+        assert max(rates) == pytest.approx(0.3 * span.phase.rate, rel=0.02)
+        assert rates.index(max(rates)) in (9, 10)
+        assert rates[-1] < 0.02 * max(rates)
+
+
+def test_rounding_fades_in_over_the_phases_first_share():
+    span = spans((Phase(until=1.0, quant=TERNARY, blend=0.2),), 100)[0]
+    blends = [span.blend(step) for step in range(100)]
+    assert blends[0] == pytest.approx(1 / 20)
+    assert blends[19:] == [1.0] * 81
+    assert spans((Phase(until=1.0, blend=0.0),), 10)[0].blend(0) == 1.0
+
+
+def test_a_phases_forward_has_just_its_levels():
+    seen = []
+
+    def levels(student) -> dict[str, float]:
+        layers = dict(quantised(student.module))
+        seen.append({len(layer.codes().unique()) if layer.quant else 0 for layer in layers.values()})
+        return {}
+
+    trained(PROGRESSIVE, levels)
+    assert [max(s) for s in seen[:2]] == [0, 0]
+    assert all(15 < n <= 255 for s in seen[2:4] for n in s)
+    assert all(3 < n <= 15 for s in seen[4:6] for n in s)
+    assert all(s == {3} for s in seen[6:])
+
+
+def test_a_run_killed_in_any_phase_ends_as_one_that_was_not(tmp_path):
+    """Bit for bit, learned scales, the phase's best student and the blend included."""
+    accuracies = {5: 0.1, 10: 0.5, 15: 0.9, 20: 0.2, 25: 0.3, 30: 0.3, 35: 0.8, 40: 0.4}
+
+    def validated(kept: dict[int, float]):
+        told = iter(sorted(kept))
+        return lambda _: {"val_accuracy": kept[next(told)]}
+
+    whole = trained(PROGRESSIVE, validated(accuracies))
+    for death in (5, 15, 25, 35):
+        folder = tmp_path / str(death)
+
+        class Dead(Exception):
+            pass
+
+        def report(step, _metrics, death=death, Dead=Dead):
+            if step == death + 5:
+                raise Dead
+
+        with pytest.raises(Dead):
+            trained(
+                PROGRESSIVE, validated(accuracies), checkpoints=Checkpoints(folder), checkpoint_every=1, report=report
+            )
+        rest = {step: value for step, value in accuracies.items() if step > death}
+        resumed = trained(PROGRESSIVE, validated(rest), checkpoints=Checkpoints(folder), checkpoint_every=1)
+        assert resumed.history == whole.history
+        for name, value in whole.learner.state_dict().items():
+            assert torch.equal(resumed.learner.state_dict()[name], value), (death, name)
+
+
+def test_a_phase_goes_on_from_its_best_student_and_ends_with_it(tmp_path):
+    kept = {}
+
+    def validated(student) -> dict[str, float]:
+        step = 5 * (len(kept) + 1)
+        kept[step] = {k: v.clone() for k, v in student.module.state_dict().items()}
+        return {"val_accuracy": {10: 0.2, 35: 0.9}.get(step, 0.1)}
+
+    state = trained((Phase(until=0.5), Phase(until=1.0, quant=TERNARY)), validated)
+    final = state.learner.student.module.state_dict()
+    assert all(torch.equal(final[k], v) for k, v in kept[35].items())
+
+
+def test_learned_scales_join_the_optimiser_without_decay():
+    state = trained((Phase(until=0.5), Phase(until=1.0, quant=Quant(weights="ternary", scale="learned"))))
+    *_, group = state.optimizer.param_groups
+    scales = [layer.scale for _, layer in quantised(state.learner.student.module)]
+    assert [id(p) for p in group["params"]] == [id(s) for s in scales]
+    assert group["weight_decay"] == 0
+    started = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
+    assert all(torch.isfinite(s).all() and (s > 0).all() for s in scales), started
+
+
+def test_a_layer_that_a_phase_skips_stays_in_full_precision_there():
+    module = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
+    phases = (Phase(until=0.5, quant=Quant()), Phase(until=1.0, quant=Quant(skip=["head", "value", "*.mlp.*"])))
+    prepare(module, phases)
+    enter(module, phases[1])
+    assert {n: layer.quant is None for n, layer in quantised(module)} == {
+        "blocks.0.attention.qkv": False,
+        "blocks.0.attention.out": False,
+        "blocks.0.mlp.0": True,
+        "blocks.0.mlp.2": True,
+    }
+
+
+def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
+    plain = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
+    rounded = student_of((Phase(until=1.0, quant=Quant()),)).module
+    rounded.load_state_dict(plain.state_dict())
