@@ -96,7 +96,10 @@ def ingest(student: Language, tokens: Tensor, logits: Tensor, folder: Path, *, r
     shards = plan_shards({"train": len(logits)}, SHARD)
     for part in shards:
         table, laid_out = shard(codec, logits[part.first : part.last], part.first, 1.0, 1)
-        store.commit(part, _described(table, codec, laid_out))
+        table = _described(table, codec, laid_out)
+        for name, kind in (("saliency", pa.float32()), ("answer", pa.int32())):  # a row's, which every store has
+            table = table.append_column(name, pa.array(np.zeros(table.num_rows), kind))
+        store.commit(part, table)
     store.finish(shards, {})
     count, mask = len(tokens), np.ones(tokens.shape, bool)
     labels = np.zeros(count, np.int64)
