@@ -147,3 +147,24 @@ def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
     plain = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
     rounded = student_of((Phase(until=1.0, quant=Quant()),)).module
     rounded.load_state_dict(plain.state_dict())
+
+
+def test_an_artefact_rounds_as_its_student_did(tmp_path):
+    """Its logits are the fake-quantised student's on every test row, from the weights and the scheme in the folder."""
+    recipe = checks.resolve(
+        {
+            "technique": "none",
+            "data": {"stride": 128},
+            "optim": {"steps": 20, "batch": 16, "evaluate_every": 10},
+            "phases": [{"until": 0.5}, {"until": 1.0, "quant": {"weights": "ternary", "per": "group", "group": 16}}],
+        }
+    )
+    run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
+    dataset = data.load(recipe.data)
+    manifest = artefact.export(recipe, dataset, tmp_path)
+    assert manifest["parity"]["agreement"] == 1
+    assert manifest["parity"]["max_abs_diff"] < 1e-4
+    loaded = artefact.load(tmp_path / "artefact").module
+    layers = dict(quantised(loaded))
+    assert layers.keys() == {f"blocks.0.{n}" for n in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
+    assert all(len(layer.codes().unique()) == 3 for layer in layers.values())
