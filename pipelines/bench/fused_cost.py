@@ -53,7 +53,7 @@ class Step:
         gradient = torch.zeros_like(self.weight)
         for hidden in self.hidden.split(rows):
             z = hidden @ self.weight.T
-            z @ self.weight
+            _ = z @ self.weight
             gradient.addmm_(z.T, hidden)
 
     def value(self, loss: str) -> Tensor:
