@@ -16,7 +16,9 @@ r may miss what p_T needs: refused. Log-probs are rounded to 8 bits at random, s
 """
 
 import math
+import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -71,7 +73,7 @@ class Comb:
         steps = mask.sum(1).cpu().numpy()
         row = np.repeat(np.arange(len(steps)), steps)
         word = draws.words(key, row_id[row], layout.ragged(np.zeros_like(steps), steps))
-        room = torch.empty(0, device=logits.device)  # one for all chunks: fresh pages cost as much as the softmax
+        room = _room(logits.device, threading.get_ident())
         parts = [self._draw(z, word[at], room) for at, z in chunks(logits, mask, self.vocab)]
         found, ids, count, log_p, fixed = (np.concatenate(p) for p in zip(*parts, strict=True))
         entries, start = layout.sums(found, steps), np.concatenate([[0], np.cumsum(found)])
@@ -215,6 +217,12 @@ class Comb:
         weight = share / ratio
         own = np.bincount(np.repeat(np.arange(len(places)), places), weight * each[at], len(places))
         return weight.astype(np.float32), torch.from_numpy(-own.astype(np.float32))
+
+
+@lru_cache(maxsize=4)
+def _room(device: torch.device, _thread: int) -> Tensor:
+    """One piece of memory for all chunks of a thread: fresh pages cost as much as the softmax, and torn heaps more."""
+    return torch.empty(0, device=device)
 
 
 def _quantise(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raykd.errors import RecipeError
 
-CHUNK = 1 << 21  # logits at a time: smaller ones cost more calls than they save in cache
+CHUNK = 1 << 20  # logits at a time: smaller ones cost more calls than they save in cache
 
 
 def chunks(logits: Tensor, mask: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
