@@ -68,10 +68,15 @@ class Model(Part):
 
 
 class Parity(Part):
-    """The artefact against the trained student: largest difference of logits, share of equal decisions."""
+    """The artefact against the trained student: largest difference of logits, share of equal decisions.
+
+    `relative` is over the largest logit; `alone_agreement` the share of rows decided alike alone and in a batch.
+    """
 
     max_abs_diff: float | None = None
     agreement: float | None = None
+    relative: float | None = None
+    alone_agreement: float | None = None
 
 
 class Latency(Part):

@@ -1,17 +1,26 @@
 """A training in phases: which step has which levels, the schedule of each, and what a death in the middle changes."""
 
+import subprocess
+import sys
+
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from test_workers import rows_for
+from torch import nn
 
-from raykd import artefact, checks, data
+from raykd import artefact, checks, data, models, onnx_file
 from raykd.arms import run_arms
 from raykd.checkpoints import Checkpoints
+from raykd.errors import GateError, RecipeError
 from raykd.loop import Arm, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
 from raykd.phases import enter, prepare, spans
 from raykd.quant.layers import quantised
+from raykd.quant.pack import pack, unpack
 from raykd.quant.scheme import Quant
 from raykd.recipe import Optim, Phase, TermSpec
 from raykd.state import State
@@ -150,22 +159,99 @@ def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
     rounded.load_state_dict(plain.state_dict())
 
 
-def test_an_artefact_rounds_as_its_student_did(tmp_path):
-    """Its logits are the fake-quantised student's on every test row, from the weights and the scheme in the folder."""
+SCHEMES = {
+    "int8-tensor": {"weights": "int8", "per": "tensor"},
+    "int8": {"weights": "int8"},
+    "int4-g16": {"weights": "int4", "per": "group", "group": 16, "activations": "none"},
+    "int4-activations": {"weights": "int4", "per": "group", "group": 16},
+    "ternary": {"weights": "ternary", "activations": "none"},
+    "ternary-learned": {"weights": "ternary", "scale": "learned", "activations": "none"},
+    "ternary-activations": {"weights": "ternary"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
+    """Trained for a moment, exported, executed by onnxruntime on every test row; its codes are the student's own."""
     recipe = checks.resolve(
         {
             "technique": "none",
             "data": {"stride": 128},
             "optim": {"steps": 20, "batch": 16, "evaluate_every": 10},
-            "phases": [{"until": 0.5}, {"until": 1.0, "quant": {"weights": "ternary", "per": "group", "group": 16}}],
+            "phases": [{"until": 0.5}, {"until": 1.0, "quant": SCHEMES[name]}],
         }
     )
     run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
     dataset = data.load(recipe.data)
     manifest = artefact.export(recipe, dataset, tmp_path)
-    assert manifest["parity"]["agreement"] == 1
-    assert manifest["parity"]["max_abs_diff"] < 1e-4
-    loaded = artefact.load(tmp_path / "artefact").module
-    layers = dict(quantised(loaded))
-    assert layers.keys() == {f"blocks.0.{n}" for n in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
-    assert all(len(layer.codes().unique()) == 3 for layer in layers.values())
+    floats = SCHEMES[name].get("activations") == "none"
+    assert manifest["parity"]["relative"] <= (1e-5 if floats else 2e-2)
+    assert manifest["parity"]["agreement"] >= (1 if floats else 0.98)
+    assert manifest["parity"]["alone_agreement"] >= (1 if floats else 0.98)
+    assert manifest["format"] == f"onnx {SCHEMES[name]['weights']}"
+    files = {p.name for p in (tmp_path / "artefact").iterdir()}
+    assert files == {"student.onnx", "model.json", "run.py", "README.md", "manifest.json"}
+    own = student_from(recipe, dataset, tmp_path / "arms" / "student-0" / "weights.safetensors")
+    codes = sorted(sorted(layer.codes().flatten().tolist()) for _, layer in quantised(own))
+    assert sorted(sorted(c.flatten().tolist()) for c in codes_in(tmp_path / "artefact" / "student.onnx")) == codes
+    np.save(tmp_path / "windows.npy", dataset.splits["test"].inputs[:3])
+    script = [sys.executable, str(tmp_path / "artefact" / "run.py"), str(tmp_path / "windows.npy")]
+    lines = subprocess.run(script, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    answers = artefact.predict(tmp_path / "artefact", dataset)[:3].argmax(1)
+    assert [line.partition("\t")[0] for line in lines] == [dataset.classes[i] for i in answers]
+
+
+def student_from(recipe, dataset, path) -> nn.Module:
+    """The trained student, rounding as in its last phase."""
+    module = models.build(recipe.student, **dataset.shape, key="student")
+    prepare(module, recipe.phases)
+    enter(module, recipe.phases[-1])
+    models.load_weights(module, path, "student")
+    return module
+
+
+def codes_in(path) -> list[np.ndarray]:
+    """Every layer's integer codes as the file holds them, in any order, padding left out."""
+    graph = onnx.load(path).graph
+    held = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            found.append(held[node.input[1]])
+        elif node.op_type == "MatMulNBits":
+            attributes = {a.name: a.i for a in node.attribute}
+            packed = held[node.input[1]].reshape(attributes["N"], -1)
+            found.append(unpack(packed, attributes["bits"])[:, : attributes["K"]])
+    return found
+
+
+def test_a_model_that_can_not_be_written_is_refused():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    module, phase = Odd(), Phase(until=1.0, quant=Quant(skip=[]))
+    prepare(module, [phase])
+    enter(module, phase)
+    with pytest.raises(RecipeError, match="Odd can not be written as ONNX"):
+        onnx_file.to_onnx(module, torch.ones(2, 4, 3))
+
+
+def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_path, monkeypatch):
+    recipe = checks.resolve(
+        {
+            "technique": "none",
+            "data": {"stride": 128},
+            "optim": {"steps": 2, "batch": 16, "evaluate_every": 2},
+            "phases": [{"until": 1.0, "quant": {"weights": "ternary", "activations": "none"}}],
+        }
+    )
+    run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
+    monkeypatch.setattr(onnx_file, "pack", lambda codes, bits: pack(-codes, bits))
+    with pytest.raises(GateError, match="no artefact was written"):
+        artefact.export(recipe, data.load(recipe.data), tmp_path)
+    assert not (tmp_path / "artefact").exists()

@@ -1,0 +1,19 @@
+"""Classify series with this student:  python run.py windows.npy   (a float array (N, steps, channels)).
+
+It needs numpy and onnxruntime, nothing else.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+here = Path(__file__).parent
+classes = json.loads((here / "model.json").read_bytes())["classes"]
+student = onnxruntime.InferenceSession(str(here / "student.onnx"), providers=["CPUExecutionProvider"])
+for window in np.load(sys.argv[1], allow_pickle=False).astype(np.float32):
+    z = np.asarray(student.run(["logits"], {"inputs": window[None]})[0]).reshape(-1, len(classes)).mean(0)
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    print(f"{classes[int(p.argmax())]}\t{p.max():.3f}")
