@@ -90,7 +90,7 @@ class QuantLinear(nn.Linear):
     def _scale(self) -> Tensor:
         assert self.quant is not None
         if self.scale is not None:
-            return self.scale
+            return self.scale.detach()
         return scale_of(self._groups(self.quant), self.quant.rule, LEVELS[self.quant.weights])
 
     def _groups(self, quant: Quant) -> Tensor:
@@ -106,8 +106,8 @@ def prepare(module: nn.Module, quant: Quant) -> list[str]:
     A layer with several names goes by its first. Subclasses of nn.Linear stay, as in nn.MultiheadAttention: their
     owners read the weights and never call them.
     """
-    kinds = (nn.Linear, QuantLinear)
-    found = {n: m for n, m in module.named_modules() if n and type(m) in kinds and not quant.skips(n)}
+    linear = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and n}
+    found = {n: m for n, m in linear.items() if type(m) in (nn.Linear, QuantLinear) and not quant.skips(n)}
     if not found:
         raise RecipeError(f"quant: no linear layer is left to quantise; skip = {quant.skip} leaves out every one")
     replace(module, {m: QuantLinear.of(m) for m in found.values() if not isinstance(m, QuantLinear)})
