@@ -26,6 +26,7 @@ from raykd.quant.pack import pack
 from raykd.quant.scheme import BITS, Quant
 
 OPSET = 21
+OPERATORS = ("MatMulInteger", "MatMulNBits")
 MICROSOFT = "com.microsoft::MatMulNBits"
 
 
@@ -97,25 +98,32 @@ class Answers(nn.Module):
         return logits if valence is None else (logits, valence)
 
 
-def to_onnx(module: nn.Module, example: Tensor) -> bytes:
+def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
     """The file of a module with QuantLinears, for inputs like `example` (B, T, K) of any number of rows.
 
-    The module is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
+    With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
+    is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
     """
     emitted = _emit(module)
     answers = Answers(module).eval()
     try:
         with _slow_path(), torch.no_grad():
             calls, names = _called(answers, emitted, example)
-            proto = _bare(_traced(answers, example, names))
+            proto = _traced(answers, example, names, most_steps)
     except Exception as error:
         raise RecipeError(
             f"export: {type(module).__name__} can not be written as ONNX: {_reason(error)}; "
             "write that part of it with operations that torch.onnx.export knows"
         ) from error
-    found = Counter(n.op_type for n in proto.graph.node if n.op_type in ("MatMulNBits", "MatMulInteger"))
+    nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
+    found = Counter(node.op_type for node in nodes)
     assert found == calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
-    return proto.SerializeToString()
+    dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
+    if not all(dims[node.input[0]][-1].dim_value for node in nodes):  # the tracer takes any width
+        raise RecipeError(
+            f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
+        )
+    return _bare(proto).SerializeToString()
 
 
 def _emit(module: nn.Module) -> list[nn.Module]:
@@ -139,7 +147,10 @@ def _called(answers: Answers, emitted: list[nn.Module], example: Tensor) -> tupl
     return calls, ["logits", "valence"] if isinstance(said, tuple) else ["logits"]
 
 
-def _traced(answers: Answers, example: Tensor, names: list[str]) -> Any:
+def _traced(answers: Answers, example: Tensor, names: list[str], most_steps: int | None) -> Any:
+    free = {0: torch.export.Dim("rows", min=1, max=65536)}
+    if most_steps:
+        free[1] = torch.export.Dim("steps", min=1, max=most_steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -150,7 +161,7 @@ def _traced(answers: Answers, example: Tensor, names: list[str]) -> Any:
             opset_version=OPSET,
             input_names=["inputs"],
             output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=65536)},),
+            dynamic_shapes=(free,),
             verbose=False,
         )
     assert made is not None
