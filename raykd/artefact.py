@@ -37,15 +37,22 @@ ALONE = 512  # test rows that are answered one by one, too
 
 
 class Bar(NamedTuple):
-    """What an artefact must reach beside its student: difference over the largest logit, share of equal decisions."""
+    """What an artefact must reach beside its student: differences over the largest logit, share of equal decisions.
+
+    `relative` is of 99 rows in 100, `largest` of all: where activations are rounded, a sum in another order flips a
+    rounding at a tie now and then, by a whole level.
+    """
 
     relative: float
+    largest: float
     agreement: float
 
 
-EXACT = Bar(1e-5, 1.0)  # float activations, the same integers
-INTEGER = Bar(2e-3, 0.99)  # activations rounded alike; a sum in another order flips a few at ties
-BLOCKS = Bar(2e-2, 0.98)  # the runtime rounds activations block by block, the student was trained over the whole call
+EXACT = Bar(1e-5, 1e-5, 1.0)  # float activations, the same integers
+INTEGER = Bar(2e-3, 2e-2, 0.99)  # activations rounded alike
+BLOCKS = Bar(
+    2e-2, 5e-2, 0.98
+)  # activations rounded as x86 kernels do, block by block; those of other CPUs may do otherwise
 
 
 def best_seed(recipe: Recipe, folder: Path) -> int:
@@ -119,12 +126,14 @@ def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> d
             raise GateError(_differ(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", trained))
         return found
     bar = EXACT if quant.activations == "none" else INTEGER if quant.weights == "int8" else BLOCKS
-    relative = worst / float(np.abs(trained).max())
-    if not (relative <= bar.relative and found["agreement"] >= bar.agreement):
-        said = f"by {relative:.3g} of the largest and agree on {found['agreement']:.2%} of the decisions"
-        raise GateError(
-            _differ(f"{said}; at most {bar.relative:g} and at least {bar.agreement:.0%} are asked", trained)
+    each = np.abs(trained - answered).max(1) / float(np.abs(trained).max())
+    most, relative = float(np.quantile(each, 0.99)), float(each.max())
+    if not (most <= bar.relative and relative <= bar.largest and found["agreement"] >= bar.agreement):
+        said = (
+            f"by {relative:.3g} of the largest, 99 % of the rows by {most:.3g}, {found['agreement']:.2%} decided alike"
         )
+        asked = f"at most {bar.largest:g}, {bar.relative:g} and at least {bar.agreement:.0%} are asked"
+        raise GateError(_differ(f"{said}; {asked}", trained))
     few = dataset.splits["test"].take(slice(0, ALONE))
     alone = deployed.sequence_logits(staged / ONNX, few, 1).argmax(1)
     return found | {"relative": relative, "alone_agreement": float((alone == answered[: len(alone)].argmax(1)).mean())}

@@ -4,14 +4,15 @@
     int4, ternary    com.microsoft MatMulNBits of 4 or 2 bits, codes from a zero point of 8 or 2
     everything else  as it is
 
-MatMulNBits computes with float activations, or rounds them itself, block by block, where the student was trained with
-int8 activations (accuracy_level 4).
+MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4) where the student was
+trained with int8 activations.
 """
 
-import io
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
-from raykd.quant.layers import QuantLinear, quantised
+from raykd.models.adapter import field
+from raykd.quant.layers import QuantLinear, quantised, replace
 from raykd.quant.pack import pack
 from raykd.quant.scheme import BITS, Quant
 
 OPSET = 21
-BLOCK = 32  # inputs to a block of MatMulNBits where all of an output's share a scale
+OPERATORS = ("MatMulInteger", "MatMulNBits")
 MICROSOFT = "com.microsoft::MatMulNBits"
 
 
@@ -62,8 +64,7 @@ class MatMulNBits(nn.Module):
     def __init__(self, layer: QuantLinear, quant: Quant):
         super().__init__()
         outputs, inputs = layer.weight.shape
-        scales = layer.scales()
-        block = inputs // scales.shape[1] if scales.shape[1] > 1 else BLOCK
+        scales, block = layer.scales(), quant.block(inputs)
         count = -(-inputs // block)
         codes = np.zeros((outputs, count * block), np.int8)
         codes[:, :inputs] = layer.codes().numpy()
@@ -92,57 +93,97 @@ class Answers(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         said = self.module(inputs)
-        if isinstance(said, Tensor):
-            return said
-        return (said["logits"], said["valence"]) if said.get("valence") is not None else said["logits"]
+        logits, valence = field(said, "logits"), field(said, "valence")
+        assert logits is not None
+        return logits if valence is None else (logits, valence)
 
 
-def to_onnx(module: nn.Module, example: Tensor) -> bytes:
+def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
     """The file of a module with QuantLinears, for inputs like `example` (B, T, K) of any number of rows.
 
-    The module is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
+    With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
+    is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
     """
-    wanted = Counter(_emit(module))
-    with torch.no_grad():
-        said = Answers(module).eval()(example)
-    names = ["logits", "valence"] if isinstance(said, tuple) else ["logits"]
-    sink = io.BytesIO()
+    emitted = _emit(module)
+    answers = Answers(module).eval()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            made = torch.onnx.export(
-                Answers(module).eval(),
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["inputs"],
-                output_names=names,
-                dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=65536)},),
-                verbose=False,
-            )
+        with _slow_path(), torch.no_grad():
+            calls, names = _called(answers, emitted, example)
+            proto = _traced(answers, example, names, most_steps)
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"export: {type(module).__name__} can not be written as ONNX: {first}") from error
+        raise RecipeError(
+            f"export: {type(module).__name__} can not be written as ONNX: {_reason(error)}; "
+            "write that part of it with operations that torch.onnx.export knows"
+        ) from error
+    nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
+    found = Counter(node.op_type for node in nodes)
+    assert found == calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
+    dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
+    if not all(dims[node.input[0]][-1].dim_value for node in nodes):  # the tracer takes any width
+        raise RecipeError(
+            f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
+        )
+    return _bare(proto).SerializeToString()
+
+
+def _emit(module: nn.Module) -> list[nn.Module]:
+    """Replace every layer that is rounded by its operator, and give those."""
+    swaps: dict[nn.Module, nn.Module] = {}
+    for name, layer in quantised(module):
+        if layer.quant is not None:
+            assert layer.blend == 1, f"{name} is still fading in"
+            swaps[layer] = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
+    replace(module, swaps)
+    return list(swaps.values())
+
+
+def _called(answers: Answers, emitted: list[nn.Module], example: Tensor) -> tuple[Counter[str], list[str]]:
+    """How often each operator is called for one answer (a layer may be shared, or unused), and the answer's names."""
+    calls: Counter[str] = Counter()
+    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([type(m).__name__])) for m in emitted]
+    said = answers(example)
+    for hook in hooks:
+        hook.remove()
+    return calls, ["logits", "valence"] if isinstance(said, tuple) else ["logits"]
+
+
+def _traced(answers: Answers, example: Tensor, names: list[str], most_steps: int | None) -> Any:
+    free = {0: torch.export.Dim("rows", min=1, max=65536)}
+    if most_steps:
+        free[1] = torch.export.Dim("steps", min=1, max=most_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        made = torch.onnx.export(
+            answers,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["inputs"],
+            output_names=names,
+            dynamic_shapes=(free,),
+            verbose=False,
+        )
     assert made is not None
-    proto = _bare(made.model_proto)
-    found = Counter(n.op_type for n in proto.graph.node if n.op_type in ("MatMulNBits", "MatMulInteger"))
-    assert found == wanted, f"{dict(found)} nodes for {dict(wanted)} layers"
-    sink.write(proto.SerializeToString())
-    return sink.getvalue()
+    return made.model_proto
 
 
-def _emit(module: nn.Module) -> list[str]:
-    """Replace every layer that is rounded by its operator; their names, one a layer."""
-    kinds = []
-    for name, layer in list(quantised(module)):
-        if layer.quant is None:
-            continue
-        emitted = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
-        owner, _, own = name.rpartition(".")
-        setattr(module.get_submodule(owner), own, emitted)
-        kinds.append(type(emitted).__name__)
-    return kinds
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    """Without the fused path of torch's encoder layers, which reads their linear layers' weights."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in a line."""
+    while error.__cause__:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _bare(proto: Any) -> Any:

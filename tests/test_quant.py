@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
-from raykd.quant.fake import Activations, Learned, Rounded, codes_of, scale_of
+from raykd.quant.fake import Activations, Blocks, Learned, Rounded, codes_of, scale_of
 from raykd.quant.layers import QuantLinear, prepare, quantised
 from raykd.quant.pack import pack, pack_trits, unpack, unpack_trits
 from raykd.quant.scheme import BITS, LEVELS, Quant
@@ -145,6 +145,58 @@ def test_activations_are_those_of_dynamic_quantize_linear(x):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 70)), elements=st.floats(-50, 50, width=32)),
+    st.sampled_from([16, 32]),
+)
+def test_blocks_of_activations_have_a_scale_each(x, block):
+    """Against one block at a time: max|x| / 127, ties to even, the last block as long as it is."""
+    found = Blocks.apply(torch.from_numpy(x), block).numpy()
+    for row, said in zip(x, found, strict=True):
+        for first in range(0, len(row), block):
+            part = row[first : first + block]
+            scale = np.float32(max(np.abs(part).max() / np.float32(127), 1e-8))
+            np.testing.assert_allclose(said[first : first + block], np.rint(part / scale) * scale, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("quant", [Quant(weights="int4"), Quant(weights="ternary", per="group")])
+def test_a_row_of_int4_or_ternary_does_not_depend_on_its_batch(quant):
+    layer, x = layer_of(quant), torch.randn(8, 64) * torch.logspace(-2, 2, 8)[:, None]
+    torch.testing.assert_close(torch.cat([layer(row[None]) for row in x]), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Activations.apply, lambda x: Blocks.apply(x, 32)])
+def test_the_gradient_of_rounded_activations_goes_straight_through(rule):
+    x, upstream = torch.randn(4, 40, requires_grad=True), torch.randn(4, 40)
+    rule(x).backward(upstream)
+    assert torch.equal(x.grad, upstream)
+
+
+def test_the_scale_of_clipped_weights_has_the_gradient_of_finite_differences():
+    """Where every weight is beyond the range, LSQ's slope is the true one: the outer code."""
+    weight, scale = torch.tensor([[[3.0, -5.0, 9.0]]]), torch.full((1, 1, 1), 0.25, requires_grad=True)
+    Learned.apply(weight, scale, 7).sum().backward()
+    step = 1e-3
+    rise = [Learned.apply(weight, scale.detach() + sign * step, 7).sum() for sign in (1, -1)]
+    share = (3 * 7) ** -0.5
+    assert scale.grad.item() == pytest.approx(share * ((rise[0] - rise[1]) / (2 * step)).item(), rel=1e-3)
+
+
+@LAWS
+def test_a_layer_in_bfloat16_computes_in_float32(quant):
+    half = QuantLinear.of(nn.Linear(64, 16).bfloat16())
+    whole = QuantLinear.of(nn.Linear(64, 16))
+    whole.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    for layer in (half, whole):
+        layer.set(quant)
+        layer.blend = 0.5
+    x = torch.randn(5, 64).bfloat16()
+    assert torch.equal(half(x), whole(x.float()).bfloat16())
+    half(x).sum().backward()
+    assert half.weight.grad.dtype == torch.bfloat16
+
+
 @LAWS
 def test_zeros_round_to_zeros_and_nan_is_refused(quant):
     layer = layer_of(quant)
@@ -214,11 +266,35 @@ def test_layers_are_swapped_by_name_and_keep_their_weights():
         prepare(module, Quant(skip=["*"]))
 
 
+def test_a_layer_with_two_names_stays_one_layer():
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    module.append(module[0])
+    assert prepare(module, Quant(skip=["2"])) == ["0"]
+    assert isinstance(module[0], QuantLinear)
+    assert module[3] is module[0]
+    assert type(module[2]) is nn.Linear
+
+
+def test_torchs_encoder_layer_does_not_slip_past_rounding_in_evaluation():
+    """It reads the weights of submodules that have no hook, in a fused path."""
+    module = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(4, 8, 32)
+    assert prepare(module, Quant(skip=[])) == ["linear1", "linear2"], "not out_proj, which is never called"
+    for _, layer in quantised(module):
+        layer.set(Quant(weights="ternary", activations="none"))
+    with torch.inference_mode():
+        evaluated = module(x)
+    torch.testing.assert_close(evaluated, module(x).detach())
+
+
 def test_what_no_runtime_executes_is_refused():
     for wrong, words in (
         ({"weights": "int8", "per": "group"}, "no runtime"),
         ({"weights": "int8", "activations": "none"}, "int8 activations"),
         ({"weights": "int4", "scale": "twn"}, "ternary"),
+        ({"weights": "int8", "scale": "absmean"}, "ternary"),
+        ({"weights": "int4", "group": 64}, 'needs per = "group"'),
+        ({"weights": "ternary", "per": "group", "group": 16}, "no runtime"),
     ):
         with pytest.raises(ValueError, match=words):
             Quant(**wrong)

@@ -45,7 +45,7 @@ class Adapter(nn.Module):
         """Signals of a batch; per-sequence logits become one step."""
         self.kept.clear()
         answer = self.module(inputs)
-        logits, valence = _field(answer, "logits"), _field(answer, "valence")
+        logits, valence = field(answer, "logits"), field(answer, "valence")
         if logits is None or logits.dim() not in (2, 3):
             raise RecipeError(f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)")
         inside = mask
@@ -74,14 +74,15 @@ class Adapter(nn.Module):
         layer.register_forward_hook(keep)
 
 
-def _ask_for_maps(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, kwargs | {"need_weights": True, "average_attn_weights": False}
-
-
-def _field(answer: Any, name: str) -> Tensor | None:
+def field(answer: Any, name: str) -> Tensor | None:
+    """A module's logits or valence out of its answer, in whatever form; None where it has none."""
     if isinstance(answer, Tensor):
         return answer if name == "logits" else None
     return answer.get(name) if isinstance(answer, dict) else getattr(answer, name, None)
+
+
+def _ask_for_maps(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"need_weights": True, "average_attn_weights": False}
 
 
 def _first(_module: Any, output: Any) -> Tensor:

@@ -6,6 +6,7 @@ Everything is float32. Gradients are straight through (Bengio et al. 2013, arXiv
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAST = 1e-8  # of a scale: a group of zeros has codes of zero, whatever divides them
@@ -90,3 +91,21 @@ class Activations(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0]
+
+
+class Blocks(torch.autograd.Function):
+    """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over each block of a row's inputs.
+
+    scale = max|x| / 127, no zero point; every value is in the range, so the gradient is the upstream one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
+        inputs = x.shape[-1]
+        blocks = F.pad(x.float(), (0, -inputs % block)).unflatten(-1, (-1, block))
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(min=LEAST)
+        return blocks.div(scale).round_().mul_(scale).flatten(-2)[..., :inputs]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

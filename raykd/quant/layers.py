@@ -1,14 +1,19 @@
 """Linear layers that compute as their quantised selves, and the swap that puts them into any model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
-from raykd.quant.fake import Activations, Learned, Rounded, codes_of, scale_of
+from raykd.quant.fake import Activations, Blocks, Learned, Rounded, codes_of, scale_of
 from raykd.quant.scheme import LEVELS, Quant
+
+
+def be_called(_module: nn.Module, _inputs: Any) -> None:
+    """A hook that does nothing: torch's encoder layers call submodules that have one, and else only read weights."""
 
 
 class QuantLinear(nn.Linear):
@@ -23,6 +28,7 @@ class QuantLinear(nn.Linear):
         self.quant: Quant | None = None
         self.blend = 1.0
         self.register_parameter("scale", None)
+        self.register_forward_pre_hook(be_called)
 
     @classmethod
     def of(cls, layer: nn.Linear) -> "QuantLinear":
@@ -42,9 +48,8 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.quant is None or self.blend == 0:
             return super().forward(x)
-        if self.quant.activations == "int8":
-            x = Activations.apply(x)  # type: ignore[assignment]
-        return F.linear(x, self.rounded(), self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(self._as_multiplied(x.float()), self.rounded(), bias).to(x.dtype)
 
     def rounded(self) -> Tensor:
         """(N, K): the weights that are multiplied with, scale times codes, blended."""
@@ -55,7 +60,7 @@ class QuantLinear(nn.Linear):
         else:
             found = Rounded.apply(groups, scale_of(groups.detach(), self.quant.rule, largest), self.quant.rule, largest)
         found = found.reshape(self.weight.shape)  # type: ignore[attr-defined]
-        return found if self.blend == 1 else torch.lerp(self.weight, found, self.blend)
+        return found if self.blend == 1 else torch.lerp(self.weight.float(), found, self.blend)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -71,6 +76,13 @@ class QuantLinear(nn.Linear):
         scale = self._scale().reshape(-1, self._groups(self.quant).shape[1])
         return scale.expand(self.out_features, -1).contiguous() if self.quant.per == "tensor" else scale
 
+    def _as_multiplied(self, x: Tensor) -> Tensor:
+        assert self.quant is not None
+        if self.quant.activations == "none":
+            return x
+        blocks = self.quant.weights != "int8"
+        return Blocks.apply(x, self.quant.block(self.in_features)) if blocks else Activations.apply(x)  # type: ignore[return-value]
+
     def _rule(self) -> str:
         assert self.quant is not None
         return "absmax" if self.scale is not None else self.quant.rule
@@ -78,7 +90,7 @@ class QuantLinear(nn.Linear):
     def _scale(self) -> Tensor:
         assert self.quant is not None
         if self.scale is not None:
-            return self.scale
+            return self.scale.detach()
         return scale_of(self._groups(self.quant), self.quant.rule, LEVELS[self.quant.weights])
 
     def _groups(self, quant: Quant) -> Tensor:
@@ -89,18 +101,25 @@ class QuantLinear(nn.Linear):
 
 
 def prepare(module: nn.Module, quant: Quant) -> list[str]:
-    """The names of the linear layers that are swapped in place: all that the Quant does not skip, none rounded yet."""
-    kinds = (nn.Linear, QuantLinear)
-    found = [n for n, m in module.named_modules() if type(m) in kinds and not quant.skips(n)]
+    """The names of the linear layers that are swapped in place: all that the Quant does not skip, none rounded yet.
+
+    A layer with several names goes by its first. Subclasses of nn.Linear stay, as in nn.MultiheadAttention: their
+    owners read the weights and never call them.
+    """
+    linear = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and n}
+    found = {n: m for n, m in linear.items() if type(m) in (nn.Linear, QuantLinear) and not quant.skips(n)}
     if not found:
         raise RecipeError(f"quant: no linear layer is left to quantise; skip = {quant.skip} leaves out every one")
-    for name in found:
-        owner, _, own = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        layer = getattr(parent, own)
-        if not isinstance(layer, QuantLinear):
-            setattr(parent, own, QuantLinear.of(layer))
-    return found
+    replace(module, {m: QuantLinear.of(m) for m in found.values() if not isinstance(m, QuantLinear)})
+    return list(found)
+
+
+def replace(module: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new layer wherever its old one stands in the module, under every name it has."""
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
+        if layer in swaps:
+            owner, _, own = name.rpartition(".")
+            setattr(module.get_submodule(owner), own, swaps[layer])
 
 
 def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLinear]]:

@@ -7,6 +7,9 @@
 
 `per` says which weights share a scale: all of a layer ("tensor"), those of one output ("channel"), or `group`
 neighbouring inputs of one output ("group"). A layer whose inputs no group divides takes "channel".
+
+Activations are rounded as the operator rounds them: MatMulInteger's over the whole call, MatMulNBits's over each block
+of a row's inputs, a block being a group, or without groups `Quant.block`.
 """
 
 from fnmatch import fnmatch
@@ -18,6 +21,8 @@ Weights = Literal["int8", "int4", "ternary"]
 LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "ternary": 1}  # the largest code
 BITS: dict[str, int] = {"int8": 8, "int4": 4, "ternary": 2}  # of a stored code
 SCALES = {"int8": "absmax", "int4": "absmax", "ternary": "absmean"}
+BLOCKS = (32, 64, 128)  # of MatMulNBits; with 2 bits onnxruntime 1.32 rounds no activations in blocks of 16 or 256
+GROUP = 32
 
 
 class Quant(BaseModel):
@@ -27,19 +32,23 @@ class Quant(BaseModel):
 
     weights: Weights = "int8"
     per: Literal["tensor", "channel", "group"] = "channel"
-    group: Literal[16, 32, 64, 128] = 32
+    group: Literal[16, 32, 64, 128] = GROUP
     scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # by default that of the table
     activations: Literal["int8", "none"] = "int8"
     skip: Annotated[list[str], Field()] = ["head", "value", "*.head", "lm_head"]
 
     @model_validator(mode="after")
     def _executable(self) -> "Quant":
-        if self.scale == "twn" and self.weights != "ternary":
-            raise ValueError(f'scale = "twn" is a rule for weights = "ternary", found {self.weights!r}')
+        if self.scale in ("absmean", "twn") and self.weights != "ternary":
+            raise ValueError(f'scale = "{self.scale}" is a rule for weights = "ternary", found {self.weights!r}')
+        if self.group != GROUP and self.per != "group":
+            raise ValueError(f'group = {self.group} needs per = "group", found {self.per!r}')
         if self.weights == "int8" and self.per == "group":
             raise ValueError('per = "group" has no runtime for int8 weights; write "channel" or "tensor"')
         if self.weights == "int8" and self.activations == "none":
             raise ValueError('int8 weights are multiplied with int8 activations; write activations = "int8"')
+        if (self.weights, self.per, self.group, self.activations) == ("ternary", "group", 16, "int8"):
+            raise ValueError('no runtime rounds activations in groups of 16; write group = 32 or activations = "none"')
         return self
 
     @property
@@ -50,6 +59,12 @@ class Quant(BaseModel):
     def columns(self, inputs: int) -> int:
         """How many inputs of one output share a scale."""
         return self.group if self.per == "group" and inputs % self.group == 0 else inputs
+
+    def block(self, inputs: int) -> int:
+        """Inputs to a block of MatMulNBits: a group, or what takes the fewest bytes where an output has one scale."""
+        if self.columns(inputs) < inputs:
+            return self.group
+        return min(BLOCKS, key=lambda size: -(-inputs // size) * (size * BITS[self.weights] // 8 + 4))
 
     def skips(self, name: str) -> bool:
         """Whether a layer of this name is left as it is."""
