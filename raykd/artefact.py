@@ -50,9 +50,7 @@ class Bar(NamedTuple):
 
 EXACT = Bar(1e-5, 1e-5, 1.0)  # float activations, the same integers
 INTEGER = Bar(2e-3, 2e-2, 0.99)  # activations rounded alike
-BLOCKS = Bar(
-    2e-2, 5e-2, 0.98
-)  # activations rounded as x86 kernels do, block by block; those of other CPUs may do otherwise
+BLOCKS = Bar(2e-2, 5e-2, 0.98)  # activations rounded block by block as on x86; other kernels may do otherwise
 
 
 def best_seed(recipe: Recipe, folder: Path) -> int:
@@ -129,9 +127,8 @@ def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> d
     each = np.abs(trained - answered).max(1) / float(np.abs(trained).max())
     most, relative = float(np.quantile(each, 0.99)), float(each.max())
     if not (most <= bar.relative and relative <= bar.largest and found["agreement"] >= bar.agreement):
-        said = (
-            f"by {relative:.3g} of the largest, 99 % of the rows by {most:.3g}, {found['agreement']:.2%} decided alike"
-        )
+        alike = f"{found['agreement']:.2%} decided alike"
+        said = f"by {relative:.3g} of the largest, 99 % of the rows by {most:.3g}, {alike}"
         asked = f"at most {bar.largest:g}, {bar.relative:g} and at least {bar.agreement:.0%} are asked"
         raise GateError(_differ(f"{said}; {asked}", trained))
     few = dataset.splits["test"].take(slice(0, ALONE))

@@ -119,12 +119,7 @@ def train(
                     report(state.step, state.history[-1])
                     if arm.phases:
                         state.judge(span)
-                    if (
-                        checkpoints
-                        and state.step < span.last
-                        and world.rank == 0
-                        and _due(state, optim, checkpoint_every)
-                    ):
+                    if checkpoints and world.rank == 0 and _due(state, span, optim, checkpoint_every):
                         state.save(checkpoints)
             state.end()
     return state
@@ -221,9 +216,9 @@ def reseed(device: torch.device, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
-def _due(state: State, optim: Optim, every: int) -> bool:
-    """Checkpoints are taken at the first report after each `every` steps, where no sum is half done."""
-    return state.step // every > (state.step - optim.evaluate_every) // every
+def _due(state: State, span: Span, optim: Optim, every: int) -> bool:
+    """Checkpoints are taken at the first report after each `every` steps, where no sum is half done, within a phase."""
+    return state.step < span.last and state.step // every > (state.step - optim.evaluate_every) // every
 
 
 def _summary(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from raykd.quant import layers
-from raykd.recipe import Optim, Phase
+from raykd.recipe import Optim, Phase, ends_of
 
 WHOLE = Phase(until=1.0)
 
@@ -33,9 +33,9 @@ class Span:
 
 
 def spans(phases: Sequence[Phase], steps: int) -> list[Span]:
-    """The phases as steps; one whole phase in full precision where there are none. Each has a step at least."""
-    ends = [round(phase.until * steps) for phase in phases or [WHOLE]]
-    return [Span(p, a, b) for p, a, b in zip(phases or [WHOLE], [0, *ends], ends, strict=False) if b > a]
+    """The phases as steps; one whole phase in full precision where there are none."""
+    ends = ends_of(phases or [WHOLE], steps)
+    return [Span(p, a, b) for p, a, b in zip(phases or [WHOLE], [0, *ends[:-1]], ends, strict=True)]
 
 
 def prepare(module: nn.Module, phases: Iterable[Phase]) -> None:

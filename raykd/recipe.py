@@ -7,6 +7,8 @@ and `[track]`, which only say where and how fast, do not.
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -269,9 +271,17 @@ class Recipe(Table):
         ends = [phase.until for phase in self.phases]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
             raise ValueError(f"phases end at {ends}: each until must be above the one before, and the last 1")
+        steps = [0, *ends_of(self.phases, self.optim.steps)]
+        if any(a == b for a, b in pairwise(steps)):
+            raise ValueError(f"optim.steps = {self.optim.steps} leaves a phase without a step: they end at {steps[1:]}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds} repeats a seed; each must be its own run")
         return self
+
+
+def ends_of(phases: Sequence[Phase], steps: int) -> list[int]:
+    """The step that each phase ends before."""
+    return [round(phase.until * steps) for phase in phases]
 
 
 NOT_HASHED = {"name", "setting", "scale", "track"}

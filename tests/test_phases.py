@@ -53,7 +53,15 @@ def trained(phases: tuple[Phase, ...], evaluate=lambda _: {}, **keywords) -> Sta
 def test_without_phases_there_is_one_and_with_them_each_has_its_steps():
     assert [(s.first, s.last, s.phase.quant) for s in spans((), 40)] == [(0, 40, None)]
     assert [(s.first, s.last) for s in spans(PROGRESSIVE, 40)] == [(0, 10), (10, 20), (20, 30), (30, 40)]
-    assert [(s.first, s.last) for s in spans(PROGRESSIVE, 2)] == [(0, 1), (1, 2)], "too few steps for all of them"
+
+
+def test_a_phase_without_a_step_is_refused():
+    """A last phase that rounds to nothing would leave the student under the one before it."""
+    phases = [{"until": 0.5}, {"until": 0.75, "quant": {"weights": "int4"}}, {"until": 1.0, "quant": {}}]
+    raw = {"technique": "none", "phases": phases}
+    assert checks.resolve(raw | {"optim": {"steps": 4}}).optim.steps == 4
+    with pytest.raises(RecipeError, match=r"optim.steps = 2 leaves a phase without a step: they end at \[1, 2, 2\]"):
+        checks.resolve(raw | {"optim": {"steps": 2}})
 
 
 def test_each_phase_warms_up_anew_and_decays_to_nothing():

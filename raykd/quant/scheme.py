@@ -13,9 +13,9 @@ of a row's inputs, a block being a group, or without groups `Quant.block`.
 """
 
 from fnmatch import fnmatch
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 Weights = Literal["int8", "int4", "ternary"]
 LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "ternary": 1}  # the largest code
@@ -35,7 +35,7 @@ class Quant(BaseModel):
     group: Literal[16, 32, 64, 128] = GROUP
     scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # by default that of the table
     activations: Literal["int8", "none"] = "int8"
-    skip: Annotated[list[str], Field()] = ["head", "value", "*.head", "lm_head"]
+    skip: list[str] = ["head", "value", "*.head", "lm_head"]
 
     @model_validator(mode="after")
     def _executable(self) -> "Quant":
