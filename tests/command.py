@@ -1,6 +1,7 @@
 """The command line in processes of its own, forked from a server that has imported torch: each starts at once."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def left_in(out: Path) -> list[str]:
 
 
 def _main(argv: list[str], folder: str, cwd: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
     from raykd.cli import main
 
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):

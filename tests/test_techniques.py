@@ -561,7 +561,7 @@ def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypa
             "technique": name,
             "teacher": by_hand.teacher(weights),
             "data": {"stride": 128},
-            "optim": {"steps": 4, "batch": 16, "evaluate_every": 2},
+            "optim": {"steps": 40, "batch": 16, "evaluate_every": 20},
         }
     )
     store = by_hand.score(recipe, tmp_path / "stores")
