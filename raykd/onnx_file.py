@@ -1,11 +1,6 @@
 """A student as one ONNX file that stock onnxruntime executes: the trained codes and scales, never rounded again.
 
-    int8             DynamicQuantizeLinear, MatMulInteger, times the scales
-    int4, ternary    com.microsoft MatMulNBits of 4 or 2 bits, codes from a zero point of 8 or 2
-    everything else  as it is
-
-MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4) where the student was
-trained with int8 activations.
+What a layer becomes, `raykd.operators` says; everything else is as it is.
 """
 
 import logging
@@ -15,73 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.models.adapter import field
-from raykd.quant.layers import QuantLinear, quantised, replace
-from raykd.quant.pack import pack
-from raykd.quant.scheme import BITS, Quant
+from raykd.operators import OPERATORS, GatherBlockQuantized, operator_of
+from raykd.quant.layers import quantised, replace
 
 OPSET = 21
-OPERATORS = ("MatMulInteger", "MatMulNBits")
-MICROSOFT = "com.microsoft::MatMulNBits"
-
-
-class MatMulInteger(nn.Module):
-    """An int8 layer: activations rounded over their whole tensor, products of integers, one multiplication after."""
-
-    codes: Tensor  # (K, N) int8
-    scales: Tensor  # (N,)
-    bias: Tensor | None
-
-    def __init__(self, layer: QuantLinear):
-        super().__init__()
-        self.outputs = layer.out_features
-        self.register_buffer("codes", layer.codes().T.contiguous())
-        self.register_buffer("scales", layer.scales()[:, 0].clone())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        ops = torch.onnx.ops
-        types, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
-        xq, scale, zero = ops.symbolic_multi_out("DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes, version=11)
-        shape = (*x.shape[:-1], self.outputs)
-        total = ops.symbolic("MatMulInteger", (xq, self.codes, zero), dtype=torch.int32, shape=shape, version=10)
-        y = total.float() * (scale * self.scales)
-        return y if self.bias is None else y + self.bias
-
-
-class MatMulNBits(nn.Module):
-    """An int4 or ternary layer: packed codes in blocks of inputs, a scale each; the last block is filled with zeros."""
-
-    codes: Tensor  # (N, blocks, block bits / 8) uint8
-    scales: Tensor  # (N, blocks)
-    bias: Tensor | None
-
-    def __init__(self, layer: QuantLinear, quant: Quant):
-        super().__init__()
-        outputs, inputs = layer.weight.shape
-        scales, block = layer.scales(), quant.block(inputs)
-        count = -(-inputs // block)
-        codes = np.zeros((outputs, count * block), np.int8)
-        codes[:, :inputs] = layer.codes().numpy()
-        bits = BITS[quant.weights]
-        self.attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
-        self.attributes["accuracy_level"] = 4 if quant.activations == "int8" else 1
-        packed = pack(codes, bits).reshape(outputs, count, -1)
-        self.register_buffer("codes", torch.from_numpy(packed))
-        self.register_buffer("scales", scales.expand(outputs, count).contiguous().clone())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.attributes["N"])
-        found = torch.onnx.ops.symbolic(
-            MICROSOFT, (x, self.codes, self.scales), attrs=self.attributes, dtype=torch.float32, shape=shape, version=1
-        )
-        return found if self.bias is None else found + self.bias
 
 
 class Answers(nn.Module):
@@ -99,7 +36,7 @@ class Answers(nn.Module):
 
 
 def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
-    """The file of a module with QuantLinears, for inputs like `example` (B, T, K) of any number of rows.
+    """The file of a module with quantised layers, for inputs like `example` (B, T, K) of any number of rows.
 
     With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
     is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
@@ -119,7 +56,8 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     found = Counter(node.op_type for node in nodes)
     assert found == calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
     dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
-    if not all(dims[node.input[0]][-1].dim_value for node in nodes):  # the tracer takes any width
+    multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
+    if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width
         raise RecipeError(
             f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
         )
@@ -132,7 +70,7 @@ def _emit(module: nn.Module) -> list[nn.Module]:
     for name, layer in quantised(module):
         if layer.quant is not None:
             assert layer.blend == 1, f"{name} is still fading in"
-            swaps[layer] = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
+            swaps[layer] = operator_of(layer)
     replace(module, swaps)
     return list(swaps.values())
 
