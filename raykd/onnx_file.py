@@ -54,7 +54,9 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
         ) from error
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
     found = Counter(node.op_type for node in nodes)
-    assert found == calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
+    # Two calls of one layer with one input are merged to a node.
+    assert found.keys() == calls.keys(), f"{dict(found)} nodes for {dict(calls)} calls of layers"
+    assert found <= calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
     dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
     multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
     if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width

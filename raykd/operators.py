@@ -23,9 +23,6 @@ from raykd.quant.pack import pack
 from raykd.quant.scheme import BITS, Quant
 
 OPERATORS = ("MatMulInteger", "MatMulNBits", "GatherBlockQuantized")
-# The first onnxruntime with all: GatherBlockQuantized of bytes came with 1.23, MatMulNBits of 2 bits with 1.24, the
-# former's 2 bits with this.
-ONNXRUNTIME = "1.27"
 
 
 def operator_of(layer: QuantLayer) -> nn.Module:
@@ -54,7 +51,9 @@ class MatMulInteger(nn.Module):
         scale, *operands = self._of_rows(x) if self.by_row else self._of_all(x)
         shape = (*x.shape[:-1], self.outputs)
         total = torch.onnx.ops.symbolic("MatMulInteger", operands, dtype=torch.int32, shape=shape, version=10)
-        y = total.float() * (scale * self.scales)
+        # By row the products go one after the other: of scale * scales onnxruntime 1.32 makes a MatMulIntegerToFloat,
+        # which answers wrongly where x has three dimensions.
+        y = total.float() * scale * self.scales if self.by_row else total.float() * (scale * self.scales)
         return y if self.bias is None else y + self.bias
 
     def _of_rows(self, x: Tensor) -> tuple[Tensor, ...]:
