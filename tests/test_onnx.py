@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raykd import deployed, onnx_file, operators
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
+from raykd.quant.fake import LEAST
 from raykd.quant.layers import QuantLinear, prepare, quantised
 from raykd.quant.pack import unpack
 from raykd.quant.scheme import BITS, Quant
@@ -146,6 +147,19 @@ def test_the_file_holds_the_trained_codes_and_scales_bit_for_bit(name, exported)
         assert np.array_equal(scales.repeat(codes.shape[1] // scales.shape[1], 1)[:, :inputs], spread)
 
 
+@ROUNDED
+def test_the_file_has_no_more_values_a_scale_than_its_bits_allow(name, exported):
+    case = exported(name)
+    most = {"ternary": 3, "int4": 16, "int8": 256}[case.quant.weights]
+    for codes, scales in stored(case.data):
+        groups = (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(scales.size, -1)
+        assert max(len(np.unique(values)) for values in groups) <= most
+        assert len(np.unique(codes)) <= most
+        if case.quant.per == "tensor":
+            assert len(np.unique(np.abs(scales))) == 1
+            assert len(np.unique(groups)) <= most
+
+
 def stored(data: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
     """(codes (N, K'), scales (N, G)) of every rounded layer, in the order of their execution."""
     graph = onnx.load_from_string(data).graph
@@ -234,12 +248,14 @@ def test_a_module_of_one_number_of_steps_can_not_take_any():
         onnx_file.to_onnx(rounding(module, Quant(skip=[])), torch.randn(2, STEPS, CHANNELS), most_steps=STEPS)
 
 
-def test_scales_that_training_made_negative_are_executed_as_they_are(tmp_path):
+def test_scales_that_training_made_negative_are_executed_as_the_least(tmp_path):
     quant = SCHEMES["ternary-learned"]
     module = encoder_of(quant)
     with torch.no_grad():
         for _, layer in quantised(module):
             layer.scale[::2].neg_()
+            assert (layer.scales()[::2] == LEAST).all()
+            assert torch.equal(layer.codes()[::2], layer.weight[::2].sign().to(torch.int8)), "no sign flips"
     inputs = torch.randn(20, STEPS, CHANNELS)
     expected = module(inputs)["logits"].detach().numpy()
     found = run(onnx_file.to_onnx(module, inputs[:2]), tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0]

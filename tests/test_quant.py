@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
-from raykd.quant.fake import Activations, Blocks, Learned, Rounded, codes_of, scale_of
+from raykd.quant.fake import LEAST, Activations, Blocks, Learned, Rounded, codes_of, scale_of
 from raykd.quant.layers import QuantLinear, prepare, quantised
 from raykd.quant.pack import pack, pack_trits, unpack, unpack_trits
 from raykd.quant.scheme import BITS, LEVELS, Quant
@@ -181,6 +181,72 @@ def test_the_scale_of_clipped_weights_has_the_gradient_of_finite_differences():
     rise = [Learned.apply(weight, scale.detach() + sign * step, 7).sum() for sign in (1, -1)]
     share = (3 * 7) ** -0.5
     assert scale.grad.item() == pytest.approx(share * ((rise[0] - rise[1]) / (2 * step)).item(), rel=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    hnp.arrays(np.float32, (2, 3, 5), elements=st.floats(-4, 4, width=32)),
+    hnp.arrays(np.float32, (2, 3, 1), elements=st.floats(-2, 2, width=32)),
+    st.sampled_from([1, 7, 127]),
+)
+def test_no_learned_scale_flips_a_sign_or_divides_by_zero(weight, scale, largest):
+    found = [torch.from_numpy(weight).requires_grad_(), torch.from_numpy(scale).requires_grad_()]
+    rounded = Learned.apply(*found, largest)
+    assert rounded.isfinite().all()
+    assert (rounded * found[0] >= 0).all()
+    rounded.square().sum().backward()
+    assert all(each.grad.isfinite().all() for each in found)
+
+
+@pytest.mark.parametrize("start", [0.0, -0.5, LEAST])
+def test_a_learned_scale_at_its_least_takes_only_what_raises_it(start):
+    """As clipped to the range of what divides; and so it comes back to the weights, whose sizes are 1."""
+    weight = torch.tensor([[[1.0, -1.0]]])
+    scale = torch.full((1, 1, 1), start, requires_grad=True)
+    Learned.apply(weight, scale, 7).sub(weight).square().sum().backward()
+    assert scale.grad.item() < 0, "descent raises it"
+    scale.grad = None
+    Learned.apply(weight, scale, 7).mul(weight).sum().backward()
+    assert scale.grad.item() == 0, "and would lower it further"
+    optimizer = torch.optim.SGD([scale], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        Learned.apply(weight, scale, 7).sub(weight).square().sum().backward()
+        optimizer.step()
+    assert torch.allclose(Learned.apply(weight, scale, 7), weight, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["int4-learned", "ternary-learned"])
+@pytest.mark.parametrize("rate", [1e-2, 1.0])
+def test_training_with_learned_scales_stays_finite_at_any_rate(name, rate):
+    """At 1.0 a first step of Adam takes many a scale far below 0."""
+    layer, x = layer_of(SCHEMES[name]), torch.randn(32, 64)
+    goal, least = torch.randn(32, 16), np.inf
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=rate)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (layer(x) - goal).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        optimizer.step()
+        least = min(least, layer.scale.min().item())
+        assert (layer.rounded() * layer.weight >= 0).all()
+        assert (layer.scales() >= LEAST).all()
+    assert rate < 1 or least < 0, "the case was met"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scales_and_weights_that_are_not_finite_give_no_codes(value):
+    layer = layer_of(SCHEMES["int4-learned"])
+    with torch.no_grad():
+        layer.scale[0, 0] = value
+    for call in (layer.codes, layer.scales):
+        with pytest.raises(RecipeError, match="scales are NaN or infinite"):
+            call()
+    plain = layer_of(SCHEMES["int8-channel"])
+    with torch.no_grad():
+        plain.weight[0, 0] = value
+    with pytest.raises(RecipeError, match="weights are NaN or infinite"):
+        plain.codes()
 
 
 @LAWS
