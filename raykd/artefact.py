@@ -5,7 +5,8 @@ artefact/student.safetensors   the best seed's weights, by validation accuracy; 
          model.json            the model's name and settings, channels, steps and class names
          run.py                loads both and classifies a .npy file
          README.md             a model card to fill in
-         manifest.json         bytes and sha256 of each file, and the parity that was measured
+         manifest.json         bytes and sha256 of each file, the parity that was measured, and what of a rounded
+                               student is in full precision, with the reason
 """
 
 import json
@@ -27,6 +28,7 @@ from raykd.data import Dataset
 from raykd.errors import GateError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.models.adapter import Adapter
+from raykd.quant import layers
 from raykd.quant.scheme import Quant
 from raykd.recipe import ModelRef, Phase, Recipe, file_sha256
 
@@ -68,15 +70,17 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     try:
         write_json(staged / "model.json", _model(recipe, dataset))
         (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
-        quant = recipe.phases[-1].quant if recipe.phases else None
+        quant, extra = recipe.phases[-1].quant if recipe.phases else None, {}
         if quant:
             rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
-            (staged / ONNX).write_bytes(onnx_file.to_onnx(load(staged).module, rows))
+            module = load(staged).module
+            extra = {"full_precision": [each._asdict() for each in layers.left(module, quant)]}
+            (staged / ONNX).write_bytes(onnx_file.to_onnx(module, rows))
             (staged / WEIGHTS).unlink()
         for name, card in (("run.py", "run_onnx.py" if quant else "run.py"), ("README.md", "README.md")):
             text = (resources.files("raykd") / "card" / card).read_text()
             (staged / name).write_text(text.replace("STUDENT", f"{recipe.name} ({recipe.technique})"))
-        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant))
+        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant)) | extra
         write_json(staged / "manifest.json", manifest)
         shutil.rmtree(folder / "artefact", ignore_errors=True)
         os.rename(staged, folder / "artefact")

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from test_workers import rows_for
 from torch import nn
 
-from raykd import artefact, checks, data, models, onnx_file
+from raykd import artefact, checks, data, models, onnx_file, operators
 from raykd.arms import run_arms
 from raykd.checkpoints import Checkpoints
 from raykd.errors import GateError, RecipeError
@@ -172,6 +172,7 @@ SCHEMES = {
     "int8": {"weights": "int8"},
     "int4-g16": {"weights": "int4", "per": "group", "group": 16, "activations": "none"},
     "int4-activations": {"weights": "int4", "per": "group", "group": 16},
+    "int8-token": {"weights": "int8", "activations": "int8_token"},
     "ternary": {"weights": "ternary", "activations": "none"},
     "ternary-learned": {"weights": "ternary", "scale": "learned", "activations": "none"},
     "ternary-activations": {"weights": "ternary"},
@@ -197,6 +198,8 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
     assert manifest["parity"]["agreement"] >= (1 if floats else 0.98)
     assert manifest["parity"]["alone_agreement"] >= (1 if floats else 0.98)
     assert manifest["format"] == f"onnx {SCHEMES[name]['weights']}"
+    assert [each["name"] for each in manifest["full_precision"]] == ["positions", "conv.weight", "head", "value"]
+    assert manifest["full_precision"][2]["reason"] == "skip names it"
     files = {p.name for p in (tmp_path / "artefact").iterdir()}
     assert files == {"student.onnx", "model.json", "run.py", "README.md", "manifest.json"}
     own = student_from(recipe, dataset, tmp_path / "arms" / "student-0" / "weights.safetensors")
@@ -259,7 +262,7 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
         }
     )
     run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
-    monkeypatch.setattr(onnx_file, "pack", lambda codes, bits: pack(-codes, bits))
+    monkeypatch.setattr(operators, "pack", lambda codes, bits: pack(-codes, bits))
     with pytest.raises(GateError, match="no artefact was written"):
         artefact.export(recipe, data.load(recipe.data), tmp_path)
     assert not (tmp_path / "artefact").exists()

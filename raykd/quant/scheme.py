@@ -28,8 +28,8 @@ SCALES = {"int8": "absmax", "int4": "absmax", "ternary": "absmean"}
 BLOCKS = (32, 64, 128)  # of MatMulNBits; with 2 bits onnxruntime 1.32 rounds no activations in blocks of 16 or 256
 GROUP = 32
 # The first onnxruntime that executes every scheme: GatherBlockQuantized of bytes came with 1.23, MatMulNBits of 2 bits
-# with 1.24, GatherBlockQuantized of 2 bits with this.
-ONNXRUNTIME = "1.27"
+# with 1.24, GatherBlockQuantized of 2 bits with 1.27; and MatMulNBits of 2 bits rounds activations from this one on.
+ONNXRUNTIME = "1.28"
 
 
 class Quant(BaseModel):
