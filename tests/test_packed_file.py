@@ -169,6 +169,12 @@ def test_the_metadata_names_every_rounded_layer_and_how(tmp_path):
     assert layers["inner"].items() >= {"weights": "int8", "per": "tensor", "activations": "int8_token"}.items()
 
 
+def test_a_tied_parameter_is_stored_once_under_its_first_name():
+    tensors = parts(packed_file.write(speaker(SCHEMES["int8-learned"])))[1]
+    assert "words.weight" in tensors, "in full precision"
+    assert "head.weight" not in tensors
+
+
 QUANT = SCHEMES["ternary"]
 DATA = packed_file.write(speaker(QUANT))
 INT4 = packed_file.write(speaker(SCHEMES["int4"]))
