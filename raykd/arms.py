@@ -28,6 +28,7 @@ from raykd.data import Dataset
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
+from raykd.quant.rest import plain
 from raykd.recipe import Recipe, TermSpec
 from raykd.store.place import Address
 from raykd.store.reader import Store
@@ -143,7 +144,7 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
 
 def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
     student = state.learner.student
-    weights = save({k: v.contiguous() for k, v in student.module.state_dict().items()})
+    weights = save({k: v.contiguous() for k, v in plain(student.module.state_dict()).items()})
     write_bytes(target / "weights.safetensors", weights)
     test = shop.dataset.splits["test"]
     write_predictions(target / "predictions.parquet", test.row_id, test.label, shop.test_logits(student))

@@ -2,6 +2,8 @@
 
     int8             DynamicQuantizeLinear, MatMulInteger, times the scales
     int4, ternary    com.microsoft MatMulNBits of 4 or 2 bits, codes from a zero point of 8 or 2
+    rest = "int8"    Cast of the codes and Mul by their scales, which onnxruntime does once, when it loads the file.
+                     (For DequantizeLinear before a MatMul it would round the activations, unasked.)
     everything else  as it is
 
 MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4) where the student was
@@ -16,18 +18,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.models.adapter import field
+from raykd.quant import rest
 from raykd.quant.layers import QuantLinear, quantised, replace
 from raykd.quant.pack import pack
 from raykd.quant.scheme import BITS, Quant
 
 OPSET = 21
-OPERATORS = ("MatMulInteger", "MatMulNBits")
+OPERATORS = ("MatMulInteger", "MatMulNBits")  # one for each call of a layer
 MICROSOFT = "com.microsoft::MatMulNBits"
+UNFOLDED = "raykd::Unfolded"
 
 
 class MatMulInteger(nn.Module):
@@ -84,6 +89,27 @@ class MatMulNBits(nn.Module):
         return found if self.bias is None else found + self.bias
 
 
+class Unfolded(nn.Module):
+    """A parameter that is stored as int8: codes times the scale of each slice of its first dimension.
+
+    Stands as one unknown operator until the tracer, which folds constants, is done: `_unfold` writes it as two.
+    """
+
+    codes: Tensor  # (N, ...) int8
+    scales: Tensor  # (N, 1, ...)
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        codes, scales = rest.codes_and_scales(value)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.reshape(-1, *[1] * (value.dim() - 1)))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            UNFOLDED, (self.codes, self.scales), dtype=torch.float32, shape=value.shape, version=1
+        )
+
+
 class Answers(nn.Module):
     """A module's logits, and its valence if it has a value head, in that order."""
 
@@ -117,12 +143,14 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
         ) from error
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
     found = Counter(node.op_type for node in nodes)
-    assert found == calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
+    asked = Counter({name: count for name, count in calls.items() if name in OPERATORS})
+    assert found == asked, f"{dict(found)} nodes for {dict(asked)} calls of layers"
     dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
     if not all(dims[node.input[0]][-1].dim_value for node in nodes):  # the tracer takes any width
         raise RecipeError(
             f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
         )
+    _unfold(proto)
     return _bare(proto).SerializeToString()
 
 
@@ -130,9 +158,10 @@ def _emit(module: nn.Module) -> list[nn.Module]:
     """Replace every layer that is rounded by its operator, and give those."""
     swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
-        if layer.quant is not None:
-            assert layer.blend == 1, f"{name} is still fading in"
+        assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
+        if layer.quant and isinstance(layer, QuantLinear):
             swaps[layer] = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
+    swaps |= {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
     replace(module, swaps)
     return list(swaps.values())
 
@@ -186,15 +215,49 @@ def _reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _unfold(proto: Any) -> None:
+    """Write every Unfolded parameter as Cast and Mul."""
+    nodes = []
+    for node in proto.graph.node:
+        if node.op_type == "Unfolded":
+            whole = f"{node.output[0]} as integers"
+            cast = onnx.helper.make_node("Cast", node.input[:1], [whole], to=onnx.TensorProto.FLOAT)
+            nodes += [cast, onnx.helper.make_node("Mul", [whole, node.input[1]], node.output)]
+        else:
+            nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    ours = [i for i, opset in enumerate(proto.opset_import) if opset.domain == "raykd"]
+    for index in reversed(ours):
+        del proto.opset_import[index]
+
+
 def _bare(proto: Any) -> Any:
-    """The model without what exporters say about themselves: most of a small file."""
+    """The model without what exporters say about themselves, and with short names: most of a small file."""
     proto.doc_string = ""
     del proto.metadata_props[:]
-    for graph in [proto.graph, *proto.functions]:
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        del graph.value_info[:]
-        for node in graph.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
+    names: dict[str, str] = {"": ""} | {v.name: v.name for v in [*proto.graph.input, *proto.graph.output]}
+    _strip(proto.graph, names)
     return proto
+
+
+def _strip(graph: Any, names: dict[str, str]) -> None:
+    """Rename every value of a graph and of the graphs inside it to a short number; drop what no runtime reads."""
+
+    def short(name: str) -> str:
+        return names.setdefault(name, f"{len(names):x}")
+
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for tensor in graph.initializer:
+        tensor.name, tensor.doc_string = short(tensor.name), ""
+    for node in graph.node:
+        node.name = node.doc_string = ""
+        del node.metadata_props[:]
+        node.input[:], node.output[:] = [short(n) for n in node.input], [short(n) for n in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                for value in [*attribute.g.input, *attribute.g.output]:
+                    value.name = short(value.name)
+                _strip(attribute.g, names)

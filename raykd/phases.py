@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from raykd.quant import layers
+from raykd.quant import layers, rest
 from raykd.recipe import Optim, Phase, ends_of
 
 WHOLE = Phase(until=1.0)
@@ -39,10 +39,12 @@ def spans(phases: Sequence[Phase], steps: int) -> list[Span]:
 
 
 def prepare(module: nn.Module, phases: Iterable[Phase]) -> None:
-    """Swap in layers that can be rounded, for every layer that some phase quantises."""
-    for phase in phases:
-        if phase.quant:
-            layers.prepare(module, phase.quant)
+    """Swap in layers that can be rounded, for every layer and parameter that some phase quantises."""
+    quants = [phase.quant for phase in phases if phase.quant]
+    for quant in quants:
+        layers.prepare(module, quant)
+    if any(quant.rest == "int8" for quant in quants):
+        rest.prepare(module, {layer for _, layer in layers.quantised(module)})
 
 
 def enter(module: nn.Module, phase: Phase) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.quant.fake import Activations, Blocks, Learned, Rounded, codes_of, scale_of
+from raykd.quant.rest import Stored
 from raykd.quant.scheme import LEVELS, Quant
 
 
@@ -122,6 +123,6 @@ def replace(module: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
             setattr(module.get_submodule(owner), own, swaps[layer])
 
 
-def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """(name, layer) of every layer that `prepare` has swapped."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantLinear))
+def quantised(module: nn.Module) -> Iterator[tuple[str, "QuantLinear | Stored"]]:
+    """(name, layer) of every layer that has been swapped in or parametrised."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantLinear | Stored))

@@ -26,7 +26,11 @@ GROUP = 32
 
 
 class Quant(BaseModel):
-    """One quantisation of a model's linear layers. `skip`: patterns of the names of layers that stay as they are."""
+    """One quantisation of a model's linear layers. `skip`: patterns of the names of layers that stay as they are.
+
+    `rest` says how everything else that is no vector is stored: skipped layers, convolutions, positions. Under "int8"
+    it is rounded to a scale for each slice of its first dimension, and computed with in float32.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,6 +40,7 @@ class Quant(BaseModel):
     scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # by default that of the table
     activations: Literal["int8", "none"] = "int8"
     skip: list[str] = ["head", "value", "*.head", "lm_head"]
+    rest: Literal["fp32", "int8"] = "fp32"
 
     @model_validator(mode="after")
     def _executable(self) -> "Quant":
