@@ -6,6 +6,7 @@ last, `arm.json`: its presence means the arm is done, and a later attempt does n
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,24 @@ from raykd.store.place import Address
 from raykd.store.reader import Store
 from raykd.terms import needs_of, wants_of
 
+UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
+AFTERWARDS = "post_training.parquet"  # an unrounded arm's predictions when it is rounded without training
 Tell = Callable[[str, int, dict[str, Any]], None]
 
 
 def arms_of(recipe: Recipe) -> list[Arm]:
-    """The arms in the order they are trained: for each seed the control, then the student."""
+    """The arms in the order they are trained: for each seed the control, what stands beside, then the student."""
     labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
-    found = []
+    rounds, found = any(phase.quant for phase in recipe.phases), []
     for seed in recipe.seeds:
+        student = student_arm(recipe, seed)
         if recipe.control:
             found.append(Arm("control", seed, labels_only))
-        found.append(student_arm(recipe, seed))
+        if rounds and recipe.rounded_control:
+            found.append(Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases))
+        if rounds and recipe.unrounded:
+            found.append(replace(student, name=UNROUNDED, phases=()))
+        found.append(student)
     return found
 
 
@@ -128,6 +136,8 @@ def run_arms(
             report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
         )
         if world.rank == 0:
+            if arm.name == UNROUNDED and recipe.phases[-1].quant:
+                _write_afterwards(shop, arm, state, target)
             _write_arm(shop, arm, state, target)
             kept.clear()
         if world.size > 1:
@@ -159,6 +169,16 @@ def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
         "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
     }
     write_json(target / "arm.json", record)
+
+
+def _write_afterwards(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
+    """What the arm's weights answer when they are rounded as the recipe's last phase rounds, without training."""
+    last, module = shop.recipe.phases[-1], shop.student(arm).module
+    module.load_state_dict(state.learner.student.module.state_dict())
+    phases.prepare(module, [last])
+    phases.enter(module, last)
+    test = shop.dataset.splits["test"]
+    write_predictions(target / AFTERWARDS, test.row_id, test.label, shop.test_logits(Adapter(module).to(shop.device)))
 
 
 def write_predictions(path: Path, row_id: NDArray, label: NDArray, logits: NDArray[np.float32]) -> None:

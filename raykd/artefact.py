@@ -5,7 +5,7 @@ artefact/student.safetensors   the best seed's weights, by validation accuracy; 
          model.json            the model's name and settings, channels, steps and class names
          run.py                loads both and classifies a .npy file
          README.md             a model card to fill in
-         manifest.json         bytes and sha256 of each file, and the parity that was measured
+         manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency that were measured
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raykd import deployed, measure, models, onnx_file, phases
+from raykd import anatomy, deployed, latency, measure, models, onnx_file, phases
 from raykd.arms import arms_of, read_predictions
 from raykd.batches import to_device
 from raykd.data import Dataset
@@ -69,14 +69,11 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         write_json(staged / "model.json", _model(recipe, dataset))
         (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
         quant = recipe.phases[-1].quant if recipe.phases else None
-        if quant:
-            rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
-            (staged / ONNX).write_bytes(onnx_file.to_onnx(load(staged).module, rows))
-            (staged / WEIGHTS).unlink()
+        measured = _rounded(recipe, dataset, staged) if quant else {}
         for name, card in (("run.py", "run_onnx.py" if quant else "run.py"), ("README.md", "README.md")):
             text = (resources.files("raykd") / "card" / card).read_text()
             (staged / name).write_text(text.replace("STUDENT", f"{recipe.name} ({recipe.technique})"))
-        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant))
+        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant)) | measured
         write_json(staged / "manifest.json", manifest)
         shutil.rmtree(folder / "artefact", ignore_errors=True)
         os.rename(staged, folder / "artefact")
@@ -84,6 +81,20 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         shutil.rmtree(staged, ignore_errors=True)
     write_bytes(folder / "student.safetensors", (arm / "weights.safetensors").read_bytes())
     return manifest
+
+
+def _rounded(recipe: Recipe, dataset: Dataset, staged: Path) -> dict[str, Any]:
+    """Write the ONNX file in place of the weights; its anatomy and latency."""
+    rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
+    module = load(staged).module
+    tensors = anatomy.tensors_of(module)
+    file = onnx_file.to_onnx(module, rows)
+    (staged / ONNX).write_bytes(file)
+    (staged / WEIGHTS).unlink()
+    refs = {"teacher": recipe.teacher, "fp32 student": recipe.student}
+    others = {name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref}
+    measured = latency.latency(file, others, rows[:1])
+    return {"tensors": tensors, "bytes_by_kind": anatomy.bytes_of(file, tensors), "latency": measured}
 
 
 def load(folder: Path) -> Adapter:

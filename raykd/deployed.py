@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 from raykd.data.rows import Rows
 
 
-def session(path: Path) -> Any:
-    """An onnxruntime session over the file at `path`."""
+def session(file: Path | bytes) -> Any:
+    """An onnxruntime session over a file, or over what one holds."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        file if isinstance(file, bytes) else str(file), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from raykd import artefact
-from raykd.arms import arms_of, read_predictions
+from raykd.arms import AFTERWARDS, ROUNDED_CONTROL, UNROUNDED, arms_of, read_predictions
 from raykd.data import Dataset
-from raykd.evidence import Evidence, Predicted
+from raykd.estimates import Predicted
+from raykd.evidence import Evidence
 from raykd.files import read_json
 from raykd.identity import run_digest
 from raykd.recipe import Recipe
@@ -48,6 +49,7 @@ def gather(
         group=test.group,
         student=_predicted(folder, records, "student"),
         control=_predicted(folder, records, "control"),
+        beside=_beside(folder, records),
         teacher=opened.aligned("answer", "test", test.row_id, -1) if opened else None,
         artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
         thriving=_thriving(opened, saliency),
@@ -68,9 +70,19 @@ def gather(
     )
 
 
-def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predicted]:
+def _predicted(
+    folder: Path, records: dict[str, Any], name: str, file: str = "predictions.parquet"
+) -> dict[int, Predicted]:
     own = {key: record["seed"] for key, record in records.items() if record["arm"] == name}
-    return {seed: read_predictions(folder / "arms" / k / "predictions.parquet").argmax(1) for k, seed in own.items()}
+    paths = {seed: folder / "arms" / key / file for key, seed in own.items()}
+    return {seed: read_predictions(path).argmax(1) for seed, path in paths.items() if path.exists()}
+
+
+def _beside(folder: Path, records: dict[str, Any]) -> dict[str, dict[int, Predicted]]:
+    """Other trainings by name; "post_training" is the unrounded student, rounded as it stands."""
+    found = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
+    found["post_training"] = _predicted(folder, records, UNROUNDED, AFTERWARDS)
+    return {name: arm for name, arm in found.items() if arm}
 
 
 def _thriving(store: Store | None, saliency: NDArray[np.floating] | None) -> NDArray[np.bool_] | None:
@@ -97,7 +109,19 @@ def _weights(path: str) -> dict[str, Any]:
 def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:
     if manifest is None:
         return {}
-    return {"path": "artefact"} | {key: manifest[key] for key in ("format", "bytes", "parity")}
+    kept = ("format", "bytes", "parity", "bytes_by_kind", "tensors")
+    found = {"path": "artefact"} | {key: manifest[key] for key in kept if key in manifest}
+    return found | ({"latency": _latency(manifest["latency"])} if "latency" in manifest else {})
+
+
+def _latency(measured: dict[str, Any]) -> dict[str, Any]:
+    """With the two ratios that a script relies on: the artefact's time over the other's."""
+    times = {(row["model"], row["runtime"]): row["ratio"] for row in measured["rows"]}
+    found = dict(measured)
+    for key, name in (("ratio_vs_teacher", "teacher"), ("ratio_vs_fp32_student", "fp32 student")):
+        other = times.get((name, "onnxruntime"), times.get((name, "torch")))
+        found[key] = 1 / other if other else None
+    return found
 
 
 def _cost(records: dict[str, Any], store: Store | None) -> float | None:

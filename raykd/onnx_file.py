@@ -130,11 +130,12 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
     is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
     """
-    emitted = _emit(module)
+    swaps = operators(module)
+    replace(module, swaps)
     answers = Answers(module).eval()
     try:
         with _slow_path(), torch.no_grad():
-            calls, names = _called(answers, emitted, example)
+            calls, names = _called(answers, list(swaps.values()), example)
             proto = _traced(answers, example, names, most_steps)
     except Exception as error:
         raise RecipeError(
@@ -154,16 +155,14 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     return _bare(proto).SerializeToString()
 
 
-def _emit(module: nn.Module) -> list[nn.Module]:
-    """Replace every layer that is rounded by its operator, and give those."""
-    swaps: dict[nn.Module, nn.Module] = {}
+def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What executes each layer and each parameter that is rounded, by the module that stands for it in training."""
+    found: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
         assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
         if layer.quant and isinstance(layer, QuantLinear):
-            swaps[layer] = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
-    swaps |= {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
-    replace(module, swaps)
-    return list(swaps.values())
+            found[layer] = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
+    return found | {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
 
 
 def _called(answers: Answers, emitted: list[nn.Module], example: Tensor) -> tuple[Counter[str], list[str]]:

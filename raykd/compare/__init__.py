@@ -15,7 +15,8 @@ from raykd.compare import page, runs, words
 from raykd.compare.changes import changes
 from raykd.compare.runs import Run
 from raykd.compare.table import VERSION, Comparison, Difference, Row
-from raykd.evidence import METRIC, parts_of
+from raykd.estimates import METRIC
+from raykd.evidence import parts_of
 from raykd.files import write_json
 from raykd.progress import say
 

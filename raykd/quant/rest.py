@@ -62,8 +62,8 @@ def prepare(module: nn.Module, rounded: set[nn.Module]) -> None:
 def stored(module: nn.Module) -> Iterator[tuple[Tensor, Stored]]:
     """(value, parametrisation) of every parameter that `prepare` has parametrised."""
     for found in module.modules():
-        if isinstance(found, parametrize.ParametrizationList) and isinstance(found[0], Stored):
-            yield found.original, found[0]
+        if isinstance(found, parametrize.ParametrizationList) and isinstance(held := found[0], Stored):
+            yield found.original, held
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
