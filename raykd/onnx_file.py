@@ -29,7 +29,7 @@ from raykd.quant.layers import QuantLinear, quantised, replace
 from raykd.quant.pack import pack
 from raykd.quant.scheme import BITS, Quant
 
-OPSET = 21
+OPSET = 23  # the first with Attention, which is some twenty nodes otherwise
 OPERATORS = ("MatMulInteger", "MatMulNBits")  # one for each call of a layer
 MICROSOFT = "com.microsoft::MatMulNBits"
 UNFOLDED = "raykd::Unfolded"
@@ -254,9 +254,22 @@ def _strip(graph: Any, names: dict[str, str]) -> None:
     for node in graph.node:
         node.name = node.doc_string = ""
         del node.metadata_props[:]
+        kept = [a for a in node.attribute if not _is_default(node, a)]
+        del node.attribute[:]
+        node.attribute.extend(kept)
         node.input[:], node.output[:] = [short(n) for n in node.input], [short(n) for n in node.output]
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 for value in [*attribute.g.input, *attribute.g.output]:
                     value.name = short(value.name)
                 _strip(attribute.g, names)
+
+
+def _is_default(node: Any, attribute: Any) -> bool:
+    """Whether a runtime takes an attribute to be what it is without being told."""
+    if node.domain:
+        return False
+    known = onnx.defs.get_schema(node.op_type, OPSET).attributes[attribute.name].default_value
+    return known.type == attribute.type and onnx.helper.get_attribute_value(known) == onnx.helper.get_attribute_value(
+        attribute
+    )
