@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from raykd.onnx_file import operators
-from raykd.quant.layers import QuantLinear, quantised
+from raykd.quant.embedding import QuantEmbedding
+from raykd.quant.layers import QuantLayer, quantised
 from raykd.quant.rest import Stored, stored
 
 CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
@@ -42,11 +43,14 @@ def bytes_of(data: bytes, tensors: list[dict[str, Any]]) -> dict[str, int]:
     return {"codes": codes, "scales": scales, "float32": floats, "graph": len(data) - codes - scales - floats}
 
 
-def _kind(layer: QuantLinear) -> str:
+def _kind(layer: QuantLayer) -> str:
+    """What a layer is rounded to, and how many weights share a scale."""
     quant = layer.quant
     assert quant is not None
-    per = f"{quant.group} inputs" if quant.columns(layer.in_features) < layer.in_features else quant.per
-    return f"{quant.weights}, a scale a {'channel' if per == 'group' else per}"
+    is_table = isinstance(layer, QuantEmbedding)
+    whole = quant.per == "tensor" and not is_table
+    shared = layer.weight.numel() if whole else quant.columns(layer.weight.shape[1])
+    return f"{quant.embeddings if is_table else quant.weights}, a scale for {shared:,}"
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """An ONNX student as onnxruntime executes it, on one thread of a CPU."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raykd.data.rows import Rows
+from raykd.errors import InfraError, RaykdError, StoreError
+from raykd.quant.scheme import ONNXRUNTIME
 
 
 def session(file: Path | bytes) -> Any:
-    """An onnxruntime session over a file, or over what one holds."""
+    """An onnxruntime session over a file, or over what one holds.
+
+    StoreError if it is no ONNX file, InfraError if this onnxruntime does not execute it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        file if isinstance(file, bytes) else str(file), options, providers=["CPUExecutionProvider"]
-    )
+    held = file if isinstance(file, bytes) else str(file)
+    try:
+        return onnxruntime.InferenceSession(held, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no class
+        raise _refused(file, str(error), onnxruntime.__version__) from None
+
+
+def _refused(file: Path | bytes, reason: str, version: str) -> RaykdError:
+    """Why a file has no session, with the operators that onnxruntime named."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = "an ONNX file" if isinstance(file, bytes) else file
+    said = " ".join(reason.split())[-200:]
+    try:
+        proto = onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(file)
+        kinds = sorted({node.op_type for node in proto.graph.node})
+    except (OSError, DecodeError):
+        kinds = []
+    if not kinds:
+        return StoreError(f"{path} can not be read as an ONNX file: {said}; export it again")
+    named = [kind for kind in kinds if re.search(rf"\b{kind}\b", reason)]
+    what = f"does not execute {' and '.join(named)} as it stands in" if named else "refuses"
+    do = f"pip install 'onnxruntime>={ONNXRUNTIME}', which executes every file that raykd writes"
+    return InfraError(f"onnxruntime {version} {what} {path}: {said}; {do}")
 
 
 def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:

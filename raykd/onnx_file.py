@@ -1,13 +1,6 @@
 """A student as one ONNX file that stock onnxruntime executes: the trained codes and scales, never rounded again.
 
-    int8             DynamicQuantizeLinear, MatMulInteger, times the scales
-    int4, ternary    com.microsoft MatMulNBits of 4 or 2 bits, codes from a zero point of 8 or 2
-    rest = "int8"    Cast of the codes and Mul by their scales, which onnxruntime does once, when it loads the file.
-                     (For DequantizeLinear before a MatMul it would round the activations, unasked.)
-    everything else  as it is
-
-MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4) where the student was
-trained with int8 activations.
+What a layer becomes, `raykd.operators` says; everything else is as it is.
 """
 
 import logging
@@ -17,97 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.models.adapter import field
+from raykd.operators import OPERATORS, OPSET, GatherBlockQuantized, Unfolded, operator_of
 from raykd.quant import rest
-from raykd.quant.layers import QuantLinear, quantised, replace
-from raykd.quant.pack import pack
-from raykd.quant.scheme import BITS, Quant
-
-OPSET = 23  # the first with Attention, which is some twenty nodes otherwise
-OPERATORS = ("MatMulInteger", "MatMulNBits")  # one for each call of a layer
-MICROSOFT = "com.microsoft::MatMulNBits"
-UNFOLDED = "raykd::Unfolded"
-
-
-class MatMulInteger(nn.Module):
-    """An int8 layer: activations rounded over their whole tensor, products of integers, one multiplication after."""
-
-    codes: Tensor  # (K, N) int8
-    scales: Tensor  # (N,)
-    bias: Tensor | None
-
-    def __init__(self, layer: QuantLinear):
-        super().__init__()
-        self.outputs = layer.out_features
-        self.register_buffer("codes", layer.codes().T.contiguous())
-        self.register_buffer("scales", layer.scales()[:, 0].clone())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        ops = torch.onnx.ops
-        types, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
-        xq, scale, zero = ops.symbolic_multi_out("DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes, version=11)
-        shape = (*x.shape[:-1], self.outputs)
-        total = ops.symbolic("MatMulInteger", (xq, self.codes, zero), dtype=torch.int32, shape=shape, version=10)
-        y = total.float() * (scale * self.scales)
-        return y if self.bias is None else y + self.bias
-
-
-class MatMulNBits(nn.Module):
-    """An int4 or ternary layer: packed codes in blocks of inputs, a scale each; the last block is filled with zeros."""
-
-    codes: Tensor  # (N, blocks, block bits / 8) uint8
-    scales: Tensor  # (N, blocks)
-    bias: Tensor | None
-
-    def __init__(self, layer: QuantLinear, quant: Quant):
-        super().__init__()
-        outputs, inputs = layer.weight.shape
-        scales, block = layer.scales(), quant.block(inputs)
-        count = -(-inputs // block)
-        codes = np.zeros((outputs, count * block), np.int8)
-        codes[:, :inputs] = layer.codes().numpy()
-        bits = BITS[quant.weights]
-        self.attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
-        self.attributes["accuracy_level"] = 4 if quant.activations == "int8" else 1
-        packed = pack(codes, bits).reshape(outputs, count, -1)
-        self.register_buffer("codes", torch.from_numpy(packed))
-        self.register_buffer("scales", scales.expand(outputs, count).contiguous().clone())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.attributes["N"])
-        found = torch.onnx.ops.symbolic(
-            MICROSOFT, (x, self.codes, self.scales), attrs=self.attributes, dtype=torch.float32, shape=shape, version=1
-        )
-        return found if self.bias is None else found + self.bias
-
-
-class Unfolded(nn.Module):
-    """A parameter that is stored as int8: codes times the scale of each slice of its first dimension.
-
-    Stands as one unknown operator until the tracer, which folds constants, is done: `_unfold` writes it as two.
-    """
-
-    codes: Tensor  # (N, ...) int8
-    scales: Tensor  # (N, 1, ...)
-
-    def __init__(self, value: Tensor):
-        super().__init__()
-        codes, scales = rest.codes_and_scales(value)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales.reshape(-1, *[1] * (value.dim() - 1)))
-
-    def forward(self, value: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            UNFOLDED, (self.codes, self.scales), dtype=torch.float32, shape=value.shape, version=1
-        )
+from raykd.quant.layers import quantised, replace
+from raykd.quant.rest import Stored
 
 
 class Answers(nn.Module):
@@ -125,7 +37,7 @@ class Answers(nn.Module):
 
 
 def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
-    """The file of a module with QuantLinears, for inputs like `example` (B, T, K) of any number of rows.
+    """The file of a module with quantised layers, for inputs like `example` (B, T, K) of any number of rows.
 
     With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
     is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
@@ -145,9 +57,12 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
     found = Counter(node.op_type for node in nodes)
     asked = Counter({name: count for name, count in calls.items() if name in OPERATORS})
-    assert found == asked, f"{dict(found)} nodes for {dict(asked)} calls of layers"
+    # Two calls of one layer with one input are merged to a node.
+    assert found.keys() == asked.keys(), f"{dict(found)} nodes for {dict(asked)} calls of layers"
+    assert found <= asked, f"{dict(found)} nodes for {dict(asked)} calls of layers"
     dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
-    if not all(dims[node.input[0]][-1].dim_value for node in nodes):  # the tracer takes any width
+    multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
+    if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width
         raise RecipeError(
             f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
         )
@@ -160,8 +75,8 @@ def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
     found: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
         assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
-        if layer.quant and isinstance(layer, QuantLinear):
-            found[layer] = MatMulInteger(layer) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
+        if layer.quant and not isinstance(layer, Stored):
+            found[layer] = operator_of(layer)
     return found | {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
 
 

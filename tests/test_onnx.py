@@ -15,7 +15,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file
+from raykd import deployed, onnx_file, operators
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
 from raykd.quant.layers import QuantLinear, prepare, quantised
@@ -169,7 +169,7 @@ def stored(data: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_its_operators_are_those_of_the_scheme(name, exported):
     case = exported(name)
     proto = onnx.load_from_string(case.data)
-    nodes = [n for n in proto.graph.node if n.op_type in onnx_file.OPERATORS]
+    nodes = [n for n in proto.graph.node if n.op_type in operators.OPERATORS]
     assert {n.op_type for n in nodes} == {"MatMulInteger" if case.quant.weights == "int8" else "MatMulNBits"}
     for node in nodes if case.quant.weights != "int8" else []:
         attributes = {a.name: a.i for a in node.attribute}
@@ -206,7 +206,7 @@ def test_a_file_is_as_small_as_its_bits_say(name, bits, tmp_path):
     rounded = sum(layer.weight.numel() for _, layer in quantised(module))
     rest = sum(p.numel() for p in module.parameters()) - rounded
     size = len(onnx_file.to_onnx(module, torch.randn(2, STEPS, CHANNELS)))
-    scales = 4 * sum(len(layer.codes) for layer in module.modules() if isinstance(layer, onnx_file.MatMulNBits))
+    scales = 4 * sum(len(layer.codes) for layer in module.modules() if isinstance(layer, operators.MatMulNBits))
     assert size == pytest.approx(rounded * bits / 8 + 4 * rest, abs=16_000 + scales), "16 kB of graph"
 
 
@@ -292,7 +292,7 @@ def test_other_peoples_modules_are_rounded_too_where_they_are_evaluated(kind, we
         evaluated = logits_of(module(inputs)).numpy()
     assert alike(evaluated, learned, quant)
     data = onnx_file.to_onnx(module, inputs[:2])
-    nodes = [n.op_type for n in onnx.load_from_string(data).graph.node if n.op_type in onnx_file.OPERATORS]
+    nodes = [n.op_type for n in onnx.load_from_string(data).graph.node if n.op_type in operators.OPERATORS]
     assert len(nodes) == (4 if kind is Torchs else 2)
     assert alike(run(data, tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0], learned, quant)
     assert torch.backends.mha.get_fastpath_enabled()

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raykd.errors import RecipeError
+from raykd.quant.scheme import Quant
+
 LEAST = 1e-8  # of a scale: a group of zeros has codes of zero, whatever divides them
 
 
@@ -35,6 +38,30 @@ def codes_of(weight: Tensor, scale: Tensor, rule: str, largest: int) -> Tensor:
     return (weight.float() / scale).round_().clamp_(-largest, largest)
 
 
+def learnt(scale: Tensor) -> Tensor:
+    """A learned scale as it is multiplied with: LEAST at least. RecipeError if it is NaN or infinite."""
+    check_finite(scale, "scales")
+    return scale.detach().clamp(min=LEAST)
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """RecipeError if any is NaN or infinite; `what` names them."""
+    if not torch.isfinite(values).all():
+        raise RecipeError(
+            f"quant: a layer's {what} are NaN or infinite, and can not be rounded; lower optim.learning_rate"
+        )
+
+
+def as_multiplied(x: Tensor, quant: Quant) -> Tensor:
+    """Activations (..., K) as the operator of a Quant multiplies them, float32."""
+    if quant.activations == "none":
+        return x.float()
+    if quant.weights == "int8" and quant.activations == "int8":
+        return Activations.apply(x)  # type: ignore[return-value]
+    inputs = x.shape[-1]
+    return Blocks.apply(x, inputs if quant.weights == "int8" else quant.block(inputs))  # type: ignore[return-value]
+
+
 class Rounded(torch.autograd.Function):
     """scale * codes(weight), the gradient the upstream one; the scale follows the weights and takes none.
 
@@ -54,24 +81,27 @@ class Learned(torch.autograd.Function):
     """LSQ: round(clip(w / s)) s with a gradient for s too (arXiv 1902.08153, eq. 1-5).
 
     d/ds = round(w / s) - w / s inside the range, -largest or largest outside, times 1 / sqrt(n largest) with n the
-    weights that share s.
+    weights that share s. A step of the optimiser may take s below 0, which would flip every sign: such an s counts as
+    LEAST, and takes only a gradient that raises it.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, largest: int) -> Tensor:
-        ratio = weight.float() / scale
-        ctx.save_for_backward(ratio)
+        least = scale.clamp(min=LEAST)
+        ratio = weight.float() / least
+        ctx.save_for_backward(ratio, scale)
         ctx.largest = largest
-        return ratio.clamp(-largest, largest).round_().mul_(scale)
+        return ratio.clamp(-largest, largest).round_().mul_(least)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (ratio,) = ctx.saved_tensors
+        ratio, scale = ctx.saved_tensors
         upstream, largest = gradients[0], ctx.largest
         inside = ratio.abs() <= largest
         slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(-largest, largest))
         share = (ratio.shape[-1] * largest) ** -0.5
-        return upstream * inside, share * (upstream * slope).sum(-1, keepdim=True), None
+        rise = share * (upstream * slope).sum(-1, keepdim=True)
+        return upstream * inside, torch.where(scale > LEAST, rise, rise.clamp(max=0)), None
 
 
 class Activations(torch.autograd.Function):
@@ -96,7 +126,8 @@ class Activations(torch.autograd.Function):
 class Blocks(torch.autograd.Function):
     """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over each block of a row's inputs.
 
-    scale = max|x| / 127, no zero point; every value is in the range, so the gradient is the upstream one.
+    scale = max|x| / 127, no zero point; a block as long as the row is a token's own int8 (arXiv 2208.07339, section
+    3.1). Every value is in the range, so the gradient is the upstream one.
     """
 
     @staticmethod

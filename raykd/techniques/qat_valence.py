@@ -1,8 +1,8 @@
 """Valence-weighted distillation down to ternary weights by way of int8: `valence` and quantisation in one.
 
-L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; half of the steps are in
-full precision, then weights are int8, then ternary with scales that are learned (LSQ, arXiv 1902.08153). Everything else
-is stored as int8. Its control is the same recipe with weighting.mode = "uniform".
+L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; half of the steps are
+in full precision, then weights are int8, then ternary with scales that are learned (LSQ, arXiv 1902.08153). Everything
+else is stored as int8. What the weighting does is seen beside the same recipe with weighting.mode = "uniform".
 """
 
 RECIPE = {
