@@ -45,7 +45,8 @@ def write(evidence: Evidence, folder: Path) -> None:
     rows = np.arange(len(e.label)) if e.row_id is None else e.row_id
     columns: dict[str, Any] = {"row_id": rows, "label": e.label, "group": e.group}
     columns |= {name: getattr(e, name) for name in ("thriving", "teacher", "artefact")}
-    columns |= {f"{arm}-{seed}": v for arm in ("student", "control") for seed, v in sorted(getattr(e, arm).items())}
+    trained = {"student": e.student, "control": e.control, **e.beside}
+    columns |= {f"{name}-{seed}": said for name, arm in trained.items() for seed, said in sorted(arm.items())}
     pq.write_table(pa.table({name: v for name, v in columns.items() if v is not None}), sink)
     write_bytes(folder / NAME, sink.getvalue().to_pybytes())
 

@@ -6,6 +6,7 @@ last, `arm.json`: its presence means the arm is done, and a later attempt does n
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,29 @@ from raykd.data import Dataset
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
+from raykd.quant.rest import plain
 from raykd.recipe import Recipe, TermSpec
 from raykd.store.place import Address
 from raykd.store.reader import Store
 from raykd.terms import needs_of, wants_of
 
+UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
 Tell = Callable[[str, int, dict[str, Any]], None]
 
 
 def arms_of(recipe: Recipe) -> list[Arm]:
-    """The arms in the order they are trained: for each seed the control, then the student."""
+    """The arms in the order they are trained: for each seed the control, what stands beside, then the student."""
     labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
-    found = []
+    rounds, found = any(phase.quant for phase in recipe.phases), []
     for seed in recipe.seeds:
+        student = student_arm(recipe, seed)
         if recipe.control:
             found.append(Arm("control", seed, labels_only))
-        found.append(student_arm(recipe, seed))
+        if rounds and recipe.rounded_control:
+            found.append(Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases))
+        if rounds and recipe.unrounded:
+            found.append(replace(student, name=UNROUNDED, phases=()))
+        found.append(student)
     return found
 
 
@@ -143,7 +151,7 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
 
 def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
     student = state.learner.student
-    weights = save({k: v.contiguous() for k, v in student.module.state_dict().items()})
+    weights = save({k: v.contiguous() for k, v in plain(student.module.state_dict()).items()})
     write_bytes(target / "weights.safetensors", weights)
     test = shop.dataset.splits["test"]
     write_predictions(target / "predictions.parquet", test.row_id, test.label, shop.test_logits(student))

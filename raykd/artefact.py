@@ -5,8 +5,8 @@ artefact/student.safetensors   the best seed's weights, by validation accuracy; 
          model.json            the model's name and settings, channels, steps and class names
          run.py                loads both and classifies a .npy file
          README.md             a model card to fill in
-         manifest.json         bytes and sha256 of each file, the parity that was measured, and what of a rounded
-                               student is in full precision, with the reason
+         manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency that were measured,
+                               and what is computed with in float32, with the reason
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raykd import deployed, measure, models, onnx_file, phases
+from raykd import anatomy, deployed, latency, measure, models, onnx_file, phases
 from raykd.arms import arms_of, read_predictions
 from raykd.batches import to_device
 from raykd.data import Dataset
@@ -30,7 +30,7 @@ from raykd.files import read_json, write_bytes, write_json
 from raykd.models.adapter import Adapter
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
-from raykd.recipe import ModelRef, Phase, Recipe, file_sha256
+from raykd.recipe import ModelRef, Recipe, file_sha256
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
@@ -70,17 +70,12 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     try:
         write_json(staged / "model.json", _model(recipe, dataset))
         (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
-        quant, extra = recipe.phases[-1].quant if recipe.phases else None, {}
-        if quant:
-            rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
-            module = load(staged).module
-            extra = {"full_precision": [each._asdict() for each in layers.left(module, quant)]}
-            (staged / ONNX).write_bytes(onnx_file.to_onnx(module, rows))
-            (staged / WEIGHTS).unlink()
+        quant = recipe.phases[-1].quant if recipe.phases else None
+        measured = _rounded(recipe, dataset, staged, quant) if quant else {}
         for name, card in (("run.py", "run_onnx.py" if quant else "run.py"), ("README.md", "README.md")):
             text = (resources.files("raykd") / "card" / card).read_text()
             (staged / name).write_text(text.replace("STUDENT", f"{recipe.name} ({recipe.technique})"))
-        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant)) | extra
+        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant)) | measured
         write_json(staged / "manifest.json", manifest)
         shutil.rmtree(folder / "artefact", ignore_errors=True)
         os.rename(staged, folder / "artefact")
@@ -90,25 +85,53 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
+    """Write the ONNX file in place of the weights; its anatomy and latency."""
+    rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
+    module = load(staged).module
+    tensors = anatomy.tensors_of(module)
+    file = onnx_file.to_onnx(module, rows)
+    (staged / ONNX).write_bytes(file)
+    (staged / WEIGHTS).unlink()
+    refs = {"teacher": recipe.teacher, "fp32 student": recipe.student}
+    others = {name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref}
+    measured = latency.latency(file, others, rows[:1])
+    float32 = [each._asdict() for each in layers.left(others["fp32 student"], quant)]
+    sizes = anatomy.bytes_of(file, tensors)
+    return {"tensors": tensors, "bytes_by_kind": sizes, "latency": measured, "computed_in_float32": float32}
+
+
 def load(folder: Path) -> Adapter:
     """The model of an artefact folder, ready to answer."""
     described = json.loads((folder / "model.json").read_bytes())
     ref = ModelRef(model=described["model"], settings=described["settings"])
     shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
-    module = models.build(ref, **shape, key="artefact")
-    phase = Phase.model_validate({"until": 1.0, "quant": described.get("quant")})
-    phases.prepare(module, [phase])
-    phases.enter(module, phase)
+    module, quant = models.build(ref, **shape, key="artefact"), described.get("quant")
+    if quant:
+        phases.round_as(module, Quant.model_validate(quant))
     models.load_weights(module, folder / WEIGHTS, "artefact")
     return Adapter(module).eval()
+
+
+def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> NDArray[np.float32]:
+    """(N, C): test logits of a student trained in full precision, rounded as the artefact is without training."""
+    module, quant = models.build(recipe.student, **dataset.shape, key="student"), recipe.phases[-1].quant
+    assert quant is not None
+    models.load_weights(module, weights, "student")
+    phases.round_as(module, quant)
+    return _torch_logits(Adapter(module), dataset)
 
 
 def predict(folder: Path, dataset: Dataset) -> NDArray[np.float32]:
     """(N, C): the artefact's sequence logits on the test split."""
     if (folder / ONNX).exists():
         return deployed.sequence_logits(folder / ONNX, dataset.splits["test"], measure.EVAL_BATCH)
+    return _torch_logits(load(folder), dataset)
+
+
+def _torch_logits(student: Adapter, dataset: Dataset) -> NDArray[np.float32]:
     rows = to_device(dataset.splits["test"], "test", None, frozenset(), torch.device("cpu"))
-    return measure.sequence_logits(load(folder), rows)
+    return measure.sequence_logits(student, rows)
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raykd.svg import INK, svg
-from raykd.words import RETENTIONS
+from raykd.words import BESIDE, RETENTIONS
 
 COLOURS = {"teacher": "#7a7f87", "control": "#d9822b", "student": "#2f7ed8", "artefact": "#1a9a76"}
-SHARE = "#1f5fb0"
+SHARE, OTHER = "#1f5fb0", "#8a63b8"
 MOST_PARAMS, NAMED_CLASSES, LONGEST_NAME = 6, 24, 22
 
 
@@ -26,11 +26,12 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _accuracy(report: Mapping[str, Any]) -> str:
-    names = [n for n in COLOURS if "accuracy" in report[n]["metrics"]]
-    metrics = [report[n]["metrics"]["accuracy"] for n in names]
+    models = {n: report[n]["metrics"] for n in COLOURS} | {BESIDE[n]: p["metrics"] for n, p in report["beside"].items()}
+    found = {n: metrics["accuracy"] for n, metrics in models.items() if "accuracy" in metrics}
+    names = list(found)
 
     def draw(axes: Any) -> None:
-        bars(axes, names, metrics, [COLOURS[n] for n in names])
+        bars(axes, names, list(found.values()), [COLOURS.get(n, OTHER) for n in names])
         axes.set_xlabel("accuracy on test rows, %")
 
     return svg("accuracy", "Accuracy of each model with its 95 % interval", 0.75 + 0.42 * len(names), draw)

@@ -12,8 +12,8 @@ from raykd.errors import InfraError, RaykdError, StoreError
 from raykd.quant.scheme import ONNXRUNTIME
 
 
-def session(path: Path) -> Any:
-    """An onnxruntime session over the file at `path`.
+def session(file: Path | bytes) -> Any:
+    """An onnxruntime session over a file, or over what one holds.
 
     StoreError if it is no ONNX file, InfraError if this onnxruntime does not execute it.
     """
@@ -21,20 +21,23 @@ def session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    held = file if isinstance(file, bytes) else str(file)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(held, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no class
-        raise _refused(path, str(error), onnxruntime.__version__) from None
+        raise _refused(file, str(error), onnxruntime.__version__) from None
 
 
-def _refused(path: Path, reason: str, version: str) -> RaykdError:
+def _refused(file: Path | bytes, reason: str, version: str) -> RaykdError:
     """Why a file has no session, with the operators that onnxruntime named."""
     import onnx
     from google.protobuf.message import DecodeError
 
+    path = "an ONNX file" if isinstance(file, bytes) else file
     said = " ".join(reason.split())[-200:]
     try:
-        kinds = sorted({node.op_type for node in onnx.load(path).graph.node})
+        proto = onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(file)
+        kinds = sorted({node.op_type for node in proto.graph.node})
     except (OSError, DecodeError):
         kinds = []
     if not kinds:

@@ -1,6 +1,5 @@
 """report.json from what was predicted: every figure with its control, its seeds and its interval."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raykd import schema, stats, words
-from raykd.stats import Hits, Interval, Sample
+from raykd.estimates import Predicted, beside, metrics, plain, ratio
+from raykd.stats import Hits, Sample
 
-METRIC = "accuracy"
 BINS = 24
-Predicted = NDArray[np.integer]  # (n,) the class that a model gives each test row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,7 @@ class Evidence:
     group: NDArray[np.integer]  # (n,) the recording of each row
     student: Mapping[int, Predicted]  # by seed
     control: Mapping[int, Predicted] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[int, Predicted]] = field(default_factory=dict)  # other trainings, by name and seed
     teacher: Predicted | None = None
     artefact: Predicted | None = None
     thriving: NDArray[np.bool_] | None = None  # (n,)
@@ -86,13 +85,14 @@ def _described(e: Evidence) -> dict[str, Any]:
 def _measured(e: Evidence) -> dict[str, Any]:
     """The parts that are computed from predictions."""
     sample, seed = stats.resample(_hits(e)), _exported(e)
-    closed, gain = _ratio(stats.gap_closed(sample)), _ratio(stats.difference(sample))
+    closed, gain = ratio(stats.gap_closed(sample)), ratio(stats.difference(sample))
     why = words.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = words.verdict(closed.model_dump(), gain.model_dump())
     return {
-        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics(sample.teacher, sample.n)),
-        "control": schema.Model(params=e.control_params, metrics=_metrics(sample.control, sample.n)),
-        "student": schema.Model(params=e.student_params, metrics=_metrics(sample.student, sample.n)),
+        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=metrics(sample.teacher, sample.n)),
+        "control": schema.Model(params=e.control_params, metrics=metrics(sample.control, sample.n)),
+        "student": schema.Model(params=e.student_params, metrics=metrics(sample.student, sample.n)),
+        "beside": {name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()},
         "artefact": _artefact(e, sample, seed),
         "retention": _retentions(e, sample),
         "gap_closed": closed,
@@ -114,29 +114,23 @@ def _exported(e: Evidence) -> int:
     return min(e.student) if e.best_seed is None else e.best_seed
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: string keys, Python numbers, and None for NaN and infinities."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _labelled(e: Evidence) -> Evidence:
     """`e` without the test rows that have no label."""
     known = e.label >= 0
     assert known.any(), "a report needs labelled test rows"
     assert e.student, "a report needs a student"
     arrays = {k: getattr(e, k) for k in ("row_id", "label", "group", "teacher", "artefact", "thriving")}
-    by_seed = {k: getattr(e, k) for k in ("student", "control")}
     return replace(
         e,
         **{k: None if v is None else np.asarray(v)[known] for k, v in arrays.items()},
-        **{k: {seed: np.asarray(p)[known] for seed, p in sorted(v.items())} for k, v in by_seed.items()},
+        student=_rows(e.student, known),
+        control=_rows(e.control, known),
+        beside={name: _rows(arm, known) for name, arm in e.beside.items()},
     )
+
+
+def _rows(arm: Mapping[int, Predicted], known: NDArray[np.bool_]) -> dict[int, Predicted]:
+    return {seed: np.asarray(predicted)[known] for seed, predicted in sorted(arm.items())}
 
 
 def _hits(e: Evidence, rows: NDArray[np.bool_] | None = None) -> Hits:
@@ -154,14 +148,6 @@ def _hits(e: Evidence, rows: NDArray[np.bool_] | None = None) -> Hits:
 
 def _first(values: stats.Values | None) -> float | None:
     return None if values is None else float(values[0])
-
-
-def _metrics(values: stats.Values | None, n: int) -> schema.Metrics:
-    return {} if values is None else {METRIC: schema.Estimate(**vars(stats.interval(values, n)))}
-
-
-def _ratio(found: Interval | None) -> schema.Ratio:
-    return schema.Ratio() if found is None else schema.Ratio(value=found.value, lo=found.lo, hi=found.hi)
 
 
 def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
@@ -189,7 +175,7 @@ def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> s
     guess = stats.chance(e.label, rows)
     corrected = stats.corrected_retention(sample, guess)
     return schema.Retention(
-        **_ratio(stats.retention(sample)).model_dump(),
+        **ratio(stats.retention(sample)).model_dump(),
         chance_corrected=corrected and corrected.value,
         chance_corrected_lo=corrected and corrected.lo,
         chance_corrected_hi=corrected and corrected.hi,
@@ -202,16 +188,16 @@ def _artefact(e: Evidence, sample: Sample, seed: int) -> schema.Artefact:
     return schema.Artefact(
         **plain(e.artefact_info),
         seed=seed if e.artefact_info else None,
-        metrics=_metrics(sample.artefact, sample.n),
-        retention=_ratio(stats.retention(sample, "artefact")),
+        metrics=metrics(sample.artefact, sample.n),
+        retention=ratio(stats.retention(sample, "artefact")),
     )
 
 
 def _compression(teacher: Mapping[str, Any], params: int | None, size: int | None) -> schema.Compression:
-    ratio = teacher["bytes"] / size if teacher.get("bytes") and size else None
+    whole = teacher["bytes"] / size if teacher.get("bytes") and size else None
     shape = teacher["params"] / params if teacher.get("params") and params else None
-    bits = ratio / shape if ratio and shape else None
-    return schema.Compression(ratio=ratio, architecture=shape, bits=bits)
+    bits = whole / shape if whole and shape else None
+    return schema.Compression(ratio=whole, architecture=shape, bits=bits)
 
 
 def _cautions(e: Evidence) -> list[str]:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from raykd import artefact
-from raykd.arms import arms_of, read_predictions
+from raykd.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, read_predictions
 from raykd.data import Dataset
-from raykd.evidence import Evidence, Predicted
+from raykd.estimates import Predicted
+from raykd.evidence import Evidence
 from raykd.files import read_json
 from raykd.identity import run_digest
 from raykd.recipe import Recipe
@@ -48,6 +49,7 @@ def gather(
         group=test.group,
         student=_predicted(folder, records, "student"),
         control=_predicted(folder, records, "control"),
+        beside=_beside(found, dataset, folder, records),
         teacher=opened.aligned("answer", "test", test.row_id, -1) if opened else None,
         artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
         thriving=_thriving(opened, saliency),
@@ -69,8 +71,22 @@ def gather(
 
 
 def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predicted]:
-    own = {key: record["seed"] for key, record in records.items() if record["arm"] == name}
-    return {seed: read_predictions(folder / "arms" / k / "predictions.parquet").argmax(1) for k, seed in own.items()}
+    own = _seeds(folder, records, name)
+    return {seed: read_predictions(arm / "predictions.parquet").argmax(1) for seed, arm in own.items()}
+
+
+def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
+    return {record["seed"]: folder / "arms" / key for key, record in records.items() if record["arm"] == name}
+
+
+def _beside(recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
+    """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it stands."""
+    found = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
+    if recipe.phases and recipe.phases[-1].quant:
+        weights = {seed: arm / "weights.safetensors" for seed, arm in _seeds(folder, records, UNROUNDED).items()}
+        rounded = {s: artefact.rounded_afterwards(recipe, dataset, path).argmax(1) for s, path in weights.items()}
+        found["post_training"] = rounded
+    return {name: arm for name, arm in found.items() if arm}
 
 
 def _thriving(store: Store | None, saliency: NDArray[np.floating] | None) -> NDArray[np.bool_] | None:
@@ -97,7 +113,19 @@ def _weights(path: str) -> dict[str, Any]:
 def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:
     if manifest is None:
         return {}
-    return {"path": "artefact"} | {key: manifest[key] for key in ("format", "bytes", "parity")}
+    kept = ("format", "bytes", "parity", "bytes_by_kind", "tensors")
+    found = {"path": "artefact"} | {key: manifest[key] for key in kept if key in manifest}
+    return found | ({"latency": _latency(manifest["latency"])} if "latency" in manifest else {})
+
+
+def _latency(measured: dict[str, Any]) -> dict[str, Any]:
+    """With the two ratios that a script relies on: the artefact's time over the other's."""
+    times = {(row["model"], row["runtime"]): row["ratio"] for row in measured["rows"]}
+    found = dict(measured)
+    for key, name in (("ratio_vs_teacher", "teacher"), ("ratio_vs_fp32_student", "fp32 student")):
+        other = times.get((name, "onnxruntime"), times.get((name, "torch")))
+        found[key] = 1 / other if other else None
+    return found
 
 
 def _cost(records: dict[str, Any], store: Store | None) -> float | None:

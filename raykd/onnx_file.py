@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.models.adapter import field
-from raykd.operators import OPERATORS, GatherBlockQuantized, operator_of
+from raykd.operators import OPERATORS, OPSET, GatherBlockQuantized, Unfolded, operator_of
+from raykd.quant import rest
 from raykd.quant.layers import quantised, replace
-
-OPSET = 21
+from raykd.quant.rest import Stored
 
 
 class Answers(nn.Module):
@@ -41,11 +42,12 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
     is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
     """
-    emitted = _emit(module)
+    swaps = operators(module)
+    replace(module, swaps)
     answers = Answers(module).eval()
     try:
         with _slow_path(), torch.no_grad():
-            calls, names = _called(answers, emitted, example)
+            calls, names = _called(answers, list(swaps.values()), example)
             proto = _traced(answers, example, names, most_steps)
     except Exception as error:
         raise RecipeError(
@@ -54,27 +56,28 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
         ) from error
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
     found = Counter(node.op_type for node in nodes)
+    asked = Counter({name: count for name, count in calls.items() if name in OPERATORS})
     # Two calls of one layer with one input are merged to a node.
-    assert found.keys() == calls.keys(), f"{dict(found)} nodes for {dict(calls)} calls of layers"
-    assert found <= calls, f"{dict(found)} nodes for {dict(calls)} calls of layers"
+    assert found.keys() == asked.keys(), f"{dict(found)} nodes for {dict(asked)} calls of layers"
+    assert found <= asked, f"{dict(found)} nodes for {dict(asked)} calls of layers"
     dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
     multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
     if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width
         raise RecipeError(
             f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
         )
+    _unfold(proto)
     return _bare(proto).SerializeToString()
 
 
-def _emit(module: nn.Module) -> list[nn.Module]:
-    """Replace every layer that is rounded by its operator, and give those."""
-    swaps: dict[nn.Module, nn.Module] = {}
+def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What executes each layer and each parameter that is rounded, by the module that stands for it in training."""
+    found: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
-        if layer.quant is not None:
-            assert layer.blend == 1, f"{name} is still fading in"
-            swaps[layer] = operator_of(layer)
-    replace(module, swaps)
-    return list(swaps.values())
+        assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
+        if layer.quant and not isinstance(layer, Stored):
+            found[layer] = operator_of(layer)
+    return found | {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
 
 
 def _called(answers: Answers, emitted: list[nn.Module], example: Tensor) -> tuple[Counter[str], list[str]]:
@@ -126,15 +129,62 @@ def _reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _unfold(proto: Any) -> None:
+    """Write every Unfolded parameter as Cast and Mul."""
+    nodes = []
+    for node in proto.graph.node:
+        if node.op_type == "Unfolded":
+            whole = f"{node.output[0]} as integers"
+            cast = onnx.helper.make_node("Cast", node.input[:1], [whole], to=onnx.TensorProto.FLOAT)
+            nodes += [cast, onnx.helper.make_node("Mul", [whole, node.input[1]], node.output)]
+        else:
+            nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    ours = [i for i, opset in enumerate(proto.opset_import) if opset.domain == "raykd"]
+    for index in reversed(ours):
+        del proto.opset_import[index]
+
+
 def _bare(proto: Any) -> Any:
-    """The model without what exporters say about themselves: most of a small file."""
+    """The model without what exporters say about themselves, and with short names: most of a small file."""
     proto.doc_string = ""
     del proto.metadata_props[:]
-    for graph in [proto.graph, *proto.functions]:
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        del graph.value_info[:]
-        for node in graph.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
+    names: dict[str, str] = {"": ""} | {v.name: v.name for v in [*proto.graph.input, *proto.graph.output]}
+    _strip(proto.graph, names)
     return proto
+
+
+def _strip(graph: Any, names: dict[str, str]) -> None:
+    """Rename every value of a graph and of the graphs inside it to a short number; drop what no runtime reads."""
+
+    def short(name: str) -> str:
+        return names.setdefault(name, f"{len(names):x}")
+
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for tensor in graph.initializer:
+        tensor.name, tensor.doc_string = short(tensor.name), ""
+    for node in graph.node:
+        node.name = node.doc_string = ""
+        del node.metadata_props[:]
+        kept = [a for a in node.attribute if not _is_default(node, a)]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.input[:], node.output[:] = [short(n) for n in node.input], [short(n) for n in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                for value in [*attribute.g.input, *attribute.g.output]:
+                    value.name = short(value.name)
+                _strip(attribute.g, names)
+
+
+def _is_default(node: Any, attribute: Any) -> bool:
+    """Whether a runtime takes an attribute to be what it is without being told."""
+    if node.domain:
+        return False
+    known = onnx.defs.get_schema(node.op_type, OPSET).attributes[attribute.name].default_value
+    return known.type == attribute.type and onnx.helper.get_attribute_value(known) == onnx.helper.get_attribute_value(
+        attribute
+    )

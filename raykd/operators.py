@@ -4,6 +4,8 @@
     int8, activations "int8_token"   a row's max|x| / 127, MatMulInteger, times the row's scale and the scales
     int4, ternary                    com.microsoft MatMulNBits of 4 or 2 bits, codes from a zero point of 8 or 2
     embeddings                       com.microsoft GatherBlockQuantized of 8, 4 or 2 bits, from 128, 8 or 2
+    rest = "int8"                    Cast of the codes and Mul by their scales, which onnxruntime does once, on loading
+                                     (before a MatMul, DequantizeLinear makes it round activations unasked)
 
 MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4) where the student was
 trained with int8 activations.
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raykd.quant import rest
 from raykd.quant.embedding import QuantEmbedding
 from raykd.quant.fake import LEAST
 from raykd.quant.layers import QuantLayer
@@ -22,6 +25,7 @@ from raykd.quant.linear import QuantLinear
 from raykd.quant.pack import pack
 from raykd.quant.scheme import BITS, Quant
 
+OPSET = 23  # the first with Attention, which is some twenty nodes otherwise
 OPERATORS = ("MatMulInteger", "MatMulNBits", "GatherBlockQuantized")
 
 
@@ -132,3 +136,24 @@ class GatherBlockQuantized(nn.Module):
             version=1,
         )
         return rows if self.stored == self.width else rows[..., : self.width]
+
+
+class Unfolded(nn.Module):
+    """A parameter that is stored as int8: codes times the scale of each slice of its first dimension.
+
+    Stands as one unknown operator until the tracer, which folds constants, is done: `raykd.onnx_file` writes it as two.
+    """
+
+    codes: Tensor  # (N, ...) int8
+    scales: Tensor  # (N, 1, ...)
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        codes, scales = rest.codes_and_scales(value)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.reshape(-1, *[1] * (value.dim() - 1)))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "raykd::Unfolded", (self.codes, self.scales), dtype=torch.float32, shape=value.shape, version=1
+        )

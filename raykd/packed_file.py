@@ -2,7 +2,8 @@
 
     <layer>.codes     int8: I8 (N, K). int4: U8 (ceil(N K / 2),), two a byte. ternary: U8 (ceil(N K / 5),), five a byte
     <layer>.scales    F32 (N, G)
-    anything else     by its name in the module's state; a parameter with several names, by its first
+    <tensor>.codes    I8 (N, ...), of what no layer rounds and rest = "int8" does, with <tensor>.scales F32 (N,)
+    anything else     by its name in the module's state; a parameter with several names, by the first of them
 
 Its metadata `layers` is the sha256 of what follows and of the tensors, a space, and the Quant of every rounded layer as
 JSON. The same student gives the same bytes.
@@ -23,9 +24,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from raykd.errors import StoreError
+from raykd.quant import rest
 from raykd.quant.fixed import FixedEmbedding, FixedLinear
 from raykd.quant.layers import ROUNDABLE, quantised, replace
 from raykd.quant.pack import TRITS, pack, pack_trits, unpack, unpack_trits
+from raykd.quant.rest import Stored
 from raykd.quant.scheme import BITS, LEVELS, Quant
 
 QUANTS = TypeAdapter(dict[str, Quant])
@@ -33,14 +36,21 @@ QUANTS = TypeAdapter(dict[str, Quant])
 
 def write(module: nn.Module) -> bytes:
     """The file of a module whose layers have their Quants, as `quantised` finds them. It is not changed."""
-    layers = [(name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None]
-    tensors = _rest(module, [layer for _, layer, _ in layers])
+    rounded = [(name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None]
+    layers = [(name, layer, quant) for name, layer, quant in rounded if not isinstance(layer, Stored)]
+    stored = {id(value) for value, held in rest.stored(module) if held.quant}
+    tensors: dict[str, Tensor] = {}
+    for name, value in _others(module, [layer for _, layer, _ in layers]).items():
+        if id(value) in stored:
+            tensors[f"{name}.codes"], tensors[f"{name}.scales"] = rest.codes_and_scales(value)
+        else:
+            tensors[name] = value.detach()
     for name, layer, quant in layers:
-        assert layer.blend == 1, f"{name} is still fading in"
         tensors[f"{name}.codes"] = _packed(layer.codes(), _kind(layer, quant))
         tensors[f"{name}.scales"] = layer.scales()
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias.detach()
+    assert all(layer.blend == 1 for _, layer, _ in rounded), "rounding is still fading in"
     quants = QUANTS.dump_json({name: quant for name, _, quant in layers}, exclude={"__all__": {"skip"}})
     return sealed(quants.decode(), tensors)
 
@@ -65,25 +75,25 @@ def read(data: bytes, module: nn.Module) -> None:
         if not isinstance(layer, ROUNDABLE) or not name:
             raise StoreError(_unfit(f"{name}: the module has no linear layer or embedding of this name"))
         swaps[layer] = _fixed(name, layer, quant, tensors)
-    rest = _rest(module, swaps)
-    if extra := tensors.keys() - rest.keys():  # those of rounded layers are gone by now
-        raise StoreError(_unfit(f"{min(extra)}: the module has no such tensor"))
-    found = {name: _taken(tensors, name, value.dtype, tuple(value.shape)) for name, value in rest.items()}
+    others = _others(module, swaps)
+    found = {name: _whole(tensors, name, value) for name, value in others.items()}
+    if tensors:
+        raise StoreError(_unfit(f"{min(tensors)}: the module has no such tensor"))
     with torch.no_grad():
-        for name, value in rest.items():
+        for name, value in others.items():
             value.copy_(found[name])
     replace(module, swaps)
 
 
-def _rest(module: nn.Module, rounded: Iterable[nn.Module]) -> dict[str, Tensor]:
+def _others(module: nn.Module, rounded: Iterable[nn.Module]) -> dict[str, Tensor]:
     """The module's state outside its rounded layers, each tensor once."""
     kept, gone = set(), set(rounded)
     owners = dict(module.named_modules(remove_duplicate=False))
     found: dict[str, Tensor] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in sorted(rest.plain(module.state_dict(keep_vars=True)).items()):
         if owners[name.rpartition(".")[0]] not in gone and id(value) not in kept:
             kept.add(id(value))
-            found[name] = value.detach()
+            found[name] = value
     return found
 
 
@@ -127,14 +137,28 @@ def _fixed(name: str, layer: nn.Linear | nn.Embedding, quant: Quant, tensors: di
         raise StoreError(_unfit(f'{name}: an embedding, but its Quant has embeddings = "none"'))
     groups = 1 if isinstance(layer, nn.Linear) and quant.per == "tensor" else width // quant.columns(width)
     codes = _unpacked(tensors, f"{name}.codes", kind, (rows, width))
-    scales = _taken(tensors, f"{name}.scales", torch.float32, (rows, groups))
-    if not (scales.isfinite() & (scales > 0)).all():
-        raise StoreError(_unfit(f"{name}.scales: not all are finite and above 0"))
+    scales = _scales(tensors, name, (rows, groups))
     if isinstance(layer, nn.Embedding):
         return FixedEmbedding(codes, scales, layer.weight.dtype)
     held = layer.bias
     bias = None if held is None else _taken(tensors, f"{name}.bias", held.dtype, tuple(held.shape))
     return FixedLinear(quant, codes, scales, bias)
+
+
+def _whole(tensors: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """What takes the place of a tensor outside the rounded layers, from its codes where the file has those."""
+    shape = tuple(value.shape)
+    if f"{name}.codes" not in tensors or len(shape) < 2:
+        return _taken(tensors, name, value.dtype, shape)
+    codes = _unpacked(tensors, f"{name}.codes", "int8", shape)
+    return codes * _scales(tensors, name, shape[:1]).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _scales(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    found = _taken(tensors, f"{name}.scales", torch.float32, shape)
+    if not (found.isfinite() & (found > 0)).all():
+        raise StoreError(_unfit(f"{name}.scales: not all are finite and above 0"))
+    return found
 
 
 def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

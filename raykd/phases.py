@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from raykd.quant import layers
+from raykd.quant import layers, rest
+from raykd.quant.scheme import Quant
 from raykd.recipe import Optim, Phase, ends_of
 
 WHOLE = Phase(until=1.0)
@@ -39,13 +40,22 @@ def spans(phases: Sequence[Phase], steps: int) -> list[Span]:
 
 
 def prepare(module: nn.Module, phases: Iterable[Phase]) -> None:
-    """Swap in layers that can be rounded, for every layer that some phase quantises."""
-    for phase in phases:
-        if phase.quant:
-            layers.prepare(module, phase.quant)
+    """Swap in layers that can be rounded, for every layer and parameter that some phase quantises."""
+    quants = [phase.quant for phase in phases if phase.quant]
+    for quant in quants:
+        layers.prepare(module, quant)
+    if any(quant.rest == "int8" for quant in quants):
+        rest.prepare(module, {layer for _, layer in layers.quantised(module)})
 
 
 def enter(module: nn.Module, phase: Phase) -> None:
     """Give every prepared layer the phase's Quant, or full precision where it is skipped."""
     for name, layer in layers.quantised(module):
         layer.set(None if phase.quant is None or phase.quant.skips(name) else phase.quant)
+
+
+def round_as(module: nn.Module, quant: Quant) -> None:
+    """Let a module in full precision compute as a Quant says, its scales from the weights as they are."""
+    phase = Phase(until=1.0, quant=quant)
+    prepare(module, [phase])
+    enter(module, phase)

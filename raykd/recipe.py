@@ -241,13 +241,19 @@ class Track(Table):
 
 
 class Recipe(Table):
-    """One distillation, resolved: every key has its value. Its digest names the run's folder."""
+    """One distillation, resolved: every key has its value. Its digest names the run's folder.
+
+    Where phases round, two more trainings can stand beside: `unrounded` (the same losses in full precision, and what
+    rounding it afterwards costs) and `rounded_control` (labels alone, under the same phases).
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "run"
     setting: str = ""
     technique: str = "vanilla"
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     control: bool = True
+    unrounded: bool = True
+    rounded_control: bool = False
     data: DataRef = DataRef()
     teacher: ModelRef | None = None
     student: ModelRef = ModelRef()

@@ -73,6 +73,7 @@ def result(lines: Journal, report: Mapping[str, Any]) -> None:
     for name in ("teacher", "control", "student", "artefact"):
         metric = report[name]["metrics"].get("accuracy")
         found += [(f"{name}/accuracy", metric["value"], 0)] if metric else []
+    found += [(f"{name}/accuracy", part["metrics"]["accuracy"]["value"], 0) for name, part in report["beside"].items()]
     for name, part in report["retention"].items():
         found += _interval(f"retention/{name}", part)
     found += _interval("gap_closed", report["gap_closed"])

@@ -67,6 +67,13 @@ class Model(Part):
     metrics: Metrics = {}
 
 
+class Beside(Part):
+    """Another training of the same student, seed by seed. `lost`: the student's accuracy less this one's."""
+
+    metrics: Metrics = {}
+    lost: Ratio = Ratio()
+
+
 class Parity(Part):
     """The artefact against the trained student: largest difference of logits, share of equal decisions.
 
@@ -79,11 +86,35 @@ class Parity(Part):
     alone_agreement: float | None = None
 
 
+class Time(Part):
+    """One model as one runtime executes it; its time over the artefact's, above 1 where the artefact is quicker."""
+
+    model: str
+    runtime: str
+    ratio: float
+
+
 class Latency(Part):
-    """Time of the artefact over the other's, one row at a time on this machine; below 1 is faster."""
+    """Time of the artefact over the other's, one row at a time on this machine; below 1 is faster.
+
+    Both as onnxruntime executes them, or the other as torch does where it can not be written as ONNX.
+    """
 
     ratio_vs_teacher: float | None = None
     ratio_vs_fp32_student: float | None = None
+    rows: list[Time] = []
+    threads: int | None = None
+    flags: str | None = None
+
+
+class Tensor(Part):
+    """One rounded tensor of the artefact: bytes of its codes and scales, error = |W - Q(W)| / |W|."""
+
+    name: str
+    shape: list[int]
+    kind: str
+    bytes: dict[str, int]
+    error: float
 
 
 class Artefact(Part):
@@ -95,6 +126,8 @@ class Artefact(Part):
     retention: Ratio = Ratio()
     parity: Parity = Parity()
     latency: Latency = Latency()
+    bytes_by_kind: dict[str, int] = {}
+    tensors: list[Tensor] = []
 
 
 class Data(Part):
@@ -190,6 +223,7 @@ class Report(Part):
     teacher: Teacher
     control: Model
     student: Model
+    beside: dict[str, Beside] = {}
     artefact: Artefact
     retention: Retentions
     gap_closed: Ratio

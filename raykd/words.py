@@ -7,6 +7,7 @@ from typing import Any
 FEW_SEEDS, FEW_GROUPS = 3, 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
+BESIDE = {"unrounded": "full precision", "post_training": "rounded afterwards", "rounded_control": "rounded control"}
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -38,7 +39,14 @@ def rows_of(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         if metric := part["metrics"].get("accuracy"):
             size = part.get("bytes")
             found.append((name, count(params), count(size), percent(metric["value"]), span(metric)))
+        if name == "control":
+            found += [_beside_row(other, report) for other in report["beside"]]
     return found
+
+
+def _beside_row(name: str, report: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    metric = report["beside"][name]["metrics"]["accuracy"]
+    return BESIDE[name], count(report["student"]["params"]), "-", percent(metric["value"]), span(metric)
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -119,8 +127,8 @@ def table(report: Mapping[str, Any]) -> str:
         f" {count(data['groups'])} recordings, seeds {', '.join(map(str, report['seeds']))}",
         "",
     ]
-    lines += [f"{a:<10}{b:>14}{c:>14}{d:>12}   {e}" for a, b, c, d, e in [head, *rows_of(report)]]
-    lines += ["", *(f"{name:<20}{text}" for name, text in figures(report))]
+    lines += [f"{a:<20}{b:>14}{c:>14}{d:>12}   {e}" for a, b, c, d, e in [head, *rows_of(report)]]
+    lines += ["", *(f"{name:<26}{text}" for name, text in figures(report))]
     lines += ["", *(wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
     return "\n".join(line if len(line) <= WIDTH else wrapped(line) for line in lines)
 
@@ -143,6 +151,9 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("gap closed", f"{percent(closed['value'], 0)} ({span(closed, 0)})"))
     if gain["value"] is not None:
         found.append(("over the control", f"{100 * gain['value']:+.1f} points ({span(gain)})"))
+    for name, part in report["beside"].items():
+        lost = part["lost"]
+        found.append((f"over {BESIDE[name]}", f"{100 * lost['value']:+.1f} points ({span(lost)})"))
     if size["ratio"] is not None:
         parts = f" = {times(size['architecture'])} architecture * {times(size['bits'])} bits"
         found.append(("compression", times(size["ratio"]) + (parts if size["bits"] else "")))
@@ -159,4 +170,6 @@ def _artefact_figures(artefact: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, key in (("the teacher", "ratio_vs_teacher"), ("the fp32 student", "ratio_vs_fp32_student")):
         if (ratio := latency[key]) is not None:
             found.append(("latency", f"{times(ratio)} the time of {name}"))
+    if sizes := artefact["bytes_by_kind"]:
+        found.append(("bytes", ", ".join(f"{name} {count(size)}" for name, size in sizes.items())))
     return found

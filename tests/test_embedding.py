@@ -7,7 +7,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file
+from raykd import deployed, onnx_file, phases
 from raykd.errors import RecipeError
 from raykd.quant.embedding import QuantEmbedding
 from raykd.quant.fake import LEAST
@@ -139,9 +139,7 @@ class Looked(nn.Module):
 
 
 def rounding(module: nn.Module, quant: Quant) -> nn.Module:
-    prepare(module, quant)
-    for name, layer in quantised(module):
-        layer.set(None if quant.skips(name) else quant)
+    phases.round_as(module, quant)
     return module.eval()
 
 
@@ -176,38 +174,45 @@ def test_onnxruntime_looks_up_the_trained_table_bit_for_bit(name, width, kind, t
     assert not any(array.size == ROWS * width and array.dtype == np.float32 for array in held.values())
 
 
-@pytest.mark.parametrize("skip", [["head"], []], ids=["head left", "head rounded"])
-def test_a_tied_table_stays_tied_and_each_use_rounds_it_once(skip, tmp_path):
-    quant = Quant(weights="int4", embeddings="int8", activations="none", skip=skip)
+TIED = {
+    "head left": Quant(weights="int4", embeddings="int8", activations="none", rest="fp32"),
+    "head stored": Quant(weights="int4", embeddings="int8", activations="none"),
+    "head rounded": Quant(weights="int4", embeddings="int8", activations="none", skip=[]),
+    "both stored": Quant(weights="int4", activations="none"),
+}
+
+
+@pytest.mark.parametrize("quant", TIED.values(), ids=TIED)
+def test_a_tied_table_stays_one_parameter_and_each_use_rounds_it_once(quant, tmp_path):
+    """Answers are those of two parameters of the same values, the gradient is the sum of theirs."""
     torch.manual_seed(0)
-    module = rounding(Speaker(), quant)
-    assert module.head.weight is module.tokens.weight
-    once = QuantEmbedding.of(nn.Embedding(ROWS, 40, _weight=module.tokens.weight.detach().clone()))
-    once.set(quant)
-    assert torch.equal(module.tokens.rounded(), once.rounded())
+    module, apart = Speaker(), Speaker(tied=False)
+    apart.load_state_dict(module.state_dict())
+    (module, (own,)), (apart, (table, head)) = (
+        (m, tables(m)) for m in (rounding(module, quant), rounding(apart, quant))
+    )
     ids = torch.randint(ROWS, (6, 9))
-    expected = module(ids)
-    upstream = torch.randn_like(expected)
-    expected.backward(upstream)
-    assert torch.allclose(module.tokens.weight.grad, sum_of_uses(module, ids, upstream), rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        module.tokens.weight -= 0.01 * module.tokens.weight.grad
-    assert module.head.weight is module.tokens.weight
+    for _ in range(2):
+        answers, expected = module(ids), apart(ids)
+        assert torch.equal(answers, expected)
+        upstream = torch.randn_like(answers)
+        answers.backward(upstream)
+        expected.backward(upstream)
+        torch.testing.assert_close(own.grad, table.grad + head.grad, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            own -= 0.01 * own.grad
+            table.copy_(own)
+            head.copy_(own)
+        module.zero_grad()
+        apart.zero_grad()
     expected = module(ids).detach().numpy()
     found = answered(module, ids, tmp_path)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def sum_of_uses(tied: nn.Module, ids: Tensor, upstream: Tensor) -> Tensor:
-    """The gradients of the table and of the head where they are two parameters of the same values."""
-    names = {name: layer.quant for name, layer in quantised(tied)}
-    apart = Speaker(tied=False)
-    apart.load_state_dict(tied.state_dict())
-    prepare(apart, Quant(embeddings="int8", skip=[] if "head" in names else ["head"]))
-    for name, layer in quantised(apart):
-        layer.set(names[name])
-    apart(ids).backward(upstream)
-    return apart.tokens.weight.grad + apart.head.weight.grad
+def tables(module: nn.Module) -> list[Tensor]:
+    """The parameters of a table's or a head's shape, each once."""
+    return [p for p in module.parameters() if p.shape == (ROWS, 40)]
 
 
 def test_a_rounded_speaker_learns_and_is_executed_as_it_learnt(tmp_path):

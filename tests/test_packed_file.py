@@ -16,22 +16,25 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from raykd import packed_file
+from raykd import packed_file, phases
 from raykd.errors import StoreError
 from raykd.quant.fixed import FixedEmbedding, FixedLinear
-from raykd.quant.layers import prepare, quantised
+from raykd.quant.layers import quantised
+from raykd.quant.rest import Stored, codes_and_scales
 from raykd.quant.scheme import LEVELS, Quant
 
 WORDS, WIDTH, STEPS = 21, 33, 6
 SCHEMES = {
     "int8": Quant(embeddings="int8"),
     "int8-tensor": Quant(per="tensor", activations="int8_token", embeddings="int8"),
-    "int8-learned": Quant(scale="learned"),
+    "int8-learned": Quant(scale="learned", rest="fp32"),
     "int4": Quant(weights="int4", embeddings="int4"),
     "int4-g16": Quant(weights="int4", per="group", group=16, embeddings="int4"),
     "int4-learned": Quant(weights="int4", per="group", group=16, scale="learned", activations="none"),
     "ternary": Quant(weights="ternary", embeddings="ternary", activations="none"),
-    "ternary-twn": Quant(weights="ternary", scale="twn", embeddings="int4"),
+    "ternary-twn": Quant(weights="ternary", scale="twn", embeddings="int4", rest="fp32"),
+    "ternary-untabled": Quant(weights="ternary", skip=["outer", "head"]),
+    "ternary-head": Quant(weights="ternary", skip=["outer"]),
     "ternary-everything": Quant(weights="ternary", per="tensor", embeddings="int8", skip=[]),
 }
 EACH = pytest.mark.parametrize("quant", SCHEMES.values(), ids=SCHEMES)
@@ -61,9 +64,7 @@ class Speaker(nn.Module):
 def speaker(quant: Quant, seed: int = 0, **settings: int) -> nn.Module:
     torch.manual_seed(seed)
     module = Speaker(**settings)
-    prepare(module, quant)
-    for name, layer in quantised(module):
-        layer.set(None if quant.skips(name) else quant)
+    phases.round_as(module, quant)
     with torch.no_grad():  # what training moves away from where it began
         for parameter in module.parameters():
             parameter.mul_(1 + 0.2 * torch.rand(parameter.shape))
@@ -98,6 +99,8 @@ def test_what_is_read_answers_bit_for_bit_as_what_was_written(quant):
     assert torch.equal(answers(found), before)
     assert torch.equal(answers(module), before), "what is written is not changed"
     for name, layer in quantised(module):
+        if isinstance(layer, Stored):
+            continue
         held = found.get_submodule(name)
         assert isinstance(held, FixedLinear | FixedEmbedding) == (layer.quant is not None)
         if layer.quant is not None:
@@ -128,13 +131,14 @@ def test_codes_take_the_bytes_that_their_bits_say_and_the_rest_is_small(name, bi
     module = speaker(SCHEMES[name])
     data = packed_file.write(module)
     tensors = parts(data)[1]
-    rounding = [(layer, rounded) for layer, rounded in quantised(module) if rounded.quant]
+    rounding = [(n, layer) for n, layer in quantised(module) if layer.quant and not isinstance(layer, Stored)]
     assert len(rounding) == 4
     for layer, rounded in rounding:
         packed = tensors[f"{layer}.codes"].nbytes
         assert packed == math.ceil(rounded.weight.numel() * bits / 8)
     assert "words.weight" not in tensors
-    assert tensors["head.weight"].nbytes == 4 * WORDS * WIDTH, "once: the table that is tied to it has codes"
+    assert tensors["head.weight.codes"].nbytes == WORDS * WIDTH, "once: the table that is tied to it has its own"
+    assert tensors["mix.weight.codes"].nbytes == WIDTH * WIDTH
     assert len(data) - sum(t.nbytes for t in tensors.values()) < 2_500, "names and settings"
 
 
@@ -151,9 +155,7 @@ def test_codes_have_the_levels_of_their_scheme(quant):
 def test_other_dtypes_are_kept(tmp_path):
     torch.manual_seed(0)
     module, found = Speaker().bfloat16(), Speaker().bfloat16()
-    prepare(module, SCHEMES["int4"])
-    for _, layer in quantised(module):
-        layer.set(SCHEMES["int4"])
+    phases.round_as(module, SCHEMES["int4"])
     packed_file.read(packed_file.write(module.eval()), found.eval())
     assert answers(found).dtype == torch.bfloat16
     assert torch.equal(answers(found), answers(module))
@@ -171,8 +173,20 @@ def test_the_metadata_names_every_rounded_layer_and_how(tmp_path):
 
 def test_a_tied_parameter_is_stored_once_under_its_first_name():
     tensors = parts(packed_file.write(speaker(SCHEMES["int8-learned"])))[1]
-    assert "words.weight" in tensors, "in full precision"
-    assert "head.weight" not in tensors
+    assert "head.weight" in tensors, "in full precision"
+    assert not any(name.startswith("words.") for name in tensors)
+    tensors = parts(packed_file.write(speaker(SCHEMES["ternary-untabled"])))[1]
+    assert {"head.weight.codes", "head.weight.scales"} < tensors.keys()
+    assert not any(name.startswith("words.") for name in tensors)
+
+
+def test_what_no_layer_rounds_is_read_as_codes_times_scales():
+    module, found = speaker(SCHEMES["ternary"]), plain()
+    codes, scales = codes_and_scales(module.mix.parametrizations.weight.original)
+    packed_file.read(packed_file.write(module), found)
+    assert torch.equal(found.mix.weight, codes * scales.reshape(-1, 1, 1))
+    assert torch.equal(found.mix.weight, module.mix.weight)
+    assert not torch.equal(found.mix.weight, module.mix.parametrizations.weight.original)
 
 
 QUANT = SCHEMES["ternary"]
@@ -218,12 +232,18 @@ HOSTILE = {
     "a scale of NaN": (changed("inner.scales", torch.full((48, 1), torch.nan)), "finite"),
     "no scales": (changed("inner.scales", None), "inner.scales: missing"),
     "no bias": (changed("inner.bias", None), "inner.bias: missing"),
-    "no head": (changed("head.weight", None), "head.weight: missing"),
+    "no head": (changed("head.weight.codes", None), "head.weight: missing"),
+    "scales of the head of zero": (changed("head.weight.scales", torch.zeros(WORDS)), "head.weight.scales: not all"),
+    "a head twice": (changed("head.weight", torch.zeros(WORDS, WIDTH)), "head.weight: the module has no such"),
+    "a vector as codes": (
+        changed("norm.bias.codes", torch.zeros(STEPS, dtype=torch.int8), changed("norm.bias", None)),
+        "norm.bias: missing",
+    ),
     "one tensor more": (changed("zzz", torch.zeros(2)), "zzz: the module has no such tensor"),
     "weights beside codes": (changed("inner.weight", torch.zeros(48, WIDTH)), "inner.weight: the module has no such"),
     "a dtype torch has not": (edited(DATA, lambda t: t.replace('"U8"', '"F4"')), "damaged"),
     "a key twice": (
-        edited(DATA, lambda t: '{"head.weight":' + t[t.index('{"dtype') :].split("}")[0] + "}," + t[1:]),
+        edited(DATA, lambda t: '{"head.weight.codes":' + t[t.index('{"dtype') :].split("}")[0] + "}," + t[1:]),
         "a key stands twice",
     ),
     "another digest": (edited(DATA, lambda t: t.replace('"layers":"', '"layers":"0')), "digest"),

@@ -198,8 +198,8 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
     assert manifest["parity"]["agreement"] >= (1 if floats else 0.98)
     assert manifest["parity"]["alone_agreement"] >= (1 if floats else 0.98)
     assert manifest["format"] == f"onnx {SCHEMES[name]['weights']}"
-    assert [each["name"] for each in manifest["full_precision"]] == ["positions", "conv.weight", "head", "value"]
-    assert manifest["full_precision"][2]["reason"] == "skip names it"
+    assert [each["name"] for each in manifest["computed_in_float32"]] == ["positions", "conv.weight", "head", "value"]
+    assert manifest["computed_in_float32"][2]["reason"] == "skip names it"
     files = {p.name for p in (tmp_path / "artefact").iterdir()}
     assert files == {"student.onnx", "model.json", "run.py", "README.md", "manifest.json"}
     own = student_from(recipe, dataset, tmp_path / "arms" / "student-0" / "weights.safetensors")

@@ -15,7 +15,8 @@ from raykd.compare import page, runs, words
 from raykd.compare.changes import changes
 from raykd.compare.runs import Run
 from raykd.compare.table import VERSION, Comparison, Difference, Row
-from raykd.evidence import METRIC, parts_of
+from raykd.estimates import METRIC
+from raykd.evidence import parts_of
 from raykd.files import write_json
 from raykd.progress import say
 
@@ -90,6 +91,8 @@ def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
         student=report.student.metrics[METRIC],
         gap_closed=report.gap_closed,
         retention=report.retention,
+        artefact_bytes=report.artefact.bytes,
+        compression=report.compression.ratio,
         training_cost=report.training_cost.ratio,
         bytes_per_row=report.store.bytes_per_row,
         accuracy=None if is_first else difference(run, first),

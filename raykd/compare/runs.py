@@ -12,7 +12,7 @@ from raykd import answers
 from raykd.answers import Answers
 from raykd.compare.changes import changes
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.evidence import METRIC
+from raykd.estimates import METRIC
 from raykd.files import read_json
 from raykd.recipe import Recipe, digest_of, file_sha256
 from raykd.schema import Report

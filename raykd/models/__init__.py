@@ -12,6 +12,7 @@ from torch import nn
 from raykd import imports
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
+from raykd.quant.rest import plain, plain_name
 from raykd.recipe import ModelRef
 from raykd.validation import suggestion
 
@@ -46,7 +47,8 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"{key}.weights {path}: not a readable safetensors file: {error}") from None
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    names = {plain_name(name): name for name in module.state_dict()}
+    wanted = {name: tuple(value.shape) for name, value in plain(module.state_dict()).items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     faults = [
         f"{n}: the module has {wanted.get(n, 'none')}, the file {found.get(n, 'none')}"
@@ -56,7 +58,7 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
     if faults:
         more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise RecipeError(f"{key}.weights {path} do not fit the module:\n  " + "\n  ".join(faults[:8]) + more)
-    module.load_state_dict(tensors)
+    module.load_state_dict({names[name]: value for name, value in tensors.items()})
 
 
 def _imported(name: str, key: str) -> Callable[..., Any]:

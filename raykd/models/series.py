@@ -9,7 +9,7 @@ class SeriesEncoder(nn.Module):
     """Class logits and future valence at every step, each from that step and the ones before it.
 
     A causal convolution, learned positions, `layers` pre-norm blocks and two linear heads. Inputs may have at
-    most `steps` steps.
+    most `steps` steps. Without `bias` the blocks' linear layers have none, as those of BitNet (arXiv 2402.17764).
     """
 
     def __init__(
@@ -23,12 +23,13 @@ class SeriesEncoder(nn.Module):
         heads: int = 2,
         expansion: int = 2,
         kernel: int = 5,
+        bias: bool = True,
     ):
         super().__init__()
         self.steps, self.kernel = steps, kernel
         self.conv = nn.Conv1d(channels, width, kernel)
         self.positions = nn.Parameter(0.02 * torch.randn(steps, width))
-        self.blocks = nn.ModuleList(Block(width, heads, expansion) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, expansion, bias) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         self.value = nn.Linear(width, 1)
@@ -48,13 +49,13 @@ class SeriesEncoder(nn.Module):
 class Block(nn.Module):
     """Pre-norm causal attention and a GELU MLP, each added to its input."""
 
-    def __init__(self, width: int, heads: int, expansion: int):
+    def __init__(self, width: int, heads: int, expansion: int, bias: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = CausalAttention(width, heads)
+        self.attention = CausalAttention(width, heads, bias)
         self.norm2 = nn.LayerNorm(width)
         inner = expansion * width
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.mlp = nn.Sequential(nn.Linear(width, inner, bias), nn.GELU(), nn.Linear(inner, width, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -69,13 +70,13 @@ class CausalAttention(nn.Module):
     both (B, H, T, T); the scores of later steps are -inf.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias)
+        self.out = nn.Linear(width, width, bias)
         self.keep_attention = False
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None

@@ -8,6 +8,7 @@ from torch import nn
 from raykd.errors import RecipeError
 from raykd.quant.embedding import QuantEmbedding
 from raykd.quant.linear import QuantLinear
+from raykd.quant.rest import Stored
 from raykd.quant.scheme import Quant
 
 QuantLayer = QuantLinear | QuantEmbedding
@@ -15,7 +16,7 @@ ROUNDABLE = (nn.Linear, nn.Embedding)
 
 
 class Left(NamedTuple):
-    """A layer, or a parameter that is no layer's, in full precision."""
+    """A layer, or a parameter that is no layer's, which is computed with in float32."""
 
     name: str
     reason: str
@@ -38,7 +39,10 @@ def prepare(module: nn.Module, quant: Quant) -> list[str]:
 
 
 def left(module: nn.Module, quant: Quant) -> list[Left]:
-    """Every layer that `prepare` leaves in full precision, and every matrix that is no layer's, with the reason."""
+    """Every layer that `prepare` leaves in a module, and every matrix that is no layer's, with the reason.
+
+    They are computed with in float32; how they are stored, `Quant.rest` says.
+    """
     found = []
     for name, layer in module.named_modules():
         if isinstance(layer, ROUNDABLE):
@@ -51,7 +55,7 @@ def left(module: nn.Module, quant: Quant) -> list[Left]:
 
 
 def why_left(name: str, layer: nn.Linear | nn.Embedding, quant: Quant) -> str | None:
-    """Why a Quant leaves a layer of this name in full precision; None where it is rounded."""
+    """Why a Quant leaves a layer of this name as it is; None where it is rounded."""
     if not name:
         return "it is the whole module, and has no owner to swap it"
     if quant.skips(name):
@@ -74,9 +78,9 @@ def replace(module: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
             setattr(module.get_submodule(owner), own, swaps[layer])
 
 
-def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """(name, layer) of every layer that `prepare` has swapped."""
-    return ((n, layer) for n, layer in module.named_modules() if isinstance(layer, (QuantLinear, QuantEmbedding)))
+def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLayer | Stored]]:
+    """(name, layer) of every layer that has been swapped in or parametrised."""
+    return ((n, layer) for n, layer in module.named_modules() if isinstance(layer, QuantLayer | Stored))
 
 
 def _swapped(layer: nn.Linear | nn.Embedding) -> QuantLayer:

@@ -33,7 +33,11 @@ ONNXRUNTIME = "1.28"
 
 
 class Quant(BaseModel):
-    """One quantisation of a model's layers. `skip`: patterns of the names of layers that stay as they are."""
+    """One quantisation of a model's layers. `skip`: patterns of the names of layers that stay as they are.
+
+    `rest` says how everything else that is no vector is stored: skipped layers, convolutions, positions. Under "int8"
+    it is rounded to a scale for each slice of its first dimension, and computed with in float32.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,6 +48,7 @@ class Quant(BaseModel):
     activations: Literal["int8", "int8_token", "none"] = "int8"
     embeddings: Weights | Literal["none"] = "none"
     skip: list[str] = ["head", "value", "*.head", "lm_head"]
+    rest: Literal["int8", "fp32"] = "int8"
 
     @model_validator(mode="after")
     def _executable(self) -> "Quant":
