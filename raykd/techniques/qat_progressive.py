@@ -1,15 +1,16 @@
 """Distillation down to ternary weights in steps, int8 and int4 before (BitNet b1.58, 2024, arXiv 2402.17764).
 
-L = w_ce CE + w_kd T^2 KL throughout: half of the steps in full precision, then 15, 25 and 60 % of the others under
-int8, int4 and ternary rounding, each with scales anew and a learning rate warmed up again.
+L = w_ce CE + w_kd T^2 KL throughout: 30 % of the steps in full precision, then 15, 25 and 60 % of the others under int8,
+int4 and ternary rounding, each with scales anew and a learning rate warmed up again. Ternary scales are learned (LSQ,
+arXiv 1902.08153).
 """
 
 RECIPE = {
     "terms": {"ce": {"weight": 0.2}, "kd": {"weight": 0.8, "temperature": 2.0}},
     "phases": [
-        {"until": 0.5},
-        {"until": 0.575, "quant": {"weights": "int8", "activations": "int8"}},
-        {"until": 0.7, "quant": {"weights": "int4", "per": "group", "activations": "none"}},
-        {"until": 1.0, "quant": {"weights": "ternary", "activations": "none"}},
+        {"until": 0.3},
+        {"until": 0.405, "quant": {"weights": "int8"}},
+        {"until": 0.58, "quant": {"weights": "int4", "per": "group", "activations": "none"}},
+        {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned", "activations": "none"}},
     ],
 }

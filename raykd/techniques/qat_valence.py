@@ -1,6 +1,6 @@
 """Valence-weighted distillation down to ternary weights by way of int8: `valence` and quantisation in one.
 
-L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; half of the steps are
+L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; 30 % of the steps are
 in full precision, then weights are int8, then ternary with scales that are learned (LSQ, arXiv 1902.08153). Everything
 else is stored as int8. What the weighting does is seen beside the same recipe with weighting.mode = "uniform".
 """
@@ -14,8 +14,8 @@ RECIPE = {
     },
     "weighting": {"mode": "ess", "boost": 6.0, "fraction": 0.5},
     "phases": [
-        {"until": 0.5},
-        {"until": 0.65, "quant": {"weights": "int8", "rest": "int8"}},
-        {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned", "activations": "none", "rest": "int8"}},
+        {"until": 0.3},
+        {"until": 0.5, "quant": {"weights": "int8"}},
+        {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned", "activations": "none"}},
     ],
 }
