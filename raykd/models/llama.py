@@ -45,8 +45,8 @@ class Llama(nn.Module):
         self.settings |= {"norm_eps": norm_eps, "tied": tied, "sub_norm": sub_norm}
         if width % heads or width // heads % 2 or heads % kv_heads:
             raise ValueError(
-                f"width {width}, heads {heads}, kv_heads {kv_heads}: heads must be a multiple of kv_heads, and width an "
-                "even multiple of heads"
+                f"width {width}, heads {heads}, kv_heads {kv_heads}: heads must be a multiple of kv_heads, and width "
+                "an even multiple of heads"
             )
         self.model = Stack(self.settings)
         self.lm_head = nn.Linear(width, classes, bias=False)
@@ -154,9 +154,10 @@ class Attention(nn.Module):
     def _mix_and_keep(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
         seen = visible(q.shape[2], k.shape[2], q.device) if seen is None else seen
-        self.scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
-        self.attention = self.scores.softmax(-1)
-        return self.attention @ v
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+        attention = scores.softmax(-1)
+        self.scores, self.attention = scores, attention
+        return attention @ v
 
 
 class SwiGLU(nn.Module):
