@@ -36,7 +36,6 @@ from raykd.store.reader import Store
 from raykd.terms import needs_of, wants_of
 
 UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
-AFTERWARDS = "post_training.parquet"  # an unrounded arm's predictions when it is rounded without training
 Tell = Callable[[str, int, dict[str, Any]], None]
 
 
@@ -136,8 +135,6 @@ def run_arms(
             report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
         )
         if world.rank == 0:
-            if arm.name == UNROUNDED and recipe.phases[-1].quant:
-                _write_afterwards(shop, arm, state, target)
             _write_arm(shop, arm, state, target)
             kept.clear()
         if world.size > 1:
@@ -169,16 +166,6 @@ def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
         "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
     }
     write_json(target / "arm.json", record)
-
-
-def _write_afterwards(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
-    """What the arm's weights answer when they are rounded as the recipe's last phase rounds, without training."""
-    last, module = shop.recipe.phases[-1], shop.student(arm).module
-    module.load_state_dict(state.learner.student.module.state_dict())
-    phases.prepare(module, [last])
-    phases.enter(module, last)
-    test = shop.dataset.splits["test"]
-    write_predictions(target / AFTERWARDS, test.row_id, test.label, shop.test_logits(Adapter(module).to(shop.device)))
 
 
 def write_predictions(path: Path, row_id: NDArray, label: NDArray, logits: NDArray[np.float32]) -> None:

@@ -28,7 +28,7 @@ from raykd.errors import GateError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.models.adapter import Adapter
 from raykd.quant.scheme import Quant
-from raykd.recipe import ModelRef, Phase, Recipe, file_sha256
+from raykd.recipe import ModelRef, Recipe, file_sha256
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
@@ -102,20 +102,32 @@ def load(folder: Path) -> Adapter:
     described = json.loads((folder / "model.json").read_bytes())
     ref = ModelRef(model=described["model"], settings=described["settings"])
     shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
-    module = models.build(ref, **shape, key="artefact")
-    phase = Phase.model_validate({"until": 1.0, "quant": described.get("quant")})
-    phases.prepare(module, [phase])
-    phases.enter(module, phase)
+    module, quant = models.build(ref, **shape, key="artefact"), described.get("quant")
+    if quant:
+        phases.round_as(module, Quant.model_validate(quant))
     models.load_weights(module, folder / WEIGHTS, "artefact")
     return Adapter(module).eval()
+
+
+def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> NDArray[np.float32]:
+    """(N, C): test logits of a student trained in full precision, rounded as the artefact is without training."""
+    module, quant = models.build(recipe.student, **dataset.shape, key="student"), recipe.phases[-1].quant
+    assert quant is not None
+    models.load_weights(module, weights, "student")
+    phases.round_as(module, quant)
+    return _torch_logits(Adapter(module), dataset)
 
 
 def predict(folder: Path, dataset: Dataset) -> NDArray[np.float32]:
     """(N, C): the artefact's sequence logits on the test split."""
     if (folder / ONNX).exists():
         return deployed.sequence_logits(folder / ONNX, dataset.splits["test"], measure.EVAL_BATCH)
+    return _torch_logits(load(folder), dataset)
+
+
+def _torch_logits(student: Adapter, dataset: Dataset) -> NDArray[np.float32]:
     rows = to_device(dataset.splits["test"], "test", None, frozenset(), torch.device("cpu"))
-    return measure.sequence_logits(load(folder), rows)
+    return measure.sequence_logits(student, rows)
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from raykd import artefact
-from raykd.arms import AFTERWARDS, ROUNDED_CONTROL, UNROUNDED, arms_of, read_predictions
+from raykd.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, read_predictions
 from raykd.data import Dataset
 from raykd.estimates import Predicted
 from raykd.evidence import Evidence
@@ -49,7 +49,7 @@ def gather(
         group=test.group,
         student=_predicted(folder, records, "student"),
         control=_predicted(folder, records, "control"),
-        beside=_beside(folder, records),
+        beside=_beside(found, dataset, folder, records),
         teacher=opened.aligned("answer", "test", test.row_id, -1) if opened else None,
         artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
         thriving=_thriving(opened, saliency),
@@ -70,18 +70,22 @@ def gather(
     )
 
 
-def _predicted(
-    folder: Path, records: dict[str, Any], name: str, file: str = "predictions.parquet"
-) -> dict[int, Predicted]:
-    own = {key: record["seed"] for key, record in records.items() if record["arm"] == name}
-    paths = {seed: folder / "arms" / key / file for key, seed in own.items()}
-    return {seed: read_predictions(path).argmax(1) for seed, path in paths.items() if path.exists()}
+def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predicted]:
+    own = _seeds(folder, records, name)
+    return {seed: read_predictions(arm / "predictions.parquet").argmax(1) for seed, arm in own.items()}
 
 
-def _beside(folder: Path, records: dict[str, Any]) -> dict[str, dict[int, Predicted]]:
-    """Other trainings by name; "post_training" is the unrounded student, rounded as it stands."""
+def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
+    return {record["seed"]: folder / "arms" / key for key, record in records.items() if record["arm"] == name}
+
+
+def _beside(recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
+    """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it stands."""
     found = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
-    found["post_training"] = _predicted(folder, records, UNROUNDED, AFTERWARDS)
+    if recipe.phases and recipe.phases[-1].quant:
+        weights = {seed: arm / "weights.safetensors" for seed, arm in _seeds(folder, records, UNROUNDED).items()}
+        rounded = {s: artefact.rounded_afterwards(recipe, dataset, path).argmax(1) for s, path in weights.items()}
+        found["post_training"] = rounded
     return {name: arm for name, arm in found.items() if arm}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from raykd.quant import layers, rest
+from raykd.quant.scheme import Quant
 from raykd.recipe import Optim, Phase, ends_of
 
 WHOLE = Phase(until=1.0)
@@ -51,3 +52,10 @@ def enter(module: nn.Module, phase: Phase) -> None:
     """Give every prepared layer the phase's Quant, or full precision where it is skipped."""
     for name, layer in layers.quantised(module):
         layer.set(None if phase.quant is None or phase.quant.skips(name) else phase.quant)
+
+
+def round_as(module: nn.Module, quant: Quant) -> None:
+    """Let a module in full precision compute as a Quant says, its scales from the weights as they are."""
+    phase = Phase(until=1.0, quant=quant)
+    prepare(module, [phase])
+    enter(module, phase)

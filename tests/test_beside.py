@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from raykd import checks, page, stages, words
 from raykd.anatomy import bytes_of
-from raykd.arms import AFTERWARDS, Workshop, arms_of, read_predictions
+from raykd.arms import Workshop, arms_of
+from raykd.artefact import rounded_afterwards
 from raykd.quant.fake import codes_of, scale_of
 
 pytestmark = pytest.mark.ray
@@ -72,9 +73,9 @@ def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(m
             scale = scale_of(rows, rule, largest)
             weights[name] = (codes_of(rows, scale, rule, largest) * scale).reshape(value.shape)
     student.module.load_state_dict(weights)
-    stored = read_predictions(folder / "arms/unrounded-0" / AFTERWARDS)
-    np.testing.assert_allclose(shop.test_logits(student), stored, atol=1e-5)
-    right = (stored.argmax(1) == shop.dataset.splits["test"].label).mean()
+    logits = rounded_afterwards(found, shop.dataset, folder / "arms/unrounded-0/weights.safetensors")
+    np.testing.assert_allclose(shop.test_logits(student), logits, atol=1e-5)
+    right = (logits.argmax(1) == shop.dataset.splits["test"].label).mean()
     assert made["beside"]["post_training"]["metrics"]["accuracy"]["value"] == pytest.approx(right)
 
 

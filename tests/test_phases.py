@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from test_workers import rows_for
 from torch import nn
 
-from raykd import artefact, checks, data, models, onnx_file
+from raykd import artefact, checks, data, models, onnx_file, operators
 from raykd.arms import run_arms
 from raykd.checkpoints import Checkpoints
 from raykd.errors import GateError, RecipeError
@@ -259,7 +259,7 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
         }
     )
     run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
-    monkeypatch.setattr(onnx_file, "pack", lambda codes, bits: pack(-codes, bits))
+    monkeypatch.setattr(operators, "pack", lambda codes, bits: pack(-codes, bits))
     with pytest.raises(GateError, match="no artefact was written"):
         artefact.export(recipe, data.load(recipe.data), tmp_path)
     assert not (tmp_path / "artefact").exists()

@@ -16,6 +16,13 @@ from command import Done, raykd, start, until
 from safetensors.numpy import load, load_file
 
 pytestmark = pytest.mark.ray
+PHASES = """
+[[phases]]
+until = 0.5
+[[phases]]
+until = 1.0
+quant = { weights = "ternary", scale = "learned", activations = "none", rest = "int8" }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,21 @@ def test_a_worker_killed_in_training_changes_no_weight(tiny, pair, stocked, sess
     assert fired.exists()
     assert trained(out).keys() == {"control-0", "student-0"}
     assert alike(out, pair)
+
+
+def test_a_worker_killed_within_a_phase_resumes_in_it(tiny, scored, stocked, session, tmp_path):
+    """Its scales, how far rounding has faded in, and the phase's best student come back with it."""
+    recipe = tmp_path / "phased.toml"
+    recipe.write_text(f"control = false\nunrounded = false\n{tiny.read_text()}{PHASES}")
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    wanted = _trained(recipe, scored, undisturbed, "--set", "scale.workers=2", **session)
+    fired, out = tmp_path / "fired", stocked("out")
+    fault = in_workers(fatal("train:step=35,rank=1,arm=student-0", fired))
+    sound(raykd(tmp_path, "train", recipe, "--out", out, "--set", "scale.workers=2", **session, **fault))
+    assert fired.exists()
+    assert any(name.endswith(".scale") for name in load(trained(out)["student-0"]))
+    assert alike(out, wanted)
 
 
 def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):

@@ -1,6 +1,8 @@
 """Any number of workers trains as one, for every technique that there is: losses, row weights, the learned maps."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from raykd.everyone import everyone
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
-from raykd.recipe import Optim, TermSpec, Weighting
+from raykd.phases import prepare
+from raykd.quant.layers import QuantLinear, quantised
+from raykd.recipe import Optim, Phase, TermSpec, Weighting
 from raykd.store.layers import is_signal
 from raykd.terms import needs_of, wants_of
 
@@ -30,6 +34,10 @@ OPTIM = Optim(steps=12, batch=12, learning_rate=1e-2, evaluate_every=1)
 def arm_of(recipe: dict[str, Any]) -> Arm:
     weighting = Weighting(**recipe["weighting"]) if "weighting" in recipe else None
     return Arm("student", 3, {n: TermSpec(**s) for n, s in recipe["terms"].items()}, weighting)
+
+
+def in_phases(recipe: dict[str, Any]) -> Arm:
+    return replace(arm_of(recipe), phases=tuple(Phase.model_validate(p) for p in recipe["phases"]))
 
 
 def rows_for(arm: Arm) -> DeviceRows:
@@ -49,10 +57,12 @@ def rows_for(arm: Arm) -> DeviceRows:
     return DeviceRows(torch.arange(40), inputs, mask, label, None, signals, mask, saliency=saliency, answer=answer)
 
 
-def trained(recipe: dict[str, Any], world: World) -> State:
-    arm = arm_of(recipe)
+def trained(recipe: dict[str, Any], world: World, make: Callable[[dict[str, Any]], Arm] = arm_of) -> State:
+    arm = make(recipe)
     torch.manual_seed(1)
-    student = Adapter(SeriesEncoder(channels=3, classes=4, steps=8, width=8), want=wants_of(arm.terms))
+    module = SeriesEncoder(channels=3, classes=4, steps=8, width=8)
+    prepare(module, arm.phases)
+    student = Adapter(module, want=wants_of(arm.terms))
     return train(arm, OPTIM, student, rows_for(arm), lambda _: {}, world=world)
 
 
@@ -90,6 +100,38 @@ def test_two_workers_train_as_one(name, tmp_path):
         if key.endswith("qkv.bias"):
             kept[8:16] = False
         torch.testing.assert_close(shared[key][kept], value[kept], rtol=0, atol=5e-6, msg=key)
+
+
+ROUNDED = {"terms": {"ce": {}, "kd": {}}, "phases": [
+    {"until": 0.25},
+    {"until": 0.5, "quant": {"weights": "int8"}},
+    {"until": 0.75, "quant": {"weights": "int4", "per": "group", "group": 16, "scale": "learned"}},
+    {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned", "activations": "none", "rest": "int8"}},
+]}  # fmt: skip
+
+
+def rounded_on(rank: int, size: int, meeting: Path, out: Path) -> None:
+    """One worker of a group that trains in phases; it writes down what it would round to after the last step."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    found = trained(ROUNDED, World(rank, size), in_phases)
+    module = found.learner.student.module
+    rounded = dict(all_tensors(found))
+    for name, layer in quantised(module):
+        if isinstance(layer, QuantLinear):
+            rounded |= {f"{name}.codes": layer.codes(), f"{name}.scales": layer.scales()}
+    save_file(rounded, out / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_every_rank_has_the_same_scales_and_codes_to_the_bit(tmp_path):
+    """Ranks see other rows, and round activations over those; but weights and scales are one model."""
+    workers = [start(rounded_on, rank, 2, tmp_path / "meeting", tmp_path) for rank in range(2)]
+    assert wait(workers) == [0, 0]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys()
+    assert {name.rsplit(".", 1)[1] for name in first} >= {"scale", "codes", "scales"}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(set(value.unique().tolist()) == {-1, 0, 1} for name, value in first.items() if name.endswith("codes"))
 
 
 def gather_on(rank: int, size: int, meeting: Path, out: Path) -> None:

@@ -55,7 +55,7 @@ def prepare(module: nn.Module, rounded: set[nn.Module]) -> None:
             if owner in rounded or value.dim() < 2 or isinstance(owner, parametrize.ParametrizationList):
                 continue
             if not torch.isfinite(value).all():
-                raise RecipeError(f"quant: {name}.{own} is NaN or infinite, and can not be rounded")
+                raise RecipeError(f"quant: {f'{name}.{own}'.lstrip('.')} is NaN or infinite, and can not be rounded")
             parametrize.register_parametrization(owner, own, Stored())
 
 

@@ -48,7 +48,7 @@ class Quant(BaseModel):
     activations: Literal["int8", "int8_token", "none"] = "int8"
     embeddings: Weights | Literal["none"] = "none"
     skip: list[str] = ["head", "value", "*.head", "lm_head"]
-    rest: Literal["fp32", "int8"] = "fp32"
+    rest: Literal["int8", "fp32"] = "int8"
 
     @model_validator(mode="after")
     def _executable(self) -> "Quant":
