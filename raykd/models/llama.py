@@ -15,6 +15,8 @@ from raykd.models.cache import Cache, Past
 
 DEVIATION = 0.02  # of initial weights
 
+Turn = tuple[Tensor, Tensor]
+
 
 class Llama(nn.Module):
     """Next-token logits at every position, each from that token and the ones before it, over at most `steps`.
@@ -110,7 +112,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(width, eps)
         self.mlp = SwiGLU(settings)
 
-    def forward(self, x: Tensor, turn: Tensor, index: int, cache: Past | None) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + self.self_attn(self.input_layernorm(x), turn, index, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -136,7 +138,7 @@ class Attention(nn.Module):
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
-    def forward(self, x: Tensor, turn: Tensor, index: int, cache: Past | None) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)  # (B, H, T, D / H)
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2), turn)
@@ -176,17 +178,17 @@ class SwiGLU(nn.Module):
         return self.down_proj(self.ffn_sub_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
-def rotations(first: int, count: int, width: int, theta: float, device: torch.device) -> Tensor:
-    """(2, T, D / 2): cosine and sine of position times theta^(-2 i / D), for `count` positions from `first` on."""
+def rotations(first: int, count: int, width: int, theta: float, device: torch.device) -> Turn:
+    """(T, D / 2) twice: cosine and sine of position times theta^(-2 i / D), for `count` positions from `first` on."""
     speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     angle = torch.arange(first, first + count, dtype=torch.float32, device=device)[:, None] * speed
-    return torch.stack([angle.cos(), angle.sin()])
+    return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
+def rotate(x: Tensor, turn: Turn) -> Tensor:
     """Turn the pairs (i, i + D / 2) of (B, H, T, D): Hugging Face's rotate_half, not the paper's neighbours."""
     a, b = x.chunk(2, -1)
-    cosine, sine = turn.to(x.dtype)
+    cosine, sine = (part.to(x.dtype) for part in turn)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
 
 
