@@ -96,7 +96,11 @@ def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
         assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
         if layer.quant and not isinstance(layer, Stored):
             found[layer] = operator_of(layer)
-    return found | {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
+    tables: dict[Tensor, Unfolded] = {}  # of a tied weight, one for all that read it
+    for value, held in rest.stored(module):
+        if held.quant:
+            found[held] = tables[value] = tables.get(value) or Unfolded(value)
+    return found
 
 
 def _called(asked: nn.Module, emitted: list[nn.Module], args: tuple[Any, ...]) -> Counter[str]:
