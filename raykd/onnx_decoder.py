@@ -11,8 +11,6 @@ Every row has P tokens before its new ones. Rounded layers are `raykd.operators`
 Angles of positions are computed from P, so no table is stored; `steps` in the metadata is the longest context.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +52,8 @@ def to_onnx(module: Llama) -> bytes:
     found = module.settings
     layers, steps, width = found["layers"], found["steps"], found["width"] // found["heads"]
     rows, past, count = 2, 3, 2  # of the example; the tracer takes 0 and 1 for constants
-    held = [torch.zeros(rows, found["kv_heads"], past, width) for _ in range(layers)]
+    # a tensor each: the tracer reads one that stands twice from one input
+    keys, values = ([torch.zeros(rows, found["kv_heads"], past, width) for _ in range(layers)] for _ in range(2))
     free = {
         "rows": torch.export.Dim("rows", min=1, max=65536),
         "past": torch.export.Dim("past", min=0, max=steps),
@@ -65,14 +64,14 @@ def to_onnx(module: Llama) -> bytes:
     proto = traced(
         module,
         Step(module),
-        (torch.zeros(rows, count, dtype=torch.int64), held, held),
+        (torch.zeros(rows, count, dtype=torch.int64), keys, values),
         input_names=["tokens", *(f"past_{name}" for name in kept)],
         output_names=["logits", *kept],
         dynamic_shapes=({0: free["rows"], 1: free["count"]}, grown, grown),
     )
-    found_file: Any = compact(proto)
-    found_file.metadata_props.add(key=STEPS, value=str(steps))
-    return found_file.SerializeToString()
+    file = compact(proto)
+    file.metadata_props.add(key=STEPS, value=str(steps))
+    return file.SerializeToString()
 
 
 def names(layers: int) -> list[str]:
