@@ -17,7 +17,7 @@ from command import ROOT, raykd
 from test_report import CLASSES, Page
 
 from raykd import answers, compare, evidence, stats
-from raykd.compare import runs, table, words
+from raykd.compare import page, runs, table, words
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.evidence import Evidence
 from raykd.files import read_json, write_json
@@ -340,6 +340,29 @@ def test_the_table_fits_a_terminal_and_tells_every_run(first, second, tmp_path):
     for part in (first.name, second.name, third.name, "better", "worse", "terms.valence.weight: - -> 0.5"):
         assert part in text
     assert words.headline(made) == f"Of 2 runs held against {first.name}: 1 better, 1 worse"
+
+
+def test_artefacts_are_told_by_their_size_and_what_is_kept_at_it(first, tmp_path):
+    whole = {"params": 10, "bytes": 40_000, "dtype": "F32"}
+    folders = [first]
+    for size, rate in ((1000, 0.9), (400, 0.8), (2000, 0.7)):
+        told = {"path": "artefact", "format": "onnx ternary", "bytes": size}
+        found = replace(world(RATES | {"student": rate}), teacher_info=whole, artefact_info=told)
+        folders.append(write(tmp_path / f"of-{size}", found, optim={"steps": size}))
+    made = build(*folders)
+    assert [run["artefact_bytes"] for run in made["runs"]] == [None, 1000, 400, 2000]
+    assert [run["compression"] for run in made["runs"]] == [None, 40, 100, 20]
+    rows = words.sizes(made)
+    assert [row[:3] for row in rows] == [
+        ("of-1000", "1,000", "40x"),
+        ("of-400", "400", "100x"),
+        ("of-2000", "2,000", "20x"),
+    ]
+    assert all(row[1] in words.table(made) for row in rows)
+    html = page.render(made)
+    assert "What is kept, and how much smaller the file is" in html
+    assert "of-2000" in html.split('id="frontier-')[-1]
+    assert "frontier" not in page.render(build(first, write(tmp_path / "small", world(RATES))))
 
 
 def test_the_command_line_writes_where_out_says(first, second, tmp_path):

@@ -91,6 +91,8 @@ def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
         student=report.student.metrics[METRIC],
         gap_closed=report.gap_closed,
         retention=report.retention,
+        artefact_bytes=report.artefact.bytes,
+        compression=report.compression.ratio,
         training_cost=report.training_cost.ratio,
         bytes_per_row=report.store.bytes_per_row,
         accuracy=None if is_first else difference(run, first),

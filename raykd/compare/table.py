@@ -43,6 +43,8 @@ class Row(Part):
     student: Estimate
     gap_closed: Ratio
     retention: Retentions
+    artefact_bytes: int | None
+    compression: float | None
     training_cost: float | None
     bytes_per_row: float | None
     accuracy: Difference | None

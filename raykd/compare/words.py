@@ -10,6 +10,7 @@ from raykd.words import count, percent, span, times, wrapped
 
 MODELS = {"run": 27, "teacher, %": 23, "control, %": 23, "student, %": 23}
 FIGURES = {"technique": 17, "gap closed, %": 19, "kept, thriving, %": 23, "kept, rest, %": 23, "cost": 7, "B/row": 7}
+SIZES = {"run": 27, "artefact, bytes": 18, "smaller": 10, "kept, all, %": 23}
 UNLIKE = (
     "the teachers call different rows thriving: one run's are meant in every difference, each its own in what is kept"
 )
@@ -71,6 +72,15 @@ def figures(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def sizes(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(run, bytes of its artefact, how much smaller than its teacher, what its students keep), where there is one."""
+    return [
+        (run["name"], count(run["artefact_bytes"]), times(run["compression"]), share(run["retention"]["all"]))
+        for run in made["runs"]
+        if run["artefact_bytes"]
+    ]
+
+
 def bought(made: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
     """(run, its changes, its differences by name) of every run but the first."""
     parts = {"accuracy": "all rows", "thriving": "thriving rows", "rest": "the rest", "random": "random rows"}
@@ -104,6 +114,7 @@ def table(made: Mapping[str, Any]) -> str:
         "",
         *_columns(FIGURES, figures(made)),
     ]
+    lines += ["", *_columns(SIZES, sizes(made))] if sizes(made) else []
     for number, (name, changed, differences) in enumerate(bought(made), 2):
         lines += ["", f"{number:>2}  {name} less {made['runs'][0]['name']}"]
         lines += [wrapped(f"    {text}") for text in changed]
