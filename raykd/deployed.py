@@ -12,8 +12,8 @@ from raykd.errors import InfraError, RaykdError, StoreError
 from raykd.quant.scheme import ONNXRUNTIME
 
 
-def session(file: Path | bytes) -> Any:
-    """An onnxruntime session over a file, or over what one holds.
+def session(file: Path | bytes, *, lut: bool = False) -> Any:
+    """An onnxruntime session over a file, or over what one holds; with `lut`, 2-bit weights by lookup tables.
 
     StoreError if it is no ONNX file, InfraError if this onnxruntime does not execute it.
     """
@@ -21,6 +21,8 @@ def session(file: Path | bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    if lut:
+        options.add_session_config_entry("mlas.use_lut_gemm", "1")  # one that does not know it passes over it
     held = file if isinstance(file, bytes) else str(file)
     try:
         return onnxruntime.InferenceSession(held, options, providers=["CPUExecutionProvider"])

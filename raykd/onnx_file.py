@@ -42,32 +42,51 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
     is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
     """
-    swaps = operators(module)
-    replace(module, swaps)
-    answers = Answers(module).eval()
-    try:
-        with _slow_path(), torch.no_grad():
-            calls, names = _called(answers, list(swaps.values()), example)
-            proto = _traced(answers, example, names, most_steps)
-    except Exception as error:
-        raise RecipeError(
-            f"export: {type(module).__name__} can not be written as ONNX: {_reason(error)}; "
-            "write that part of it with operations that torch.onnx.export knows"
-        ) from error
+    free = {0: torch.export.Dim("rows", min=1, max=65536)}
+    if most_steps:
+        free[1] = torch.export.Dim("steps", min=1, max=most_steps)
+    names = {"input_names": ["inputs"], "output_names": ["logits", "valence"]}
+    proto = traced(module, Answers(module), (example,), **names, dynamic_shapes=(free,))
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
-    found = Counter(node.op_type for node in nodes)
-    asked = Counter({name: count for name, count in calls.items() if name in OPERATORS})
-    # Two calls of one layer with one input are merged to a node.
-    assert found.keys() == asked.keys(), f"{dict(found)} nodes for {dict(asked)} calls of layers"
-    assert found <= asked, f"{dict(found)} nodes for {dict(asked)} calls of layers"
     dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
     multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
     if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width
         raise RecipeError(
             f"export: {type(module).__name__} has layers whose width follows the number of steps; leave out most_steps"
         )
+    return compact(proto).SerializeToString()
+
+
+def traced(module: nn.Module, asked: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
+    """The graph of what `asked` makes of `args` by calling `module`, with a node for every call of a rounded layer.
+
+    The module is taken over. `options` are torch.onnx.export's; names of outputs that there are not are left out.
+    RecipeError where it can not be exported.
+    """
+    swaps = operators(module)
+    replace(module, swaps)
+    asked.eval()
+    try:
+        with _slow_path(), torch.no_grad():
+            calls = _called(asked, list(swaps.values()), args)
+            proto = _exported(asked, args, options)
+    except Exception as error:
+        raise RecipeError(
+            f"export: {type(module).__name__} can not be written as ONNX: {_reason(error)}; "
+            "write that part of it with operations that torch.onnx.export knows"
+        ) from error
+    found = Counter(node.op_type for node in proto.graph.node if node.op_type in OPERATORS)
+    asked_for = Counter({name: count for name, count in calls.items() if name in OPERATORS})
+    # Two calls of one layer with one input are merged to a node.
+    assert found.keys() == asked_for.keys(), f"{dict(found)} nodes for {dict(asked_for)} calls of layers"
+    assert found <= asked_for, f"{dict(found)} nodes for {dict(asked_for)} calls of layers"
+    return proto
+
+
+def compact(proto: Any) -> Any:
+    """A traced graph as it is stored: parameters of int8 unfolded when loaded, short names, nothing about exporters."""
     _unfold(proto)
-    return _bare(proto).SerializeToString()
+    return _bare(proto)
 
 
 def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -77,36 +96,28 @@ def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
         assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
         if layer.quant and not isinstance(layer, Stored):
             found[layer] = operator_of(layer)
-    return found | {held: Unfolded(value) for value, held in rest.stored(module) if held.quant}
+    tables: dict[Tensor, Unfolded] = {}  # of a tied weight, one for all that read it
+    for value, held in rest.stored(module):
+        if held.quant:
+            found[held] = tables[value] = tables.get(value) or Unfolded(value)
+    return found
 
 
-def _called(answers: Answers, emitted: list[nn.Module], example: Tensor) -> tuple[Counter[str], list[str]]:
-    """How often each operator is called for one answer (a layer may be shared, or unused), and the answer's names."""
+def _called(asked: nn.Module, emitted: list[nn.Module], args: tuple[Any, ...]) -> Counter[str]:
+    """How often each operator is called for one answer; a layer may be shared, or unused."""
     calls: Counter[str] = Counter()
     hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([type(m).__name__])) for m in emitted]
-    said = answers(example)
+    asked(*args)
     for hook in hooks:
         hook.remove()
-    return calls, ["logits", "valence"] if isinstance(said, tuple) else ["logits"]
+    return calls
 
 
-def _traced(answers: Answers, example: Tensor, names: list[str], most_steps: int | None) -> Any:
-    free = {0: torch.export.Dim("rows", min=1, max=65536)}
-    if most_steps:
-        free[1] = torch.export.Dim("steps", min=1, max=most_steps)
+def _exported(asked: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        made = torch.onnx.export(
-            answers,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["inputs"],
-            output_names=names,
-            dynamic_shapes=(free,),
-            verbose=False,
-        )
+        made = torch.onnx.export(asked, args, dynamo=True, opset_version=OPSET, verbose=False, **options)
     assert made is not None
     return made.model_proto
 

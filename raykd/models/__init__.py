@@ -1,13 +1,13 @@
 """Models: a recipe's `[teacher]` or `[student]` table to a module, and any module to Signals."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from raykd import imports
 from raykd.errors import RecipeError
@@ -43,10 +43,19 @@ def build(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -
 
 def load_weights(module: nn.Module, path: Path, key: str) -> None:
     """Fill `module` from a safetensors file; RecipeError names the tensors that are missing, extra or misshapen."""
+    fill(module, read_tensors(path, f"{key}.weights"), f"{key}.weights {path}")
+
+
+def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. RecipeError if it is none; `key` says who wants it."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RecipeError(f"{key}.weights {path}: not a readable safetensors file: {error}") from None
+        raise RecipeError(f"{key} {path}: not a readable safetensors file: {error}") from None
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load exactly these tensors; RecipeError names those that are missing, extra or misshapen in the `source`."""
     names = {plain_name(name): name for name in module.state_dict()}
     wanted = {name: tuple(value.shape) for name, value in plain(module.state_dict()).items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -57,7 +66,7 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
     ]
     if faults:
         more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise RecipeError(f"{key}.weights {path} do not fit the module:\n  " + "\n  ".join(faults[:8]) + more)
+        raise RecipeError(f"{source} do not fit the module:\n  " + "\n  ".join(faults[:8]) + more)
     module.load_state_dict({names[name]: value for name, value in tensors.items()})
 
 

@@ -1,0 +1,197 @@
+"""A causal language model of the Llama family (arXiv 2302.13971), under the parameter names of Hugging Face's.
+
+RMSNorm (arXiv 1910.07467), rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202), grouped-query attention
+(arXiv 2305.13245).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raykd.errors import DataError
+from raykd.models.cache import Cache, Past
+
+DEVIATION = 0.02  # of initial weights
+
+Turn = tuple[Tensor, Tensor]
+
+
+class Llama(nn.Module):
+    """Next-token logits at every position, each from that token and the ones before it, over at most `steps`.
+
+    `heads` query heads share `kv_heads` heads of keys and values. `tied` makes the head's weight the embedding's.
+    `sub_norm` puts an RMSNorm before the attention's and the MLP's last projection, as ternary training wants it
+    (BitDistill, arXiv 2510.13998, section 3.1). `settings` holds the arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        steps: int,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        kv_heads: int = 2,
+        inner: int = 192,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        tied: bool = True,
+        sub_norm: bool = False,
+    ):
+        super().__init__()
+        self.settings: dict[str, Any] = {"classes": classes, "steps": steps, "width": width, "layers": layers}
+        self.settings |= {"heads": heads, "kv_heads": kv_heads, "inner": inner, "rope_theta": rope_theta}
+        self.settings |= {"norm_eps": norm_eps, "tied": tied, "sub_norm": sub_norm}
+        if width % heads or width // heads % 2 or heads % kv_heads:
+            raise ValueError(
+                f"width {width}, heads {heads}, kv_heads {kv_heads}: heads must be a multiple of kv_heads, and width "
+                "an even multiple of heads"
+            )
+        self.model = Stack(self.settings)
+        self.lm_head = nn.Linear(width, classes, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=DEVIATION)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, cache: Past | None = None) -> dict[str, Tensor]:
+        """Integers (B, T) -> logits (B, T, V). With a cache they follow its tokens, and are in it afterwards.
+
+        DataError where that is more than `steps` tokens.
+        """
+        past = cache.length if cache is not None else 0
+        if past + tokens.shape[1] > self.settings["steps"]:
+            raise DataError(
+                f"tokens: {tokens.shape[1]} after {past}, but this model was built for at most "
+                f"{self.settings['steps']}; give fewer, or build it with more steps"
+            )
+        logits = self.lm_head(self.model(tokens, cache))
+        if cache is not None:
+            cache.length = past + tokens.shape[1]
+        return {"logits": logits}
+
+    def cache(self, rows: int) -> Cache:
+        """An empty cache for `rows` sequences of as many tokens as this model takes."""
+        found = self.settings
+        shape = {"layers": found["layers"], "heads": found["kv_heads"], "steps": found["steps"]}
+        return Cache(rows=rows, width=found["width"] // found["heads"], **shape)
+
+
+class Stack(nn.Module):
+    """Embedding, blocks and the last norm: all of a Llama but its head."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        width, heads = settings["width"], settings["heads"]
+        self.theta, self.turning = settings["rope_theta"], width // heads
+        self.embed_tokens = nn.Embedding(settings["classes"], width)
+        self.layers = nn.ModuleList(Block(settings) for _ in range(settings["layers"]))
+        self.norm = nn.RMSNorm(width, settings["norm_eps"])
+
+    def forward(self, tokens: Tensor, cache: Past | None) -> Tensor:
+        """Integers (B, T) -> (B, T, D)."""
+        x = self.embed_tokens(tokens)
+        turn = rotations(cache.length if cache is not None else 0, tokens.shape[1], self.turning, self.theta, x.device)
+        for index, block in enumerate(self.layers):
+            x = block(x, turn, index, cache)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a SwiGLU MLP, each added to its input."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        width, eps = settings["width"], settings["norm_eps"]
+        self.input_layernorm = nn.RMSNorm(width, eps)
+        self.self_attn = Attention(settings)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps)
+        self.mlp = SwiGLU(settings)
+
+    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), turn, index, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of each position over itself and those before it.
+
+    While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in `scores`, both
+    (B, H, T, past + T); the scores of later positions are -inf.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        width, self.heads, self.kv_heads = settings["width"], settings["heads"], settings["kv_heads"]
+        shared = width // self.heads * self.kv_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, shared, bias=False)
+        self.v_proj = nn.Linear(width, shared, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.attn_sub_norm = nn.RMSNorm(width, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
+        self.keep_attention = False
+        self.attention: Tensor | None = None
+        self.scores: Tensor | None = None
+
+    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)  # (B, H, T, D / H)
+        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2), turn)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        seen = None
+        if cache is not None:
+            k, v = cache.extend(index, k, v)
+            seen = visible(q.shape[2], k.shape[2], x.device)
+        mix = self._mix_and_keep if self.keep_attention else self._mix
+        return self.o_proj(self.attn_sub_norm(mix(q, k, v, seen).transpose(1, 2).flatten(2)))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
+
+    def _mix_and_keep(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+        seen = visible(q.shape[2], k.shape[2], q.device) if seen is None else seen
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+        attention = scores.softmax(-1)
+        self.scores, self.attention = scores, attention
+        return attention @ v
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        width, inner = settings["width"], settings["inner"]
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.ffn_sub_norm = nn.RMSNorm(inner, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down_proj(self.ffn_sub_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+def rotations(first: int, count: int, width: int, theta: float, device: torch.device) -> Turn:
+    """(T, D / 2) twice: cosine and sine of position times theta^(-2 i / D), for `count` positions from `first` on."""
+    speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+    angle = torch.arange(first, first + count, dtype=torch.float32, device=device)[:, None] * speed
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """Turn the pairs (i, i + D / 2) of (B, H, T, D): Hugging Face's rotate_half, not the paper's neighbours."""
+    a, b = x.chunk(2, -1)
+    cosine, sine = (part.to(x.dtype) for part in turn)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def visible(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(T, past + T) bool: which keys each of the last `queries` positions may see."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
