@@ -107,12 +107,12 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     emitted = _emit(module)
     answers = Answers(module).eval()
     try:
-        with _slow_path(), torch.no_grad():
+        with slow_path(), torch.no_grad():
             calls, names = _called(answers, emitted, example)
             proto = _traced(answers, example, names, most_steps)
     except Exception as error:
         raise RecipeError(
-            f"export: {type(module).__name__} can not be written as ONNX: {_reason(error)}; "
+            f"export: {type(module).__name__} can not be written as ONNX: {reason(error)}; "
             "write that part of it with operations that torch.onnx.export knows"
         ) from error
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
@@ -169,7 +169,7 @@ def _traced(answers: Answers, example: Tensor, names: list[str], most_steps: int
 
 
 @contextmanager
-def _slow_path() -> Iterator[None]:
+def slow_path() -> Iterator[None]:
     """Without the fused path of torch's encoder layers, which reads their linear layers' weights."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -179,7 +179,7 @@ def _slow_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong first, in a line."""
     while error.__cause__:
         error = error.__cause__
