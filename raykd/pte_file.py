@@ -29,17 +29,16 @@ def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
     """The program of a module with QuantLinears under `quant`, for inputs of the shape of `example` (B, T, K).
 
     It answers with the logits, and with the valence if the module has a value head. The module is taken over: its
-    layers become what the exporter reads. RecipeError where the Quant has no kernel, a package is missing or the
+    layers become what the exporter reads. RecipeError where the Quant has no kernel, executorch is missing or the
     module can not be exported.
     """
     _check(quant)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import torchao  # noqa: F401 # pyright: ignore[reportMissingImports]
             from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise missing() from None
+        except ModuleNotFoundError:
+            raise _missing() from None
         _hold(module, quant)
         try:
             with slow_path(), torch.no_grad():
@@ -63,16 +62,15 @@ def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
         warnings.simplefilter("ignore")
         try:
             from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise missing() from None
+        except ModuleNotFoundError:
+            raise _missing() from None
         program = Runtime.get().load_program(data)
     method = program.load_method("forward")
     assert method is not None
     return lambda inputs: [answer.clone() for answer in method.execute([inputs])]  # the next call writes over them
 
 
-def missing() -> RecipeError:
-    """What to say where the packages are not installed."""
+def _missing() -> RecipeError:
     return RecipeError("export: an ExecuTorch program needs executorch; type: pip install 'raykd[executorch]'")
 
 
@@ -83,7 +81,9 @@ def _check(quant: Quant) -> None:
             'or train it with weights = "int8" or "int4"'
         )
     if quant.per == "group" and quant.group % BLOCK:
-        raise RecipeError(f"quant.group: XNNPACK's groups are multiples of {BLOCK}, found {quant.group}; write group = 32")
+        raise RecipeError(
+            f"quant.group: XNNPACK's groups are multiples of {BLOCK}, found {quant.group}; write group = 32"
+        )
 
 
 def _hold(module: nn.Module, quant: Quant) -> None:
