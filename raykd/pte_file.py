@@ -103,7 +103,7 @@ def _held(layer: QuantLinear, quant: Quant) -> nn.Linear:
     codes, scales = layer.codes(), layer.scales()
     block = layer.in_features // scales.shape[1]
     codes *= scales.sign().to(torch.int8).repeat_interleave(block, 1)  # XNNPACK takes scales above zero
-    held = torch.int4 if quant.weights == "int4" and block % BLOCK == 0 else torch.int8
+    held = torch.int4 if quant.weights == "int4" and block % BLOCK == 0 else torch.int8  # type: ignore[attr-defined]
     zeros = torch.zeros_like(scales, dtype=torch.int8)
     weight = IntxUnpackedToInt8Tensor(codes, scales.abs(), zeros, held, (1, block), torch.float32, ROUNDING)
     made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
