@@ -11,7 +11,6 @@ too. Scales of 4-bit codes lose up to 1 part in 256 as bfloat16. So answers are 
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +35,27 @@ def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            _hold(module, quant)
+        except ModuleNotFoundError:
+            raise _missing() from None
+    return lower(module, example)
+
+
+def lower(module: nn.Module, example: Tensor) -> bytes:
+    """The program of a module whose layers hold torchao's weights, or none that are rounded. Errors as of `to_pte`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
+                XnnpackPartitioner,
+            )
             from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError:
             raise _missing() from None
-        _hold(module, quant)
         try:
             with slow_path(), torch.no_grad():
                 exported = torch.export.export(Answers(module).eval(), (example,), strict=False)
-                edge = to_edge_transform_and_lower(exported, partitioner=[_partitioner()])
+                edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
                 program = edge.to_executorch()
         except Exception as error:
             raise RecipeError(
@@ -67,7 +79,12 @@ def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
         program = Runtime.get().load_program(data)
     method = program.load_method("forward")
     assert method is not None
-    return lambda inputs: [answer.clone() for answer in method.execute([inputs])]  # the next call writes over them
+
+    def answers(inputs: Tensor) -> list[Tensor]:
+        assert program  # whose bytes the method reads without keeping them
+        return [answer.clone() for answer in method.execute([inputs])]  # the next call writes over them
+
+    return answers
 
 
 def _missing() -> RecipeError:
@@ -109,11 +126,3 @@ def _held(layer: QuantLinear, quant: Quant) -> nn.Linear:
     made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
     return made
-
-
-def _partitioner() -> Any:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
-        XnnpackPartitioner,
-    )
-
-    return XnnpackPartitioner()
