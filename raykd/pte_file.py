@@ -77,12 +77,11 @@ def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
         except ModuleNotFoundError:
             raise _missing() from None
         program = Runtime.get().load_program(data)
-    method = program.load_method("forward")
-    assert method is not None
 
     def answers(inputs: Tensor) -> list[Tensor]:
-        assert program  # whose bytes the method reads without keeping them
-        return [answer.clone() for answer in method.execute([inputs])]  # the next call writes over them
+        method = program.load_method("forward")  # the program's own; alone it would outlive the bytes that it reads
+        assert method is not None
+        return list(method.execute([inputs]))
 
     return answers
 

@@ -6,6 +6,7 @@ rounds activations over the call (int8), or not at all (int4 here): 99 % are wit
 """
 
 import copy
+import gc
 import sys
 from collections.abc import Callable, Iterator
 
@@ -205,6 +206,19 @@ def test_a_step_is_answered_alone_as_among_others():
     answers = [pte_file.load(pte_file.to_pte(copy.deepcopy(module), part, quant))(part)[0] for part in (x, x[:, :1])]
     assert torch.equal(answers[0][:, :1], answers[1])
     assert not torch.allclose(*trained, rtol=1e-2)
+
+
+def test_a_loaded_program_keeps_its_bytes_and_answers_stay():
+    quant, x = SMALL["int8-channel"], torch.randn(1, 3, 64)
+    program = pte_file.to_pte(rounded(quant, nn.Linear(64, 24)), x, quant)
+    held = sys.getrefcount(program)
+    answer = pte_file.load(program)
+    gc.collect()
+    assert sys.getrefcount(program) > held
+    (first,) = answer(x)
+    kept = first.clone()
+    answer(-x)
+    assert torch.equal(first, kept)
 
 
 @pytest.mark.parametrize(
