@@ -67,12 +67,12 @@ def traced(module: nn.Module, asked: nn.Module, args: tuple[Any, ...], **options
     replace(module, swaps)
     asked.eval()
     try:
-        with _slow_path(), torch.no_grad():
+        with slow_path(), torch.no_grad():
             calls = _called(asked, list(swaps.values()), args)
             proto = _exported(asked, args, options)
     except Exception as error:
         raise RecipeError(
-            f"export: {type(module).__name__} can not be written as ONNX: {_reason(error)}; "
+            f"export: {type(module).__name__} can not be written as ONNX: {reason(error)}; "
             "write that part of it with operations that torch.onnx.export knows"
         ) from error
     found = Counter(node.op_type for node in proto.graph.node if node.op_type in OPERATORS)
@@ -123,7 +123,7 @@ def _exported(asked: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) 
 
 
 @contextmanager
-def _slow_path() -> Iterator[None]:
+def slow_path() -> Iterator[None]:
     """Without the fused path of torch's encoder layers, which reads their linear layers' weights."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -133,7 +133,7 @@ def _slow_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong first, in a line."""
     while error.__cause__:
         error = error.__cause__

@@ -12,7 +12,7 @@ from torch import nn
 from raykd import deployed, models, onnx_file, phases
 from raykd.errors import RecipeError
 from raykd.models.series import SeriesEncoder
-from raykd.quant.rest import Stored, codes_and_scales, plain, plain_name, stored
+from raykd.quant.rest import Stored, bake, codes_and_scales, plain, plain_name, stored
 from raykd.quant.scheme import Quant
 from raykd.recipe import Phase
 
@@ -166,3 +166,13 @@ def test_a_head_tied_to_a_table_stays_tied():
     assert len(values) == 1
     assert module.table.weight.equal(module.head.weight)
     assert len({id(p) for p in module.parameters()}) == 3  # the shared one, the inner layer's two
+
+
+def test_baked_it_is_a_plain_module_that_answers_alike():
+    module, x = rounding(), torch.randn(3, 12, 3)
+    said, kept = module(x)["logits"], {name: module.get_parameter(f"{name}") for name in ("norm.weight", "head.bias")}
+    bake(module)
+    assert not list(stored(module))
+    assert torch.equal(module(x)["logits"], said)
+    assert {name for name, _ in module.named_parameters()} == {name for name, _ in encoder().named_parameters()}
+    assert all(module.get_parameter(name) is value for name, value in kept.items())

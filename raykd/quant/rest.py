@@ -70,6 +70,15 @@ def stored(module: nn.Module) -> Iterator[tuple[Tensor, Stored]]:
             yield found.original, held
 
 
+@torch.no_grad()
+def bake(module: nn.Module) -> None:
+    """Make every parametrised parameter what the module reads: float32, and rounded where it was."""
+    for owner in list(module.modules()):
+        if parametrize.is_parametrized(owner):
+            for name in list(owner.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(owner, name)
+
+
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a state dict under the names they had before `prepare`."""
     return {plain_name(name): value for name, value in tensors.items()}
