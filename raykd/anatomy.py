@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raykd.onnx_file import operators
 from raykd.quant.embedding import QuantEmbedding
-from raykd.quant.layers import QuantLayer, quantised
+from raykd.quant.layers import QuantLayer, roundable
 from raykd.quant.rest import Stored, stored
 
 CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
@@ -20,7 +20,7 @@ def tensors_of(module: nn.Module) -> list[dict[str, Any]]:
     error = |W - Q(W)| / |W|, Frobenius norms, W being the weights that training kept in full precision.
     """
     operator, values, found = operators(module), {held: value for value, held in stored(module)}, []
-    for name, layer in quantised(module):
+    for name, layer in roundable(module):
         if layer.quant is None:
             continue
         if isinstance(layer, Stored):

@@ -26,7 +26,7 @@ from raykd.errors import Diverged
 from raykd.models.adapter import Adapter
 from raykd.objective import Objective, learned
 from raykd.phases import Span
-from raykd.quant.layers import quantised
+from raykd.quant.layers import roundable
 from raykd.recipe import Optim, Phase, TermSpec, Weighting
 from raykd.signals import Batch, Signals
 from raykd.state import Learner, State
@@ -152,7 +152,7 @@ class Step:
         """Take the steps of a phase, over the parameters that it has."""
         learner = self.state.learner
         self.span, self.parameters = span, list(learner.parameters())
-        self.layers = [layer for _, layer in quantised(learner.student.module)]
+        self.layers = [layer for _, layer in roundable(learner.student.module)]
         self.model: nn.Module = learner
         if self.world.size > 1:
             self.model = DistributedDataParallel(learner, find_unused_parameters=True)

@@ -19,7 +19,6 @@ from raykd.models.adapter import field
 from raykd.operators import OPERATORS, OPSET, GatherBlockQuantized, Unfolded, operator_of
 from raykd.quant import rest
 from raykd.quant.layers import quantised, replace
-from raykd.quant.rest import Stored
 
 
 class Answers(nn.Module):
@@ -94,7 +93,7 @@ def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
     found: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
         assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
-        if layer.quant and not isinstance(layer, Stored):
+        if layer.quant:
             found[layer] = operator_of(layer)
     tables: dict[Tensor, Unfolded] = {}  # of a tied weight, one for all that read it
     for value, held in rest.stored(module):

@@ -28,7 +28,6 @@ from raykd.quant import rest
 from raykd.quant.fixed import FixedEmbedding, FixedLinear
 from raykd.quant.layers import ROUNDABLE, quantised, replace
 from raykd.quant.pack import TRITS, pack, pack_trits, unpack, unpack_trits
-from raykd.quant.rest import Stored
 from raykd.quant.scheme import BITS, LEVELS, Quant
 
 QUANTS = TypeAdapter(dict[str, Quant])
@@ -36,8 +35,7 @@ QUANTS = TypeAdapter(dict[str, Quant])
 
 def write(module: nn.Module) -> bytes:
     """The file of a module whose layers have their Quants, as `quantised` finds them. It is not changed."""
-    rounded = [(name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None]
-    layers = [(name, layer, quant) for name, layer, quant in rounded if not isinstance(layer, Stored)]
+    layers = [(name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None]
     stored = {id(value) for value, held in rest.stored(module) if held.quant}
     tensors: dict[str, Tensor] = {}
     for name, value in _others(module, [layer for _, layer, _ in layers]).items():
@@ -50,7 +48,7 @@ def write(module: nn.Module) -> bytes:
         tensors[f"{name}.scales"] = layer.scales()
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias.detach()
-    assert all(layer.blend == 1 for _, layer, _ in rounded), "rounding is still fading in"
+    assert all(layer.blend == 1 for _, layer, _ in layers), "rounding is still fading in"
     quants = QUANTS.dump_json({name: quant for name, _, quant in layers}, exclude={"__all__": {"skip"}})
     return sealed(quants.decode(), tensors)
 

@@ -50,7 +50,7 @@ def prepare(module: nn.Module, phases: Iterable[Phase]) -> None:
 
 def enter(module: nn.Module, phase: Phase) -> None:
     """Give every prepared layer the phase's Quant, or full precision where it is skipped."""
-    for name, layer in layers.quantised(module):
+    for name, layer in layers.roundable(module):
         layer.set(None if phase.quant is None or phase.quant.skips(name) else phase.quant)
 
 

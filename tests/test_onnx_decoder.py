@@ -258,3 +258,14 @@ def test_lookup_tables_answer_within_the_bar_of_blocks_and_others_pass_over_what
     options.add_session_config_entry("mlas.no_such_entry", "1")
     other = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(other.run(None, {"inputs": x.numpy()})[0], plain)
+
+
+def test_as_many_heads_of_keys_as_of_queries_are_written_too():
+    torch.manual_seed(0)
+    module = Llama(classes=50, steps=32, width=32, layers=1, heads=4, kv_heads=4, inner=64, tied=False).eval()
+    tokens = torch.randint(50, (1, 12))
+    with torch.inference_mode():
+        said = module(tokens)["logits"].numpy()
+    decoder = Decoder(onnx_decoder.to_onnx(module))
+    answered = np.concatenate([decoder.step(tokens[:, i : i + 1].numpy()) for i in range(12)], 1)
+    assert np.abs(said - answered).max() <= 1e-5 * np.abs(said).max()

@@ -334,4 +334,5 @@ def refused_or_equal(data: bytes) -> None:
     except StoreError:
         assert isinstance(found.inner, nn.Linear)
         return
-    assert torch.equal(answers(found), EXPECTED)
+    # to less than a flipped code: CPU kernels choose by the alignment of memory, which differs from call to call
+    torch.testing.assert_close(answers(found), EXPECTED, rtol=0, atol=1e-2 * float(EXPECTED.abs().max()))

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.torch import save_file
 from test_workers import rows_for
 from torch import nn
 
@@ -19,6 +20,7 @@ from raykd.loop import Arm, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
 from raykd.phases import enter, prepare, spans
+from raykd.quant import rest
 from raykd.quant.layers import quantised
 from raykd.quant.pack import pack, unpack
 from raykd.quant.scheme import Quant
@@ -164,7 +166,11 @@ def test_a_layer_that_a_phase_skips_stays_in_full_precision_there():
 def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
     plain = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
     rounded = student_of((Phase(until=1.0, quant=Quant()),)).module
-    rounded.load_state_dict(plain.state_dict())
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    models.load_weights(rounded, tmp_path / "plain.safetensors", "student")
+    found, wanted = rest.plain(rounded.state_dict()), plain.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 SCHEMES = {

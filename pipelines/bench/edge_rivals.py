@@ -139,7 +139,8 @@ def _dynamic(folder: Path, per_channel: bool, module: nn.Module, example: Tensor
 
     path = folder / "quantised.onnx"
     written = _written(folder, module, example)
-    quantize_dynamic(written, path, per_channel=per_channel, weight_type=QuantType.QInt8)
+    products = ["MatMul", "Gemm"]  # by default Attention too, of which it makes an operator that refuses its attributes
+    quantize_dynamic(written, path, products, per_channel=per_channel, weight_type=QuantType.QInt8)
     return _session(path)
 
 

@@ -18,7 +18,7 @@ from pipelines.bench.table import breakdown, figure, show
 from raykd import checks, data, stream
 from raykd.session import connect
 
-RECIPE = "examples/gesture/recipe.toml"
+RECIPE = "examples/gesture/few_labels.toml"
 ROUNDS = 12
 
 

@@ -151,7 +151,9 @@ class Attention(nn.Module):
         return self.o_proj(self.attn_sub_norm(mix(q, k, v, seen).transpose(1, 2).flatten(2)))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, seen, is_causal=seen is None, enable_gqa=self.kv_heads < self.heads
+        )
 
     def _mix_and_keep(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))

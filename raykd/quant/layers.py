@@ -78,9 +78,14 @@ def replace(module: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
             setattr(module.get_submodule(owner), own, swaps[layer])
 
 
-def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLayer | Stored]]:
-    """(name, layer) of every layer that has been swapped in or parametrised."""
-    return ((n, layer) for n, layer in module.named_modules() if isinstance(layer, QuantLayer | Stored))
+def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """(name, layer) of every layer that `prepare` has swapped."""
+    return ((n, layer) for n, layer in module.named_modules() if isinstance(layer, QuantLayer))
+
+
+def roundable(module: nn.Module) -> Iterator[tuple[str, QuantLayer | Stored]]:
+    """(name, module) of all that takes up a Quant and fades in: layers, and parameters that are stored."""
+    return ((n, held) for n, held in module.named_modules() if isinstance(held, QuantLayer | Stored))
 
 
 def _swapped(layer: nn.Linear | nn.Embedding) -> QuantLayer:
