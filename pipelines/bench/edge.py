@@ -33,7 +33,7 @@ from raykd.recipe import Recipe
 STEPS, CHANNELS, CLASSES = 100, 9, 6
 PAST, TOKENS = 128, 16
 WIDTHS = {"int8": "int8 per tensor", "int8_channel": "int8 per channel", "int4": "int4 g32", "ternary": "ternary"}
-TERNARY = Quant(weights="ternary", per="group", group=32, embeddings="int8", skip=[])
+TERNARY = Quant(weights="ternary", per="group", group=32, embeddings="int4", skip=[])
 EAGER, FP32, INT8 = "fp32, torch eager", "fp32, onnxruntime", "ours int8 per channel, onnxruntime"
 
 
