@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from raykd import checks, models
+from raykd import checks, models, phases
 from raykd.arms import Workshop, student_arm
 from raykd.errors import InfraError
 from raykd.files import write_bytes
@@ -22,6 +22,7 @@ from raykd.fit import group
 from raykd.loop import World
 from raykd.measure import classifier_metrics
 from raykd.progress import Progress
+from raykd.quant.rest import plain
 from raykd.recipe import Range, Recipe
 from raykd.scorer import device_of
 from raykd.session import plain_error
@@ -135,6 +136,8 @@ def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
     """Metrics of a trial's weights on the test split; for the best trial, once the search is over."""
     shop = Workshop(recipe, None, device_of(recipe))
     student = shop.student(student_arm(recipe, recipe.seeds[0])).to(shop.device)
+    if recipe.phases:
+        phases.enter(student.module, recipe.phases[-1])
     models.load_weights(student.module, weights, "trial")
     return classifier_metrics(shop.test_logits(student), shop.dataset.splits["test"].label)
 
@@ -149,7 +152,7 @@ def _note(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def _save(module: nn.Module, path: Path) -> None:
-    write_bytes(path, save({k: v.contiguous() for k, v in module.state_dict().items()}))
+    write_bytes(path, save({k: v.contiguous() for k, v in plain(module.state_dict()).items()}))
 
 
 def _resources(recipe: Recipe, nested: bool) -> dict[str, float]:

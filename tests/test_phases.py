@@ -8,11 +8,12 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_workers import rows_for
 from torch import nn
 
-from raykd import artefact, checks, data, models, onnx_file, operators
+from raykd import artefact, checks, data, models, onnx_file, operators, trials
 from raykd.arms import run_arms
 from raykd.checkpoints import Checkpoints
 from raykd.errors import GateError, RecipeError
@@ -272,3 +273,26 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
     with pytest.raises(GateError, match="no artefact was written"):
         artefact.export(recipe, data.load(recipe.data), tmp_path)
     assert not (tmp_path / "artefact").exists()
+
+
+def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
+    """Its weights are written under the user's names, with the learned scales, and read under the last phase."""
+    recipe = checks.resolve(
+        {
+            "technique": "none",
+            "data": {"stride": 128},
+            "optim": {"steps": 8, "batch": 16, "evaluate_every": 8},
+            "phases": [{"until": 0.5}, {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned"}}],
+        }
+    )
+    shared = {"recipe": recipe.model_dump(mode="json"), "store": None, "folder": str(tmp_path), "trial": "one"}
+    told: list[dict] = []
+    trials._train_trial({}, shared, World(), told.append)
+    weights = tmp_path / "trials" / "one" / "weights.safetensors"
+    found = trials.test_metrics(recipe, weights)
+    assert 0 < found["accuracy"] < 1
+    with safe_open(weights, framework="pt") as file:
+        names = set(file.keys())
+    assert "conv.weight" in names
+    assert any(name.endswith("qkv.scale") for name in names)
+    assert [point["step"] for point in told] == [4, 8]
