@@ -55,7 +55,7 @@ class Decoder:
                 f"{self.steps} tokens in all: make one for other rows, reset it, or roll it back"
             )
         feed = {f"past_{name}": self._kept(value) for name, value in self._past.items()}
-        feed["tokens"] = _value(tokens.astype(np.int64))
+        feed["tokens"] = deployed.value(tokens.astype(np.int64))
         logits, *past = self._session.run_with_ort_values(self._outputs, feed)
         self._past = dict(zip(self._shapes, past, strict=True))
         self._length += count
@@ -70,14 +70,8 @@ class Decoder:
 
     def _empty(self, shape: list[Any]) -> Any:
         _, heads, _, width = shape
-        return _value(np.zeros((self.rows, heads, 0, width), np.float32))
+        return deployed.value(np.zeros((self.rows, heads, 0, width), np.float32))
 
     def _kept(self, value: Any) -> Any:
         """A layer's keys or values of the tokens that have not been rolled back."""
-        return value if value.shape()[2] == self._length else _value(value.numpy()[:, :, : self._length].copy())
-
-
-def _value(array: NDArray[Any]) -> Any:
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return value if value.shape()[2] == self._length else deployed.value(value.numpy()[:, :, : self._length].copy())

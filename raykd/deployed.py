@@ -64,3 +64,10 @@ def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:
             logits = (logits * mask).sum(1) / np.maximum(mask.sum(1), 1)
         found.append(logits.astype(np.float32))
     return np.concatenate(found)
+
+
+def value(array: NDArray[Any]) -> Any:
+    """An array as onnxruntime holds it, to be handed from call to call without a copy."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

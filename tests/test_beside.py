@@ -1,6 +1,7 @@
 """Beside a rounded student: full precision, rounding it afterwards, labels alone; and the anatomy of its file."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,19 @@ def recipe(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(recipe, scored) -> dict[str, Any]:
-    return stages.run(checks.load(recipe), scored)
+def out(scored, tmp_path_factory) -> Path:
+    """An --out of its own: other tests start from one where nothing is trained."""
+    return Path(shutil.copytree(scored, tmp_path_factory.mktemp("beside") / "out"))
 
 
 @pytest.fixture(scope="module")
-def folder(made, scored) -> Path:
-    return next(scored.glob("rounded-*"))
+def made(recipe, out) -> dict[str, Any]:
+    return stages.run(checks.load(recipe), out)
+
+
+@pytest.fixture(scope="module")
+def folder(made, out) -> Path:
+    return next(out.glob("rounded-*"))
 
 
 def test_the_arms_stand_in_their_order_and_only_where_phases_round(recipe, tiny):
@@ -51,8 +58,8 @@ def test_the_arms_stand_in_their_order_and_only_where_phases_round(recipe, tiny)
     assert [arm.name for arm in arms_of(checks.load(recipe, alone))] == ["student"]
 
 
-def test_the_unrounded_student_is_the_student_of_a_recipe_without_phases(made, folder, tiny, scored):
-    plain = stages.train(checks.load(tiny), scored)
+def test_the_unrounded_student_is_the_student_of_a_recipe_without_phases(made, folder, tiny, out):
+    plain = stages.train(checks.load(tiny), out)
     ours, theirs = (
         load_file(f / "weights.safetensors") for f in (folder / "arms/unrounded-0", plain / "arms/student-0")
     )
@@ -60,9 +67,9 @@ def test_the_unrounded_student_is_the_student_of_a_recipe_without_phases(made, f
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(made, recipe, folder, scored):
+def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(made, recipe, folder, out):
     found = checks.load(recipe)
-    shop = Workshop(found, stages.score(found, scored), torch.device("cpu"))
+    shop = Workshop(found, stages.score(found, out), torch.device("cpu"))
     student = shop.student(next(arm for arm in arms_of(found) if arm.name == "unrounded"))
     weights = load_file(folder / "arms/unrounded-0/weights.safetensors")
     for name, value in weights.items():

@@ -575,4 +575,5 @@ def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypa
         recipe, store, tmp_path / "run", world=World(), device=torch.device("cpu"), tell=lambda key, step, metrics: None
     )
     assert set(built) == {"student"}
-    assert {path.name for path in (tmp_path / "run" / "arms").iterdir()} == {"student-0", "control-0"}
+    arms = {"student-0", "control-0"} | ({"unrounded-0"} if recipe.phases else set())
+    assert {path.name for path in (tmp_path / "run" / "arms").iterdir()} == arms
