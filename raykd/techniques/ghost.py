@@ -62,7 +62,8 @@ def ghost(
             value = value + chosen(log_q, batch.label[mask]).clamp(min=LEAST)
         return Places(torch.where(rejected, spread(value, mask), 0.0), (rollout.accepted | rollout.rejected) & mask)
     if rejections == "drawn":
-        rho = torch.where(rollout.tail > 0, tail**rollout.tail, 0.0).to(log_q.dtype) + rejected
+        after = rollout.tail.to(log_q.dtype)
+        rho = torch.where(after > 0, tail**after, 0.0) + rejected
     else:
         a = (spread(chosen(log_p, batch.label[mask]), mask) - rollout.log_q).exp().clamp(max=1)
         before, until = through(a, mask)

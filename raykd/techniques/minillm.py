@@ -48,8 +48,9 @@ def minillm(
     `normalise`; less the mean and over the deviation of all written tokens of the global batch where `whiten`. With
     `include_current_reward` A begins at i = t, as in the reference code: that counts the first part twice. A clip of
     1e9 is none. `weights` of teacher-mixed text: "token" has w = q / (share p + (1 - share) q) of the token alone, as
-    in the paper, which is biased; "prefix" the products over all tokens up to each reward, which are exact and may
-    vanish or grow. Unlike the paper's, the first part is not weighted by w_t, which averages to 1 there.
+    in the paper, which is biased in proportion to the share; "prefix" the products over all tokens up to each reward,
+    which are exact and may vanish or grow. Unlike the paper's, the first part is not weighted by w_t, which averages to
+    1 there.
     """
     rollout, mask = batch.rollout, batch.mask
     assert rollout is not None
