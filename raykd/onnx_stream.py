@@ -9,8 +9,8 @@
     tail, keys.<i>, values.<i>                   for the next call
 
 Every row has P steps before its new ones. Rounded layers are `raykd.operators`, as in every file that raykd writes.
-Positions end at `steps`, as they do for the module: the metadata says where, and the operator that looks them up refuses
-what is beyond. A new window starts from an empty past.
+Positions end at `steps`, as they do for the module: the metadata says where, and the operator that looks them up
+refuses what is beyond. A new window starts from an empty past.
 """
 
 import torch
@@ -85,7 +85,7 @@ def to_onnx(module: SeriesEncoder) -> bytes:
 
 def empty(module: SeriesEncoder, rows: int, past: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Tail, keys and values of zeros, of `past` steps: what a window of `rows` rows starts from."""
-    width, heads = module.conv.out_channels, module.blocks[0].attention.heads
+    width, heads = module.conv.out_channels, module.heads
     # a tensor each: the tracer reads one that stands twice from one input
     keys, values = ([torch.zeros(rows, heads, past, width // heads) for _ in module.blocks] for _ in range(2))
     return torch.zeros(rows, module.conv.in_channels, module.kernel - 1), keys, values

@@ -1,4 +1,4 @@
-"""A series encoder's stream file as onnxruntime reads windows on with it, on one thread of a CPU: numpy in, numpy out."""
+"""A series encoder's stream file as onnxruntime reads on with it, on one thread of a CPU: numpy in, numpy out."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Stream:
 
     @property
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """A copy of what later steps need: the tail (B, K, kernel - 1), and each layer's keys and values (B, H, P, D)."""
+        """A copy of what later steps need: tail (B, K, kernel - 1), and each layer's keys and values (B, H, P, D)."""
         return {name: value.numpy().copy() for name, value in self._state.items()}
 
     def reset(self, state: dict[str, NDArray[np.float32]] | None = None) -> None:

@@ -1,8 +1,8 @@
-"""A series encoder that reads a window on: step by step, in any chunks and as a whole it answers as one, under each scheme.
+"""A series encoder that reads a window on: step by step, in any chunks and at once it answers alike, under each scheme.
 
 The law is of the file and of the module alike. Where activations are floats the answers are equal up to the order of
-sums, 1e-5 of the largest; rounded by row or block, but for flips at ties. Activations rounded over the whole call ("int8")
-have the range of each chunk: there the file answers as the module does that reads the same chunks.
+sums, 1e-5 of the largest; rounded by row or block, but for flips at ties. Activations rounded over the whole call
+("int8") have the range of each chunk: there the file answers as the module does that reads the same chunks.
 """
 
 import copy
@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raykd import onnx_file, onnx_stream, operators, phases
+from raykd import deployed, onnx_file, onnx_stream, operators, phases
 from raykd.artefact import BLOCKS, EXACT, INTEGER, Bar
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.models.series import SeriesEncoder
+from raykd.onnx_decoder import names
 from raykd.quant.scheme import Quant
 from raykd.streaming import Stream
 
@@ -230,7 +231,7 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
     with pytest.raises(DataError, match="of 17 steps, but a window ends after 16"):
         stream.reset(longer)
     with pytest.raises(
-        DataError, match="state: holds tail, this stream keeps tail, keys.0, keys.1, values.0, values.1"
+        DataError, match=r"state: holds tail, this stream keeps tail, keys.0, keys.1, values.0, values.1"
     ):
         stream.reset({"tail": stream.state["tail"]})
     assert stream.length == 10
@@ -241,7 +242,14 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
         stream.step(inputs[:2, :1])
 
 
-def test_the_module_ends_where_its_positions_end():
+def test_the_file_and_the_module_end_where_their_positions_end(exported):
+    tail, keys, values = onnx_stream.empty(encoder(), 2, past=10)
+    feed = dict(zip(["past_tail", *(f"past_{name}" for name in names(2))], [tail, *keys, *values], strict=True))
+    feed = {name: value.numpy() for name, value in feed.items()}
+    session = deployed.session(exported("ternary").data)
+    assert session.run(["logits"], feed | {"inputs": np.zeros((2, 6, CHANNELS), np.float32)})[0].shape[1] == 6
+    with pytest.raises(Exception, match=r"invalid ind|out of"):
+        session.run(["logits"], feed | {"inputs": np.zeros((2, 7, CHANNELS), np.float32)})
     module = encoder()
     step, state = onnx_stream.Step(module), onnx_stream.empty(module, 2, past=10)
     with pytest.raises(ValueError, match="7 steps after 10, but this encoder was built for at most 16"):

@@ -37,7 +37,7 @@ class SeriesEncoder(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.steps, self.kernel = steps, kernel
+        self.steps, self.kernel, self.heads = steps, kernel, heads
         self.conv = nn.Conv1d(channels, width, kernel)
         self.positions = nn.Parameter(0.02 * torch.randn(steps, width))
         self.blocks = nn.ModuleList(Block(width, heads, expansion, bias) for _ in range(layers))
