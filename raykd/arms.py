@@ -122,7 +122,7 @@ def run_arms(
 ) -> None:
     """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`."""
     if recipe.source:
-        raise RecipeError("source: recipes do not train on the student's own text yet; call raykd.source from Python")
+        raise RecipeError("source: recipes do not train on the student's own text yet; call raykd.written from Python")
     shop = Workshop(recipe, store, device)
     for arm in arms_of(recipe):
         target = folder / "arms" / arm.key

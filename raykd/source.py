@@ -1,87 +1,45 @@
-"""A recipe's `[source]`: the batches that the student writes, each a pure function of (seed, step, its weights)."""
+"""The `[source]` table: whether rows are the data's alone, or the student's own text among them. Needs no torch."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import Annotated, Literal, Self
 
-import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from raykd.batches import mixed
-from raykd.drafts import drafted
-from raykd.errors import DataError
-from raykd.recipe import Source
-from raykd.rollouts import Teacher, on_policy, prompts
-from raykd.signals import Batch
-from raykd.staleness import Schedule
-
-Rows = Callable[[int], Batch]  # a step -> this worker's rows of text, to be continued
+Positive = Annotated[int, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class Text:
-    """What ends a text, how many real tokens there are, and how many positions the student takes."""
+class Source(BaseModel):
+    """Text that the student writes in training, scored by the live teacher: `share` of a step's rows, the data's begun
+    and continued by `length` tokens; as `drafts`, these are tested by the teacher as speculative decoding would.
 
-    steps: int
-    eos: int | None = None
-    vocab: int | None = None
-
-
-def written(
-    source: Source,
-    text: Text,
-    group: int,
-    seed: int,
-    student: nn.Module,
-    teacher: Teacher,
-    rows: Batch,
-    *,
-    share: slice,
-) -> Batch:
-    """The group of rows named `group`: each of this worker's rows cut at one place and continued by the student.
-
-    `share` are this worker's rows of the global batch. Cut and uniforms are those of the global batch, drawn by
-    (seed, group). DataError where a row can not be cut so that `source.length` tokens follow.
-    """
-    most = min(rows.inputs.shape[1], text.steps + 1 - source.length)
-    if most < 1:
-        raise DataError(
-            f"source.length = {source.length} leaves no position for a prompt: the student was built for "
-            f"{text.steps}; give at most {text.steps}"
-        )
-    draw = torch.Generator().manual_seed(mixed(seed, group))
-    cut = int(torch.randint(1, most + 1, (), generator=draw))
-    numbers = source.length if source.kind == "on_policy" else 2 * source.length + 1
-    uniforms = torch.rand((share.stop, numbers), dtype=torch.double, generator=draw)[share]
-    make = drafted if source.kind == "drafts" else partial(on_policy, mixed=source.mixed)
-    return make(
-        student,
-        teacher,
-        prompts(rows.inputs, rows.mask, cut),
-        row_id=rows.row_id,
-        uniforms=uniforms.to(rows.inputs.device),
-        temperature=source.temperature,
-        eos=text.eos,
-        vocab=text.vocab,
-    )
-
-
-@dataclass
-class Written:
-    """The same for each step in turn, by a schedule: groups are drawn when due and held while they are used.
-
-    Call it with every step from a report's boundary or a phase's begin on, before that step's update.
+    `mixed` draws tokens from mixed p + (1 - mixed) q. Each group of rows serves `passes` steps in a row, from `ahead`
+    steps after it was drawn; its age in steps of the optimiser then stays within `limit`.
     """
 
-    schedule: Schedule
-    draw: Callable[[int], Batch]  # a group -> its batch, by the student as it is
-    held: dict[int, Batch] = field(default_factory=dict)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def __call__(self, step: int) -> Batch:
-        slot = self.schedule.slot(step)
-        for group in self.schedule.due(step):
-            self.held[group] = self.draw(group)
-        self.held = {group: batch for group, batch in self.held.items() if group >= slot.first}
-        batch = self.held[slot.first]
-        assert batch.rollout is not None
-        return replace(batch, rollout=replace(batch.rollout, lag=step - slot.drawn))
+    kind: Literal["on_policy", "drafts"] = "on_policy"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    length: Positive = 32
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    mixed: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    passes: Positive = 1
+    ahead: Annotated[int, Field(ge=0)] = 0
+    limit: Annotated[int, Field(ge=0)] = 16
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kind == "drafts" and self.mixed:
+            raise ValueError(
+                f"mixed = {self.mixed} has no effect on drafts, which the student writes alone; set it to 0"
+            )
+        oldest = self.ahead + self.passes - 1
+        if oldest > self.limit:
+            raise ValueError(
+                f"ahead = {self.ahead} and passes = {self.passes} use text {oldest} steps after it was drawn, above "
+                f"limit = {self.limit}; lower them, or raise limit"
+            )
+        return self
+
+    def rows(self, batch: int) -> int:
+        """How many rows of a global batch are the student's: at least one; all of them only for a share of 1."""
+        return batch if self.share == 1 else min(max(1, round(self.share * batch)), batch - 1)

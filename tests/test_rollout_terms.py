@@ -21,15 +21,16 @@ from raykd.errors import RecipeError
 from raykd.loop import World
 from raykd.models.llama import Llama
 from raykd.objective import Objective
-from raykd.recipe import Source, TermSpec
+from raykd.recipe import TermSpec
 from raykd.returns import following, whitened
 from raykd.rollouts import Frozen
 from raykd.signals import Batch, Rollout, Signals
-from raykd.source import Text, written
+from raykd.source import Source
 from raykd.techniques.distilspec import distilspec
 from raykd.techniques.ghost import ghost
 from raykd.techniques.gkd import gkd
 from raykd.techniques.minillm import minillm
+from raykd.written import Text, written
 
 techniques.load_terms()
 V, LENGTH, EOS = 3, 3, 2

@@ -18,11 +18,12 @@ from raykd.loop import World
 from raykd.models.llama import Llama
 from raykd.objective import Objective
 from raykd.quant.scheme import Quant
-from raykd.recipe import Source, TermSpec
+from raykd.recipe import TermSpec
 from raykd.rollouts import Frozen, on_policy
 from raykd.signals import Batch, Signals
-from raykd.source import Text, Written, written
+from raykd.source import Source
 from raykd.staleness import Schedule
+from raykd.written import Text, Written, written
 
 techniques.load_terms()
 V, T, ROOM, ROWS = 16, 24, 36, 32
