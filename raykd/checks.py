@@ -47,7 +47,7 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
         problems += _term_problems(merged)
     if found and not problems:
         problems += _teacher_problems(found) + _search_problems(merged, found, allow_import)
-    problems += faults + _name_problems(merged, allow_import) + _weights_problems(merged)
+    problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or found is None:
         raise RecipeError(problems, where=where)
     return found
@@ -112,7 +112,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     return problems
 
 
-def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
+def _file_problems(merged: dict[str, Any]) -> list[Problem]:
     problems = []
     for table in ("teacher", "student"):
         weights = _text(merged, table, "weights")
@@ -120,6 +120,9 @@ def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
             problems.append(Problem(f"{table}.weights", f"{weights} is not a .safetensors file; others can run code"))
         elif weights and not Path(weights).is_file():
             problems.append(Problem(f"{table}.weights", f"no file {weights}"))
+    tokenizer = _text(merged, "data", "tokenizer")
+    if tokenizer and not Path(tokenizer).is_file():
+        problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
     return problems
 
 

@@ -32,19 +32,36 @@ class Table(BaseModel):
 
 
 class Columns(Table):
-    """Names of the Parquet columns: `inputs` is a list of steps, each a list of channel values."""
+    """Names of the Parquet columns: `inputs` is a list of steps, each a list of channel values.
+
+    Of text, `text` is a whole document, or `prompt` and `completion` are its two parts.
+    """
 
     inputs: str = "inputs"
     label: str = "label"
     split: str = "split"
     group: str | None = None
     valence: str | None = None
+    text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+
+    @model_validator(mode="after")
+    def _both_parts(self) -> Self:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion belong together; name both columns, or neither")
+        return self
 
 
 class DataRef(Table):
-    """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows."""
+    """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows.
+
+    With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each, whose label is the token after each.
+    """
 
     source: str = "watch_gestures"
+    tokenizer: str | None = None
+    end: str = "<|endoftext|>"  # the token after every document
     split: Literal["time", "subject"] = "time"
     window: Positive = 16
     stride: Positive = 8
@@ -311,7 +328,7 @@ def file_sha256(path: str | Path) -> str:
 def content_of(table: BaseModel) -> dict[str, Any]:
     """A table's values, with every path replaced by the digest of what lies there."""
     values = table.model_dump(mode="json")
-    for key in ("weights", "source"):
+    for key in ("weights", "source", "tokenizer"):
         value = values.get(key)
         if isinstance(value, str) and is_path(value):
             values[key] = "sha256:" + file_sha256(value)
