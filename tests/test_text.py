@@ -26,30 +26,7 @@ from raykd.store.reader import Store
 from raykd.vocabulary import check_digest
 
 END, STEPS = "<end>", 16
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "the",
-    "dog",
-    "ran",
-    "to",
-    "it",
-    "while",
-    "the",
-    "sun",
-    "set",
-    "over",
-    "old",
-    "hills",
-    "by",
-    "the",
-    "sea",
-]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "it", "while", "sun", "set", "over", "sea"]
 CPU = torch.device("cpu")
 
 
