@@ -25,13 +25,14 @@ from raykd import anatomy, deployed, latency, measure, models, onnx_file, phases
 from raykd.arms import arms_of
 from raykd.batches import to_device
 from raykd.data import Dataset
+from raykd.digests import file_sha256
 from raykd.errors import GateError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.models.adapter import Adapter
 from raykd.predictions import Predictions, of_logits
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
-from raykd.recipe import ModelRef, Recipe, file_sha256
+from raykd.recipe import ModelRef, Recipe
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less

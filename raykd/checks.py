@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd import catalog, data, imports, models, recipe, techniques, terms
+from raykd.digests import is_path
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
@@ -102,7 +103,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         name, dotted = _text(merged, table, key), f"{table}.{key}"
         if name is None or name in known:
             continue
-        if table == "data" and recipe.is_path(name):
+        if table == "data" and is_path(name):
             problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)

@@ -4,8 +4,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from raykd.digests import is_path
 from raykd.errors import RecipeError
-from raykd.recipe import is_path
 from raykd.store.place import is_url
 
 PATHS = (("teacher", "weights"), ("student", "weights"), ("data", "tokenizer"), ("scale", "store"))

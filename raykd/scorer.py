@@ -14,10 +14,11 @@ from raykd.checks import register
 from raykd.codecs import Codec
 from raykd.codecs.hidden import Hidden, head_digest
 from raykd.data import Dataset, Rows
+from raykd.digests import digest_of
 from raykd.errors import DataError, RecipeError
 from raykd.identity import identity, signals_of, store_table
 from raykd.models.adapter import Adapter
-from raykd.recipe import Recipe, digest_of
+from raykd.recipe import Recipe
 from raykd.signals import Signals, log_softmax, tensor
 from raykd.store import layers
 from raykd.store.codec import encode, field

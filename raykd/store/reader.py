@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raykd.digests import digest_of
 from raykd.errors import StoreError
-from raykd.recipe import digest_of
 from raykd.store import bounds, hot, layers
 from raykd.store.codec import decode
 from raykd.store.logits import StoredLogits, from_metadata, plain
