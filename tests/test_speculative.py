@@ -1,7 +1,7 @@
 """Speculative text against the teacher's own: token by token at temperature 0, by chi-square above it.
 
-Pairs are small random Llamas, the drafter a noisy copy of the teacher so that some drafts stay and some do not, and
-tables of fixed laws, for which acceptance and block efficiency have closed forms.
+Teachers are small random Llamas, drafters a noisy copy or what the teacher says after one token, so that some drafts
+stay and some do not; tables of fixed laws have closed forms of acceptance and block efficiency.
 """
 
 import copy
@@ -28,16 +28,17 @@ LEVEL = 1e-3  # of every chi-square test, whose seeds are fixed
 
 
 def llama(vocab: int = VOCAB, steps: int = STEPS, seed: int = 0) -> Llama:
-    """Weights large enough that the last tokens decide."""
+    """Weights large enough that no law is flat, attention's smaller: the last token decides more than half the time."""
     torch.manual_seed(seed)
     module = Llama(classes=vocab, steps=steps, width=16, layers=1, heads=2, kv_heads=1, inner=24, tied=False)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(12) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+        module.model.layers[0].self_attn.o_proj.weight.mul_(0.1)
     return module.eval()
 
 
-def noisy(module: Llama, noise: float = 0.06) -> Llama:
+def noisy(module: Llama, noise: float = 0.04) -> Llama:
     other = copy.deepcopy(module)
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -63,6 +64,12 @@ class Table:
     def rollback(self, length: int) -> None:
         assert 0 <= length <= self.length
         self.length = length
+
+
+def after_one(module: Llama) -> Table:
+    """What a Llama says after each token alone: a drafter of the same numbers, without context."""
+    with torch.inference_mode():
+        return Table(law(module(torch.arange(module.settings["classes"])[:, None])["logits"][:, 0]))
 
 
 class Whole:
@@ -114,10 +121,10 @@ def test_equal_laws_leave_no_residual_and_every_draft_stays(p):
         assert done.p == done.q
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(some_law(7), st.sampled_from([torch.float32, torch.float64]))
 def test_draws_over_an_even_grid_count_the_law_and_nothing_of_weight_0_is_drawn(p, dtype):
-    grid = 400
+    grid = 100
     counts = torch.bincount(torch.tensor([draw(3 * p.to(dtype), (i + 0.5) / grid) for i in range(grid)]), minlength=7)
     assert (counts / grid - p).abs().max() <= 1.01 / grid
     for u in (0.0, 1 - 2**-53):
@@ -138,40 +145,41 @@ def test_laws_are_softmax_at_a_temperature_over_the_ids_in_use():
     assert law(logits.bfloat16()).dtype == torch.float32
 
 
-def test_greedy_text_of_a_thousand_prompts_is_the_teachers():
+@pytest.mark.parametrize(("kind", "number"), [("after one", 150), ("noisy", 20)])
+def test_greedy_text_is_the_teachers(kind, number):
     """In float64, where one call for many tokens and one for each differ by 1e-15 and no two logits are that near."""
     teacher, count = llama().double(), 64
-    asked = prompts(1000)
-    ids, cache = torch.tensor(asked), teacher.cache(1000)
+    asked = prompts(number)
+    ids, cache = torch.tensor(asked), teacher.cache(number)
     cache.keys, cache.values = cache.keys.double(), cache.values.double()
     wanted = [ids]
     with torch.inference_mode():
         for _ in range(count):
             wanted.append(teacher(wanted[-1], cache)["logits"][:, -1:].argmax(-1))
     straight = torch.cat(wanted[1:], 1).tolist()
-    readers = TorchReader(teacher), TorchReader(noisy(teacher))
-    found = [speculate(*readers, prompt, count, gamma=4, temperature=0.0) for prompt in asked]
+    drafter = after_one(teacher) if kind == "after one" else TorchReader(noisy(teacher))
+    found = [speculate(TorchReader(teacher), drafter, prompt, count, gamma=4, temperature=0.0) for prompt in asked]
     assert [text.tokens for text in found] == straight
     calls, tested = sum(t.teacher_calls for t in found), sum(r.tested for t in found for r in t.rounds)
     share = sum(r.accepted for t in found for r in t.rounds) / tested
-    print(f"greedy: {share:.3f} of {tested} tested drafts stayed, {1000 * count / calls:.2f} tokens a call")
+    print(f"greedy: {share:.3f} of {tested} tested drafts stayed, {number * count / calls:.2f} tokens a call")
     assert 0.3 < share < 0.95, "neither side decides alone"
     assert all(t.acceptance == t.accepted_share for t in found), "one-point laws overlap wholly or not at all"
-    assert len({tuple(text) for text in straight}) > 500
+    assert len({tuple(text) for text in straight}) > number / 2
 
 
 def test_in_float32_greedy_texts_part_only_where_two_logits_are_as_near_as_its_rounding():
     teacher = llama()
-    readers, parted = (TorchReader(teacher), TorchReader(noisy(teacher))), 0
-    for prompt in prompts(150):
-        found = speculate(*readers, prompt, 64, gamma=4, temperature=0.0).tokens
-        straight = generate(readers[0], prompt, 64, temperature=0.0).tokens
+    reader, drafter, parted = TorchReader(teacher), after_one(teacher), 0
+    for prompt in prompts(60):
+        found = speculate(reader, drafter, prompt, 64, gamma=4, temperature=0.0).tokens
+        straight = generate(reader, prompt, 64, temperature=0.0).tokens
         where = next((i for i in range(64) if found[i] != straight[i]), None)
         if where is not None:
             parted += 1
             said = teacher(torch.tensor([prompt + straight[:where]]))["logits"][0, -1]
             assert (said[straight[where]] - said[found[where]]).abs() <= 1e-5 * said.abs().max()
-    assert parted <= 3
+    assert parted <= 2
 
 
 def chi_square_level(counts: Tensor, p: Tensor) -> float:
@@ -188,10 +196,9 @@ def counted(texts: Sequence[Text], vocab: int, count: int) -> Tensor:
     return torch.bincount(torch.tensor([t.tokens for t in texts]) @ place, minlength=vocab**count)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_texts_have_the_law_of_the_teacher(temperature):
-    """All 64 texts of three tokens, their probabilities by the teacher's whole pass."""
-    vocab, count, prompt, number = 4, 3, [1, 2], 5000
+def test_sampled_texts_have_the_law_of_the_teacher():
+    """All 27 texts of three tokens, their probabilities by the teacher's whole pass; caches on both sides."""
+    vocab, count, prompt, number, temperature = 3, 3, [1, 2], 2000, 0.8
     teacher = llama(vocab, seed=3)
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -200,16 +207,18 @@ def test_sampled_texts_have_the_law_of_the_teacher(temperature):
         whole = torch.cat([torch.tensor(prompt).expand(len(every), -1), every], 1)
         logp = (teacher(whole)["logits"][:, 1:-1] / temperature).log_softmax(-1)
     p = logp.gather(2, every[..., None]).sum((1, 2)).double().exp()
-    readers, settings = (TorchReader(teacher), TorchReader(noisy(teacher, 0.3))), {"temperature": temperature}
-    found = [speculate(*readers, prompt, count, gamma=2, seed=i, **settings) for i in range(number)]
-    plain = [generate(readers[0], prompt, count, seed=i, **settings) for i in range(number)]
-    tested = [value for t in found for r in t.rounds for value in r.overlap]
+    ours, theirs = TorchReader(teacher), TorchReader(noisy(teacher, 0.3))
+    found = [speculate(ours, theirs, prompt, count, gamma=2, temperature=temperature, seed=i) for i in range(number)]
+    plain, alone = (
+        [generate(reader, prompt, count, temperature=temperature, seed=i) for i in range(number)]
+        for reader in (ours, theirs)
+    )
+    overlap = [value for t in found for r in t.rounds for value in r.overlap]
     levels = [chi_square_level(counted(texts, vocab, count), p) for texts in (found, plain)]
-    drafter_alone = [generate(readers[1], prompt, count, seed=i, **settings) for i in range(number)]
-    print(f"chi-square levels {levels}, mean overlap {sum(tested) / len(tested):.3f}")
-    assert 0.4 < sum(tested) / len(tested) < 0.9
+    print(f"chi-square levels {levels}, mean overlap {sum(overlap) / len(overlap):.3f}, {p.min():.4f} the rarest text")
+    assert 0.4 < sum(overlap) / len(overlap) < 0.95
     assert min(levels) > LEVEL
-    assert chi_square_level(counted(drafter_alone, vocab, count), p) < LEVEL**2, "the test tells the two laws apart"
+    assert chi_square_level(counted(alone, vocab, count), p) < LEVEL**2, "the test tells the drafter's law apart"
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 6])
@@ -218,7 +227,7 @@ def test_texts_of_a_table_have_its_law_for_any_number_of_drafts(gamma):
     ours, theirs = (torch.rand(3, 3, generator=draws, dtype=torch.float64) + 0.15 for _ in range(2))
     ours, theirs = ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True)
     p = torch.stack([ours[1, a] * ours[a, b] * ours[b, c] for a, b, c in itertools.product(range(3), repeat=3)])
-    found = [speculate(Table(ours), Table(theirs), [1], 3, gamma=gamma, seed=i) for i in range(4000)]
+    found = [speculate(Table(ours), Table(theirs), [1], 3, gamma=gamma, seed=i) for i in range(2500)]
     assert chi_square_level(counted(found, 3, 3), p) > LEVEL
 
 
@@ -227,7 +236,7 @@ P, Q = [0.5, 0.3, 0.2, 0.0], [0.2, 0.3, 0.3, 0.2]  # sum min = 0.7
 
 @pytest.mark.parametrize("gamma", [1, 2, 5, 9])
 def test_fixed_laws_are_accepted_by_their_overlap_and_a_call_gives_the_closed_forms_tokens(gamma):
-    a, count = sum(map(min, P, Q)), 6000
+    a, count = sum(map(min, P, Q)), 4000
     found = speculate(fixed(P), fixed(Q), [0], count, gamma=gamma, seed=gamma)
     assert found.acceptance == pytest.approx(a, abs=1e-9)
     tested = sum(r.tested for r in found.rounds)
@@ -244,7 +253,7 @@ def test_the_share_that_stays_is_the_mean_overlap_of_what_was_tested():
     """Accepted less overlap has mean 0 at every test, whatever came before."""
     teacher = llama()
     readers = TorchReader(teacher), TorchReader(noisy(teacher, 0.12))
-    found = [speculate(*readers, prompt, 60, gamma=4, seed=i) for i, prompt in enumerate(prompts(40))]
+    found = [speculate(*readers, prompt, 60, gamma=4, seed=i) for i, prompt in enumerate(prompts(12))]
     rounds = [r for t in found for r in t.rounds]
     overlap = torch.tensor([value for r in rounds for value in r.overlap], dtype=torch.float64)
     ratio = torch.tensor([min(1, p / q) for r in rounds for p, q in zip(r.p, r.q, strict=True)])
@@ -265,15 +274,15 @@ def test_a_drafter_that_is_the_teacher_is_always_right():
     assert found.drafter_calls == 75, "one call for each drafted token, the one that closed the last round read along"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(gamma=st.integers(0, 6), seed=st.integers(0, 1000), temperature=st.sampled_from([0.0, 1.0]))
 def test_rollback_is_decoding_without_a_cache(gamma, seed, temperature):
     teacher = llama().double()
     drafter = noisy(teacher, 0.12)
     more = {"gamma": gamma, "seed": seed, "temperature": temperature}
     with torch.inference_mode():
-        found = speculate(TorchReader(teacher), TorchReader(drafter), [3, 1], 30, **more)
-        anew = speculate(Whole(teacher), Whole(drafter), [3, 1], 30, **more)
+        found = speculate(TorchReader(teacher), TorchReader(drafter), [3, 1], 20, **more)
+        anew = speculate(Whole(teacher), Whole(drafter), [3, 1], 20, **more)
     assert found.tokens == anew.tokens
     assert [(r.drafted, r.accepted, r.token) for r in found.rounds] == [
         (r.drafted, r.accepted, r.token) for r in anew.rounds
@@ -287,7 +296,7 @@ def test_files_draft_and_verify_as_modules_do(temperature):
     drafter = noisy(teacher)
     files = [OnnxReader(Decoder(onnx_decoder.to_onnx(copy.deepcopy(m)))) for m in (teacher, drafter)]
     modules = [TorchReader(m) for m in (teacher, drafter)]
-    for i, prompt in enumerate(prompts(10)):
+    for i, prompt in enumerate(prompts(4)):
         wanted = speculate(*modules, prompt, 40, gamma=3, temperature=temperature, seed=i)
         for pair in ((modules[0], files[1]), (files[0], modules[1]), files):
             found = speculate(*pair, prompt, 40, gamma=3, temperature=temperature, seed=i)
@@ -296,7 +305,7 @@ def test_files_draft_and_verify_as_modules_do(temperature):
     assert 1.2 < wanted.block_efficiency < 4
 
 
-@pytest.mark.parametrize("length", [1, 60, 92, 95, 96])
+@pytest.mark.parametrize("length", [1, 60, 95, 96])
 def test_a_text_ends_one_token_beyond_the_teachers_context(length):
     """With drafters of a context as long, shorter than the prompt or ending within the text, and a longer one."""
     teacher = llama().double()
@@ -315,14 +324,14 @@ def test_a_text_ends_one_token_beyond_the_teachers_context(length):
 
 def test_a_text_ends_behind_the_token_that_ends_it_wherever_it_stands():
     teacher = llama().double()
-    readers = TorchReader(teacher), TorchReader(noisy(teacher))
+    readers = TorchReader(teacher), after_one(teacher)
     ended = set()
-    for prompt in prompts(12):
-        whole = generate(readers[0], prompt, 40, temperature=0.0).tokens
-        for eos in dict.fromkeys(whole):
-            found = speculate(*readers, prompt, 40, gamma=4, temperature=0.0, eos=eos)
+    for prompt in prompts(6):
+        whole = generate(readers[0], prompt, 24, temperature=0.0).tokens
+        for eos in list(dict.fromkeys(whole))[:8]:
+            found = speculate(*readers, prompt, 24, gamma=4, temperature=0.0, eos=eos)
             assert found.tokens == whole[: whole.index(eos) + 1]
-            assert found.tokens == generate(readers[0], prompt, 40, temperature=0.0, eos=eos).tokens
+            assert found.tokens == generate(readers[0], prompt, 24, temperature=0.0, eos=eos).tokens
             assert found.ended == "eos"
             ended.add((found.rounds[-1].token is None, found.rounds[-1].accepted > 0))
     assert {(True, True), (False, True), (False, False)} <= ended, "as a draft, behind drafts, and alone"
