@@ -36,10 +36,10 @@ PAST, DRAFTED = 48, 5  # where costs are measured: tokens read before, drafts in
 class Size:
     """How much is trained, decoded and repeated."""
 
-    steps: int = 400
-    prompts: int = 15
-    tokens: int = 64
-    rounds: int = 11  # of costs
+    steps: int = 300
+    prompts: int = 9
+    tokens: int = 48
+    rounds: int = 7  # of costs
 
 
 QUICK = Size(steps=20, prompts=2, tokens=16, rounds=2)
