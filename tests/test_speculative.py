@@ -145,7 +145,7 @@ def test_laws_are_softmax_at_a_temperature_over_the_ids_in_use():
     assert law(logits.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("kind", "number"), [("after one", 150), ("noisy", 20)])
+@pytest.mark.parametrize(("kind", "number"), [("after one", 150), ("noisy", 15)])
 def test_greedy_text_is_the_teachers(kind, number):
     """In float64, where one call for many tokens and one for each differ by 1e-15 and no two logits are that near."""
     teacher, count = llama().double(), 64
@@ -171,7 +171,7 @@ def test_greedy_text_is_the_teachers(kind, number):
 def test_in_float32_greedy_texts_part_only_where_two_logits_are_as_near_as_its_rounding():
     teacher = llama()
     reader, drafter, parted = TorchReader(teacher), after_one(teacher), 0
-    for prompt in prompts(60):
+    for prompt in prompts(25):
         found = speculate(reader, drafter, prompt, 64, gamma=4, temperature=0.0).tokens
         straight = generate(reader, prompt, 64, temperature=0.0).tokens
         where = next((i for i in range(64) if found[i] != straight[i]), None)
@@ -198,7 +198,7 @@ def counted(texts: Sequence[Text], vocab: int, count: int) -> Tensor:
 
 def test_sampled_texts_have_the_law_of_the_teacher():
     """All 27 texts of three tokens, their probabilities by the teacher's whole pass; caches on both sides."""
-    vocab, count, prompt, number, temperature = 3, 3, [1, 2], 2000, 0.8
+    vocab, count, prompt, number, temperature = 3, 3, [1, 2], 1000, 0.8
     teacher = llama(vocab, seed=3)
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -253,7 +253,7 @@ def test_the_share_that_stays_is_the_mean_overlap_of_what_was_tested():
     """Accepted less overlap has mean 0 at every test, whatever came before."""
     teacher = llama()
     readers = TorchReader(teacher), TorchReader(noisy(teacher, 0.12))
-    found = [speculate(*readers, prompt, 60, gamma=4, seed=i) for i, prompt in enumerate(prompts(12))]
+    found = [speculate(*readers, prompt, 60, gamma=4, seed=i) for i, prompt in enumerate(prompts(8))]
     rounds = [r for t in found for r in t.rounds]
     overlap = torch.tensor([value for r in rounds for value in r.overlap], dtype=torch.float64)
     ratio = torch.tensor([min(1, p / q) for r in rounds for p, q in zip(r.p, r.q, strict=True)])
@@ -289,20 +289,23 @@ def test_rollback_is_decoding_without_a_cache(gamma, seed, temperature):
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_files_draft_and_verify_as_modules_do(temperature):
+def test_files_draft_and_verify_as_modules_do():
     """Every mixture of onnxruntime and torch, with other texts read in between."""
     teacher = llama()
     drafter = noisy(teacher)
-    files = [OnnxReader(Decoder(onnx_decoder.to_onnx(copy.deepcopy(m)))) for m in (teacher, drafter)]
+    written = [onnx_decoder.to_onnx(copy.deepcopy(m)) for m in (teacher, drafter)]
+    files = [OnnxReader(Decoder(file)) for file in written]
     modules = [TorchReader(m) for m in (teacher, drafter)]
-    for i, prompt in enumerate(prompts(4)):
-        wanted = speculate(*modules, prompt, 40, gamma=3, temperature=temperature, seed=i)
-        for pair in ((modules[0], files[1]), (files[0], modules[1]), files):
-            found = speculate(*pair, prompt, 40, gamma=3, temperature=temperature, seed=i)
-            assert found.tokens == wanted.tokens
-            assert found.acceptance == pytest.approx(wanted.acceptance, abs=1e-4)
-    assert 1.2 < wanted.block_efficiency < 4
+    for i, prompt in enumerate(prompts(3)):
+        for temperature in (0.0, 1.0):
+            wanted = speculate(*modules, prompt, 40, gamma=3, temperature=temperature, seed=i)
+            assert 1.2 < wanted.block_efficiency < 4
+            for pair in ((modules[0], files[1]), (files[0], modules[1]), files):
+                found = speculate(*pair, prompt, 40, gamma=3, temperature=temperature, seed=i)
+                assert found.tokens == wanted.tokens
+                assert found.acceptance == pytest.approx(wanted.acceptance, abs=1e-4)
+    with pytest.raises(DataError, match="made for 3 rows"):
+        OnnxReader(Decoder(written[0], rows=3))
 
 
 @pytest.mark.parametrize("length", [1, 60, 95, 96])
@@ -386,8 +389,6 @@ def test_what_can_not_be_decoded_is_refused():
         speculate(reader, reader, [1], 5, gamma=-1)
     with pytest.raises(DataError, match="keep 0 to"):
         reader.rollback(reader.length + 1)
-    with pytest.raises(DataError, match="made for 3 rows"):
-        OnnxReader(Decoder(onnx_decoder.to_onnx(copy.deepcopy(module)), rows=3))
     with torch.no_grad():
         module.lm_head.weight.fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
