@@ -46,7 +46,7 @@ def verified(drawn: Drawn, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]
     Where p = q there is nothing to reject; should rounding do so, the correction is drawn from p.
     """
     assert drawn.student is not None
-    token = drawn.inputs[..., 0]
+    token = drawn.inputs[..., 0].long()
     ratio = (log_p.gather(-1, token[..., None])[..., 0] - drawn.log_q).exp()
     passed = (uniforms[:, :-1] < ratio) | ~drawn.mask
     until = passed.long().cumprod(1) > 0  # all tests up to this one

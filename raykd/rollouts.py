@@ -49,7 +49,7 @@ class Mixed(NamedTuple):
 class Drawn:
     """What followed B prompts, n tokens each, of `vocab` that could be drawn."""
 
-    inputs: Tensor  # (B, n, 2) int64, as rows of text are; what stands after the end of a text is no token of it
+    inputs: Tensor  # (B, n, 2) integers, as rows of text are; what stands after the end of a text is no token of it
     mask: Tensor  # (B, n) bool: up to the end-of-text token, which counts
     log_q: Tensor  # (B, n) fp64: the student's, at the temperature
     weight: Tensor  # (B, n) fp64: q over what was drawn from
@@ -131,7 +131,7 @@ def scored(teacher: Teacher, prompt: Tensor, drawn: Drawn, vocab: int | None) ->
     text = torch.cat([prompt, drawn.inputs], 1)
     logits = teacher.logits(text[:, :-1])
     real = shared_vocab(logits.shape[-1], drawn.vocab, vocab)
-    return text[:, :-1], text[:, 1:, 0], logits[..., :real]
+    return text[:, :-1], text[:, 1:, 0].long(), logits[..., :real]
 
 
 def behind(prompt: Tensor, values: Tensor, fill: Any) -> Tensor:

@@ -49,7 +49,7 @@ def teacher() -> Frozen:
 def text(rows: int, count: int, seed: int = 0) -> Tensor:
     """(rows, count, 2): random tokens of one document a row."""
     tokens = torch.randint(V, (rows, count), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([tokens, torch.arange(count).expand(rows, -1)], -1)
+    return torch.stack([tokens, torch.arange(count).expand(rows, -1)], -1).int()
 
 
 def uniforms(rows: int, count: int, seed: int = 1) -> Tensor:
