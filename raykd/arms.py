@@ -7,6 +7,7 @@ last, `arm.json`: its presence means the arm is done, and a later attempt does n
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
-from raykd.errors import RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
 from raykd.predictions import Predictions
 from raykd.recipe import Recipe, TermSpec
+from raykd.rollouts import Frozen
 from raykd.store.place import Address
 from raykd.store.reader import Store
 from raykd.terms import needs_of, wants_of
+from raykd.written import Live, Text
 
 UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
 Tell = Callable[[str, int, dict[str, Any]], None]
@@ -54,7 +56,7 @@ def arms_of(recipe: Recipe) -> list[Arm]:
 
 def student_arm(recipe: Recipe, seed: int) -> Arm:
     """The recipe's own terms, row weights and phases."""
-    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases))
+    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), recipe.source)
 
 
 def _ce_settings(recipe: Recipe) -> dict[str, Any]:
@@ -90,7 +92,17 @@ class Workshop:
 
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
         """One arm's training of `student`; keywords go to `train`."""
-        return train(arm, self.recipe.optim, student, self.train, self.validate, **keywords)
+        live = self.live if arm.source else None
+        return train(arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords)
+
+    @cached_property
+    def live(self) -> Live:
+        """The teacher, in this process, for students that write."""
+        assert self.recipe.teacher is not None
+        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(self.device)
+        classes = self.dataset.classes
+        text = Text(self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes))
+        return Live(Frozen(module.requires_grad_(False)), text)
 
     def test(self, student: nn.Module) -> Predictions:
         """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
@@ -119,8 +131,6 @@ def run_arms(
     recipe: Recipe, store: Address | None, folder: Path, *, world: World, device: torch.device, tell: Tell
 ) -> None:
     """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`."""
-    if recipe.source:
-        raise RecipeError("source: recipes do not train on the student's own text yet; call raykd.written from Python")
     shop = Workshop(recipe, store, device)
     for arm in arms_of(recipe):
         target = folder / "arms" / arm.key

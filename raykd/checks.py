@@ -100,6 +100,8 @@ def _source_problems(found: Recipe) -> list[Problem]:
     key, text = "source", ""
     if found.source is None:
         text = f"missing, but the terms {', '.join(own)} read what the student writes; add [source]" if own else ""
+    elif not found.data.tokenizer:
+        text = "continues rows of text, and these are none; name data.tokenizer, or leave [source] out"
     elif not own:
         text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
     elif found.teacher is None and not terms.needs_of(found.terms):

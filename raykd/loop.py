@@ -29,22 +29,27 @@ from raykd.phases import Span
 from raykd.quant.layers import roundable
 from raykd.recipe import Optim, Phase, TermSpec, Weighting
 from raykd.signals import Batch, Signals
+from raykd.source import Source
+from raykd.staleness import Schedule
 from raykd.state import Learner, State
 from raykd.store.logits import Targets
+from raykd.terms import is_own
 from raykd.weighting import RowWeights, Spread, mean_spread
+from raykd.written import Live, Written, written
 
 Report = Callable[[int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: the student under its terms, or the control under labels only."""
+    """One training: the student under its terms, or the control under labels only. `source` are rows of its own."""
 
     name: str
     seed: int
     terms: dict[str, TermSpec]
     weighting: Weighting | None = None
     phases: tuple[Phase, ...] = ()
+    source: Source | None = None
 
     @property
     def key(self) -> str:
@@ -82,9 +87,11 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     report: Report = lambda step, metrics: None,
+    live: Live | None = None,
 ) -> State:
     """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they have a state.
 
+    An arm with a source writes text of its own, which the `live` teacher scores.
     `report(step, metrics)` is called every `optim.evaluate_every` steps and after the last, on every rank, with the
     mean of each term since the last call and what `evaluate(student)` says.
     """
@@ -100,7 +107,7 @@ def train(
     if checkpoints:
         state.restore(checkpoints)
     learner.train()
-    step = Step(arm, optim, rows, world, state)
+    step = Step(arm, optim, rows, world, state, live)
     seen = torch.zeros(2, len(learner.objective.weights), device=device)
     with closing(step):
         for span in plan[len(begun) - 1 :]:
@@ -114,7 +121,7 @@ def train(
                 state.seconds += clock(device) - started
                 faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
                 if state.step % optim.evaluate_every == 0 or state.step == span.last:
-                    state.history.append(_summary(state, world.sum(seen), step.spreads, evaluate))
+                    state.history.append(_summary(state, world.sum(seen), step.told(), evaluate))
                     seen.zero_()
                     report(state.step, state.history[-1])
                     if arm.phases:
@@ -139,14 +146,17 @@ def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
 class Step:
     """One optimiser step at a time, with everything that no step changes made once."""
 
-    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State):
+    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, live: Live | None):
         self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
-        self.device, self.share = rows.device, world.share(optim.batch)
+        self.own = arm.source.rows(optim.batch) if arm.source else 0  # of the global batch, its first
+        self.device, self.share = rows.device, world.share(optim.batch - self.own)
         self.order = Order(rows.labelled.cpu().numpy(), optim, arm.seed)
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
         self.spreads: list[Spread] = []  # of the row weights since the last report
+        self.lags: list[int] = []  # of the student's text since then
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
-        self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped else None
+        self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
+        self.written = self._writer(arm.source, live) if arm.source and live else None
 
     def enter(self, span: Span) -> None:
         """Take the steps of a phase, over the parameters that it has."""
@@ -161,14 +171,14 @@ class Step:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
         number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
         seed = mixed(self.arm.seed, number)
-        batch = self._weighed(number, self.ahead(number) if self.ahead else self._batch(number, seed))
+        batches = self._batches(number, seed)
         objective.progress = number / self.optim.steps
         for layer in self.layers:
             layer.blend = self.span.blend(number)
         reseed(self.device, seed + 1 + self.world.rank)
-        sums, counts = self.model(batch)
-        if isinstance(batch.targets, Targets):
-            self.temperatures = tuple(batch.targets.asked)
+        sums, counts = self.model(*batches)
+        if isinstance(batches[0].targets, Targets):
+            self.temperatures = tuple(batches[0].targets.asked)
         optimizer.zero_grad()
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
@@ -183,6 +193,41 @@ class Step:
         if self.ahead:
             self.ahead.close()
 
+    def told(self) -> dict[str, Any]:
+        """What is reported beside the terms since the last call: of row weights, and how old the student's text was."""
+        found: dict[str, Any] = {"weights": mean_spread(self.spreads)} if self.spreads else {}
+        found |= {"lag": max(self.lags)} if self.lags else {}
+        self.spreads.clear()
+        self.lags.clear()
+        return found
+
+    def _batches(self, number: int, seed: int) -> list[Batch]:
+        """The data's rows and the student's own, of which either may be none."""
+        found = []
+        if self.own < self.optim.batch:
+            found.append(self._weighed(number, self.ahead(number) if self.ahead else self._batch(number, seed)))
+        if self.written and self.written.counts(number):
+            found.append(self.written(number))
+            assert found[-1].rollout is not None
+            self.lags.append(found[-1].rollout.lag)
+        return found
+
+    def _writer(self, source: Source, live: Live) -> Written:
+        """What gives each step its rows of the student's own text."""
+        begins = [span.first for span in phases.spans(self.arm.phases, self.optim.steps)]
+        schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
+        share = self.world.share(self.own)
+
+        def draw(group: int) -> Batch:
+            index = torch.from_numpy(self.order.rows(group)[: self.own][share]).to(self.device)
+            student, rows = self.state.learner.student.module, self.rows.batch(index)
+            return written(source, live.text, group, self.arm.seed, student, live.teacher, rows, share=share)
+
+        spans = [
+            (s.since * self.optim.steps, s.until * self.optim.steps) for n, s in self.arm.terms.items() if is_own(n)
+        ]
+        return Written(schedule, draw, spans)
+
     def _decoded(self, number: int) -> Batch:
         """The batch of a step, its sparse targets decoded where an earlier step has read them."""
         batch = self._batch(number, mixed(self.arm.seed, number))
@@ -195,12 +240,12 @@ class Step:
         """The batch with its rows' weights: every rank knows the saliency of the whole global batch."""
         if self.weights is None:
             return batch
-        weight, spread = self.weights(self.order.rows(number), self.share)
+        weight, spread = self.weights(self.order.rows(number)[self.own :], self.share)
         self.spreads.append(spread)
         return replace(batch, weight=torch.from_numpy(weight).to(self.device))
 
     def _batch(self, number: int, seed: int) -> Batch:
-        index = torch.from_numpy(self.order.rows(number)[self.share]).to(self.device)
+        index = torch.from_numpy(self.order.rows(number)[self.own :][self.share]).to(self.device)
         noise = input_noise(self.optim, self.rows.inputs.shape[1:], seed)
         return self.rows.batch(index, None if noise is None else noise[self.share].to(self.device))
 
@@ -222,15 +267,13 @@ def _due(state: State, span: Span, optim: Optim, every: int) -> bool:
 
 
 def _summary(
-    state: State, seen: Tensor, spreads: list[Spread], evaluate: Callable[[nn.Module], dict[str, float]]
+    state: State, seen: Tensor, told: dict[str, Any], evaluate: Callable[[nn.Module], dict[str, float]]
 ) -> dict[str, Any]:
     objective = state.learner.objective
     means = (seen[0] / seen[1].clamp(min=1)).tolist()
     terms = dict(zip(objective.weights, means, strict=True))
     loss = sum(objective.weights[n] * v for n, v in terms.items())
-    weights = {"weights": mean_spread(spreads)} if spreads else {}
-    spreads.clear()
-    return {"step": state.step, "loss": loss, "terms": terms, **weights, **evaluate(state.learner.student)}
+    return {"step": state.step, "loss": loss, "terms": terms, **told, **evaluate(state.learner.student)}
 
 
 def _diverged(state: State, arm: Arm, sums: Tensor, counts: Tensor) -> str:

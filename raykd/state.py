@@ -21,8 +21,11 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.objective(self.student(batch.inputs, batch.mask), batch)
+    def forward(self, *batches: Batch) -> tuple[Tensor, Tensor]:
+        """The objective's sums and counts over all of the batches."""
+        found = [self.objective(self.student(batch.inputs, batch.mask), batch) for batch in batches]
+        sums, counts = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
+        return sums, counts
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ class Term(NamedTuple):
 TERMS: dict[str, Term] = {}
 
 
+def is_own(name: str) -> bool:
+    """Whether a term counts in text that the student wrote."""
+    return TERMS[name].own
+
+
 def term(
     *needs: str,
     layers: str | Callable[[Mapping[str, Any]], str] | None = None,

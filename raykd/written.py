@@ -1,6 +1,7 @@
 """A recipe's `[source]`: the batches that the student writes, each a pure function of (seed, step, its weights)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,6 +26,14 @@ class Text:
     steps: int
     eos: int | None = None
     vocab: int | None = None
+
+
+@dataclass(frozen=True)
+class Live:
+    """A teacher that scores while the student trains, and what a text is to both."""
+
+    teacher: Teacher
+    text: Text
 
 
 def written(
@@ -75,7 +84,13 @@ class Written:
 
     schedule: Schedule
     draw: Callable[[int], Batch]  # a group -> its batch, by the student as it is
+    spans: Sequence[tuple[float, float]] = ((0, math.inf),)  # the steps [since, until) in which its terms count
     held: dict[int, Batch] = field(default_factory=dict)
+
+    def counts(self, step: int) -> bool:
+        """Whether any term counts in the interval of a step: in others nothing is drawn."""
+        first = self.schedule.begin(step)
+        return any(first < until and since < first + self.schedule.every for since, until in self.spans)
 
     def __call__(self, step: int) -> Batch:
         slot = self.schedule.slot(step)
