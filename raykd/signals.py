@@ -69,19 +69,41 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """What was known of each position when its token was drawn, all (B, T): position t is about the token after it.
+
+    A draft's positions are tested one after the other until the teacher rejects one and corrects it; those after it
+    are its tail. Text that was only sampled has no draft's fields.
+    """
+
+    log_q: Tensor  # the student's log probability of the token, under the policy that drew it
+    weight: Tensor  # q / (share p + (1 - share) q) of teacher-mixed sampling, at most 1 / (1 - share); 1 without
+    lag: int  # steps of the optimiser between drawing and now
+    accepted: Tensor | None = None  # bool
+    rejected: Tensor | None = None  # bool: at most one a draft
+    correction: Tensor | None = None  # int64: the teacher's token where `rejected`
+    tail: Tensor | None = None  # int64: k at the k-th position after a rejection, 0 elsewhere
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Rows as a loss sees them. `label` is UNLABELLED where the label is hidden or missing."""
+    """Rows as a loss sees them. `label` is UNLABELLED where the label is hidden or missing.
+
+    Rows of text have inputs (B, T, 2), each a token and its place in its document, and a label at every position: the
+    token after it. `mask` is then where one is to be told, which a prompt's positions are not.
+    """
 
     row_id: Tensor  # (B,) int64
-    inputs: Tensor  # (B, T, K)
+    inputs: Tensor  # (B, T, K); int64 where they are tokens
     mask: Tensor  # (B, T) bool
-    label: Tensor  # (B,) int64
+    label: Tensor  # (B,) int64, or (B, T) of text
     valence: Tensor | None = None  # (B, T), NaN where missing
     teacher: Signals | None = None  # its logits are (B, T, 0) where `targets` stands for them
     targets: Callable[[float], SparseTargets] | None = None  # of all valid steps in turn, at a temperature
     saliency: Tensor | None = None  # (B,), NaN where unknown
     answer: Tensor | None = None  # (B,) int64, the teacher's class of the whole row
     weight: Tensor | None = None  # (B,) how much each row counts; without it every step counts alike
+    rollout: Rollout | None = None  # of text that the student wrote
     split: "Split | None" = None  # what all rows of the split have, for terms that draw others from it
 
 

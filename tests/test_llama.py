@@ -20,7 +20,6 @@ SHAPES = {
     "each": {"heads": 4, "kv_heads": 4, "tied": False},
     "sub_norm": {"heads": 2, "kv_heads": 1, "sub_norm": True},
 }
-CPU = torch.device("cpu")
 
 
 def llama(seed: int = 0, **shape) -> Llama:
@@ -96,11 +95,11 @@ def test_rotated_products_depend_on_the_distance_alone(at, apart, shift):
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def product(first: int, second: int) -> float:
-        turned = [rotate(x, rotations(i, 1, 8, 100.0, CPU)) for x, i in ((q, first), (k, second))]
+        turned = [rotate(x, rotations(torch.tensor([i]), 8, 100.0)) for x, i in ((q, first), (k, second))]
         return (turned[0] * turned[1]).sum().item()
 
     assert product(at + apart, at) == pytest.approx(product(at + apart + shift, at + shift), abs=3e-3)
-    assert rotate(q, rotations(at, 1, 8, 100.0, CPU)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
+    assert rotate(q, rotations(torch.tensor([at]), 8, 100.0)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
 
 
 def test_heads_that_share_keys_are_heads_whose_keys_are_equal():
@@ -189,3 +188,40 @@ def test_under_sub_norm_the_last_projections_see_inputs_of_unit_scale():
     assert len(seen) == 4
     for squares in seen:
         torch.testing.assert_close(squares, torch.ones_like(squares), rtol=1e-2, atol=0)
+
+
+def packed(*lengths: int) -> torch.Tensor:
+    """(1, T): the places of documents of these lengths in one row."""
+    return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_document_in_a_packed_row_answers_as_alone(name):
+    module, ids, places = llama(**SHAPES[name]), tokens(rows=1), packed(7, 1, 12)
+    ids = ids[:, : places.shape[1]]
+    with torch.no_grad():
+        whole = module(torch.stack([ids, places], -1))["logits"]
+        alone = torch.cat([module(part)["logits"] for part in ids.split([7, 1, 12], 1)], 1)
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 6, 7, 9, 19])
+def test_a_packed_row_is_read_on_from_a_cache_and_after_a_rollback(cut):
+    module, places = llama(), packed(7, 1, 12)
+    row = torch.stack([tokens(rows=1)[:, : places.shape[1]], places], -1)
+    cache = module.cache(1)
+    with torch.no_grad():
+        whole = module(row)["logits"]
+        module(row.flip(1)[:, : places.shape[1] // 2], cache)
+        cache.length = 0
+        parts = [module(part, cache)["logits"] for part in (row[:, :cut], row[:, cut:])]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_before_a_row_changes_nothing():
+    module, ids = llama(), tokens(rows=2)[:, :9]
+    places = torch.arange(9).expand(2, -1)
+    padding = torch.zeros(2, 5, dtype=torch.int64)
+    before = torch.stack([torch.cat([padding, ids], 1), torch.cat([padding, places], 1)], -1)
+    with torch.no_grad():
+        torch.testing.assert_close(module(before)["logits"][:, 5:], module(ids)["logits"], rtol=1e-5, atol=1e-5)

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 
 from raykd import imports
 from raykd.errors import RecipeError
+from raykd.models.llama import Llama
 from raykd.models.series import SeriesEncoder
 from raykd.quant.rest import plain, plain_name
 from raykd.recipe import ModelRef
 from raykd.validation import suggestion
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder}
+MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder, "llama": Llama}
 
 
 def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
-    """Make `factory(channels=, classes=, **settings)` known to recipes as `model = name`.
+    """Make `factory(classes=, **settings)` known to recipes as `model = name`.
 
-    A factory with a parameter `steps` is also told the number of steps of the data's longest row.
+    A factory with a parameter `channels` is also told how many a step has, one with `steps` the number of steps of the
+    data's longest row.
     """
     MODELS[name] = factory
 
@@ -30,8 +32,9 @@ def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
 def build(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> nn.Module:
     """The module of a recipe's table with its weights loaded. RecipeError if either does not fit; `key` names it."""
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
-    shape = {"channels": channels, "classes": classes}
-    shape |= {"steps": steps} if "steps" in inspect.signature(factory).parameters else {}
+    takes, told = inspect.signature(factory).parameters, {"channels": channels, "classes": classes, "steps": steps}
+    every = any(taken.kind is taken.VAR_KEYWORD for taken in takes.values())
+    shape = {k: v for k, v in told.items() if k in takes or k == "classes" or (k == "channels" and every)}
     try:
         module = factory(**{**shape, **ref.settings})
     except (TypeError, ValueError) as error:

@@ -29,6 +29,7 @@ class Cache:
         """`heads` are those of keys and values, `width` is one head's."""
         self.keys = torch.zeros(layers, rows, heads, steps, width)
         self.values = torch.zeros_like(self.keys)
+        self.places = torch.zeros(rows, steps, dtype=torch.int64)
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,3 +49,9 @@ class Cache:
         for held, new in ((self.keys, keys), (self.values, values)):
             held[layer, :, :, self.length : last] = new.detach()
         return self.keys[layer, :, :, :last], self.values[layer, :, :, :last]
+
+    def placed(self, places: Tensor) -> Tensor:
+        """Write new places (B, T) of tokens in their documents behind `length`; all (B, length + T) as a view."""
+        last = self.length + places.shape[1]
+        self.places[:, self.length : last] = places
+        return self.places[:, :last]

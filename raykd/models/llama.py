@@ -61,7 +61,9 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, cache: Past | None = None) -> dict[str, Tensor]:
         """Integers (B, T) -> logits (B, T, V). With a cache they follow its tokens, and are in it afterwards.
 
-        DataError where that is more than `steps` tokens.
+        Integers (B, T, 2) are tokens and their places in their documents, counted from 0: each document of a row is
+        then read as if it stood alone, and so is padding of place 0. Of such rows a cache must hold the places too.
+        DataError where there are more than `steps` tokens.
         """
         past = cache.length if cache is not None else 0
         if past + tokens.shape[1] > self.settings["steps"]:
@@ -93,11 +95,23 @@ class Stack(nn.Module):
         self.norm = nn.RMSNorm(width, settings["norm_eps"])
 
     def forward(self, tokens: Tensor, cache: Past | None) -> Tensor:
-        """Integers (B, T) -> (B, T, D)."""
-        x = self.embed_tokens(tokens)
-        turn = rotations(cache.length if cache is not None else 0, tokens.shape[1], self.turning, self.theta, x.device)
+        """Integers (B, T) or (B, T, 2) -> (B, T, D)."""
+        x = self.embed_tokens(tokens if tokens.dim() == 2 else tokens[..., 0])
+        first, count = cache.length if cache is not None else 0, tokens.shape[1]
+        seen = None
+        if tokens.dim() == 3:
+            places = tokens[..., 1]
+            turn = rotations(places[:, None], self.turning, self.theta)  # (B, 1, T, D / 2)
+            if cache is not None:
+                assert isinstance(cache, Cache), "only a Cache holds places"
+                places = cache.placed(places)
+            seen = within(places, count)
+        else:
+            turn = rotations(torch.arange(first, first + count, device=x.device), self.turning, self.theta)
+            if cache is not None:
+                seen = visible(count, first + count, x.device)
         for index, block in enumerate(self.layers):
-            x = block(x, turn, index, cache)
+            x = block(x, turn, index, cache, seen)
         return self.norm(x)
 
 
@@ -112,9 +126,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(width, eps)
         self.mlp = SwiGLU(settings)
 
-    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), turn, index, cache)
+        x = x + self.self_attn(self.input_layernorm(x), turn, index, cache, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -138,15 +152,13 @@ class Attention(nn.Module):
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
-    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `seen` as `visible` gives it, None for all positions before."""
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)  # (B, H, T, D / H)
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2), turn)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        seen = None
         if cache is not None:
             k, v = cache.extend(index, k, v)
-            seen = visible(q.shape[2], k.shape[2], x.device)
         mix = self._mix_and_keep if self.keep_attention else self._mix
         return self.o_proj(self.attn_sub_norm(mix(q, k, v, seen).transpose(1, 2).flatten(2)))
 
@@ -180,10 +192,10 @@ class SwiGLU(nn.Module):
         return self.down_proj(self.ffn_sub_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
-def rotations(first: int, count: int, width: int, theta: float, device: torch.device) -> Turn:
-    """(T, D / 2) twice: cosine and sine of position times theta^(-2 i / D), for `count` positions from `first` on."""
-    speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
-    angle = torch.arange(first, first + count, dtype=torch.float32, device=device)[:, None] * speed
+def rotations(places: Tensor, width: int, theta: float) -> Turn:
+    """(..., T, D / 2) twice: cosine and sine of place times theta^(-2 i / D), for integer places (..., T)."""
+    speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=places.device) / width)
+    angle = places[..., None].float() * speed
     return angle.cos(), angle.sin()
 
 
@@ -197,3 +209,13 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:
 def visible(queries: int, keys: int, device: torch.device) -> Tensor:
     """(T, past + T) bool: which keys each of the last `queries` positions may see."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def within(places: Tensor, queries: int) -> Tensor:
+    """(B, 1, T, past + T) bool: the same, but only keys of a query's own document; each starts at place 0.
+
+    `places` (B, past + T) are those of the keys, the last `queries` of them of the queries.
+    """
+    document = (places == 0).cumsum(1)
+    same = document[:, -queries:, None] == document[:, None]
+    return (same & visible(queries, places.shape[1], places.device))[:, None]
