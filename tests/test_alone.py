@@ -21,11 +21,11 @@ from raykd.models.llama import Llama
 from raykd.quant.scheme import Quant
 
 WIDTHS = ("int8-tensor", "int8-channel", "int4-g32", "ternary-channel", "ternary-g32-int8")
-DECODERS = {
-    "int8-tensor": Quant(per="tensor"),
-    "int8-channel": Quant(),
-    "int4-g32": Quant(weights="int4", per="group"),
-    "ternary": Quant(weights="ternary"),
+DECODERS = {  # int8_token: MatMulInteger of unsigned activations saturates on processors without VNNI
+    "int8-tensor": Quant(per="tensor", activations="int8_token"),
+    "int8-channel": Quant(activations="int8_token"),
+    "int4-g32": Quant(weights="int4", per="group", activations="none"),
+    "ternary": Quant(weights="ternary", activations="none"),
 }
 NAMES = ["still", "walk", "run", "jump", "fall"]
 

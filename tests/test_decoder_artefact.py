@@ -29,7 +29,7 @@ from raykd.quant.scheme import Quant
 STEPS, ROWS = 128, 10
 SCHEMES = {
     "fp32": None,
-    "int8-tensor": Quant(per="tensor"),
+    "int8-tensor": Quant(per="tensor", activations="int8_token"),  # the other saturates on processors without VNNI
     "int4-g32": Quant(weights="int4", per="group", activations="none"),
     "ternary": Quant(weights="ternary", embeddings="int8"),
 }
