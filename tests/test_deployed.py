@@ -64,6 +64,21 @@ def test_what_is_no_onnx_file_is_said_to_be_none(data, tmp_path):
         deployed.session(path)
 
 
+def test_products_of_large_codes_do_not_overflow():
+    """Two products of 255 and 127 are more than 16 bits hold, where x86 without VNNI adds them up."""
+    codes = np.full((64, 16), 127, np.int8)
+    value = [
+        helper.make_tensor_value_info("inputs", TensorProto.UINT8, [None, 64]),
+        helper.make_tensor_value_info("logits", TensorProto.INT32, None),
+    ]
+    node = helper.make_node("MatMulInteger", ["inputs", "codes"], ["logits"])
+    graph = helper.make_graph([node], "g", value[:1], value[1:], [numpy_helper.from_array(codes, "codes")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = deployed.session(model.SerializeToString())
+    inputs = np.full((3, 64), 255, np.uint8)
+    np.testing.assert_array_equal(session.run(None, {"inputs": inputs})[0], inputs.astype(np.int32) @ codes)
+
+
 def test_the_version_that_is_named_is_the_one_that_is_installed_with_raykd():
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
     assert f"onnxruntime>={ONNXRUNTIME},<2" in declared

@@ -1,8 +1,19 @@
 """A small causal encoder of multivariate series: class logits and a future-valence value at every step."""
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from raykd.models.cache import Past
+from raykd.models.llama import visible
+
+
+class Read(Past, Protocol):
+    """What the encoder asks of the steps that it has read: their keys and values, and the last of their inputs."""
+
+    tail: Tensor  # (B, channels, kernel - 1), zeros where there are fewer
 
 
 class SeriesEncoder(nn.Module):
@@ -26,7 +37,7 @@ class SeriesEncoder(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.steps, self.kernel = steps, kernel
+        self.steps, self.kernel, self.heads = steps, kernel, heads
         self.conv = nn.Conv1d(channels, width, kernel)
         self.positions = nn.Parameter(0.02 * torch.randn(steps, width))
         self.blocks = nn.ModuleList(Block(width, heads, expansion, bias) for _ in range(layers))
@@ -34,14 +45,29 @@ class SeriesEncoder(nn.Module):
         self.head = nn.Linear(width, classes)
         self.value = nn.Linear(width, 1)
 
-    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs (B, T, channels) -> logits (B, T, C) and valence (B, T) in [-1, 1]."""
-        if inputs.shape[1] > self.steps:
-            raise ValueError(f"{inputs.shape[1]} steps, but this encoder was built for at most {self.steps}")
-        past = F.pad(inputs.transpose(1, 2), (self.kernel - 1, 0))  # (B, channels, kernel - 1 + T)
-        x = self.conv(past).transpose(1, 2) + self.positions[: inputs.shape[1]]  # (B, T, D)
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, inputs: Tensor, past: Read | None = None) -> dict[str, Tensor]:
+        """Inputs (B, T, channels) -> logits (B, T, C) and valence (B, T) in [-1, 1].
+
+        With a past they follow its steps, and are in it afterwards. ValueError where that is more than `steps`.
+        """
+        first, count = past.length if past is not None else 0, inputs.shape[1]
+        if first + count > self.steps:
+            after = f" after {first}" if first else ""
+            raise ValueError(f"{count} steps{after}, but this encoder was built for at most {self.steps}")
+        series = inputs.transpose(1, 2)
+        if past is None:
+            series = F.pad(series, (self.kernel - 1, 0))  # (B, channels, kernel - 1 + T)
+            places, seen = self.positions[:count], None
+        else:
+            series = torch.cat([past.tail, series], 2)
+            # an index: a slice's bounds would be conditions on the exported shapes
+            places = self.positions[torch.arange(first, first + count, device=inputs.device)]
+            seen = visible(count, first + count, inputs.device)
+        x = self.conv(series).transpose(1, 2) + places  # (B, T, D)
+        for index, block in enumerate(self.blocks):
+            x = block(x, index, past, seen)
+        if past is not None:
+            past.tail, past.length = series[:, :, count:], first + count
         x = self.norm(x)
         return {"logits": self.head(x), "valence": torch.tanh(self.value(x)).squeeze(-1)}
 
@@ -57,9 +83,9 @@ class Block(nn.Module):
         inner = expansion * width
         self.mlp = nn.Sequential(nn.Linear(width, inner, bias), nn.GELU(), nn.Linear(inner, width, bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, index: int = 0, past: Past | None = None, seen: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). `seen` (T, past + T) are the steps that each step sees, None for all before it."""
+        x = x + self.attention(self.norm1(x), index, past, seen)
         return x + self.mlp(self.norm2(x))
 
 
@@ -67,7 +93,7 @@ class CausalAttention(nn.Module):
     """Multi-head attention of each step over itself and the steps before it.
 
     While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in `scores`,
-    both (B, H, T, T); the scores of later steps are -inf.
+    both (B, H, T, past + T); the scores of later steps are -inf.
     """
 
     def __init__(self, width: int, heads: int, bias: bool = True):
@@ -81,19 +107,21 @@ class CausalAttention(nn.Module):
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: int = 0, past: Past | None = None, seen: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D / H)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
+        if past is not None:
+            k, v = past.extend(index, k, v)
         mix = self._mix_and_keep if self.keep_attention else self._mix
-        return self.out(mix(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(mix(q, k, v, seen).transpose(1, 2).flatten(2))
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
 
-    def _mix_and_keep(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(later, float("-inf"))
+    def _mix_and_keep(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        seen = visible(q.shape[-2], k.shape[-2], q.device) if seen is None else seen
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
         attention = scores.softmax(-1)
         self.scores, self.attention = scores, attention
         return attention @ v
