@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from raykd import catalog, data, imports, models, recipe, techniques, terms
+from raykd.digests import is_path
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
 from raykd.validation import suggestion, validate
 
-SEARCHABLE = ("terms", "weighting", "optim", "student")
+SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
 
 
 def load(
@@ -46,8 +47,8 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
     if not (problems and "." in raw["technique"]):
         problems += _term_problems(merged)
     if found and not problems:
-        problems += _teacher_problems(found) + _search_problems(merged, found, allow_import)
-    problems += faults + _name_problems(merged, allow_import) + _weights_problems(merged)
+        problems += _teacher_problems(found) + _source_problems(found) + _search_problems(merged, found, allow_import)
+    problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or found is None:
         raise RecipeError(problems, where=where)
     return found
@@ -91,6 +92,25 @@ def _teacher_problems(found: Recipe) -> list[Problem]:
     return []
 
 
+def _source_problems(found: Recipe) -> list[Problem]:
+    """Terms that no row of a step would reach, and rows that no term reads."""
+    counting = [name for name, spec in found.terms.items() if spec.weight > 0]
+    own = [name for name in counting if terms.TERMS[name].own]
+    data_only = [name for name in counting if not terms.TERMS[name].own]
+    key, text = "source", ""
+    if found.source is None:
+        text = f"missing, but the terms {', '.join(own)} read what the student writes; add [source]" if own else ""
+    elif not own:
+        text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
+    elif found.teacher is None and not terms.needs_of(found.terms):
+        key, text = "teacher", "missing, but it scores what the student writes"
+    elif found.source.share == 1 and data_only:
+        key, text = "source.share", f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it"
+    elif found.source.share < 1 and not data_only:
+        key, text = "source.share", f"{found.source.share} leaves rows to the data that no term reads; set it to 1"
+    return [Problem(key, text)] if text else []
+
+
 def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> list[Problem]:
     """Data and models that do not exist, and code that may not be imported."""
     problems = []
@@ -102,7 +122,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         name, dotted = _text(merged, table, key), f"{table}.{key}"
         if name is None or name in known:
             continue
-        if table == "data" and recipe.is_path(name):
+        if table == "data" and is_path(name):
             problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)
@@ -112,7 +132,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     return problems
 
 
-def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
+def _file_problems(merged: dict[str, Any]) -> list[Problem]:
     problems = []
     for table in ("teacher", "student"):
         weights = _text(merged, table, "weights")
@@ -120,6 +140,9 @@ def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
             problems.append(Problem(f"{table}.weights", f"{weights} is not a .safetensors file; others can run code"))
         elif weights and not Path(weights).is_file():
             problems.append(Problem(f"{table}.weights", f"no file {weights}"))
+    tokenizer = _text(merged, "data", "tokenizer")
+    if tokenizer and not Path(tokenizer).is_file():
+        problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
     return problems
 
 

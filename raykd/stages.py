@@ -16,12 +16,13 @@ import tomli_w
 from raykd import answers, artefact, checks, data, evidence, gather, page, patience, record, stream, track
 from raykd.arms import arms_of
 from raykd.data import Dataset
+from raykd.digests import digest_of
 from raykd.errors import InfraError, RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.identity import run_digest, signals_of
 from raykd.journal import Journal
 from raykd.progress import say
-from raykd.recipe import Recipe, digest_of
+from raykd.recipe import Recipe
 from raykd.scorer import Scorer
 from raykd.session import connect
 from raykd.store.place import Address
