@@ -18,19 +18,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd import anatomy, byte_bpe, onnx_decoder
-from raykd.artefact import ONNX, copy_cards, files_of
+from raykd import anatomy, byte_bpe, models, onnx_decoder, phases
+from raykd.artefact import ONNX, best_seed, copy_cards, files_of
+from raykd.data import Dataset, Rows
 from raykd.decoder import Decoder
 from raykd.errors import DataError, RecipeError
-from raykd.files import whole_folder, write_json
+from raykd.files import whole_folder, write_bytes, write_json
 from raykd.models.llama import Llama
 from raykd.parity import bar_of, gate
+from raykd.predictions import Places, Predictions
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
+from raykd.recipe import Recipe
 
-LEAST = 1000  # positions that an artefact is judged on
+LEAST, MOST = 1000, 32  # positions that an artefact is judged on, and rows that they stand in
 ROWS = 8  # to a call
 ALONE = 2  # rows that are read token by token beside whole ones
+
+
+def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+    """Write `artefact/` of a run over text, and give its manifest: `export_decoder` of the best seed's student."""
+    seed = best_seed(recipe, folder)
+    weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
+    module = models.build(recipe.student, **dataset.shape, key="student")
+    if not isinstance(module, Llama):
+        raise RecipeError(
+            f"student.model: a {type(module).__name__} has no form that writes text; "
+            'use "llama", or stop at raykd train'
+        )
+    if quant := recipe.phases[-1].quant if recipe.phases else None:
+        phases.round_as(module, quant)
+    models.load_weights(module, weights, "student")
+    target, title = folder / "artefact", f"{recipe.name} ({recipe.technique})"
+    path = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
+    manifest = export_decoder(module, target, tokens=_judged(dataset.splits["test"]), title=title, tokenizer=path)
+    manifest |= {"seed": seed}
+    write_json(target / "manifest.json", manifest)
+    write_bytes(folder / "student.safetensors", weights.read_bytes())
+    return manifest
+
+
+def predict(folder: Path, dataset: Dataset) -> Predictions:
+    """The artefact's predictions of the test split, whose rows hold one document each."""
+    rows, parts = dataset.splits["test"], []
+    for first in range(0, len(rows), ROWS):
+        part = rows.take(slice(first, first + ROWS))
+        z = Decoder(folder / ONNX, rows=len(part)).step(part.inputs[..., 0])[part.mask].astype(np.float64)
+        log_q = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+        true = part.label[part.mask]
+        own = np.take_along_axis(log_q, true.clip(min=0)[:, None], 1)[:, 0]
+        parts.append((z.argmax(1), np.where(true >= 0, own, np.nan).astype(np.float32)))
+    answer, log_q = (np.concatenate(values) for values in zip(*parts, strict=True))
+    places = Places.of(rows)
+    return Predictions(places.place, places.label, answer, log_q)
+
+
+def _judged(rows: Rows) -> Tensor:
+    """(N, T) tokens of a split whose rows hold one document: its beginnings of one length, as many as there can be."""
+    steps = np.arange(1, rows.mask.shape[1] + 1)
+    length = np.where(rows.mask, steps, 0).max(1)
+    held = (length[:, None] >= steps).sum(0).clip(max=MOST)
+    best = int(steps[(held * (steps - 1)).argmax()])
+    return torch.from_numpy(rows.inputs[length >= best][:MOST, :best, 0].astype(np.int64))
 
 
 def export_decoder(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from raykd import artefact, predictions
+from raykd import artefact, decoder_artefact, predictions
 from raykd.arms import ROUNDED_CONTROL, UNROUNDED, arms_of
 from raykd.data import Dataset
 from raykd.estimates import Predicted
@@ -52,7 +52,7 @@ def gather(
         losses=_losses(predicted, opened, dataset) if dataset.is_text else {},
         beside=_beside(found, dataset, folder, records),
         teacher=_teacher(opened, dataset) if opened else None,
-        artefact=artefact.predict(folder / "artefact", dataset).answer if manifest else None,
+        artefact=_deployed(dataset).predict(folder / "artefact", dataset).answer if manifest else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
         best_seed=artefact.best_seed(found, folder),
@@ -74,6 +74,10 @@ def gather(
 def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predictions]:
     own = _seeds(folder, records, name)
     return {seed: predictions.read(arm / "predictions.parquet") for seed, arm in own.items()}
+
+
+def _deployed(dataset: Dataset) -> Any:
+    return decoder_artefact if dataset.is_text else artefact
 
 
 def _teacher(store: Store, dataset: Dataset) -> Predicted:

@@ -77,13 +77,17 @@ class Beside(Part):
 class Parity(Part):
     """The artefact against the trained student: largest difference of logits, share of equal decisions.
 
-    `relative` is over the largest logit; `alone_agreement` the share of rows decided alike alone and in a batch.
+    `relative` is over the largest logit; `alone_agreement` the share of rows decided alike alone and in a batch. Of
+    text, what both reach at the `positions` that were judged.
     """
 
     max_abs_diff: float | None = None
     agreement: float | None = None
     relative: float | None = None
     alone_agreement: float | None = None
+    positions: int | None = None
+    nll: dict[str, float] = {}
+    accuracy: dict[str, float] = {}
 
 
 class Time(Part):

@@ -13,7 +13,20 @@ from typing import Any
 
 import tomli_w
 
-from raykd import answers, artefact, checks, data, evidence, gather, page, patience, record, stream, track
+from raykd import (
+    answers,
+    artefact,
+    checks,
+    data,
+    decoder_artefact,
+    evidence,
+    gather,
+    page,
+    patience,
+    record,
+    stream,
+    track,
+)
 from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.digests import digest_of
@@ -190,7 +203,8 @@ def _export(place: Place) -> Path:
     if place.is_exported:
         say("export", f"done before: {target}")
     else:
-        manifest = artefact.export(place.recipe, place.dataset, place.folder)
+        write = decoder_artefact.export if place.dataset.is_text else artefact.export
+        manifest = write(place.recipe, place.dataset, place.folder)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
     return target
 
