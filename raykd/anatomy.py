@@ -20,9 +20,11 @@ def tensors_of(module: nn.Module) -> list[dict[str, Any]]:
     error = |W - Q(W)| / |W|, Frobenius norms, W being the weights that training kept in full precision.
     """
     operator, values, found = operators(module), {held: value for value, held in stored(module)}, []
+    told: set[nn.Module] = set()
     for name, layer in roundable(module):
-        if layer.quant is None:
+        if layer.quant is None or operator[layer] in told:  # a tied parameter is stored once
             continue
+        told.add(operator[layer])
         if isinstance(layer, Stored):
             value, rounded, kind = values[layer], layer(values[layer]), "int8, stored"
         else:

@@ -10,12 +10,9 @@ artefact/student.safetensors   the best seed's weights, by validation accuracy; 
 """
 
 import json
-import os
-import shutil
-import uuid
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +22,9 @@ from raykd import anatomy, deployed, latency, measure, models, onnx_file, phases
 from raykd.arms import arms_of, read_predictions
 from raykd.batches import to_device
 from raykd.data import Dataset
-from raykd.errors import GateError
-from raykd.files import read_json, write_bytes, write_json
+from raykd.files import read_json, whole_folder, write_bytes, write_json
 from raykd.models.adapter import Adapter
+from raykd.parity import bar_of, gate, refusal
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
 from raykd.recipe import ModelRef, Recipe, file_sha256
@@ -36,23 +33,6 @@ FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
 WEIGHTS, ONNX = "student.safetensors", "student.onnx"
 ALONE = 512  # test rows that are answered one by one, too
-
-
-class Bar(NamedTuple):
-    """What an artefact must reach beside its student: differences over the largest logit, share of equal decisions.
-
-    `relative` is of 99 rows in 100, `largest` of all: where activations are rounded, a sum in another order flips a
-    rounding at a tie now and then, by a whole level.
-    """
-
-    relative: float
-    largest: float
-    agreement: float
-
-
-EXACT = Bar(1e-5, 1e-5, 1.0)  # float activations, the same integers
-INTEGER = Bar(2e-3, 2e-2, 0.99)  # activations rounded alike
-BLOCKS = Bar(2e-2, 5e-2, 0.98)  # activations rounded block by block as on x86; other kernels may do otherwise
 
 
 def best_seed(recipe: Recipe, folder: Path) -> int:
@@ -65,24 +45,28 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Write `artefact/` in a run folder, and give its manifest. GateError, and no folder, if it answers otherwise."""
     seed = best_seed(recipe, folder)
     arm = folder / "arms" / f"student-{seed}"
-    staged = folder / f".artefact-{uuid.uuid4().hex}"
-    staged.mkdir()
-    try:
+    with whole_folder(folder / "artefact") as staged:
         write_json(staged / "model.json", _model(recipe, dataset))
         (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
         quant = recipe.phases[-1].quant if recipe.phases else None
         measured = _rounded(recipe, dataset, staged, quant) if quant else {}
-        for name, card in (("run.py", "run_onnx.py" if quant else "run.py"), ("README.md", "README.md")):
-            text = (resources.files("raykd") / "card" / card).read_text()
-            (staged / name).write_text(text.replace("STUDENT", f"{recipe.name} ({recipe.technique})"))
+        copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py")
         manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant)) | measured
         write_json(staged / "manifest.json", manifest)
-        shutil.rmtree(folder / "artefact", ignore_errors=True)
-        os.rename(staged, folder / "artefact")
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     write_bytes(folder / "student.safetensors", (arm / "weights.safetensors").read_bytes())
     return manifest
+
+
+def copy_cards(folder: Path, title: str, *, run: str, readme: str = "README.md") -> None:
+    """Write run.py and README.md of a student called `title`, from the cards of these names."""
+    for name, card in (("run.py", run), ("README.md", readme)):
+        text = (resources.files("raykd") / "card" / card).read_text()
+        (folder / name).write_text(text.replace("STUDENT", title))
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: bytes and sha256} of every file of a folder."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
 
 
 def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
@@ -146,32 +130,23 @@ def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> d
     trained, answered = read_predictions(arm / "predictions.parquet"), predict(staged, dataset)
     worst = float(np.abs(trained - answered).max())
     found = {"max_abs_diff": worst, "agreement": float((trained.argmax(1) == answered.argmax(1)).mean())}
+    where = f"{len(trained)} test rows"
     if quant is None:
         if not worst <= LARGEST_DIFFERENCE:
-            raise GateError(_differ(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", trained))
+            raise refusal(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", where)
         return found
-    bar = EXACT if quant.activations == "none" else INTEGER if quant.weights == "int8" else BLOCKS
     each = np.abs(trained - answered).max(1) / float(np.abs(trained).max())
-    most, relative = float(np.quantile(each, 0.99)), float(each.max())
-    if not (most <= bar.relative and relative <= bar.largest and found["agreement"] >= bar.agreement):
-        alike = f"{found['agreement']:.2%} decided alike"
-        said = f"by {relative:.3g} of the largest, 99 % of the rows by {most:.3g}, {alike}"
-        asked = f"at most {bar.largest:g}, {bar.relative:g} and at least {bar.agreement:.0%} are asked"
-        raise GateError(_differ(f"{said}; {asked}", trained))
+    gate(each, found["agreement"], bar_of(quant), where)
     few = dataset.splits["test"].take(slice(0, ALONE))
     alone = deployed.sequence_logits(staged / ONNX, few, 1).argmax(1)
-    return found | {"relative": relative, "alone_agreement": float((alone == answered[: len(alone)].argmax(1)).mean())}
-
-
-def _differ(how: str, trained: NDArray[np.float32]) -> str:
-    return (
-        f"export: the artefact's logits differ from the trained student's {how}, on {len(trained)} test rows; "
-        "no artefact was written"
-    )
+    return found | {
+        "relative": float(each.max()),
+        "alone_agreement": float((alone == answered[: len(alone)].argmax(1)).mean()),
+    }
 
 
 def _manifest(staged: Path, seed: int, quant: Quant | None, parity: dict[str, float]) -> dict[str, Any]:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staged.iterdir())}
+    files = files_of(staged)
     size = files[ONNX if quant else WEIGHTS]["bytes"]
     name = f"onnx {quant.weights}" if quant else FORMAT
     return {"schema": 1, "format": name, "seed": seed, "bytes": size, "parity": parity, "files": files}

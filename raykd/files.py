@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,19 @@ def put_once(path: Path, data: bytes) -> bool:
         staged.unlink()
     _sync_folder(path.parent)
     return created
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `path` afterwards; if what fills it fails, `path` stays."""
+    staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -21,10 +21,10 @@ from onnx import helper
 from torch import Tensor, nn
 
 from raykd import deployed, onnx_decoder, onnx_file, operators, phases
-from raykd.artefact import BLOCKS, EXACT, INTEGER, Bar
 from raykd.decoder import Decoder
 from raykd.errors import DataError, StoreError
 from raykd.models.llama import Llama
+from raykd.parity import BLOCKS, bar_of
 from raykd.quant.layers import quantised
 from raykd.quant.linear import QuantLinear
 from raykd.quant.scheme import BITS, Quant
@@ -115,10 +115,6 @@ def nll(logits: np.ndarray, tokens: np.ndarray) -> float:
 def apart(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(B, T): the largest difference of a position's logits, over the largest logit of all."""
     return np.abs(found - wanted).max(-1) / np.abs(wanted).max()
-
-
-def bar_of(quant: Quant) -> Bar:
-    return EXACT if quant.activations == "none" else INTEGER if quant.weights == "int8" else BLOCKS
 
 
 @ROUNDED

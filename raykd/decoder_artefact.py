@@ -1,0 +1,154 @@
+"""The deployable language model: a folder that is whole or absent, with what it takes to run it and proof that it does.
+
+student.onnx     codes and scales, keys and values in and out, for stock onnxruntime
+model.json       the model's settings and its Quant
+tokenizer.json   where it is given: byte-level BPE
+run.py           loads them and continues a prompt
+README.md        a model card to fill in
+manifest.json    bytes and sha256 of each file, the parity that was measured, bytes by kind
+"""
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raykd import anatomy, byte_bpe, onnx_decoder
+from raykd.artefact import ONNX, copy_cards, files_of
+from raykd.decoder import Decoder
+from raykd.errors import DataError, RecipeError
+from raykd.files import whole_folder, write_json
+from raykd.models.llama import Llama
+from raykd.parity import bar_of, gate
+from raykd.quant import layers
+from raykd.quant.scheme import Quant
+
+LEAST = 1000  # positions that an artefact is judged on
+ROWS = 8  # to a call
+ALONE = 2  # rows that are read token by token beside whole ones
+
+
+def export_decoder(
+    module: Llama, folder: Path, *, tokens: Tensor, title: str = "Student", tokenizer: Path | None = None
+) -> dict[str, Any]:
+    """Write the folder of a Llama, its layers rounded or not, and give its manifest. The module is not changed.
+
+    `tokens` (N, T) int64 is text that it was not trained on. GateError, and no folder, where the file answers
+    otherwise; DataError for too few tokens, RecipeError where the tokeniser is another or the module has no ONNX form.
+    """
+    tokens = tokens.cpu()
+    _check(module, tokens, tokenizer)
+    trained = copy.deepcopy(module).cpu().eval()
+    quant = _quant(trained)
+    with whole_folder(folder) as staged:
+        tensors = anatomy.tensors_of(trained)
+        file = onnx_decoder.to_onnx(copy.deepcopy(trained))
+        (staged / ONNX).write_bytes(file)
+        write_json(staged / "model.json", _model(trained, quant))
+        if tokenizer is not None:
+            (staged / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+        copy_cards(staged, title, run="run_lm.py", readme="README_lm.md")
+        name = f"onnx {quant.weights}" if quant else "onnx fp32"
+        manifest = {"schema": 1, "format": name, "bytes": len(file), "files": files_of(staged)}
+        manifest |= {"parity": _parity(trained, staged / ONNX, tokens, quant), "tensors": tensors}
+        manifest |= {"bytes_by_kind": anatomy.bytes_of(file, tensors), "computed_in_float32": _left(trained, quant)}
+        write_json(staged / "manifest.json", manifest)
+    return manifest
+
+
+def _check(module: Llama, tokens: Tensor, tokenizer: Path | None) -> None:
+    rows, count = tokens.shape
+    steps, classes = module.settings["steps"], module.settings["classes"]
+    if not 2 <= count <= steps or rows * (count - 1) < LEAST:
+        raise DataError(
+            f"tokens: {rows} rows of {count}; give rows of 2 to {steps}, with {LEAST:,} tokens that follow another"
+        )
+    if tokenizer is not None and (found := len(byte_bpe.read(tokenizer).tokens)) != classes:
+        raise RecipeError(f"tokenizer {tokenizer}: {found} tokens, and the model has {classes} classes; name its own")
+
+
+def _quant(module: Llama) -> Quant | None:
+    """The Quant that the module's rounded layers share."""
+    found = [layer.quant for _, layer in layers.quantised(module) if layer.quant is not None]
+    assert all(quant == found[0] for quant in found), "layers under different Quants"
+    return found[0] if found else None
+
+
+def _model(module: Llama, quant: Quant | None) -> dict[str, Any]:
+    described = {"model": "raykd.models.llama:Llama", "settings": module.settings}
+    return described | {"quant": quant.model_dump(mode="json") if quant else None}
+
+
+def _left(module: Llama, quant: Quant | None) -> list[dict[str, Any]]:
+    if quant is None:
+        return []
+    with torch.device("meta"):
+        return [each._asdict() for each in layers.left(Llama(**module.settings), quant)]
+
+
+class Read(NamedTuple):
+    """What was answered at each position: (N, T) decisions, (N, T - 1) log-probabilities of what followed there."""
+
+    decided: NDArray[np.int64]
+    following: NDArray[np.float64]
+
+
+def _parity(trained: Llama, file: Path, tokens: Tensor, quant: Quant | None) -> dict[str, Any]:
+    """Module and file over the same tokens in the same calls. GateError if apart.
+
+    Rows are read in two calls, the cache between them. Where activations are rounded over a call, one flip at a tie
+    may move the range of all that is in it; there each token is read by itself, as a text is written.
+    """
+    held, count = tokens.numpy(), tokens.shape[1]
+    halves, singly = [0, count // 2, count], list(range(count + 1))
+    by_call = quant is not None and quant.weights == "int8" and quant.activations == "int8"
+    together, cuts = (1, singly) if by_call else (ROWS, halves)
+    apart, largest = [], 0.0
+    reads: dict[str, list[Read]] = {"trained": [], "artefact": []}
+    for first in range(0, len(held), together):
+        rows = held[first : first + together]
+        wanted, found = _of_module(trained, rows, cuts), _of_file(file, rows, cuts)
+        apart.append(np.abs(found - wanted).max(-1).ravel())
+        largest = max(largest, float(np.abs(wanted).max()))
+        reads["trained"].append(_read(wanted, rows))
+        reads["artefact"].append(_read(found, rows))
+    each = np.concatenate(apart)
+    decided = {name: np.concatenate([part.decided for part in parts]) for name, parts in reads.items()}
+    agreement = float((decided["trained"] == decided["artefact"]).mean())
+    gate(each / largest, agreement, bar_of(quant), f"{each.size} tokens")
+    alone = np.concatenate([_of_file(file, row[None], singly) for row in held[:ALONE]]).argmax(-1)
+    among = _of_file(file, held[:ROWS], halves)[:ALONE].argmax(-1)
+    return {
+        "positions": each.size,
+        "max_abs_diff": float(each.max()),
+        "relative": float(each.max()) / largest,
+        "agreement": agreement,
+        "alone_agreement": float((alone == among).mean()),
+        "nll": {name: -float(np.concatenate([p.following for p in parts]).mean()) for name, parts in reads.items()},
+        "accuracy": {name: float((found[:, :-1] == held[:, 1:]).mean()) for name, found in decided.items()},
+    }
+
+
+def _of_module(module: Llama, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
+    """(B, T, V): the module's logits with its cache, in calls between the cuts."""
+    cache, ids = module.cache(len(rows)), torch.from_numpy(rows)
+    with torch.inference_mode():
+        return torch.cat([module(ids[:, a:b], cache)["logits"] for a, b in pairwise(cuts)], 1).numpy()
+
+
+def _of_file(file: Path, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
+    """(B, T, V): the file's logits, in the same calls."""
+    decoder = Decoder(file, rows=len(rows))
+    return np.concatenate([decoder.step(rows[:, a:b]) for a, b in pairwise(cuts)], 1)
+
+
+def _read(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> Read:
+    before = logits[:, :-1].astype(np.float64)
+    before -= before.max(-1, keepdims=True)
+    following = np.take_along_axis(before, rows[:, 1:, None], -1)[..., 0] - np.log(np.exp(before).sum(-1))
+    return Read(logits.argmax(-1), following)
