@@ -13,7 +13,21 @@ from typing import Any
 
 import tomli_w
 
-from raykd import answers, artefact, checks, data, evidence, gather, page, patience, record, stream, track
+from raykd import (
+    answers,
+    artefact,
+    checks,
+    data,
+    evidence,
+    forms,
+    gather,
+    models,
+    page,
+    patience,
+    record,
+    stream,
+    track,
+)
 from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.errors import InfraError, RecipeError
@@ -69,7 +83,14 @@ class Place:
 
     @property
     def is_exported(self) -> bool:
-        return (self.folder / "artefact" / "manifest.json").exists()
+        return artefact.is_whole(self.folder / "artefact", self.recipe.export)
+
+    def check_forms(self) -> None:
+        """RecipeError if the student can not be exported in the forms that `[export]` asks for."""
+        recipe = self.recipe
+        if forms.asked(recipe.export):
+            student = models.build(recipe.student, **self.dataset.shape, key="student")
+            forms.check(recipe.export, student, recipe.phases[-1].quant if recipe.phases else None)
 
     def journal(self) -> Journal:
         return record.open_journal(self.recipe, self.dataset, self.folder, self.store)
@@ -115,6 +136,8 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
 def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     """What the last of the stages gives, taken in order while no other process works on this run."""
     checks.register(place.recipe.technique)
+    if _export in stages:
+        place.check_forms()
     place.folder.mkdir(parents=True, exist_ok=True)
     write_json(place.folder / "recipe.json", place.recipe.model_dump(mode="json"))
     try:
