@@ -10,12 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -29,7 +25,7 @@ from raykd.data import Dataset
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
-from raykd.quant.rest import plain
+from raykd.predictions import Predictions
 from raykd.recipe import Recipe, TermSpec
 from raykd.store.place import Address
 from raykd.store.reader import Store
@@ -72,10 +68,11 @@ class Workshop:
         register(recipe.technique)
         self.recipe, self.device = recipe, device
         self.dataset: Dataset = data.load(recipe.data)
-        opened = Store(store) if store else None
+        self.store = Store(store) if store else None
         needs = needs_of(recipe.terms)
-        head = teacher_head(recipe, opened) if opened else None
-        self.train = to_device(self.dataset.splits["train"], "train", opened if needs else None, needs, device, head)
+        self.head = teacher_head(recipe, self.store) if self.store else None
+        taught = self.store if needs else None
+        self.train = to_device(self.dataset.splits["train"], "train", taught, needs, device, self.head)
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
 
     def student(self, arm: Arm) -> Adapter:
@@ -87,18 +84,19 @@ class Workshop:
 
     def validate(self, student: nn.Module) -> dict[str, float]:
         """Validation metrics, prefixed val_."""
-        label = self.dataset.splits["val"].label
-        found = measure.classifier_metrics(measure.sequence_logits(student, self.val), label)
+        found = measure.predictions(student, self.dataset.splits["val"], self.val).metrics()
         return {f"val_{k}": v for k, v in found.items()}
 
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
         """One arm's training of `student`; keywords go to `train`."""
         return train(arm, self.recipe.optim, student, self.train, self.validate, **keywords)
 
-    def test_logits(self, student: nn.Module) -> NDArray[np.float32]:
-        """(N, C) sequence logits of the test split."""
-        rows = to_device(self.dataset.splits["test"], "test", None, frozenset(), self.device)
-        return measure.sequence_logits(student, rows)
+    def test(self, student: nn.Module) -> Predictions:
+        """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
+        split = self.dataset.splits["test"]
+        store = self.store if split.is_text and self.train.teaches_logits else None
+        rows = to_device(split, "test", store, frozenset(), self.device, self.head)
+        return measure.predictions(student, split, rows)
 
 
 def teacher_head(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor | None] | None:
@@ -151,10 +149,9 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
 
 def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
     student = state.learner.student
-    weights = save({k: v.contiguous() for k, v in plain(student.module.state_dict()).items()})
+    weights = save(models.weights_of(student.module))
     write_bytes(target / "weights.safetensors", weights)
-    test = shop.dataset.splits["test"]
-    write_predictions(target / "predictions.parquet", test.row_id, test.label, shop.test_logits(student))
+    shop.test(student).write(target / "predictions.parquet")
     record = {
         "arm": arm.name,
         "seed": arm.seed,
@@ -166,17 +163,3 @@ def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
         "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
     }
     write_json(target / "arm.json", record)
-
-
-def write_predictions(path: Path, row_id: NDArray, label: NDArray, logits: NDArray[np.float32]) -> None:
-    """A Parquet table of row_id, label and logits (list of float32), one row a test row."""
-    sink = pa.BufferOutputStream()
-    values = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
-    pq.write_table(pa.table({"row_id": row_id, "label": label, "logits": values}), sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
-
-
-def read_predictions(path: Path) -> NDArray[np.float32]:
-    """(N, C) logits of a predictions file."""
-    column = pq.read_table(path).column("logits").combine_chunks()
-    return column.values.to_numpy().reshape(len(column), -1)

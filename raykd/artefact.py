@@ -18,19 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from raykd import anatomy, deployed, forms, latency, measure, models, onnx_file, packed_file, phases
-from raykd.arms import arms_of, read_predictions
+from raykd import anatomy, deployed, forms, latency, measure, models, onnx_file, packed_file, phases, predictions
+from raykd.arms import arms_of
 from raykd.batches import to_device
 from raykd.data import Dataset
+from raykd.digests import file_sha256
 from raykd.files import read_json, whole_folder, write_bytes, write_json
 from raykd.models.adapter import Adapter
 from raykd.parity import bar_of, gate, refusal
+from raykd.predictions import Predictions, of_logits
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
-from raykd.recipe import Export, ModelRef, Recipe, file_sha256
+from raykd.recipe import Export, ModelRef, Recipe
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
@@ -74,6 +75,8 @@ def is_whole(folder: Path, asked: Export) -> bool:
 
 def _forms(recipe: Recipe, dataset: Dataset, staged: Path, arm: Path) -> dict[str, forms.Parity]:
     """Write what `[export]` asks for; the parity of each file by its name."""
+    if not forms.asked(recipe.export):
+        return {}
     described = json.loads((staged / "model.json").read_bytes())
 
     def student() -> nn.Module:
@@ -83,7 +86,8 @@ def _forms(recipe: Recipe, dataset: Dataset, staged: Path, arm: Path) -> dict[st
         return _built(described).eval()
 
     quant = recipe.phases[-1].quant if recipe.phases else None
-    rows, trained = dataset.splits["test"], read_predictions(arm / "predictions.parquet")
+    rows, trained = dataset.splits["test"], predictions.read(arm / "predictions.parquet").logits
+    assert trained is not None, "forms of text are refused before any work"
     return forms.write(recipe.export, staged, rows, trained, quant, student, plain)
 
 
@@ -143,25 +147,26 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
     return module
 
 
-def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> NDArray[np.float32]:
-    """(N, C): test logits of a student trained in full precision, rounded as the artefact is without training."""
+def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:
+    """The test predictions of a student trained in full precision, rounded as the artefact is without training."""
     module, quant = models.build(recipe.student, **dataset.shape, key="student"), recipe.phases[-1].quant
     assert quant is not None
     models.load_weights(module, weights, "student")
     phases.round_as(module, quant)
-    return _torch_logits(Adapter(module), dataset)
+    return _by_torch(Adapter(module), dataset)
 
 
-def predict(folder: Path, dataset: Dataset) -> NDArray[np.float32]:
-    """(N, C): the artefact's sequence logits on the test split."""
+def predict(folder: Path, dataset: Dataset) -> Predictions:
+    """The artefact's predictions of the test split."""
     if (folder / ONNX).exists():
-        return deployed.sequence_logits(folder / ONNX, dataset.splits["test"], measure.EVAL_BATCH)
-    return _torch_logits(load(folder), dataset)
+        split = dataset.splits["test"]
+        return of_logits(split, deployed.sequence_logits(folder / ONNX, split, measure.EVAL_BATCH))
+    return _by_torch(load(folder), dataset)
 
 
-def _torch_logits(student: Adapter, dataset: Dataset) -> NDArray[np.float32]:
-    rows = to_device(dataset.splits["test"], "test", None, frozenset(), torch.device("cpu"))
-    return measure.sequence_logits(student, rows)
+def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
+    split = dataset.splits["test"]
+    return measure.predictions(student, split, to_device(split, "test", None, frozenset(), torch.device("cpu")))
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -173,7 +178,9 @@ def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> dict[str, float]:
     """How far the artefact's answers are from the trained student's on the test split. GateError if too far."""
-    trained, answered = read_predictions(arm / "predictions.parquet"), predict(staged, dataset)
+    trained, answered = predictions.read(arm / "predictions.parquet").logits, predict(staged, dataset).logits
+    assert trained is not None
+    assert answered is not None
     worst = float(np.abs(trained - answered).max())
     found = {"max_abs_diff": worst, "agreement": float((trained.argmax(1) == answered.argmax(1)).mean())}
     where = f"{len(trained)} test rows"

@@ -45,8 +45,8 @@ def _permutation(size: int, seed: int, tag: int, epoch: int) -> NDArray[np.int64
 class Order:
     """The rows of every global batch. With hidden labels, a fixed share of each batch comes from the labelled rows."""
 
-    def __init__(self, label: NDArray[np.int64], optim: Optim, seed: int):
-        every, labelled = np.arange(len(label)), np.flatnonzero(label != UNLABELLED)
+    def __init__(self, is_labelled: NDArray[np.bool_], optim: Optim, seed: int):
+        every, labelled = np.arange(len(is_labelled)), np.flatnonzero(is_labelled)
         from_labelled = round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
         sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
         self.parts = [(Stream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n]
@@ -79,6 +79,18 @@ class DeviceRows:
     @property
     def device(self) -> torch.device:
         return self.label.device
+
+    @property
+    def teaches_logits(self) -> bool:
+        """Whether the teacher's answers can be told at temperature 1."""
+        if self.teacher_mask is None:
+            return False
+        return "logits" in self.teacher or self.head is not None or (self.stored is not None and self.stored.tells(1.0))
+
+    @property
+    def labelled(self) -> Tensor:
+        """(N,) bool: the rows with a label at any step."""
+        return (self.label != UNLABELLED).reshape(len(self.label), -1).any(1)
 
     def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
         """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
@@ -140,7 +152,7 @@ def to_device(
             rest: dict[str, Any] = {k: v for k, v in vars(rows).items() if k != "inputs" and v is not None}
             rows = replace(rows, **{k: v[kept] for k, v in rest.items()})
         stored = store.logits(split)
-        is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1
+        is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1 and not rows.is_text
         valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
         if not np.array_equal(stored.steps, valid.sum(1)):
             raise StoreError("the store's steps do not fit the data's; it belongs to other rows")

@@ -105,6 +105,8 @@ def _seeds_and_mean(
 
 
 def _confusion(report: Mapping[str, Any]) -> str:
+    if not report["confusion"]:
+        return ""
     counts, names = report["confusion"], [_short(c) for c in report["classes"]]
     size = len(names)
     shares = [[v / max(sum(row), 1) for v in row] for row in counts]

@@ -28,7 +28,7 @@ class Checkpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write one state, then drop all but the newest `keep`."""
-        data = save({k: v.contiguous() for k, v in tensors.items()}, {"meta": json.dumps(meta)})
+        data = save({k: v.clone().contiguous() for k, v in tensors.items()}, {"meta": json.dumps(meta)})
         digest = hashlib.sha256(data).hexdigest()[:16]
         write_bytes(self.folder / f"step-{step:08d}-{digest}.safetensors", data)
         for _, path in self._found()[self.keep :]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd import catalog, data, imports, models, recipe, techniques, terms
+from raykd.digests import is_path
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
@@ -47,7 +48,7 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
         problems += _term_problems(merged)
     if found and not problems:
         problems += _teacher_problems(found) + _search_problems(merged, found, allow_import)
-    problems += faults + _name_problems(merged, allow_import) + _weights_problems(merged)
+    problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or found is None:
         raise RecipeError(problems, where=where)
     return found
@@ -102,7 +103,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         name, dotted = _text(merged, table, key), f"{table}.{key}"
         if name is None or name in known:
             continue
-        if table == "data" and recipe.is_path(name):
+        if table == "data" and is_path(name):
             problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)
@@ -112,7 +113,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     return problems
 
 
-def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
+def _file_problems(merged: dict[str, Any]) -> list[Problem]:
     problems = []
     for table in ("teacher", "student"):
         weights = _text(merged, table, "weights")
@@ -120,6 +121,9 @@ def _weights_problems(merged: dict[str, Any]) -> list[Problem]:
             problems.append(Problem(f"{table}.weights", f"{weights} is not a .safetensors file; others can run code"))
         elif weights and not Path(weights).is_file():
             problems.append(Problem(f"{table}.weights", f"no file {weights}"))
+    tokenizer = _text(merged, "data", "tokenizer")
+    if tokenizer and not Path(tokenizer).is_file():
+        problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
     return problems
 
 

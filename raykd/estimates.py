@@ -14,9 +14,9 @@ METRIC = "accuracy"
 Predicted = NDArray[np.integer]  # (n,) the class that a model gives each test row
 
 
-def metrics(values: stats.Values | None, n: int) -> schema.Metrics:
-    """The headline metric of a model that is there, else nothing."""
-    return {} if values is None else {METRIC: schema.Estimate(**vars(stats.interval(values, n)))}
+def metrics(values: stats.Values | None, n: int, name: str = METRIC) -> schema.Metrics:
+    """The headline metric, or another, of a model that is there, else nothing."""
+    return {} if values is None else {name: schema.Estimate(**vars(stats.interval(values, n)))}
 
 
 def ratio(found: Interval | None) -> schema.Ratio:

@@ -12,6 +12,7 @@ from raykd.estimates import Predicted, beside, metrics, plain, ratio
 from raykd.stats import Hits, Sample
 
 BINS = 24
+MOST_CLASSES = 64  # told one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Evidence:
     beside: Mapping[str, Mapping[int, Predicted]] = field(default_factory=dict)  # other trainings, by name and seed
     teacher: Predicted | None = None
     artefact: Predicted | None = None
+    losses: Mapping[str, Mapping[str, Mapping[int, NDArray]]] = field(default_factory=dict)  # (n,) by name, arm, seed
     thriving: NDArray[np.bool_] | None = None  # (n,)
     saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
     best_seed: int | None = None
@@ -68,7 +70,7 @@ def _described(e: Evidence) -> dict[str, Any]:
         "technique": e.technique,
         "setting": e.setting,
         "data": _data(e),
-        "classes": list(e.classes),
+        "classes": list(e.classes) if _tells_classes(e) else [],
         "seeds": list(e.seeds),
         "compression": _compression(e.teacher_info, e.student_params, e.artefact_info.get("bytes")),
         "training_cost": schema.Cost(ratio=plain(e.training_cost)),
@@ -84,25 +86,56 @@ def _described(e: Evidence) -> dict[str, Any]:
 
 def _measured(e: Evidence) -> dict[str, Any]:
     """The parts that are computed from predictions."""
-    sample, seed = stats.resample(_hits(e)), _exported(e)
+    sample, seed, lost = stats.resample(_hits(e)), _exported(e), _lost(e)
     closed, gain = ratio(stats.gap_closed(sample)), ratio(stats.difference(sample))
     why = words.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = words.verdict(closed.model_dump(), gain.model_dump())
     return {
-        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=metrics(sample.teacher, sample.n)),
-        "control": schema.Model(params=e.control_params, metrics=metrics(sample.control, sample.n)),
-        "student": schema.Model(params=e.student_params, metrics=metrics(sample.student, sample.n)),
+        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics("teacher", sample, lost)),
+        "control": schema.Model(params=e.control_params, metrics=_metrics("control", sample, lost)),
+        "student": schema.Model(params=e.student_params, metrics=_metrics("student", sample, lost)),
         "beside": {name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()},
         "artefact": _artefact(e, sample, seed),
         "retention": _retentions(e, sample),
         "gap_closed": closed,
         "gap_words": why,
         "gain": gain,
+        "gains": {name: ratio(stats.difference(found)) for name, found in lost.items()},
         "warnings": [w for w in (why, verdict, *_cautions(e), *e.warnings) if w],
-        "per_class": _per_class(e),
-        "confusion": _confusion(e.label, e.student[seed], len(e.classes)),
+        "per_class": _per_class(e) if _tells_classes(e) else [],
+        "confusion": _confusion(e.label, e.student[seed], len(e.classes)) if _tells_classes(e) else [],
         "confusion_seed": seed,
     }
+
+
+def _tells_classes(e: Evidence) -> bool:
+    return len(e.classes) <= MOST_CLASSES
+
+
+def _lost(e: Evidence) -> dict[str, Sample]:
+    """The mean of each loss, resampled as accuracies are."""
+    found = {}
+    for name, arms in e.losses.items():
+        stacked = {arm: np.stack(list(by_seed.values())) for arm, by_seed in arms.items() if by_seed}
+        teacher = stacked.get("teacher")
+        hits = Hits(
+            groups=e.group,
+            student=stacked["student"],
+            student_seeds=list(arms["student"]),
+            control=stacked.get("control"),
+            control_seeds=list(arms["control"]) if "control" in stacked else [],
+            teacher=None if teacher is None else teacher[0],
+        )
+        found[name] = stats.resample(hits)
+    return found
+
+
+def _metrics(model: str, sample: Sample, lost: Mapping[str, Sample]) -> schema.Metrics:
+    """A model's accuracy and losses."""
+    found = metrics(getattr(sample, model), sample.n)
+    for name, of_loss in lost.items():
+        found |= metrics(getattr(of_loss, model), of_loss.n, name)
+    return found
 
 
 def _data(e: Evidence) -> schema.Data:
@@ -126,6 +159,7 @@ def _labelled(e: Evidence) -> Evidence:
         student=_rows(e.student, known),
         control=_rows(e.control, known),
         beside={name: _rows(arm, known) for name, arm in e.beside.items()},
+        losses={name: {arm: _rows(v, known) for arm, v in arms.items()} for name, arms in e.losses.items()},
     )
 
 
@@ -208,7 +242,8 @@ def _cautions(e: Evidence) -> list[str]:
         "store": not e.store,
         "thriving": e.thriving is None or not e.thriving.any(),
     }
-    absent = [name for i, name in enumerate(e.classes) if not (e.label == i).any()]
+    named = enumerate(e.classes) if _tells_classes(e) else ()
+    absent = [name for i, name in named if not (e.label == i).any()]
     return words.cautions(seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing)
 
 

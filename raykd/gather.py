@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from raykd import artefact
-from raykd.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, read_predictions
+from raykd import artefact, predictions
+from raykd.arms import ROUNDED_CONTROL, UNROUNDED, arms_of
 from raykd.data import Dataset
 from raykd.estimates import Predicted
 from raykd.evidence import Evidence
 from raykd.files import read_json
 from raykd.identity import run_digest
+from raykd.predictions import Places, Predictions
 from raykd.recipe import Recipe
-from raykd.signals import UNLABELLED
 from raykd.store import layers, place
 from raykd.store.reader import Store
 from raykd.terms import needs_of
@@ -32,9 +32,10 @@ def gather(
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
     records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
-    test, opened = dataset.splits["test"], Store(where) if where else None
+    test, opened = Places.of(dataset.splits["test"]), Store(where) if where else None
     manifest = read_json(folder / "artefact" / "manifest.json")
-    saliency = opened.aligned("saliency", "test", test.row_id, np.nan) if opened else None
+    saliency = _saliency(opened, dataset, test) if opened else None
+    predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
     return Evidence(
         recipe_digest=run_digest(found, dataset),
         technique=found.technique,
@@ -44,14 +45,14 @@ def gather(
         data_rows={name: len(rows) for name, rows in dataset.splits.items()},
         test_digest=dataset.test_digest,
         classes=dataset.classes,
-        row_id=test.row_id,
+        row_id=test.place,
         label=test.label,
         group=test.group,
-        student=_predicted(folder, records, "student"),
-        control=_predicted(folder, records, "control"),
+        **{name: {seed: said.answer for seed, said in arm.items()} for name, arm in predicted.items()},
+        losses=_losses(predicted, opened, dataset) if dataset.is_text else {},
         beside=_beside(found, dataset, folder, records),
-        teacher=opened.aligned("answer", "test", test.row_id, -1) if opened else None,
-        artefact=artefact.predict(folder / "artefact", dataset).argmax(1) if manifest else None,
+        teacher=_teacher(opened, dataset) if opened else None,
+        artefact=artefact.predict(folder / "artefact", dataset).answer if manifest else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
         best_seed=artefact.best_seed(found, folder),
@@ -70,9 +71,32 @@ def gather(
     )
 
 
-def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predicted]:
+def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predictions]:
     own = _seeds(folder, records, name)
-    return {seed: read_predictions(arm / "predictions.parquet").argmax(1) for seed, arm in own.items()}
+    return {seed: predictions.read(arm / "predictions.parquet") for seed, arm in own.items()}
+
+
+def _teacher(store: Store, dataset: Dataset) -> Predicted:
+    """(n,): the teacher's answer at each place of the test split, -1 where it has none."""
+    test = dataset.splits["test"]
+    if test.is_text:
+        return store.stepwise("answer", "test", test.row_id, test.mask.sum(1))
+    return store.aligned("answer", "test", test.row_id, -1)
+
+
+def _losses(predicted: dict[str, dict[int, Predictions]], store: Store | None, dataset: Dataset) -> dict[str, Any]:
+    """NLL and KL to the teacher at each place, by arm and seed; the teacher's own NLL as its only seed's."""
+    test = dataset.splits["test"]
+    nll: dict[str, Any] = {name: {seed: -said.log_q for seed, said in arm.items()} for name, arm in predicted.items()}
+    if store:
+        nll["teacher"] = {0: -store.stepwise("log_p", "test", test.row_id, test.mask.sum(1)).astype(np.float32)}
+    kl = {name: {s: said.kl for s, said in arm.items() if said.kl is not None} for name, arm in predicted.items()}
+    return {"nll": nll} | ({"kl": kl} if kl["student"] else {})
+
+
+def _saliency(store: Store, dataset: Dataset, test: Places) -> NDArray[np.floating]:
+    """(n,): the saliency of each place's row, NaN where it is unknown."""
+    return store.aligned("saliency", "test", dataset.splits["test"].row_id, np.nan)[test.row]
 
 
 def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
@@ -81,11 +105,12 @@ def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
 
 def _beside(recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
     """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it stands."""
-    found = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
+    arms = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
+    found = {name: {seed: said.answer for seed, said in arm.items()} for name, arm in arms.items()}
     if recipe.phases and recipe.phases[-1].quant:
         weights = {seed: arm / "weights.safetensors" for seed, arm in _seeds(folder, records, UNROUNDED).items()}
-        rounded = {s: artefact.rounded_afterwards(recipe, dataset, path).argmax(1) for s, path in weights.items()}
-        found["post_training"] = rounded
+        said = {seed: artefact.rounded_afterwards(recipe, dataset, path) for seed, path in weights.items()}
+        found["post_training"] = {seed: each.answer for seed, each in said.items()}
     return {name: arm for name, arm in found.items() if arm}
 
 
@@ -158,10 +183,10 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
 
 
 def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
-    found, label = [], dataset.splits["train"].label
-    hidden = int((label == UNLABELLED).sum())
+    found, labelled = [], dataset.splits["train"].labelled
+    hidden = int((~labelled).sum())
     if hidden:
-        found.append(f"{hidden} of {len(label)} training rows were used without their label")
+        found.append(f"{hidden} of {len(labelled)} training rows were used without their label")
     gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
     if gate is not None and gate < 0.2:
         found.append(f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise")

@@ -7,9 +7,10 @@ from typing import Any
 from raykd.checks import apply_trial, register
 from raykd.codecs import CODECS, check_serves
 from raykd.data import Dataset
+from raykd.digests import content_of, digest_of, file_sha256
+from raykd.digests import identity as recipe_identity
 from raykd.errors import RecipeError
-from raykd.recipe import Recipe, content_of, digest_of, file_sha256
-from raykd.recipe import identity as recipe_identity
+from raykd.recipe import Recipe
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import codec_name
 from raykd.terms import TERMS, needs_of

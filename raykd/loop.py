@@ -142,7 +142,7 @@ class Step:
     def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State):
         self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
         self.device, self.share = rows.device, world.share(optim.batch)
-        self.order = Order(rows.label.cpu().numpy(), optim, arm.seed)
+        self.order = Order(rows.labelled.cpu().numpy(), optim, arm.seed)
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
         self.spreads: list[Spread] = []  # of the row weights since the last report
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets

@@ -22,7 +22,10 @@ Where = Literal["steps", "sequence"]
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
     """-log q(label), at every valid step or on the sequence's mean logits; rows without a label count nothing."""
     logits, mask = _places(student, on)
-    target = batch.label.reshape(-1, *(1,) * (mask.dim() - 1)).expand(mask.shape)
+    target = batch.label
+    if target.dim() == 2 and mask.dim() == 1:
+        raise RecipeError('terms.ce: text has a label at every step, so write on = "steps"')
+    target = target.reshape(*target.shape, *(1,) * (mask.dim() - target.dim())).expand(mask.shape)
     mask = mask & (target != UNLABELLED)
     log_q = log_softmax(logits).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return Places(-log_q, mask)

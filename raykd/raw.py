@@ -4,9 +4,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from raykd.digests import is_path
 from raykd.errors import RecipeError
-from raykd.recipe import is_path
 from raykd.store.place import is_url
+
+PATHS = (("teacher", "weights"), ("student", "weights"), ("data", "tokenizer"), ("scale", "store"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
         return str((folder / value).resolve()) if isinstance(value, str) and not is_url(value) else value
 
-    for table, key in (("teacher", "weights"), ("student", "weights"), ("scale", "store")):
+    for table, key in PATHS:
         if isinstance(raw.get(table), dict) and key in raw[table]:
             raw = merge(raw, {table: {key: absolute(raw[table][key])}})
     source = raw.get("data", {}).get("source") if isinstance(raw.get("data"), dict) else None

@@ -5,11 +5,8 @@ error with a suggestion, and all errors come at once. Tables that change the res
 and `[track]`, which only say where and how fast, and `[export]`, in which forms, do not.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
@@ -32,19 +29,36 @@ class Table(BaseModel):
 
 
 class Columns(Table):
-    """Names of the Parquet columns: `inputs` is a list of steps, each a list of channel values."""
+    """Names of the Parquet columns: `inputs` is a list of steps, each a list of channel values.
+
+    Of text, `text` is a whole document, or `prompt` and `completion` are its two parts.
+    """
 
     inputs: str = "inputs"
     label: str = "label"
     split: str = "split"
     group: str | None = None
     valence: str | None = None
+    text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+
+    @model_validator(mode="after")
+    def _both_parts(self) -> Self:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion belong together; name both columns, or neither")
+        return self
 
 
 class DataRef(Table):
-    """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows."""
+    """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows.
+
+    With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each, whose label is the token after each.
+    """
 
     source: str = "watch_gestures"
+    tokenizer: str | None = None
+    end: str = "<|endoftext|>"  # the token after every document
     split: Literal["time", "subject"] = "time"
     window: Positive = 16
     stride: Positive = 8
@@ -297,51 +311,3 @@ class Recipe(Table):
 def ends_of(phases: Sequence[Phase], steps: int) -> list[int]:
     """The step that each phase ends before."""
     return [round(phase.until * steps) for phase in phases]
-
-
-NOT_HASHED = {"name", "setting", "scale", "track", "export"}
-
-
-def is_path(source: str) -> bool:
-    """Whether a data source names a folder: it holds a slash or starts with a dot."""
-    return "/" in source or source.startswith(".")
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
-    path = Path(path)
-    if path.is_dir():
-        parts = [f"{p.relative_to(path)}:{file_sha256(p)}" for p in sorted(path.rglob("*.parquet"))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_of(table: BaseModel) -> dict[str, Any]:
-    """A table's values, with every path replaced by the digest of what lies there."""
-    values = table.model_dump(mode="json")
-    for key in ("weights", "source"):
-        value = values.get(key)
-        if isinstance(value, str) and is_path(value):
-            values[key] = "sha256:" + file_sha256(value)
-    return values
-
-
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result, and nothing else: no names, paths, worker counts or servers."""
-    values = recipe.model_dump(mode="json", exclude=NOT_HASHED)
-    for key in ("data", "teacher", "student"):
-        table = getattr(recipe, key)
-        if table is not None:
-            values[key] = content_of(table)
-    return values
-
-
-def digest_of(values: Any) -> str:
-    """Hex sha256 of canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def digest(recipe: Recipe) -> str:
-    """Hex sha256 of the recipe's identity; its first eight digits name the run's folder."""
-    return digest_of(identity(recipe))

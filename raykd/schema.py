@@ -208,6 +208,9 @@ Table = Annotated[dict[str, Any], BeforeValidator(dict)]
 class Report(Part):
     """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one seed.
 
+    Of text rows are tokens to tell and recordings are documents; `gains` are the student's losses (nll, and kl to the
+    teacher) less its control's; classes and what is told of each are left out where they are many.
+
     `inputs` is the digest of the files it was made from.
     """
 
@@ -229,6 +232,7 @@ class Report(Part):
     gap_closed: Ratio
     gap_words: str
     gain: Ratio
+    gains: dict[str, Ratio] = {}
     compression: Compression
     training_cost: Cost
     store: Store

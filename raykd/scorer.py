@@ -14,16 +14,18 @@ from raykd.checks import register
 from raykd.codecs import Codec
 from raykd.codecs.hidden import Hidden, head_digest
 from raykd.data import Dataset, Rows
+from raykd.digests import digest_of
 from raykd.errors import DataError, RecipeError
 from raykd.identity import identity, signals_of, store_table
 from raykd.models.adapter import Adapter
-from raykd.recipe import Recipe, digest_of
-from raykd.signals import Signals, tensor
+from raykd.recipe import Recipe
+from raykd.signals import Signals, log_softmax, tensor
 from raykd.store import layers
 from raykd.store.codec import encode, field
 from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, metadata
 from raykd.store.reader import Store
+from raykd.vocabulary import table_digest
 
 HALF = torch.finfo(torch.float16).max
 
@@ -75,7 +77,7 @@ class Scorer:
         """The arrays of a batch's rows; those that can not be stored are added to `bad` instead."""
         mask = tensor(rows.mask).to(self.device)
         signals = self.teacher(tensor(rows.inputs).to(self.device), mask)
-        out = {"mask": signals.mask, "answer": signals.sequence_logits().argmax(1)} | self._valence(rows, signals)
+        out = {"mask": signals.mask} | self._said(rows, signals) | self._valence(rows, signals)
         for name, values in signals.layers.items():
             out |= {name: values, layers.counts(name): mask if values.shape[1] == mask.shape[1] else _all_steps(values)}
         arrays = {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
@@ -87,6 +89,14 @@ class Scorer:
             arrays = {k: v[fit] for k, v in arrays.items()}
             kept, signals = kept[fit], replace(signals, mask=signals.mask[fit])
         return arrays | {"logits": self.codec.encode(kept, signals.mask, rows.row_id[fit], self.key)}
+
+    def _said(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
+        """The teacher's class of each row; of text its likeliest token at each step, and log p of the true one."""
+        if not rows.is_text:
+            return {"answer": signals.sequence_logits().argmax(1)}
+        z = signals.logits[..., : len(self.dataset.classes)]
+        true = tensor(rows.label).to(self.device).clamp(min=0).unsqueeze(-1)
+        return {"answer": z.argmax(2), "log_p": log_softmax(z).gather(2, true).squeeze(2)}
 
     def _unfit(self, signals: Signals, kept: Tensor, arrays: dict[str, NDArray[Any]]) -> dict[int, str]:
         """The places in the batch of rows with an answer that can not be stored at some valid step, and why."""
@@ -157,10 +167,10 @@ def _to_table(row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec:
     columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
     packed, layout = codec.pack(encoded, masks["steps"].sum(1))
     columns[pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))] = packed
-    columns[pa.field("answer", pa.int32())] = arrays.pop("answer").astype(np.int32)
     for name, values in arrays.items():
         if values.ndim == 1:
-            columns[pa.field(name, pa.float32())] = values.astype(np.float32)
+            kind = np.int32 if name == "answer" else np.float32
+            columns[pa.field(name, pa.from_numpy_dtype(kind))] = values.astype(kind)
         else:
             steps = "valence_steps" if name in ("valence", "trajectory") else "steps"
             columns[field(name, values, steps)] = encode(values, masks[steps])
@@ -188,10 +198,7 @@ def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]
     quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(known) else None
     return {
         "rows": {name: len(rows) for name, rows in dataset.splits.items()},
-        "classes": list(dataset.classes),
-        "class_prior": np.bincount(
-            dataset.splits["train"].label[dataset.splits["train"].label >= 0], minlength=len(dataset.classes)
-        ).tolist(),
+        **(_vocabulary(dataset) if dataset.is_text else _prior(dataset)),
         "saliency": {
             "mean": float(known.mean()) if len(known) else None,
             "std": float(known.std(ddof=1)) if len(known) > 1 else None,
@@ -200,6 +207,17 @@ def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]
         },
         "value_head": {"val_correlation": _value_head_correlation(recipe, dataset, store)},
     }
+
+
+def _prior(dataset: Dataset) -> dict[str, Any]:
+    label = dataset.splits["train"].label
+    count = np.bincount(label[label >= 0], minlength=len(dataset.classes))
+    return {"classes": list(dataset.classes), "class_prior": count.tolist()}
+
+
+def _vocabulary(dataset: Dataset) -> dict[str, Any]:
+    """What tells whether another tokeniser numbers its tokens alike (`raykd.vocabulary.check_digest`)."""
+    return {"vocabulary": {"size": len(dataset.classes), "sha256": table_digest(dataset.classes)}}
 
 
 def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> float | None:

@@ -94,7 +94,7 @@ class Batch:
     """
 
     row_id: Tensor  # (B,) int64
-    inputs: Tensor  # (B, T, K); int64 where they are tokens
+    inputs: Tensor  # (B, T, K); int32 where they are tokens
     mask: Tensor  # (B, T) bool
     label: Tensor  # (B,) int64, or (B, T) of text
     valence: Tensor | None = None  # (B, T), NaN where missing

@@ -30,12 +30,13 @@ from raykd import (
 )
 from raykd.arms import arms_of
 from raykd.data import Dataset
-from raykd.errors import InfraError, RecipeError
+from raykd.digests import digest_of
+from raykd.errors import InfraError, Problem, RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.identity import run_digest, signals_of
 from raykd.journal import Journal
 from raykd.progress import say
-from raykd.recipe import Recipe, digest_of
+from raykd.recipe import Recipe
 from raykd.scorer import Scorer
 from raykd.session import connect
 from raykd.store.place import Address
@@ -89,6 +90,12 @@ class Place:
         """RecipeError if the student can not be exported in the forms that `[export]` asks for."""
         recipe = self.recipe
         if forms.asked(recipe.export):
+            if self.dataset.is_text:
+                refused = [
+                    Problem(f"export.{form}", "of rows of series so far; write false")
+                    for form in forms.asked(recipe.export)
+                ]
+                raise RecipeError(refused)
             student = models.build(recipe.student, **self.dataset.shape, key="student")
             forms.check(recipe.export, student, recipe.phases[-1].quant if recipe.phases else None)
 

@@ -20,9 +20,7 @@ from raykd.errors import InfraError
 from raykd.files import write_bytes
 from raykd.fit import group
 from raykd.loop import World
-from raykd.measure import classifier_metrics
 from raykd.progress import Progress
-from raykd.quant.rest import plain
 from raykd.recipe import Range, Recipe
 from raykd.scorer import device_of
 from raykd.session import plain_error
@@ -139,7 +137,7 @@ def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
     if recipe.phases:
         phases.enter(student.module, recipe.phases[-1])
     models.load_weights(student.module, weights, "trial")
-    return classifier_metrics(shop.test_logits(student), shop.dataset.splits["test"].label)
+    return shop.test(student).metrics()
 
 
 def _recipe_of(config: dict[str, Any], shared: dict[str, Any]) -> Recipe:
@@ -152,7 +150,7 @@ def _note(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def _save(module: nn.Module, path: Path) -> None:
-    write_bytes(path, save({k: v.contiguous() for k, v in plain(module.state_dict()).items()}))
+    write_bytes(path, save(models.weights_of(module)))
 
 
 def _resources(recipe: Recipe, nested: bool) -> dict[str, float]:

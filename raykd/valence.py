@@ -13,9 +13,13 @@ def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     """(B, T): v_t = 2 p(label | steps <= t) - 1 of a causal classifier; NaN at invalid steps.
 
     p is the softmax of the mean logits of steps 1..t, the classifier's own decision rule. A row without a label is
-    judged by the class that the full sequence gives, so no hidden label leaks. A derived signal: the data holds no
-    human valence.
+    judged by the class that the full sequence gives, so no hidden label leaks. With a label at every step, p is that
+    step's own softmax. A derived signal: the data holds no human valence.
     """
+    if label.dim() == 2:
+        target, known = label.clamp(min=0), mask & (label != UNLABELLED)
+        log_p = log_softmax(logits).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        return torch.where(known, 2 * log_p.exp() - 1, torch.nan)
     seen = mask.cumsum(1).clamp(min=1)
     prefix = zeroed(logits.float(), mask).cumsum(1) / seen.unsqueeze(-1)
     own = prefix[:, -1].argmax(-1)

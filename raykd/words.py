@@ -7,6 +7,7 @@ from typing import Any
 FEW_SEEDS, FEW_GROUPS = 3, 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
+LOSSES = {"nll": "nats a token", "kl": "KL to the teacher"}
 BESIDE = {"unrounded": "full precision", "post_training": "rounded afterwards", "rounded_control": "rounded control"}
 
 
@@ -154,12 +155,25 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, part in report["beside"].items():
         lost = part["lost"]
         found.append((f"over {BESIDE[name]}", f"{100 * lost['value']:+.1f} points ({span(lost)})"))
+    found += [(LOSSES[name], _losses(report, name)) for name in report["gains"]]
     if size["ratio"] is not None:
         parts = f" = {times(size['architecture'])} architecture * {times(size['bits'])} bits"
         found.append(("compression", times(size["ratio"]) + (parts if size["bits"] else "")))
     if (cost := report["training_cost"]["ratio"]) is not None:
         found.append(("training cost", f"{times(cost)} the control's"))
     return found + _artefact_figures(report["artefact"])
+
+
+def _losses(report: Mapping[str, Any], name: str) -> str:
+    """A loss of each model, and how much lower the student's is than its control's."""
+    known = {model: report[model]["metrics"].get(name) for model in ("teacher", "control", "student")}
+    text = ", ".join(f"{model} {part['value']:.3f}" for model, part in known.items() if part)
+    gain = report["gains"][name]
+    return text + ("" if gain["value"] is None else f"; over the control {_nats(gain)}")
+
+
+def _nats(gain: Mapping[str, Any]) -> str:
+    return f"{gain['value']:+.3f} ({gain['lo']:.3f} to {gain['hi']:.3f})"
 
 
 def _artefact_figures(artefact: Mapping[str, Any]) -> list[tuple[str, str]]:

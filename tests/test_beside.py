@@ -80,9 +80,9 @@ def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(m
             scale = scale_of(rows, rule, largest)
             weights[name] = (codes_of(rows, scale, rule, largest) * scale).reshape(value.shape)
     student.module.load_state_dict(weights)
-    logits = rounded_afterwards(found, shop.dataset, folder / "arms/unrounded-0/weights.safetensors")
-    np.testing.assert_allclose(shop.test_logits(student), logits, atol=1e-5)
-    right = (logits.argmax(1) == shop.dataset.splits["test"].label).mean()
+    said = rounded_afterwards(found, shop.dataset, folder / "arms/unrounded-0/weights.safetensors")
+    np.testing.assert_allclose(shop.test(student).logits, said.logits, atol=1e-5)
+    right = said.metrics()["accuracy"]
     assert made["beside"]["post_training"]["metrics"]["accuracy"]["value"] == pytest.approx(right)
 
 

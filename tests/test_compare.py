@@ -18,10 +18,11 @@ from test_report import CLASSES, Page
 
 from raykd import answers, compare, evidence, stats
 from raykd.compare import page, runs, table, words
+from raykd.digests import digest
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.evidence import Evidence
 from raykd.files import read_json, write_json
-from raykd.recipe import Recipe, digest
+from raykd.recipe import Recipe
 
 GROUPS, WINDOWS = 60, 4
 TERMS = {"ce": {}, "kd": {"temperature": 1.5}}

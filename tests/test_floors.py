@@ -22,7 +22,16 @@ ALLOWED = {
     "obstore": {"store.bucket"},
 }
 HEAVY = ["torch", *ALLOWED, "pyarrow", "numpy", "matplotlib", "safetensors", "jinja2", "optuna"]
-LIGHT = ["raykd", "raykd.errors", "raykd.recipe", "raykd.raw", "raykd.imports", "raykd.catalog", "raykd.cli"]
+LIGHT = [
+    "raykd",
+    "raykd.errors",
+    "raykd.recipe",
+    "raykd.digests",
+    "raykd.raw",
+    "raykd.imports",
+    "raykd.catalog",
+    "raykd.cli",
+]
 LONGEST = 350
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
 

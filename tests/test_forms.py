@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from raykd import artefact, checks, data, forms, packed_file, plan, stages
-from raykd.arms import read_predictions, run_arms
+from raykd import artefact, checks, data, forms, packed_file, plan, predictions, stages
+from raykd.arms import run_arms
+from raykd.digests import file_sha256
 from raykd.errors import GateError, RecipeError, StoreError
 from raykd.files import read_json
 from raykd.loop import World
@@ -25,7 +26,7 @@ from raykd.models.llama import Llama
 from raykd.models.series import SeriesEncoder
 from raykd.parity import BLOCKS, Bar, bar_of
 from raykd.quant.scheme import Quant
-from raykd.recipe import Export, Recipe, file_sha256
+from raykd.recipe import Export, Recipe
 
 EXECUTORCH = find_spec("executorch") is not None
 SCHEMES: dict[str, dict[str, Any] | None] = {
@@ -74,7 +75,8 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
     train(recipe, tmp_path)
     dataset = data.load(recipe.data)
     manifest = artefact.export(recipe, dataset, tmp_path)
-    folder, trained = tmp_path / "artefact", read_predictions(tmp_path / "arms/student-0/predictions.parquet")
+    folder, trained = tmp_path / "artefact", predictions.read(tmp_path / "arms/student-0/predictions.parquet").logits
+    assert trained is not None
     assert json.loads((folder / "manifest.json").read_bytes()) == manifest
     names = {forms.FILES[form] for form in forms.asked(recipe.export)}
     assert {p.name for p in folder.iterdir()} >= names

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from raykd import checks
-from raykd.arms import Workshop, arms_of, read_predictions, run_arms
+from raykd import checks, predictions
+from raykd.arms import Workshop, arms_of, run_arms
 from raykd.batches import DeviceRows, Order
 from raykd.checkpoints import Checkpoints
 from raykd.errors import DataError
@@ -89,14 +89,14 @@ def hidden_labels(size: int, labelled: int) -> np.ndarray:
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
 def test_an_epoch_sees_each_row_once(size, batch, seed):
-    order = Order(np.zeros(size, np.int64), Optim(batch=batch), seed)
+    order = Order(np.ones(size, bool), Optim(batch=batch), seed)
     seen = np.concatenate([order.rows(step) for step in range(3 * size // batch + 1)])
     for epoch in range(len(seen) // size):
         assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_each_epoch_has_its_own_order():
-    order = Order(np.zeros(30, np.int64), Optim(batch=10), 0)
+    order = Order(np.ones(30, bool), Optim(batch=10), 0)
     epochs = np.concatenate([order.rows(step) for step in range(12)]).reshape(4, 30)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -104,7 +104,7 @@ def test_each_epoch_has_its_own_order():
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_an_epoch(share):
     size, labelled, batch = 48, 6, 16
-    order = Order(hidden_labels(size, labelled), Optim(batch=batch, labelled_share=share), 0)
+    order = Order(hidden_labels(size, labelled) != UNLABELLED, Optim(batch=batch, labelled_share=share), 0)
     drawn = [order.rows(step) for step in range(12)]
     count = round(share * batch)
     streams = {len(stream.pool): stream for stream, _ in order.parts}
@@ -121,7 +121,7 @@ def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_a
 
 
 def test_the_order_is_a_function_of_seed_and_step_alone():
-    label, optim = hidden_labels(50, 10), Optim(batch=8)
+    label, optim = hidden_labels(50, 10) != UNLABELLED, Optim(batch=8)
     straight = [Order(label, optim, 0).rows(step).tolist() for step in range(20)]
     used = Order(label, optim, 0)
     backwards = [used.rows(step).tolist() for step in reversed(range(20))]
@@ -145,15 +145,17 @@ def test_shares_part_a_batch_in_order_and_differ_by_one_row_at_most(batch, data)
 def test_any_number_of_workers_sees_the_same_global_batches(size):
     rows, optim = tiny_rows(), OPTIM
     for step in range(12):
-        alone = Order(rows.label.numpy(), optim, 0).rows(step)
-        parts = [Order(rows.label.numpy(), optim, 0).rows(step)[World(r, size).share(optim.batch)] for r in range(size)]
+        alone = Order(rows.labelled.numpy(), optim, 0).rows(step)
+        parts = [
+            Order(rows.labelled.numpy(), optim, 0).rows(step)[World(r, size).share(optim.batch)] for r in range(size)
+        ]
         ids = torch.cat([rows.batch(torch.from_numpy(part)).row_id for part in parts])
         assert torch.equal(ids, rows.batch(torch.from_numpy(alone)).row_id)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_each_worker_gets_its_part_of_the_labels(size):
-    order = Order(hidden_labels(4000, 100), Optim(batch=16, labelled_share=0.5), 0)
+    order = Order(hidden_labels(4000, 100) != UNLABELLED, Optim(batch=16, labelled_share=0.5), 0)
     for step in range(20):
         rows = order.rows(step)
         counts = [(rows[World(rank, size).share(16)] < 100).sum() for rank in range(size)]
@@ -338,7 +340,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines
 def test_history_holds_the_mean_of_each_term_since_the_last_report():
     often, seldom = tiny_run(OPTIM.model_copy(update={"evaluate_every": 1})), tiny_run()
     rows = tiny_rows()
-    order = Order(rows.label.numpy(), OPTIM, ARM.seed)
+    order = Order(rows.labelled.numpy(), OPTIM, ARM.seed)
     counts = np.array([rows.mask[order.rows(step)].sum() for step in range(OPTIM.steps)])
     kd = np.array([h["terms"]["kd"] for h in often.history])
     assert [h["step"] for h in seldom.history] == list(range(5, 41, 5))
@@ -440,7 +442,7 @@ def test_an_arms_files_belong_together(distillation, tmp_path):
     shop = Workshop(found, store, CPU)
     student = shop.student(Arm("student", 0, dict(found.terms)))
     student.module.load_state_dict(load_file(folder / "weights.safetensors"))
-    np.testing.assert_array_equal(read_predictions(folder / "predictions.parquet"), shop.test_logits(student))
+    np.testing.assert_array_equal(predictions.read(folder / "predictions.parquet").logits, shop.test(student).logits)
     record = read_json(folder / "arm.json")
     assert record["val"] == shop.validate(student)
     assert record["steps"] == 20

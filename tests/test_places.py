@@ -23,8 +23,8 @@ from test_store import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 from test_tend import typed
 
 from raykd import checks, plan, stream
+from raykd.digests import digest
 from raykd.errors import InfraError, RecipeError, StoreError
-from raykd.recipe import digest
 from raykd.store import bucket, layers, tend
 from raykd.store.bucket import Bucket
 from raykd.store.commit import StoreWriter

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from raykd import checks, imports, raw, recipe
+from raykd.digests import digest
 from raykd.errors import RecipeError
-from raykd.recipe import Range, Recipe, digest
+from raykd.recipe import Range, Recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for folder in ("examples", "pipelines") for path in (ROOT / folder).glob("**/*.toml"))

@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raykd import catalog, checks, losses, models, recipe, techniques
+from raykd import catalog, checks, losses, models, techniques
 from raykd.arms import run_arms
 from raykd.batches import DeviceRows
+from raykd.digests import digest
 from raykd.loop import Arm, World, train
 from raykd.models.adapter import Adapter
 from raykd.models.series import SeriesEncoder
@@ -344,7 +345,7 @@ def test_a_techniques_recipe_resolves_and_is_its_json(name, teacher):
     assert set(found.terms) == set(TECHNIQUES[name].recipe["terms"])
     back = Recipe.model_validate_json(found.model_dump_json())
     assert back == found
-    assert recipe.digest(back) == recipe.digest(found)
+    assert digest(back) == digest(found)
 
 
 @pytest.mark.parametrize("name", list(TECHNIQUES))

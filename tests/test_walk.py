@@ -13,8 +13,8 @@ import torch
 from conftest import SEARCH
 from mlflow import MlflowClient
 
-from raykd import answers, checks, compare, plan, schema, stages
-from raykd.arms import Workshop, arms_of, read_predictions
+from raykd import answers, checks, compare, plan, predictions, schema, stages
+from raykd.arms import Workshop, arms_of
 
 pytestmark = pytest.mark.ray
 KEPT = (
@@ -65,7 +65,7 @@ def test_the_run_can_be_compared(folder, tmp_path):
         "value": 0, "lo": 0, "hi": 0, "n": 0, "verdict": "not shown to differ"
     }  # fmt: skip
     (student,) = answers.read(folder).student.values()
-    np.testing.assert_array_equal(student, read_predictions(folder / "arms/student-0/predictions.parquet").argmax(1))
+    np.testing.assert_array_equal(student, predictions.read(folder / "arms/student-0/predictions.parquet").answer)
 
 
 def test_a_run_reported_without_its_answers_is_reported_again(made, recipe, folder, scored):

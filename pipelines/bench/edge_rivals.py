@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raykd import deployed, measure, onnx_file, phases, pte_file
+from raykd import deployed, onnx_file, phases, pte_file
 from raykd.data.rows import Rows
 from raykd.models.adapter import field
+from raykd.predictions import of_logits
 from raykd.quant.scheme import GROUP, Quant
 
 Answer = Callable[[Tensor], Tensor]  # inputs (1, T, K) -> logits (1, T, C) or (1, C)
@@ -92,7 +93,7 @@ def accuracy_of(answer: Answer, rows: Rows) -> float:
     for i, mask in enumerate(rows.mask):
         said = answer(inputs[i : i + 1])[0].numpy()
         logits.append(said if said.ndim == 1 else said[mask].mean(0))
-    return measure.classifier_metrics(np.stack(logits), rows.label)["accuracy"]
+    return of_logits(rows, np.stack(logits)).metrics()["accuracy"]
 
 
 def _ways(folder: Path) -> list[tuple[str, str, Callable[[nn.Module, Tensor], Made]]]:

@@ -65,7 +65,7 @@ class Windows:
         return window[:, :-1], window[:, 1:]
 
 
-def fit(model: Language, loss: Callable[[int], Tensor], *, steps: int, rate: float) -> None:
+def fit(model: nn.Module, loss: Callable[[int], Tensor], *, steps: int, rate: float) -> None:
     """Minimise `loss(step)` by AdamW: a short warm-up, then a decay to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for step in range(steps):

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raykd.compare.table import Change
-from raykd.recipe import NOT_HASHED, Recipe, TermSpec, file_sha256
+from raykd.digests import NOT_HASHED, file_sha256
+from raykd.recipe import Recipe, TermSpec
 
 UNSAID = {name: field.default for name, field in TermSpec.model_fields.items() if name != "weight"}
 PATHS = ("data.source", "teacher.weights", "student.weights")

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ValidationError
 from raykd import answers
 from raykd.answers import Answers
 from raykd.compare.changes import changes
+from raykd.digests import digest_of, file_sha256
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.estimates import METRIC
 from raykd.files import read_json
-from raykd.recipe import Recipe, digest_of, file_sha256
+from raykd.recipe import Recipe
 from raykd.schema import Report
 
 M = TypeVar("M", bound=BaseModel)

@@ -1,12 +1,13 @@
 """Data: a recipe's `[data]` table to checked rows in their splits."""
 
-from raykd.data import tables, watch_gestures
+from raykd.data import python_library, tables, watch_gestures
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows, checked, hide_labels
+from raykd.digests import is_path
 from raykd.errors import DataError
-from raykd.recipe import DataRef, is_path
+from raykd.recipe import DataRef
 from raykd.validation import suggestion
 
-BUILT_IN = {"watch_gestures": watch_gestures.load}
+BUILT_IN = {"watch_gestures": watch_gestures.load, "python_library": python_library.load}
 
 __all__ = ["BUILT_IN", "SPLITS", "UNLABELLED", "Dataset", "Rows", "load"]
 

@@ -15,28 +15,37 @@ from raykd.errors import DataError
 UNLABELLED = -100
 SPLITS = ("train", "val", "test")
 CHUNK = 4096  # rows at a time: inputs may be memory maps of any size
-KINDS = {
-    "row_id": ("int64", 1),
-    "inputs": ("float32", 3),
-    "mask": ("bool", 2),
-    "label": ("int64", 1),
-    "group": ("int64", 1),
-}
+SERIES = {"row_id": ("int64", 1), "inputs": ("float32", 3), "mask": ("bool", 2), "label": ("int64", 1)}
+SERIES |= {"group": ("int64", 1)}
+TEXT = SERIES | {"inputs": ("int32", 3), "label": ("int64", 2)}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split. Row ids are unique over the data set and ascend within it. Arrays may be memory maps."""
+    """One split. Row ids are unique over the data set and ascend within it. Arrays may be memory maps.
+
+    Rows of text have int32 inputs (N, T, 2), each a token and its place in its document, and a label (N, T) at every
+    step: the token after it. Their mask says where that is to be told; a prompt's steps are read all the same.
+    """
 
     row_id: NDArray[np.int64]  # (N,)
-    inputs: NDArray[np.float32]  # (N, T, K), zero where the mask is False
+    inputs: NDArray[np.float32] | NDArray[np.int32]  # (N, T, K), zero where the mask of a series is False
     mask: NDArray[np.bool_]  # (N, T) valid steps
-    label: NDArray[np.int64]  # (N,) UNLABELLED where hidden or missing
+    label: NDArray[np.int64]  # (N,) or (N, T), UNLABELLED where hidden or missing
     group: NDArray[np.int64]  # (N,) rows of one recording share a group: they are not independent
     valence: NDArray[np.float32] | None = None  # (N, T) in [-1, 1], NaN where missing
 
     def __len__(self) -> int:
         return len(self.row_id)
+
+    @property
+    def is_text(self) -> bool:
+        return self.label.ndim == 2
+
+    @property
+    def labelled(self) -> NDArray[np.bool_]:
+        """(N,): the rows with a label at any step."""
+        return (self.label != UNLABELLED).reshape(len(self), -1).any(1)
 
     def take(self, index: Any) -> "Rows":
         """The rows at `index` (a slice, mask or integer array)."""
@@ -46,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Checked rows in their splits, with the class names that labels index."""
+    """Checked rows in their splits, with the class names that labels index: of text, the tokeniser's tokens."""
 
     name: str
     classes: tuple[str, ...]
@@ -57,6 +66,10 @@ class Dataset:
         """What a model must be built for: channels and steps of its inputs, classes of its answers."""
         _, steps, channels = self.splits["train"].inputs.shape
         return {"channels": channels, "classes": len(self.classes), "steps": steps}
+
+    @property
+    def is_text(self) -> bool:
+        return self.splits["train"].is_text
 
     @property
     def digest(self) -> str:
@@ -83,8 +96,9 @@ class Dataset:
         """One line: rows, classes, splits and digest."""
         counts = ", ".join(f"{n} {len(r)}" for n, r in self.splits.items())
         labelled = int((self.splits["train"].label != UNLABELLED).sum())
+        kinds = ("tokens to tell", "tokens") if self.is_text else ("training labels", "classes")
         return (
-            f"{self.name}: {counts} rows, {labelled} training labels, {len(self.classes)} classes, "
+            f"{self.name}: {counts} rows, {labelled} {kinds[0]}, {len(self.classes)} {kinds[1]}, "
             f"sha256 {self.digest[:12]}"
         )
 
@@ -102,17 +116,27 @@ def checked(dataset: Dataset) -> Dataset:
 def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
     where, count = f"{dataset.name}, split {name!r}", len(dataset.classes)
     _check_arrays(where, rows)
-    if bad := _ids(rows, ~_by_chunks(lambda part: np.isfinite(part).all(axis=(1, 2)), rows.inputs)):
+    if rows.is_text:
+        outside = _by_chunks(lambda part: ((part[..., 0] < 0) | (part[..., 0] >= count)).any(1), rows.inputs)
+        if bad := _ids(rows, outside):
+            raise DataError(f"{where}: tokens outside the {count} of the tokeniser in rows {bad}")
+    elif bad := _ids(rows, ~_by_chunks(lambda part: np.isfinite(part).all(axis=(1, 2)), rows.inputs)):
         raise DataError(f"{where}: NaN or infinite inputs in rows {bad}; mend or drop them")
     if bad := _ids(rows, ~rows.mask.any(1)):
         raise DataError(f"{where}: rows {bad} hold no step")
     outside = (rows.label != UNLABELLED) & ((rows.label < 0) | (rows.label >= count))
-    if bad := _ids(rows, outside):
+    if bad := _ids(rows, outside.reshape(len(rows), -1).any(1)):
         raise DataError(f"{where}: labels outside the {count} classes in rows {bad}")
+    _check_valence(where, rows)
+    if rows.is_text:
+        return
     present = set(np.unique(rows.label).tolist())
     absent = [c for i, c in enumerate(dataset.classes) if i not in present]
     if absent:
         raise DataError(f"{where}: no row of class {', '.join(absent)}; every class must occur in every split")
+
+
+def _check_valence(where: str, rows: Rows) -> None:
     outside = rows.valence is not None and _by_chunks(lambda part: (np.abs(part) > 1).any(1), rows.valence)
     if rows.valence is not None and (bad := _ids(rows, outside)):
         raise DataError(f"{where}: valence outside [-1, 1] in rows {bad}; rescale it")
@@ -120,7 +144,7 @@ def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
 
 def _check_arrays(where: str, rows: Rows) -> None:
     """DataError unless a function's own Rows have the types and shapes that every other source gives."""
-    for key, (dtype, dims) in KINDS.items():
+    for key, (dtype, dims) in (TEXT if rows.is_text else SERIES).items():
         values = getattr(rows, key)
         if values.dtype != dtype or values.ndim != dims or len(values) != len(rows):
             found = f"{values.dtype} of shape {values.shape}"
@@ -149,13 +173,14 @@ def _ids(rows: Rows, faulty: Any) -> str:
 def hide_labels(rows: Rows, fraction: float, seed: int) -> Rows:
     """`rows` with ceil(fraction * n) labels kept in each class, drawn by `seed`; the rest become UNLABELLED.
 
-    Under one seed a smaller fraction keeps part of what a larger one keeps.
+    Of text, that many rows keep theirs. Under one seed a smaller fraction keeps part of what a larger one keeps.
     """
     if fraction == 1:
         return rows
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(rows))
     kept = np.zeros(len(rows), bool)
-    for label in np.unique(rows.label[rows.label != UNLABELLED]):
-        members = order[rows.label[order] == label]
+    kind = np.where(rows.labelled, 0, UNLABELLED) if rows.is_text else rows.label
+    for label in np.unique(kind[rows.labelled]):
+        members = order[kind[order] == label]
         kept[members[: ceil(Fraction(str(fraction)) * len(members))]] = True  # 0.07 of 100 is 7, not 8 as in floats
-    return replace(rows, label=np.where(kept, rows.label, UNLABELLED))
+    return replace(rows, label=np.where(kept.reshape(-1, *(1,) * (rows.label.ndim - 1)), rows.label, UNLABELLED))

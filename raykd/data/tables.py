@@ -10,15 +10,27 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raykd import imports
+from raykd.data import text
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
 from raykd.errors import DataError
 from raykd.recipe import DataRef
 from raykd.validation import suggestion
 
+SERIES = ("inputs", "label", "split", "group", "valence")
+
 
 def load_parquet(ref: DataRef) -> Dataset:
     """Rows from every *.parquet under a folder, in the order of file names. Columns as `data.columns` names them."""
-    folder = Path(ref.source)
+    table, wanted = _read(Path(ref.source), ref)
+    columns = {key: table.column(name).to_pylist() for key, name in wanted.items()}
+    if ref.tokenizer:
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return text.load(rows, Path(ref.source).name, ref)
+    return from_columns(columns, Path(ref.source).name, ref)
+
+
+def _read(folder: Path, ref: DataRef) -> tuple[pa.Table, dict[str, str]]:
+    """Every row of a folder's files, and the names of the columns that are read, by key."""
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise DataError(f"data.source {folder}: no *.parquet file there")
@@ -38,7 +50,7 @@ def load_parquet(ref: DataRef) -> Dataset:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(f"data.source {folder}: the files' columns differ in type: {error}") from None
-    return from_columns({k: table.column(name).to_pylist() for k, name in wanted.items()}, folder.name, ref)
+    return table, wanted
 
 
 def load_function(ref: DataRef) -> Dataset:
@@ -55,6 +67,8 @@ def load_function(ref: DataRef) -> Dataset:
             if name not in row:
                 raise DataError(f"{ref.source}: row {number} has no {name!r} (data.columns.{key}); it has {list(row)}")
     name = ref.source.partition(":")[2]
+    if ref.tokenizer:
+        return text.load(({key: row[column] for key, column in wanted.items()} for row in rows), name, ref)
     return from_columns({key: [row[column] for row in rows] for key, column in wanted.items()}, name, ref)
 
 
@@ -78,7 +92,10 @@ def from_columns(columns: dict[str, list[Any]], name: str, ref: DataRef) -> Data
 
 
 def _wanted(ref: DataRef) -> dict[str, str]:
-    return {key: name for key, name in ref.columns.model_dump().items() if name is not None}
+    """The columns to read, by key."""
+    of_text = text.PARTS if ref.columns.prompt else ("text",)
+    keys = ("split", "group", *of_text) if ref.tokenizer else SERIES
+    return {key: name for key, name in ref.columns.model_dump().items() if key in keys and name is not None}
 
 
 def _classes(labels: Iterable[Any], ref: DataRef) -> tuple[str, ...]:

@@ -57,10 +57,30 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
         raise RecipeError(f"{key} {path}: not a readable safetensors file: {error}") from None
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors under their own names; one that is tied stands under its first."""
+    tensors = plain(module.state_dict())
+    tied = _tied(tensors)
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items() if name not in tied}
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first name of each tensor, by every other name of it."""
+    first: dict[Any, str] = {}
+    own = {n: first.setdefault((v.data_ptr(), v.shape), n) for n, v in tensors.items() if v.numel()}
+    return {name: other for name, other in own.items() if name != other}
+
+
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load exactly these tensors; RecipeError names those that are missing, extra or misshapen in the `source`."""
+    """Load exactly these tensors; RecipeError names those that are missing, extra or misshapen in the `source`.
+
+    One that is tied to another may stand there once, under the first of its names.
+    """
+    state = plain(module.state_dict())
+    once = {name: tensors[own] for name, own in _tied(state).items() if name not in tensors and own in tensors}
+    tensors = {**tensors, **once}
     names = {plain_name(name): name for name in module.state_dict()}
-    wanted = {name: tuple(value.shape) for name, value in plain(module.state_dict()).items()}
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     faults = [
         f"{n}: the module has {wanted.get(n, 'none')}, the file {found.get(n, 'none')}"

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.files import read_json, write_bytes, write_json
-from raykd.models import fill, read_tensors
+from raykd.models import fill, read_tensors, weights_of
 from raykd.models.llama import Llama
-from raykd.quant.rest import plain
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -46,7 +45,7 @@ def read(folder: Path) -> Llama:
     module = Llama(**_settings(config, folder / CONFIG))
     tensors = {k: v for k, v in _tensors(folder).items() if not k.endswith("rotary_emb.inv_freq")}
     if module.settings["tied"] and TABLE in tensors:
-        tensors[HEAD] = tensors[TABLE]
+        tensors.pop(HEAD, None)
     fill(module, tensors, f"{folder}: its tensors")
     return module
 
@@ -54,14 +53,12 @@ def read(folder: Path) -> Llama:
 def write(module: Llama, folder: Path) -> None:
     """Write a model as its weights are, without rounding. RecipeError where it has parameters that the layout lacks."""
     plain_names = Llama(**module.settings).state_dict().keys()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in plain(module.state_dict()).items()}
+    tensors = weights_of(module)
     if extra := sorted(tensors.keys() - plain_names):
         raise RecipeError(
             f"{folder}: Hugging Face's layout has no place for {', '.join(extra[:3])}; "
             'write a model without learned scales: scale = "absmax" or "absmean"'
         )
-    if module.settings["tied"]:
-        del tensors[HEAD]
     kind = "bitnet" if module.settings["sub_norm"] else "llama"
     config = {theirs: module.settings[ours] for ours, theirs in KEYS.items()}
     config |= {"model_type": kind, "architectures": [KINDS[kind]], "hidden_act": "silu", "torch_dtype": "float32"}

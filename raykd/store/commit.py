@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykd import faults
+from raykd.digests import digest_of
 from raykd.errors import StoreError
 from raykd.files import to_json
-from raykd.recipe import digest_of
 from raykd.store import bounds
 from raykd.store.place import Address, Place, at, read_json
 

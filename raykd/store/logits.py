@@ -36,6 +36,11 @@ class StoredLogits:
     def is_sparse(self) -> bool:
         return self.codec.name in SPARSE
 
+    def tells(self, temperature: float) -> bool:
+        """Whether the KL to it at a temperature can be told without bias."""
+        grid = getattr(self.codec, "grid", (temperature,))
+        return not isinstance(self.codec, TopK) and temperature in grid
+
     def take(self, index: NDArray[np.int64]) -> "StoredLogits":
         """The rows at `index`, in that order."""
         return StoredLogits(taken(self.column, index), self.steps[index], self.codec, self.layout)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raykd.digests import digest_of
 from raykd.errors import StoreError
-from raykd.recipe import digest_of
 from raykd.store import bounds, hot, layers
 from raykd.store.codec import decode
 from raykd.store.logits import StoredLogits, from_metadata, plain
@@ -92,6 +92,15 @@ class Store:
         at = np.searchsorted(ids, row_id).clip(max=max(len(ids) - 1, 0))
         return np.where(ids[at] == row_id, found[at], np.array(missing, found.dtype)) if len(ids) else found
 
+    def stepwise(self, name: str, split: str, row_id: NDArray[np.int64], steps: NDArray[Any]) -> NDArray[Any]:
+        """(sum of steps,): a signal of one value a step, for just these rows; -1 or NaN where they were not scored."""
+        found, ids = self.column(name, split), self.row_id(split)
+        scored = np.repeat(np.isin(row_id, ids), steps)
+        missing: Any = -1 if found.values.dtype == np.int32 else np.nan
+        out = np.full(len(scored), missing, found.values.dtype)
+        out[scored] = found.values[np.repeat(np.isin(ids, row_id), found.steps)]
+        return out
+
     def column(self, name: str, split: str) -> Column:
         """One signal of one split; StoreError lists what there is if it is not stored."""
         if "." in name and name not in self._layers:
@@ -102,7 +111,8 @@ class Store:
             return Column(table.column(name).to_numpy(), np.ones(table.num_rows, np.int32))
         shape = json.loads(field.metadata[b"shape"])
         steps = table.column(field.metadata[b"steps"].decode()).to_numpy()
-        return Column(decode(table.column(name), shape, steps), steps)
+        kind = field.metadata.get(b"dtype", b"float16").decode()
+        return Column(decode(table.column(name), shape, steps, kind), steps)
 
     def _layer(self, name: str, split: str) -> "Store":
         """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""

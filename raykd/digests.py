@@ -1,0 +1,57 @@
+"""What decides a result, as digests: of files, tables and whole recipes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from raykd.recipe import Recipe
+
+NOT_HASHED = {"name", "setting", "scale", "track", "export"}
+
+
+def is_path(source: str) -> bool:
+    """Whether a data source names a folder: it holds a slash or starts with a dot."""
+    return "/" in source or source.startswith(".")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
+    path = Path(path)
+    if path.is_dir():
+        parts = [f"{p.relative_to(path)}:{file_sha256(p)}" for p in sorted(path.rglob("*.parquet"))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_of(table: BaseModel) -> dict[str, Any]:
+    """A table's values, with every path replaced by the digest of what lies there."""
+    values = table.model_dump(mode="json")
+    for key in ("weights", "source", "tokenizer"):
+        value = values.get(key)
+        if isinstance(value, str) and is_path(value):
+            values[key] = "sha256:" + file_sha256(value)
+    return values
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the result, and nothing else: no names, paths, worker counts or servers."""
+    values = recipe.model_dump(mode="json", exclude=NOT_HASHED)
+    for key in ("data", "teacher", "student"):
+        table = getattr(recipe, key)
+        if table is not None:
+            values[key] = content_of(table)
+    return values
+
+
+def digest_of(values: Any) -> str:
+    """Hex sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest(recipe: Recipe) -> str:
+    """Hex sha256 of the recipe's identity; its first eight digits name the run's folder."""
+    return digest_of(identity(recipe))

@@ -1,0 +1,264 @@
+"""Laws of text as rows: what is told, from what, and what is refused; then a small walk from a teacher to a report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from raykd import checks, data, measure, predictions, stages
+from raykd import models as ours
+from raykd.batches import to_device
+from raykd.data import python_library, text
+from raykd.data.rows import UNLABELLED
+from raykd.errors import DataError, RecipeError
+from raykd.models.adapter import Adapter
+from raykd.models.llama import Llama
+from raykd.recipe import DataRef
+from raykd.store.reader import Store
+from raykd.vocabulary import check_digest
+
+END, STEPS = "<end>", 16
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "it", "while", "sun", "set", "over", "sea"]
+CPU = torch.device("cpu")
+
+
+def sentence(number: int, words: int) -> str:
+    draw = np.random.default_rng(number)
+    return " ".join(draw.choice(WORDS, words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    texts = [sentence(i, 30) for i in range(20)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    found.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet)
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    found.save(str(path))
+    return path
+
+
+def ref(tokenizer: Path, **settings) -> DataRef:
+    return DataRef(source="./x", tokenizer=str(tokenizer), end=END, window=STEPS, **settings)
+
+
+def records(**more) -> list[dict]:
+    splits = ["train"] * 8 + ["val"] * 2 + ["test"] * 3
+    return [{"split": s, "group": i, "text": sentence(i, 3 + 5 * i)} | more for i, s in enumerate(splits)]
+
+
+documents = st.lists(st.integers(2, 40), min_size=1, max_size=12)
+
+
+@given(documents, st.integers(1, 12), st.booleans())
+def test_every_token_but_a_documents_first_is_told_once_from_its_own_document(lengths, steps, shared):
+    numbered = np.split(np.arange(sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1])
+    rows = text.laid_out([text.Document(t) for t in numbered], steps, shared=shared, whole=False, first_id=0)
+    np.testing.assert_array_equal(rows.label[rows.mask], np.concatenate([t[1:] for t in numbered]))
+    np.testing.assert_array_equal(rows.inputs[rows.mask][:, 0], np.concatenate([t[:-1] for t in numbered]))
+    assert (rows.label[~rows.mask] == UNLABELLED).all()
+    starts = (rows.inputs[..., 1] == 0) & rows.mask
+    first = {int(t[0]) for t in numbered}
+    cut = {int(row[0]) for row in rows.inputs[..., 0]}  # the first of a row
+    assert {int(t) for t in rows.inputs[..., 0][starts]} <= first | cut
+    assert first <= {int(t) for t in rows.inputs[..., 0][starts]}
+
+
+@given(documents, st.integers(2, 12))
+def test_rows_are_full_where_they_are_shared_and_of_one_document_where_not(lengths, steps):
+    made = [text.Document(np.zeros(n, np.int32), group=i) for i, n in enumerate(lengths)]
+    shared = text.laid_out(made, steps, shared=True, whole=False, first_id=5)
+    assert shared.mask[:-1].all()
+    assert shared.row_id.tolist() == list(range(5, 5 + len(shared)))
+    alone = text.laid_out(made, steps, shared=False, whole=False, first_id=0)
+    assert ((alone.inputs[..., 1] == 0) & alone.mask).sum(1).tolist() == [1] * len(alone)
+    assert len(alone) == sum(-(-(n - 1) // steps) for n in lengths)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=8), st.booleans())
+def test_of_a_prompt_nothing_is_told_and_of_its_completion_all_that_fits(parts, shared):
+    made = [text.Document(np.arange(p + c, dtype=np.int32), told=p, group=i) for i, (p, c) in enumerate(parts)]
+    rows = text.laid_out(made, 8, shared=shared, whole=True, first_id=0)
+    told = [np.arange(p, p + c)[: 9 - p] for p, c in parts]
+    np.testing.assert_array_equal(rows.label[rows.mask], np.concatenate(told))
+
+
+def test_packing_changes_no_answer(tokenizer):
+    made = text.load(records(), "r", ref(tokenizer))
+    module = Llama(**{k: v for k, v in made.shape.items() if k != "channels"}, width=16, layers=2, heads=2).eval()
+    rows = made.splits["train"]
+    with torch.no_grad():
+        packed = module(torch.from_numpy(rows.inputs))["logits"][torch.from_numpy(rows.mask)]
+        pieces = torch.cumsum(torch.from_numpy(rows.inputs[..., 1] == 0), 1)
+        alone = []
+        for row, piece in zip(torch.from_numpy(rows.inputs), pieces, strict=True):
+            for number in piece.unique():
+                alone.append(module(row[piece == number][None, :, 0])["logits"][0])
+    known = torch.cat(alone)[torch.from_numpy(rows.mask).flatten()]
+    torch.testing.assert_close(packed, known, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_that_spells_the_end_holds_its_letters(tokenizer):
+    spelt = [r | {"text": f"a {END} b"} for r in records()]
+    made = text.load(spelt, "r", ref(tokenizer))
+    end = made.classes.index(END)
+    rows = made.splits["test"]
+    assert (rows.inputs[..., 0][rows.mask] != end).all()
+    assert (rows.label == end).sum() == 3
+
+
+def test_parquet_and_records_are_the_same_rows(tokenizer, tmp_path):
+    pq.write_table(pa.Table.from_pylist(records()), tmp_path / "a.parquet")
+    columns = {"group": "group"}
+    there = data.load(ref(tokenizer, columns=columns).model_copy(update={"source": str(tmp_path)}))
+    assert there.digest == text.load(records(), "r", ref(tokenizer)).digest
+    pq.write_table(pa.table({"text": ["a"], "half": ["train"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'split' \(data.columns.split\)"):
+        data.load(ref(tokenizer).model_copy(update={"source": str(tmp_path)}))
+
+
+def prompts(prompt="the cat", completion="sat on a mat") -> list[dict]:
+    return [{"split": s, "prompt": prompt, "completion": completion} for s in ("train", "val", "test")]
+
+
+FAULTS = {
+    "empty completion": (prompts(completion=""), {}, "row 0 has an empty completion"),
+    "empty prompt": (prompts(prompt=""), {}, "row 0 has an empty prompt"),
+    "long prompt": (prompts(prompt=sentence(0, 40)), {}, "raise data.window"),
+    "no such end": (records(), {"end": "<ende>"}, "Did you mean <end>"),
+    "a strange split": (records(split="dev"), {}, r"\['dev'\]; write train, val or test"),
+    "no test": (records()[:10], {}, "split 'test' has 0 rows"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_text_that_can_not_be_used_is_refused_in_words(name, tokenizer):
+    rows, settings, words = FAULTS[name]
+    with pytest.raises((DataError, RecipeError), match=words):
+        data.rows.checked(text.load(rows, "r", ref(tokenizer).model_copy(update=settings)))
+
+
+def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"not a tokenizer\.json"):
+        text.load(records(), "r", ref(tmp_path / "tokenizer.json"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('technique = "none"\n[data]\nsource = "python_library"\ntokenizer = "none.json"\n')
+    with pytest.raises(RecipeError, match=r"data\.tokenizer: no file"):
+        checks.load(recipe)
+
+
+def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
+    listed = {name: digest for name, digest in python_library.listed().items() if name < "b"}
+    monkeypatch.setattr(python_library, "listed", lambda: listed)
+    small = ref(tokenizer, settings={"share": 1.0, "pinned": False}).model_copy(update={"source": "python_library"})
+    described = python_library.load(small).splits
+    assert all(map(len, described.values()))
+    name = next(iter(listed))
+    monkeypatch.setattr(python_library, "listed", lambda: listed | {name: "0" * 64})
+    with pytest.raises(DataError, match=f"1 of {len(listed)} files of Python .*first: {name}"):
+        python_library.load(small.model_copy(update={"settings": {}}))
+    assert python_library.load(small).digest  # as another data set
+
+
+@pytest.fixture(scope="module")
+def walked(cluster, tokenizer, tmp_path_factory):
+    """(report, folder, recipe) of a small text recipe under a teacher of random weights."""
+    home = tmp_path_factory.mktemp("text")
+    splits = ["train"] * 30 + ["val"] * 4 + ["test"] * 12
+    rows = [{"split": s, "group": i, "text": sentence(i, 30)} for i, s in enumerate(splits)]
+    (home / "rows").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), home / "rows" / "a.parquet")
+    vocab = len(json.loads(tokenizer.read_text())["model"]["vocab"])
+    torch.manual_seed(1)
+    teacher = Llama(classes=vocab, steps=STEPS, width=32, layers=1, heads=2, kv_heads=1)
+    teacher.lm_head.weight.data.mul_(30)  # far from uniform
+    save_file({k: v for k, v in teacher.state_dict().items() if k != "lm_head.weight"}, home / "teacher.safetensors")
+    (home / "recipe.toml").write_text(f"""
+name = "text"
+technique = "vanilla"
+[data]
+source = "./rows"
+tokenizer = "{tokenizer}"
+end = "{END}"
+window = {STEPS}
+columns = {{ group = "group" }}
+[teacher]
+model = "llama"
+weights = "teacher.safetensors"
+settings = {{ width = 32, layers = 1, heads = 2, kv_heads = 1 }}
+[student]
+model = "llama"
+settings = {{ width = 16, layers = 1, heads = 2, kv_heads = 1, inner = 32 }}
+[terms.kd]
+temperature = 1.0
+[store]
+rows_per_shard = 16
+points = 80
+[optim]
+steps = 30
+batch = 8
+evaluate_every = 10
+learning_rate = 1e-2
+""")
+    found = checks.load(home / "recipe.toml")
+    folder = stages.train(found, home / "out")
+    return stages.report(found, home / "out"), folder, found
+
+
+def test_a_text_recipe_walks_from_a_teacher_to_a_report(walked):
+    report, folder, found = walked
+    assert report["classes"] == report["per_class"] == report["confusion"] == []
+    assert report["teacher"]["metrics"].keys() == {"accuracy", "nll"}
+    assert report["student"]["metrics"].keys() == {"accuracy", "nll", "kl"}
+    test = data.load(found.data).splits["test"]
+    assert report["student"]["metrics"]["nll"]["n"] == test.mask.sum()
+    assert report["data"]["groups"] == 12
+    assert set(report["gains"]) == {"nll", "kl"}
+    assert (folder / "report.html").exists()
+
+
+def test_what_is_reported_of_text_is_what_the_models_say(walked):
+    report, folder, found = walked
+    made = data.load(found.data)
+    split, shape = made.splits["test"], made.shape
+    rows = to_device(split, "test", None, frozenset(), CPU)
+    teacher = ours.build(found.teacher, **shape, key="teacher")
+    student = ours.build(found.student, **shape, key="student")
+    ours.load_weights(student, folder / "arms/student-0/weights.safetensors", "student")
+    said = measure.told(Adapter(teacher), split, rows)
+    assert report["teacher"]["metrics"]["nll"]["value"] == pytest.approx(said.metrics()["nll"], abs=2e-3)  # fp16
+    assert report["teacher"]["metrics"]["accuracy"]["value"] == said.metrics()["accuracy"]
+    own = measure.told(Adapter(student), split, rows)
+    kept = predictions.read(folder / "arms/student-0/predictions.parquet")
+    np.testing.assert_array_equal(own.answer, kept.answer)
+    np.testing.assert_allclose(own.log_q, kept.log_q, atol=1e-5)
+    with torch.no_grad():
+        batch = rows.batch(torch.arange(len(split)))
+        p, q = (m(batch.inputs)["logits"].log_softmax(-1)[batch.mask] for m in (teacher, student))
+    exact = (p.exp() * (p - q)).sum(-1)
+    assert kept.kl is not None
+    apart = kept.kl - exact.numpy()
+    assert abs(apart.mean()) < 4 * apart.std() / len(apart) ** 0.5 + 1e-3  # a comb is unbiased, its entropies rounded
+
+
+def test_a_store_of_text_knows_its_tokeniser(walked, tokenizer):
+    _, _, found = walked
+    place = stages.Place(found, walked[1].parent)
+    vocabulary = Store(place.store).manifest["statistics"]["vocabulary"]
+    table = json.loads(tokenizer.read_text())["model"]["vocab"]
+    assert check_digest(vocabulary["sha256"], vocabulary["size"], table) == len(table)
+    with pytest.raises(DataError, match="different in meaning"):
+        check_digest(vocabulary["sha256"], vocabulary["size"], {t: (i + 1) % len(table) for t, i in table.items()})
