@@ -53,7 +53,8 @@ def read(path: Path) -> Vocabulary:
                 f"tokenizer {path}: {key} is {found!r}, and only {read_as!r} is read here; leave the tokenizer out, "
                 "and the model takes and gives token ids"
             )
-    return Vocabulary(sorted(ids, key=ids.__getitem__), merges, frozenset(token["id"] for token in added))
+    pairs = [(m[0], m[1]) for m in merges]
+    return Vocabulary(sorted(ids, key=ids.__getitem__), pairs, frozenset(token["id"] for token in added))
 
 
 def letters() -> dict[int, str]:

@@ -62,9 +62,9 @@ def export_decoder(
 
 
 def _check(module: Llama, tokens: Tensor, tokenizer: Path | None) -> None:
-    rows, count = tokens.shape
+    rows, count = tokens.shape[:2]
     steps, classes = module.settings["steps"], module.settings["classes"]
-    if not 2 <= count <= steps or rows * (count - 1) < LEAST:
+    if tokens.dim() != 2 or not 2 <= count <= steps or rows * (count - 1) < LEAST:
         raise DataError(
             f"tokens: {rows} rows of {count}; give rows of 2 to {steps}, with {LEAST:,} tokens that follow another"
         )

@@ -39,8 +39,10 @@ def asked(export: Export) -> list[str]:
     return [form for form in FILES if getattr(export, form)]
 
 
-def check(export: Export, module: nn.Module, quant: Quant | None) -> None:
+def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bool = False) -> None:
     """RecipeError, each fault with its key, if a student of this kind and last Quant has no such form."""
+    if is_text and asked(export):
+        raise RecipeError([Problem(f"export.{form}", "is of rows of series; write false") for form in asked(export)])
     problems = []
     if export.stream:
         problems += _refused("stream", lambda: onnx_stream.check(module))

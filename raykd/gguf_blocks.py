@@ -74,7 +74,7 @@ def _trits(codes: NDArray[np.int8]) -> Bytes:
 
 def _nibbles(codes: NDArray[np.int8]) -> Bytes:
     shifted = (codes + 8).astype(np.uint8)
-    return shifted[..., :16] | shifted[..., 16:] << 4
+    return shifted[..., :16] | shifted[..., 16:] << np.uint8(4)
 
 
 def _bytes(codes: NDArray[np.int8]) -> Bytes:

@@ -31,7 +31,7 @@ from raykd import (
 from raykd.arms import arms_of
 from raykd.data import Dataset
 from raykd.digests import digest_of
-from raykd.errors import InfraError, Problem, RecipeError
+from raykd.errors import InfraError, RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.identity import run_digest, signals_of
 from raykd.journal import Journal
@@ -90,14 +90,9 @@ class Place:
         """RecipeError if the student can not be exported in the forms that `[export]` asks for."""
         recipe = self.recipe
         if forms.asked(recipe.export):
-            if self.dataset.is_text:
-                refused = [
-                    Problem(f"export.{form}", "of rows of series so far; write false")
-                    for form in forms.asked(recipe.export)
-                ]
-                raise RecipeError(refused)
             student = models.build(recipe.student, **self.dataset.shape, key="student")
-            forms.check(recipe.export, student, recipe.phases[-1].quant if recipe.phases else None)
+            quant = recipe.phases[-1].quant if recipe.phases else None
+            forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
 
     def journal(self) -> Journal:
         return record.open_journal(self.recipe, self.dataset, self.folder, self.store)

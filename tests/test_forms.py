@@ -173,6 +173,9 @@ def test_what_can_not_be_is_refused_before_any_work_with_every_key(tmp_path):
     if not EXECUTORCH:
         with pytest.raises(RecipeError, match=r"export.pte: needs executorch; type: pip install 'raykd\[executorch\]'"):
             forms.check(Export(pte=True), encoder, Quant())
+    with pytest.raises(RecipeError) as caught:
+        forms.check(every, encoder, Quant(), is_text=True)
+    assert keys(caught) == {"export.stream", "export.packed", "export.pte"}
     forms.check(Export(), nn.Linear(3, 3), None)
     for verb in (plan.plan, stages.export, stages.run):
         with pytest.raises(RecipeError, match=r"export\.packed: this student is not rounded"):

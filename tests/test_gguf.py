@@ -24,7 +24,7 @@ from raykd.quant.scheme import Quant
 gguf = pytest.importorskip("gguf", reason="pip install 'raykd[gguf]'")
 
 STEPS = 128
-TURN = rotations(3, 5, 64, 10_000.0, torch.device("cpu"))
+TURN = rotations(torch.arange(3, 8), 64, 10_000.0)
 LARGEST = {"TQ2_0": 1, "TQ1_0": 1, "Q4_0": 7, "Q8_0": 127}
 TERNARY = Quant(weights="ternary", activations="none")
 SCHEMES = {  # the Quant, the model's shape, the type of its layers, of its table
