@@ -22,6 +22,7 @@ from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
+from raykd.errors import RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
@@ -118,6 +119,8 @@ def run_arms(
     recipe: Recipe, store: Address | None, folder: Path, *, world: World, device: torch.device, tell: Tell
 ) -> None:
     """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`."""
+    if recipe.source:
+        raise RecipeError("source: recipes do not train on the student's own text yet; call raykd.written from Python")
     shop = Workshop(recipe, store, device)
     for arm in arms_of(recipe):
         target = folder / "arms" / arm.key

@@ -12,7 +12,7 @@ from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
 from raykd.validation import suggestion, validate
 
-SEARCHABLE = ("terms", "weighting", "optim", "student")
+SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
 
 
 def load(
@@ -47,7 +47,7 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
     if not (problems and "." in raw["technique"]):
         problems += _term_problems(merged)
     if found and not problems:
-        problems += _teacher_problems(found) + _search_problems(merged, found, allow_import)
+        problems += _teacher_problems(found) + _source_problems(found) + _search_problems(merged, found, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or found is None:
         raise RecipeError(problems, where=where)
@@ -90,6 +90,25 @@ def _teacher_problems(found: Recipe) -> list[Problem]:
     if found.teacher and found.teacher.weights is None:
         return [Problem("teacher.weights", "missing; name the teacher's safetensors file")]
     return []
+
+
+def _source_problems(found: Recipe) -> list[Problem]:
+    """Terms that no row of a step would reach, and rows that no term reads."""
+    counting = [name for name, spec in found.terms.items() if spec.weight > 0]
+    own = [name for name in counting if terms.TERMS[name].own]
+    data_only = [name for name in counting if not terms.TERMS[name].own]
+    key, text = "source", ""
+    if found.source is None:
+        text = f"missing, but the terms {', '.join(own)} read what the student writes; add [source]" if own else ""
+    elif not own:
+        text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
+    elif found.teacher is None and not terms.needs_of(found.terms):
+        key, text = "teacher", "missing, but it scores what the student writes"
+    elif found.source.share == 1 and data_only:
+        key, text = "source.share", f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it"
+    elif found.source.share < 1 and not data_only:
+        key, text = "source.share", f"{found.source.share} leaves rows to the data that no term reads; set it to 1"
+    return [Problem(key, text)] if text else []
 
 
 def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> list[Problem]:

@@ -22,7 +22,8 @@ class Objective(nn.Module):
     """The weighted sum of a recipe's terms. `example`, a student's signals and their batch, builds terms that learn.
 
     Each term is the mean over its places; where the batch has row weights, the mean over rows of weight times the mean
-    over a row's places. `progress` is the share of the steps that are done: it says which terms count.
+    over a row's places. `progress` is the share of the steps that are done: it says which terms count. Terms of the
+    student's own text count in batches of that, all others in the data's.
     """
 
     def __init__(self, terms: Mapping[str, TermSpec], example: tuple[Signals, Batch] | tuple[()] = ()):
@@ -52,7 +53,8 @@ class Objective(nn.Module):
 
     def _sum(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> tuple[Tensor, Tensor]:
         """A term's sum and count."""
-        if not spec.since <= self.progress < spec.until:
+        counts = TERMS[name].own == (batch.rollout is not None)
+        if not counts or not spec.since <= self.progress < spec.until:
             return student.logits.new_zeros((), dtype=torch.float32), student.mask.new_zeros((), dtype=torch.int64)
         value, mask = self._places(name, spec, student, batch)
         value = torch.where(mask, value, 0.0)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from raykd.quant.scheme import Quant
+from raykd.source import Source
 from raykd.store.place import checked
 
 Positive = Annotated[int, Field(gt=0)]
@@ -280,6 +281,7 @@ class Recipe(Table):
     teacher: ModelRef | None = None
     student: ModelRef = ModelRef()
     terms: Annotated[dict[str, TermSpec], Field(min_length=1)]
+    source: Source | None = None  # None: every row is the data's, and the teacher is its store
     weighting: Weighting | None = None
     phases: list[Phase] = []
     valence: Valence = Valence()

@@ -73,12 +73,13 @@ class Rollout:
     """What was known of each position when its token was drawn, all (B, T): position t is about the token after it.
 
     A draft's positions are tested one after the other until the teacher rejects one and corrects it; those after it
-    are its tail. Text that was only sampled has no draft's fields.
+    are its tail. Text that was only sampled has no draft's fields. p and q are the softmax of logits / `temperature`.
     """
 
-    log_q: Tensor  # the student's log probability of the token, under the policy that drew it
+    log_q: Tensor  # the student's log probability of the token, when it was drawn
     weight: Tensor  # q / (share p + (1 - share) q) of teacher-mixed sampling, at most 1 / (1 - share); 1 without
     lag: int  # steps of the optimiser between drawing and now
+    temperature: float = 1.0
     accepted: Tensor | None = None  # bool
     rejected: Tensor | None = None  # bool: at most one a draft
     correction: Tensor | None = None  # int64: the teacher's token where `rejected`
@@ -91,6 +92,9 @@ class Batch:
 
     Rows of text have inputs (B, T, 2), each a token and its place in its document, and a label at every position: the
     token after it. `mask` is then where one is to be told, which a prompt's positions are not.
+
+    A batch is wholly the data's or wholly the student's own text, which has a `rollout`: a term counts in one of the
+    two kinds and nothing in the other. A step with both is two batches, whose sums and counts add.
     """
 
     row_id: Tensor  # (B,) int64
@@ -103,7 +107,7 @@ class Batch:
     saliency: Tensor | None = None  # (B,), NaN where unknown
     answer: Tensor | None = None  # (B,) int64, the teacher's class of the whole row
     weight: Tensor | None = None  # (B,) how much each row counts; without it every step counts alike
-    rollout: Rollout | None = None  # of text that the student wrote
+    rollout: Rollout | None = None  # of text that the student wrote; None: the data's
     split: "Split | None" = None  # what all rows of the split have, for terms that draw others from it
 
 
@@ -119,12 +123,13 @@ def zeroed(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.reshape(*mask.shape, *(1,) * (values.dim() - 2)), values, 0.0)
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """(..., T, C) fp32: log probabilities. Fewer classes than LANES are walked with steps as the vector.
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """(..., T, C) fp32 at least: log probabilities. Fewer classes than LANES are walked with steps as the vector.
 
     PyTorch's CPU kernel for the last axis goes scalar there, which is five times slower and gives the same bits.
     """
-    z = logits.float()
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = z if temperature == 1 else z / temperature
     return z.mT.log_softmax(-2).mT if z.shape[-1] < LANES else z.log_softmax(-1)
 
 

@@ -45,7 +45,8 @@ class Term(NamedTuple):
     """A registered term: its function or module class, the teacher's columns it reads, and the kind of its layers.
 
     `divergence`: what it computes from the logits, "any" where it needs every class. `whole_batch`: it compares the
-    rows of the global batch with each other, so that its value is not a sum over them.
+    rows of the global batch with each other, so that its value is not a sum over them. `own`: it counts in text that
+    the student wrote, with the logits of a teacher that is there, and not in the data's rows.
     """
 
     make: Callable[..., Any]
@@ -53,6 +54,7 @@ class Term(NamedTuple):
     layers: Callable[[Mapping[str, Any]], str] | None
     divergence: str
     whole_batch: bool
+    own: bool = False
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting: what a recipe gives over the signature's own."""
@@ -76,13 +78,15 @@ def term(
     layers: str | Callable[[Mapping[str, Any]], str] | None = None,
     divergence: str = "any",
     whole_batch: bool = False,
+    own: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or nn.Module class as a loss term that reads the named teacher signals.
 
     With `layers`, a kind of Signals.layers or a function from the settings to one, its setting `pairs: Pairs` names
     submodules of the student and of the teacher. `divergence = "forward"` lets sparse stores serve it: it must then
-    read `batch.targets`.
+    read `batch.targets`. `own` terms read a live teacher's logits and `batch.rollout`, and nothing of a store.
     """
+    assert not (own and needs), "text that the student wrote is in no store"
 
     def register(make: Callable[..., Any]) -> Callable[..., Any]:
         name = make.__name__
@@ -90,7 +94,7 @@ def term(
         if known and known.make.__module__ != make.__module__:
             raise ValueError(f"two terms are called {name!r}: in {known.make.__module__} and {make.__module__}")
         kind = (lambda _settings, fixed=layers: fixed) if isinstance(layers, str) else layers
-        TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch)
+        TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch, own)
         return make
 
     return register

@@ -272,8 +272,9 @@ def test_smoke_cuts_steps_seeds_and_trials(write):
 
 @pytest.fixture
 def rich(write) -> Recipe:
+    own = "[source]\n[terms.gkd]\n"
     table = "[weighting]\nboost = 2\n[[phases]]\nuntil = 0.5\n[phases.quant]\n[[phases]]\nuntil = 1\n"
-    return checks.load(write(f"seeds = [0, 1]\n{table}[terms.ce]\non = 'sequence'\n{SEARCH}"))
+    return checks.load(write(f"seeds = [0, 1]\n{own}{table}[terms.ce]\non = 'sequence'\n{SEARCH}"))
 
 
 def test_a_recipe_equals_its_json_and_its_pickle(rich):
@@ -407,7 +408,7 @@ def test_a_range_has_one_of_four_forms(write, span, ends):
         ("optim.labelled_share", "{ uniform = [0.5, 2] }", "2.0 leads to optim.labelled_share"),
         ("optim.batch", "{ choice = [8, 1] }", "1 leads to optim.batch = 1"),
         ("student.model", '{ choice = ["series_encoder", "os:system"] }', "add --allow-import os"),
-        ("data.window", "{ integer = [8, 16] }", "only terms, weighting, optim, student can be searched"),
+        ("data.window", "{ integer = [8, 16] }", "only terms, source, weighting, optim, student can be searched"),
         ("store.batch", "{ integer = [8, 16] }", "trials share one store"),
     ],
 )

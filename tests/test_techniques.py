@@ -29,7 +29,7 @@ from raykd.models.series import SeriesEncoder
 from raykd.objective import Objective
 from raykd.recipe import Optim, Recipe, TermSpec
 from raykd.scorer import Scorer
-from raykd.signals import UNLABELLED, Batch, Signals
+from raykd.signals import UNLABELLED, Batch, Rollout, Signals
 from raykd.store import layers
 from raykd.store.commit import Shard
 from raykd.terms import TERMS, needs_of, wants_of
@@ -46,6 +46,7 @@ for name in OWN:
 TECHNIQUES = {t.name: t for t in [*catalog.techniques(), *map(catalog.find, OWN)]}
 B, T, C, D, H = 6, 5, 4, 6, 2
 SHAPES = {"hidden": (T, D), "embedding": (1, D), "attention": (T, H, T), "scores": (T, H, T)}
+KINKED = ("tvd", "lk", "hybrid")  # divergences whose gradient jumps where p = q
 GARBAGE = [1e4, torch.inf, -torch.inf, torch.nan]
 
 
@@ -80,21 +81,42 @@ def label_of(settings: dict[str, Any]) -> str:
     return "-".join(f"{k}={v}" for k, v in settings.items())
 
 
+def is_own(terms: dict[str, Any]) -> bool:
+    """Whether terms count in the student's own text; in the data's rows if not. A technique may have both kinds."""
+    return any(TERMS[name].own for name in terms)
+
+
+def parts_of(terms: dict[str, Any]) -> list[dict[str, Any]]:
+    """A technique's terms of the data's rows and those of the student's own text, which never meet in a batch."""
+    parts = [{n: s for n, s in terms.items() if TERMS[n].own == own} for own in (False, True)]
+    return [part for part in parts if part]
+
+
 TERM_CASES = [pytest.param({n: s}, id=f"{n}-{label_of(s)}") for n in TERMS for s in settings_of(n)]
-CASES = [pytest.param(t.recipe["terms"], id=f"technique-{n}") for n, t in TECHNIQUES.items()] + TERM_CASES
-MATCHING = [case for case in TERM_CASES if "logits" in TERMS[next(iter(case.values[0]))].needs]
+CASES = [
+    pytest.param(part, id=f"technique-{n}{'-own' * is_own(part)}")
+    for n, t in TECHNIQUES.items()
+    for part in parts_of(t.recipe["terms"])
+] + TERM_CASES
+MATCHING = [c for c in TERM_CASES if is_own(c.values[0]) or "logits" in TERMS[next(iter(c.values[0]))].needs]
+DIVERGENT = [
+    c for c in MATCHING if "minillm" not in c.values[0] and c.values[0].get("ghost", {}).get("form", "soft") == "soft"
+]
+DATA = [case for case in CASES if not is_own(case.values[0])]
 EVERY = [specs(case.values[0]) for case in CASES]
 LAYERS = sorted(filter(layers.is_signal, frozenset().union(*(wants_of(t) | needs_of(t) for t in EVERY))))
-SPLITTABLE = [case for case in CASES if not any(TERMS[name].whole_batch for name in case.values[0])]
+SPLITTABLE = [c for c in CASES if not any(TERMS[n].whole_batch or s.get("whiten") for n, s in c.values[0].items())]
 
 
 def objective_of(terms: dict[str, dict[str, Any]]) -> Objective:
-    """Built from any example: only the widths count."""
+    """Built from any example: only the widths count. Every term counts, whatever its `since`."""
     torch.manual_seed(0)
     said = signals(0, torch.ones(1, T, dtype=torch.bool))
     steps = torch.ones(1, T, dtype=torch.bool)
     label = torch.zeros(1, dtype=torch.int64)
-    return Objective(specs(terms), (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said)))
+    objective = Objective(specs(terms), (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said)))
+    objective.progress = max(spec.since for spec in objective.specs.values())
+    return objective
 
 
 def signals(seed: int, mask: torch.Tensor) -> Signals:
@@ -116,9 +138,28 @@ def student() -> Signals:
     return signals(1, torch.arange(T) < torch.tensor([5, 4, 2, 3, 5, 2])[:, None])
 
 
+def rollout_of(found: Batch, student: Signals) -> Batch:
+    """The same as text that the student wrote and that was drafted and tested."""
+    draw = torch.Generator().manual_seed(4)
+    label = torch.randint(C, (B, T), generator=draw)
+    log_q = student.logits.log_softmax(-1).gather(-1, label[..., None])[..., 0]
+    at = torch.tensor([2, 0, 1, 9, 3, 0])[:, None]  # the rejection: one row has none, one its tail outside the mask
+    steps = torch.arange(T)
+    drawn = Rollout(
+        log_q + 0.1 * torch.randn(B, T, generator=draw),
+        0.5 + 0.7 * torch.rand(B, T, generator=draw),
+        lag=1,
+        accepted=(steps < at) & found.mask,
+        rejected=(steps == at) & found.mask,
+        correction=torch.randint(C, (B, T), generator=draw),
+        tail=(steps - at).clamp(min=0) * found.mask,
+    )
+    return replace(found, label=label, rollout=drawn)
+
+
 @pytest.fixture
-def batch(student) -> Batch:
-    """Rows with labels but one, valence with holes, and another model as teacher."""
+def batch(student, request) -> Batch:
+    """Rows with labels but one, valence with holes, and another model as teacher; text where the terms read that."""
     label = torch.tensor([0, 1, 2, 3, UNLABELLED, 1])
     draw = torch.Generator().manual_seed(3)
     valence = torch.rand(B, T, generator=draw) * 2 - 1
@@ -126,7 +167,9 @@ def batch(student) -> Batch:
     inputs = torch.randn(B, T, 3, generator=draw)
     saliency, answer = torch.linspace(-1, 1, B), torch.tensor([0, 1, 2, 3, 0, 1])
     teacher = signals(2, student.mask)
-    return Batch(torch.arange(B), inputs, student.mask, label, valence, teacher, saliency=saliency, answer=answer)
+    found = Batch(torch.arange(B), inputs, student.mask, label, valence, teacher, saliency=saliency, answer=answer)
+    called = getattr(request.node, "callspec", None)
+    return rollout_of(found, student) if called and is_own(called.params.get("terms", {})) else found
 
 
 def tensors(found: Signals) -> list[torch.Tensor]:
@@ -148,7 +191,13 @@ def rows_of(batch: Batch, index: Any) -> Batch:
         return values[index]
 
     fields = {k: pick(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, **fields, teacher=mapped(batch.teacher, pick))
+    return replace(batch, **fields, teacher=mapped(batch.teacher, pick), rollout=changed(batch.rollout, pick))
+
+
+def changed(rollout: Rollout | None, change: Any) -> Rollout | None:
+    """`rollout` with every tensor, each (B, T), changed alike."""
+    held = {k: change(v) for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)} if rollout else {}
+    return replace(rollout, **held) if rollout else None
 
 
 def evaluate(objective: Objective, student: Signals, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list]:
@@ -181,7 +230,9 @@ def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms,
         if values.dtype == torch.bool:
             return values
         values = values.clone()
-        if values.shape[1] > 1:  # a pooled layer has no invalid step
+        if not values.is_floating_point():  # tokens
+            values[~student.mask] = -1
+        elif values.shape[1] > 1:  # a pooled layer has no invalid step
             values[~student.mask] = garbage
         if values.dim() == 4:  # of one step over keys
             values.transpose(1, 3)[~student.mask] = garbage
@@ -190,6 +241,8 @@ def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms,
     objective = objective_of(terms)
     sums, counts, gradients = evaluate(objective, student, batch)
     spoilt = replace(batch, teacher=mapped(batch.teacher, spoil), valence=spoil(batch.valence))
+    if batch.rollout:
+        spoilt = replace(spoilt, label=spoil(batch.label), rollout=changed(batch.rollout, spoil))
     sums2, counts2, gradients2 = evaluate(objective, mapped(student, spoil), spoilt)
     assert torch.equal(sums, sums2)
     assert torch.equal(counts, counts2)
@@ -230,6 +283,8 @@ def test_padding_further_changes_nothing(terms, student, batch):
     objective = objective_of(terms)
     sums, counts, gradients = evaluate(objective, student, batch)
     padded = replace(batch, mask=pad(batch.mask), valence=pad(batch.valence), teacher=wider(batch.teacher))
+    if batch.rollout:
+        padded = replace(padded, label=pad(batch.label), rollout=changed(batch.rollout, pad))
     sums2, counts2, gradients2 = evaluate(objective, wider(student), padded)
     torch.testing.assert_close(sums2, sums, rtol=1e-6, atol=1e-6)
     assert torch.equal(counts, counts2)
@@ -289,12 +344,19 @@ def test_halved_precision_is_computed_in_full(terms, student, batch):
 
 @pytest.mark.parametrize("terms", MATCHING)
 def test_terms_that_read_the_teachers_logits_are_still_when_student_is_teacher(terms, student, batch):
+    """Twins of drafts have no rejection, and what they drew has no reward; a kink is at rest on its very tip."""
     shifted = replace(student, logits=student.logits + 3.0)
+    if batch.rollout:
+        steps = torch.zeros(B, T, dtype=torch.int64)
+        log_q = student.logits.log_softmax(-1).gather(-1, batch.label[..., None])[..., 0]
+        unrejected = {"accepted": batch.mask, "rejected": steps > 0, "tail": steps}
+        batch = replace(batch, rollout=replace(batch.rollout, log_q=log_q, **unrejected))
     for twin in (student, shifted):
         sums, counts, gradients = evaluate(objective_of(terms), twin, replace(batch, teacher=student))
         assert (counts > 0).all()
         assert sums.abs().max() < 1e-5  # float32 rounding of some 20 places, each below 1e-7
-        assert all(g.abs().max() < 1e-5 for g in gradients)
+        if twin is student or next(iter(terms.values())).get("divergence") not in KINKED:
+            assert all(g.abs().max() < 1e-5 for g in gradients)
 
 
 @pytest.mark.parametrize("terms", MATCHING)
@@ -308,8 +370,8 @@ def test_constants_on_logits_change_nothing(terms, student, batch):
     torch.testing.assert_close(sums2, sums, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("terms", MATCHING)
-def test_terms_that_read_the_teachers_logits_are_never_negative(terms, student, batch):
+@pytest.mark.parametrize("terms", DIVERGENT)
+def test_divergences_are_never_negative(terms, student, batch):
     sums, _, _ = evaluate(objective_of(terms), student, batch)
     assert (sums > 0).all()
 
@@ -354,7 +416,7 @@ def test_a_technique_needs_only_what_scoring_stores(name, teacher):
     assert needs_of(found.terms) <= set(Scorer(found).table(Shard(0, "val", 0, 3)).column_names)
 
 
-@pytest.mark.parametrize("terms", CASES)
+@pytest.mark.parametrize("terms", DATA)
 def test_the_loss_falls(terms, teacher):
     module = SeriesEncoder(channels=6, classes=7, **teacher["settings"])
     module.load_state_dict(load_file(teacher["weights"]))
@@ -553,7 +615,12 @@ def test_a_model_without_a_value_head_is_told_what_is_missing(student, batch):
         losses.future_valence(replace(student, valence=None), batch)
 
 
-@pytest.mark.parametrize("name", [n for n in TECHNIQUES if needs_of(specs(TECHNIQUES[n].recipe["terms"]))])
+def stored(name: str) -> bool:
+    """Whether a technique's teacher is its store alone."""
+    return bool(needs_of(specs(TECHNIQUES[name].recipe["terms"]))) and "source" not in TECHNIQUES[name].recipe
+
+
+@pytest.mark.parametrize("name", list(filter(stored, TECHNIQUES)))
 def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypatch):
     """Scored once; then the teacher's weights are gone, and any attempt to build it fails the test."""
     weights = tmp_path / "teacher.safetensors"

@@ -25,7 +25,8 @@ from raykd.store.layers import is_signal
 from raykd.terms import needs_of, wants_of
 
 techniques.load_terms()
-RECIPES = {t.name: t.recipe for t in catalog.techniques() if t.name != "none"}
+# Of text that the student writes, what workers draw together is tested in test_source.py.
+RECIPES = {t.name: t.recipe for t in catalog.techniques() if t.name != "none" and "source" not in t.recipe}
 DRAWN = {"infonce": {"pairs": [["norm", "norm"]], "negatives": 16, "hard": 2.0}}
 RECIPES["infonce-drawn"] = {"terms": DRAWN, "weighting": {"mode": "ess", "statistics": "global_batch"}}
 OPTIM = Optim(steps=12, batch=12, learning_rate=1e-2, evaluate_every=1)

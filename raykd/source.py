@@ -1,0 +1,45 @@
+"""The `[source]` table: whether rows are the data's alone, or the student's own text among them. Needs no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Source(BaseModel):
+    """Text that the student writes in training, scored by the live teacher: `share` of a step's rows, the data's begun
+    and continued by `length` tokens; as `drafts`, these are tested by the teacher as speculative decoding would.
+
+    `mixed` draws tokens from mixed p + (1 - mixed) q. Each group of rows serves `passes` steps in a row, from `ahead`
+    steps after it was drawn; its age in steps of the optimiser then stays within `limit`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["on_policy", "drafts"] = "on_policy"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    length: Positive = 32
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    mixed: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    passes: Positive = 1
+    ahead: Annotated[int, Field(ge=0)] = 0
+    limit: Annotated[int, Field(ge=0)] = 16
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kind == "drafts" and self.mixed:
+            raise ValueError(
+                f"mixed = {self.mixed} has no effect on drafts, which the student writes alone; set it to 0"
+            )
+        oldest = self.ahead + self.passes - 1
+        if oldest > self.limit:
+            raise ValueError(
+                f"ahead = {self.ahead} and passes = {self.passes} use text {oldest} steps after it was drawn, above "
+                f"limit = {self.limit}; lower them, or raise limit"
+            )
+        return self
+
+    def rows(self, batch: int) -> int:
+        """How many rows of a global batch are the student's: at least one; all of them only for a share of 1."""
+        return batch if self.share == 1 else min(max(1, round(self.share * batch)), batch - 1)

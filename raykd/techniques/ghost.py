@@ -1,0 +1,72 @@
+"""Learning from rejected drafts: the position that the teacher rejects, and the discarded tail after it.
+
+A project's own definition, not a published method; near to it are Online Speculative Decoding (Liu et al. 2024,
+arXiv 2310.07177), which learns where drafts were corrected, and DistillSpec (arXiv 2310.08461). It aims at accepted
+drafts. For a student's own quality the opposite is reported: SpecKD (arXiv 2510.24021) leaves rejected tokens out.
+
+L = 0.5 G + 0.5 KL(p || q) over all drafted tokens, p and q at the temperature of the drafts; a draft's rejection and
+tail cost no more of the teacher than verifying it does.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from raykd.divergences import Kind, both, chosen, spread
+from raykd.divergences import divergence as divergence_of
+from raykd.errors import RecipeError
+from raykd.returns import following, through
+from raykd.signals import Batch, Signals
+from raykd.terms import Places, term
+
+RECIPE = {
+    "source": {"kind": "drafts", "share": 1.0, "length": 6},
+    "terms": {
+        "ghost": {"weight": 0.5, "form": "soft", "tail": 0.7},
+        "distilspec": {"weight": 0.5, "divergence": "forward"},
+    },
+}
+LEAST = -15.0  # of the log probability of a rejected token: pushing it down has no bottom
+
+
+@term(own=True)
+def ghost(
+    student: Signals,
+    batch: Batch,
+    *,
+    form: Literal["soft", "correction", "pair"] = "soft",
+    divergence: Kind = "forward",
+    rejections: Literal["drawn", "expected"] = "drawn",
+    tail: Annotated[float, Field(ge=0, le=1)] = 0.7,
+) -> Places:
+    """What a draft's rejection teaches; nothing where there was none.
+
+    soft: at every drafted token rho D(p, q), rho = 1 at the rejection and tail^k k tokens after it; with "expected"
+    rejections rho is the mean of that over the tests, given the draft: prod_{i < j} a_i (1 - a_j) for a rejection at j,
+    a = min(1, p / q) when it was drawn. No gradient flows into rho.
+
+    Over the tested tokens, from token numbers alone: correction is -log q(y) at the rejection, y ~ (p - q)+ the
+    teacher's token, with the mean gradient (1 - a) q - (p - q)+ in the logits, a = sum min(p, q); pair is that
+    + log q(x), x the rejected token, whose mean gradient is that of KL(p || q), since (p - q)+ - (q - p)+ = p - q.
+    """
+    rollout, mask = batch.rollout, batch.mask
+    assert rollout is not None
+    if rollout.accepted is None or rollout.rejected is None or rollout.correction is None or rollout.tail is None:
+        raise RecipeError('terms.ghost: this text was not drafted and verified; write source.kind = "drafts"')
+    log_q, log_p = both(student, batch, rollout.temperature)
+    rejected = rollout.rejected & mask
+    if form != "soft":
+        value = -chosen(log_q, torch.where(rejected, rollout.correction, 0)[mask])
+        if form == "pair":
+            value = value + chosen(log_q, batch.label[mask]).clamp(min=LEAST)
+        return Places(torch.where(rejected, spread(value, mask), 0.0), (rollout.accepted | rollout.rejected) & mask)
+    if rejections == "drawn":
+        after = rollout.tail.to(log_q.dtype)
+        rho = torch.where(after > 0, tail**after, 0.0) + rejected
+    else:
+        a = (spread(chosen(log_p, batch.label[mask]), mask) - rollout.log_q).exp().clamp(max=1)
+        before, until = through(a, mask)
+        rho = before - until
+        rho = rho + following(rho.flip(1), mask.flip(1), discount=tail).flip(1)
+    return Places(rho * spread(divergence_of(log_q, log_p, divergence), mask), mask)

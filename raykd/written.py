@@ -1,0 +1,87 @@
+"""A recipe's `[source]`: the batches that the student writes, each a pure function of (seed, step, its weights)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from raykd.batches import mixed
+from raykd.drafts import drafted
+from raykd.errors import DataError
+from raykd.rollouts import Teacher, on_policy, prompts
+from raykd.signals import Batch
+from raykd.source import Source
+from raykd.staleness import Schedule
+
+Rows = Callable[[int], Batch]  # a step -> this worker's rows of text, to be continued
+
+
+@dataclass(frozen=True)
+class Text:
+    """What ends a text, how many real tokens there are, and how many positions the student takes."""
+
+    steps: int
+    eos: int | None = None
+    vocab: int | None = None
+
+
+def written(
+    source: Source,
+    text: Text,
+    group: int,
+    seed: int,
+    student: nn.Module,
+    teacher: Teacher,
+    rows: Batch,
+    *,
+    share: slice,
+) -> Batch:
+    """The group of rows named `group`: each of this worker's rows cut at one place and continued by the student.
+
+    `share` are this worker's rows of the global batch. Cut and uniforms are those of the global batch, drawn by
+    (seed, group). DataError where a row can not be cut so that `source.length` tokens follow.
+    """
+    most = min(rows.inputs.shape[1], text.steps + 1 - source.length)
+    if most < 1:
+        raise DataError(
+            f"source.length = {source.length} leaves no position for a prompt: the student was built for "
+            f"{text.steps}; give at most {text.steps}"
+        )
+    draw = torch.Generator().manual_seed(mixed(seed, group))
+    cut = int(torch.randint(1, most + 1, (), generator=draw))
+    numbers = source.length if source.kind == "on_policy" else 2 * source.length + 1
+    uniforms = torch.rand((share.stop, numbers), dtype=torch.double, generator=draw)[share]
+    make = drafted if source.kind == "drafts" else partial(on_policy, mixed=source.mixed)
+    return make(
+        student,
+        teacher,
+        prompts(rows.inputs, rows.mask, cut),
+        row_id=rows.row_id,
+        uniforms=uniforms.to(rows.inputs.device),
+        temperature=source.temperature,
+        eos=text.eos,
+        vocab=text.vocab,
+    )
+
+
+@dataclass
+class Written:
+    """The same for each step in turn, by a schedule: groups are drawn when due and held while they are used.
+
+    Call it with every step from a report's boundary or a phase's begin on, before that step's update.
+    """
+
+    schedule: Schedule
+    draw: Callable[[int], Batch]  # a group -> its batch, by the student as it is
+    held: dict[int, Batch] = field(default_factory=dict)
+
+    def __call__(self, step: int) -> Batch:
+        slot = self.schedule.slot(step)
+        for group in self.schedule.due(step):
+            self.held[group] = self.draw(group)
+        self.held = {group: batch for group, batch in self.held.items() if group >= slot.first}
+        batch = self.held[slot.first]
+        assert batch.rollout is not None
+        return replace(batch, rollout=replace(batch.rollout, lag=step - slot.drawn))
