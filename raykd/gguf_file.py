@@ -59,8 +59,9 @@ def write(
 ) -> dict[str, int]:
     """Write a Llama, its layers rounded or not, and give the bytes of its tensors by type. It is not changed.
 
-    With a tokenizer.json of byte-level BPE, whose special token `end` ends a text, llama.cpp reads and gives text; else
-    token ids. RecipeError where a Quant or a tokeniser has no GGUF form here, or gguf is missing.
+    With a tokenizer.json of byte-level BPE, whose special token `end` ends a text, llama.cpp reads and gives text.
+    Without, the file has no vocabulary: its server does not answer then, only callers of its library with token ids.
+    RecipeError where a Quant or a tokeniser has no GGUF form here, or gguf is missing.
     """
     gguf = _gguf()
     held = _tensors(module, ternary, matrices)
