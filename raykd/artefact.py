@@ -4,20 +4,23 @@ artefact/student.safetensors   the best seed's weights, by validation accuracy; 
          student.onnx          its codes and scales, for stock onnxruntime
          model.json            the model's name and settings, channels, steps and class names
          run.py                loads both and classifies a .npy file
+         student.*             the other forms that `[export]` asks for, each held against the trained student
          README.md             a model card to fill in
          manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency that were measured,
                                and what is computed with in float32, with the reason
 """
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from raykd import anatomy, deployed, latency, measure, models, onnx_file, phases, predictions
+from raykd import anatomy, deployed, forms, latency, measure, models, onnx_file, packed_file, phases, predictions
 from raykd.arms import arms_of
 from raykd.batches import to_device
 from raykd.data import Dataset
@@ -28,7 +31,7 @@ from raykd.parity import bar_of, gate, refusal
 from raykd.predictions import Predictions, of_logits
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
-from raykd.recipe import ModelRef, Recipe
+from raykd.recipe import Export, ModelRef, Recipe
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
@@ -52,10 +55,40 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         quant = recipe.phases[-1].quant if recipe.phases else None
         measured = _rounded(recipe, dataset, staged, quant) if quant else {}
         copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py")
-        manifest = _manifest(staged, seed, quant, _parity(staged, dataset, arm, quant)) | measured
+        parity = _parity(staged, dataset, arm, quant)
+        forms = _forms(recipe, dataset, staged, arm)
+        manifest = _manifest(staged, seed, quant, parity) | measured | {"export": recipe.export.model_dump()}
+        for name, found in forms.items():
+            manifest["files"][name] |= {"parity": found}
         write_json(staged / "manifest.json", manifest)
     write_bytes(folder / "student.safetensors", (arm / "weights.safetensors").read_bytes())
     return manifest
+
+
+def is_whole(folder: Path, asked: Export) -> bool:
+    """Whether an artefact stands in a folder, in just the forms that are asked for, and none of its files is gone."""
+    manifest = read_json(folder / "manifest.json")
+    if manifest is None or manifest.get("export", Export().model_dump()) != asked.model_dump():
+        return False
+    return all((folder / name).is_file() for name in manifest["files"])
+
+
+def _forms(recipe: Recipe, dataset: Dataset, staged: Path, arm: Path) -> dict[str, forms.Parity]:
+    """Write what `[export]` asks for; the parity of each file by its name."""
+    if not forms.asked(recipe.export):
+        return {}
+    described = json.loads((staged / "model.json").read_bytes())
+
+    def student() -> nn.Module:
+        return _student(described, arm / "weights.safetensors").eval()
+
+    def plain() -> nn.Module:
+        return _built(described).eval()
+
+    quant = recipe.phases[-1].quant if recipe.phases else None
+    rows, trained = dataset.splits["test"], predictions.read(arm / "predictions.parquet").logits
+    assert trained is not None, "forms of text are refused before any work"
+    return forms.write(recipe.export, staged, rows, trained, quant, student, plain)
 
 
 def copy_cards(folder: Path, title: str, *, run: str, readme: str = "README.md") -> None:
@@ -88,14 +121,30 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
 
 def load(folder: Path) -> Adapter:
     """The model of an artefact folder, ready to answer."""
-    described = json.loads((folder / "model.json").read_bytes())
+    return Adapter(_student(json.loads((folder / "model.json").read_bytes()), folder / WEIGHTS)).eval()
+
+
+def unpack(folder: Path) -> Adapter:
+    """The rounded student of an artefact folder with a packed file, ready to answer. StoreError if it is damaged."""
+    module = _built(json.loads((folder / "model.json").read_bytes()))
+    packed_file.read((folder / forms.FILES["packed"]).read_bytes(), module)
+    return Adapter(module).eval()
+
+
+def _built(described: Mapping[str, Any]) -> nn.Module:
+    """The module that a model.json describes, in full precision and untrained."""
     ref = ModelRef(model=described["model"], settings=described["settings"])
     shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
-    module, quant = models.build(ref, **shape, key="artefact"), described.get("quant")
+    return models.build(ref, **shape, key="artefact")
+
+
+def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
+    """The module that a model.json describes, with trained weights, rounding as its last phase does."""
+    module, quant = _built(described), described.get("quant")
     if quant:
         phases.round_as(module, Quant.model_validate(quant))
-    models.load_weights(module, folder / WEIGHTS, "artefact")
-    return Adapter(module).eval()
+    models.load_weights(module, weights, "artefact")
+    return module
 
 
 def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raykd import anatomy, byte_bpe, models, onnx_decoder, phases
 from raykd.artefact import ONNX, best_seed, copy_cards, files_of
@@ -40,12 +40,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Write `artefact/` of a run over text, and give its manifest: `export_decoder` of the best seed's student."""
     seed = best_seed(recipe, folder)
     weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
-    module = models.build(recipe.student, **dataset.shape, key="student")
-    if not isinstance(module, Llama):
-        raise RecipeError(
-            f"student.model: a {type(module).__name__} has no form that writes text; "
-            'use "llama", or stop at raykd train'
-        )
+    module = check(models.build(recipe.student, **dataset.shape, key="student"))
     if quant := recipe.phases[-1].quant if recipe.phases else None:
         phases.round_as(module, quant)
     models.load_weights(module, weights, "student")
@@ -58,12 +53,26 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def check(module: nn.Module) -> Llama:
+    """The module, if it is one that can be exported. RecipeError otherwise."""
+    if not isinstance(module, Llama):
+        raise RecipeError(
+            f"student.model: a {type(module).__name__} has no form that writes text; "
+            'use "llama", or stop at raykd train'
+        )
+    return module
+
+
 def predict(folder: Path, dataset: Dataset) -> Predictions:
     """The artefact's predictions of the test split, whose rows hold one document each."""
     rows, parts = dataset.splits["test"], []
     for first in range(0, len(rows), ROWS):
         part = rows.take(slice(first, first + ROWS))
-        z = Decoder(folder / ONNX, rows=len(part)).step(part.inputs[..., 0])[part.mask].astype(np.float64)
+        z = (
+            Decoder(folder / ONNX, rows=len(part))
+            .step(part.inputs[..., 0].astype(np.int64))[part.mask]
+            .astype(np.float64)
+        )
         log_q = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
         true = part.label[part.mask]
         own = np.take_along_axis(log_q, true.clip(min=0)[:, None], 1)[:, 0]

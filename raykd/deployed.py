@@ -61,11 +61,15 @@ def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:
     for first in range(0, len(rows), batch):
         part = rows.take(slice(first, first + batch))
         (logits,) = runs.run(["logits"], {"inputs": np.ascontiguousarray(part.inputs)})
-        if logits.ndim == 3:
-            mask = part.mask[..., None]
-            logits = (logits * mask).sum(1) / np.maximum(mask.sum(1), 1)
-        found.append(logits.astype(np.float32))
+        found.append(mean_over(logits, part.mask))
     return np.concatenate(found)
+
+
+def mean_over(logits: NDArray[np.floating], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """(N, C): the mean of logits (N, T, C) over the steps of a mask (N, T); those of whole rows as they are."""
+    if logits.ndim == 3:
+        logits = (logits * mask[..., None]).sum(1) / np.maximum(mask.sum(1)[:, None], 1)
+    return logits.astype(np.float32)
 
 
 def value(array: NDArray[Any]) -> Any:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from raykd.recipe import Recipe
 
-NOT_HASHED = {"name", "setting", "scale", "track"}
+NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 
 
 def is_path(source: str) -> bool:

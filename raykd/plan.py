@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from raykd import models, stream
+from raykd import forms, models, stream
 from raykd.arms import arms_of
 from raykd.errors import DataError
 from raykd.identity import identity
@@ -24,6 +24,7 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     sizes = {"student": _parameters(recipe.student, data.shape, "student")}
     if recipe.teacher:
         sizes["teacher"] = _parameters(recipe.teacher, data.shape, "teacher")
+    place.check_forms()
     if recipe.valence.source == "column" and train.valence is None:
         raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
     return {
@@ -60,7 +61,8 @@ def _stages(place: Place) -> list[dict[str, Any]]:
     if recipe.search:
         what = f"{recipe.search.trials} trials over {', '.join(recipe.search.space)}"
         stages.append({"stage": "tune", "done": place.is_searched, "what": what})
-    stages.append({"stage": "export", "done": place.is_exported, "what": "the best seed's student"})
+    what = ", ".join(["the best seed's student", *(forms.FILES[form] for form in forms.asked(recipe.export))])
+    stages.append({"stage": "export", "done": place.is_exported, "what": what})
     is_reported = (place.folder / "report.json").exists()
     stages.append({"stage": "report", "done": is_reported, "what": "report.json, report.html, MLflow"})
     return stages

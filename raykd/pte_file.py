@@ -32,7 +32,7 @@ def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
     layers become what the exporter reads. RecipeError where the Quant has no kernel, executorch is missing or the
     module can not be exported.
     """
-    _check(quant)
+    check(quant)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -91,7 +91,8 @@ def _missing() -> RecipeError:
     return RecipeError("export: an ExecuTorch program needs executorch; type: pip install 'raykd[executorch]'")
 
 
-def _check(quant: Quant) -> None:
+def check(quant: Quant) -> None:
+    """RecipeError if XNNPACK has no kernel for a Quant."""
     if quant.weights == "ternary":
         raise RecipeError(
             "quant.weights: ExecuTorch has no ternary kernels; export the student as ONNX, "

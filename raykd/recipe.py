@@ -2,7 +2,7 @@
 
 A recipe is sparse TOML over the technique's own settings: `technique < file < --set`. Every unknown key is an
 error with a suggestion, and all errors come at once. Tables that change the result enter the digest; `[scale]`
-and `[track]`, which only say where and how fast, do not.
+and `[track]`, which only say where and how fast, and `[export]`, in which forms, do not.
 """
 
 from collections.abc import Sequence
@@ -248,6 +248,14 @@ class Scale(Table):
         return self
 
 
+class Export(Table):
+    """What stands in the artefact beside the student: `raykd.forms`. It changes nothing that is trained."""
+
+    stream: bool = False
+    packed: bool = False
+    pte: bool = False
+
+
 class Track(Table):
     """The MLflow server; by default a sqlite file under --out."""
 
@@ -282,6 +290,7 @@ class Recipe(Table):
     search: Search | None = None
     scale: Scale = Scale()
     track: Track = Track()
+    export: Export = Export()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

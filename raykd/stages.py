@@ -20,7 +20,9 @@ from raykd import (
     data,
     decoder_artefact,
     evidence,
+    forms,
     gather,
+    models,
     page,
     patience,
     record,
@@ -83,7 +85,17 @@ class Place:
 
     @property
     def is_exported(self) -> bool:
-        return (self.folder / "artefact" / "manifest.json").exists()
+        return artefact.is_whole(self.folder / "artefact", self.recipe.export)
+
+    def check_forms(self) -> None:
+        """RecipeError if the student can not be exported, or not in the forms that `[export]` asks for."""
+        recipe = self.recipe
+        if forms.asked(recipe.export) or self.dataset.is_text:
+            student = models.build(recipe.student, **self.dataset.shape, key="student")
+            if self.dataset.is_text:
+                decoder_artefact.check(student)
+            quant = recipe.phases[-1].quant if recipe.phases else None
+            forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
 
     def journal(self) -> Journal:
         return record.open_journal(self.recipe, self.dataset, self.folder, self.store)
@@ -129,6 +141,8 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
 def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     """What the last of the stages gives, taken in order while no other process works on this run."""
     checks.register(place.recipe.technique)
+    if _export in stages:
+        place.check_forms()
     place.folder.mkdir(parents=True, exist_ok=True)
     write_json(place.folder / "recipe.json", place.recipe.model_dump(mode="json"))
     try:

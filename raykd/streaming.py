@@ -55,8 +55,8 @@ class Stream:
         self._length = length
         self._state = {name: deployed.value(np.ascontiguousarray(value)) for name, value in state.items()}
 
-    def step(self, inputs: NDArray[np.floating]) -> dict[str, NDArray[np.float32]]:
-        """Read floats (B, S, K) on; their logits (B, S, C) and valence (B, S).
+    def step(self, inputs: NDArray[np.number]) -> dict[str, NDArray[np.float32]]:
+        """Read numbers (B, S, K) on, as float32; their logits (B, S, C) and valence (B, S).
 
         DataError for other rows or channels, and none or too many steps; nothing has been read then.
         """

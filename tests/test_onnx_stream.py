@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from raykd import deployed, onnx_file, onnx_stream, operators, phases
-from raykd.artefact import BLOCKS, EXACT, INTEGER, Bar
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.models.series import SeriesEncoder
 from raykd.onnx_decoder import names
+from raykd.parity import EXACT, INTEGER, Bar, bar_of
 from raykd.quant.scheme import Quant
 from raykd.streaming import Stream
 
@@ -93,12 +93,6 @@ def exported():
         return made[name]
 
     return get
-
-
-def bar_of(quant: Quant | None) -> Bar:
-    if quant is None or quant.activations == "none":
-        return EXACT
-    return INTEGER if quant.weights == "int8" else BLOCKS
 
 
 def assert_alike(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], bar: Bar) -> None:

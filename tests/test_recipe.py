@@ -21,7 +21,7 @@ from raykd.recipe import Range, Recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for folder in ("examples", "pipelines") for path in (ROOT / folder).glob("**/*.toml"))
-FREE = {"name", "setting", "scale", "track"}  # what a run is called, where it runs and where it is told
+FREE = {"name", "setting", "scale", "track", "export"}  # how a run is called, where it runs, is told, and its forms
 SEARCH = '[search]\n"terms.kd.temperature" = { uniform = [1, 4] }\n'
 
 

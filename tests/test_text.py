@@ -25,7 +25,7 @@ from raykd.recipe import DataRef
 from raykd.store.reader import Store
 from raykd.vocabulary import check_digest
 
-END, STEPS = "<end>", 16
+END, STEPS = "<end>", 40
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "it", "while", "sun", "set", "over", "sea"]
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def prompts(prompt="the cat", completion="sat on a mat") -> list[dict]:
 FAULTS = {
     "empty completion": (prompts(completion=""), {}, "row 0 has an empty completion"),
     "empty prompt": (prompts(prompt=""), {}, "row 0 has an empty prompt"),
-    "long prompt": (prompts(prompt=sentence(0, 40)), {}, "raise data.window"),
+    "long prompt": (prompts(prompt=sentence(0, 80)), {}, "raise data.window"),
     "no such end": (records(), {"end": "<ende>"}, "Did you mean <end>"),
     "a strange split": (records(split="dev"), {}, r"\['dev'\]; write train, val or test"),
     "no test": (records()[:10], {}, "split 'test' has 0 rows"),
@@ -177,8 +177,8 @@ def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
 def walked(cluster, tokenizer, tmp_path_factory):
     """(report, folder, recipe) of a small text recipe under a teacher of random weights."""
     home = tmp_path_factory.mktemp("text")
-    splits = ["train"] * 30 + ["val"] * 4 + ["test"] * 12
-    rows = [{"split": s, "group": i, "text": sentence(i, 30)} for i, s in enumerate(splits)]
+    splits = ["train"] * 30 + ["val"] * 4 + ["test"] * 30
+    rows = [{"split": s, "group": i, "text": sentence(i, 50)} for i, s in enumerate(splits)]
     (home / "rows").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), home / "rows" / "a.parquet")
     vocab = len(json.loads(tokenizer.read_text())["model"]["vocab"])
@@ -214,8 +214,9 @@ evaluate_every = 10
 learning_rate = 1e-2
 """)
     found = checks.load(home / "recipe.toml")
-    folder = stages.train(found, home / "out")
-    return stages.report(found, home / "out"), folder, found
+    report = stages.run(found, home / "out")
+    (folder,) = (home / "out").glob("text-*")
+    return report, folder, found
 
 
 def test_a_text_recipe_walks_from_a_teacher_to_a_report(walked):
@@ -225,8 +226,12 @@ def test_a_text_recipe_walks_from_a_teacher_to_a_report(walked):
     assert report["student"]["metrics"].keys() == {"accuracy", "nll", "kl"}
     test = data.load(found.data).splits["test"]
     assert report["student"]["metrics"]["nll"]["n"] == test.mask.sum()
-    assert report["data"]["groups"] == 12
+    assert report["data"]["groups"] == 30
     assert set(report["gains"]) == {"nll", "kl"}
+    artefact = report["artefact"]
+    assert artefact["parity"]["positions"] >= 1000
+    assert artefact["metrics"]["accuracy"]["value"] == report["student"]["metrics"]["accuracy"]["value"]
+    assert {p.name for p in (folder / "artefact").iterdir()} >= {"student.onnx", "run.py", "tokenizer.json"}
     assert (folder / "report.html").exists()
 
 

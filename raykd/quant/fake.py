@@ -56,7 +56,7 @@ def as_multiplied(x: Tensor, quant: Quant) -> Tensor:
     """Activations (..., K) as the operator of a Quant multiplies them, float32."""
     if quant.activations == "none":
         return x.float()
-    if quant.weights == "int8" and quant.activations == "int8":
+    if quant.over_the_call:
         return Activations.apply(x)  # type: ignore[return-value]
     inputs = x.shape[-1]
     return Blocks.apply(x, inputs if quant.weights == "int8" else quant.block(inputs))  # type: ignore[return-value]

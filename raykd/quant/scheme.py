@@ -73,6 +73,11 @@ class Quant(BaseModel):
         """How a scale is found."""
         return self.scale or SCALES[self.weights]
 
+    @property
+    def over_the_call(self) -> bool:
+        """Whether activations are rounded over a whole call, so that an answer depends on what it is asked with."""
+        return self.weights == "int8" and self.activations == "int8"
+
     def columns(self, inputs: int) -> int:
         """How many inputs of one output share a scale."""
         return self.group if self.per == "group" and inputs % self.group == 0 else inputs
