@@ -156,6 +156,7 @@ class Step:
         self.lags: list[int] = []  # of the student's text since then
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
         self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
+        assert live or not arm.source, "text of the student's own needs a live teacher"
         self.written = self._writer(arm.source, live) if arm.source and live else None
 
     def enter(self, span: Span) -> None:
