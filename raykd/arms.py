@@ -28,7 +28,7 @@ from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
 from raykd.predictions import Predictions
 from raykd.recipe import Recipe, TermSpec
-from raykd.rollouts import Frozen
+from raykd.rollouts import Frozen, Teacher
 from raykd.store.place import Address
 from raykd.store.reader import Store
 from raykd.terms import needs_of, wants_of
@@ -66,10 +66,10 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
 class Workshop:
     """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
 
-    def __init__(self, recipe: Recipe, store: Address | None, device: torch.device):
+    def __init__(self, recipe: Recipe, store: Address | None, device: torch.device, teacher: Teacher | None = None):
         torch.set_num_threads(1)
         register(recipe.technique)
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.teacher = recipe, device, teacher
         self.dataset: Dataset = data.load(recipe.data)
         self.store = Store(store) if store else None
         needs = needs_of(recipe.terms)
@@ -97,11 +97,13 @@ class Workshop:
 
     @cached_property
     def live(self) -> Live:
-        """The teacher, in this process, for students that write."""
+        """The teacher for students that write, and what a text is to both."""
         assert self.recipe.teacher is not None
-        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(self.device)
-        classes = self.dataset.classes
-        text = Text(self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes))
+        shape, classes = self.dataset.shape, self.dataset.classes
+        text = Text(shape["steps"], classes.index(self.recipe.data.end), len(classes))
+        if self.teacher:
+            return Live(self.teacher, text)
+        module = models.build(self.recipe.teacher, **shape, key="teacher").to(self.device)
         return Live(Frozen(module.requires_grad_(False)), text)
 
     def test(self, student: nn.Module) -> Predictions:
@@ -128,10 +130,20 @@ def teacher_head(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor | None] |
 
 
 def run_arms(
-    recipe: Recipe, store: Address | None, folder: Path, *, world: World, device: torch.device, tell: Tell
+    recipe: Recipe,
+    store: Address | None,
+    folder: Path,
+    *,
+    world: World,
+    device: torch.device,
+    tell: Tell,
+    teacher: Teacher | None = None,
 ) -> None:
-    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`."""
-    shop = Workshop(recipe, store, device)
+    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`.
+
+    `teacher` scores what students write; without, it is loaded here.
+    """
+    shop = Workshop(recipe, store, device, teacher)
     for arm in arms_of(recipe):
         target = folder / "arms" / arm.key
         if _agreed(world, read_json(target / "arm.json") is not None, device):

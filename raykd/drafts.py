@@ -8,7 +8,7 @@ student writes after its own mistakes.
 import torch
 from torch import Tensor, nn
 
-from raykd.rollouts import Drawn, Teacher, behind, inverse, log_probabilities, sample, scored
+from raykd.rollouts import Drawn, Later, Teacher, behind, inverse, log_probabilities, sample, scored
 from raykd.signals import Batch, Rollout, Signals
 
 
@@ -22,22 +22,27 @@ def drafted(
     temperature: float = 1.0,
     eos: int | None = None,
     vocab: int | None = None,
-) -> Batch:
+) -> Later:
     """Prompts (B, P, 2) with the n tokens that the student drafted after each, tested; T = P + n - 1.
 
     `uniforms` (B, 2 n + 1) fp64 in [0, 1) draw the tokens, test them, and draw the correction. A draft ends with `eos`.
+    It is drawn now, and tested when the batch is asked for.
     """
     count = uniforms.shape[1] // 2
     how = {"temperature": temperature, "eos": eos, "vocab": vocab}
     drawn = sample(student, prompt, uniforms=uniforms[:, :count], keep=True, **how)
-    inputs, label, answer = scored(teacher, prompt, drawn, vocab)
-    first = prompt.shape[1] - 1
-    log_p = log_probabilities(answer[:, first:], answer.shape[-1], temperature)
-    fields = verified(drawn, log_p, uniforms[:, count:].to(log_p.device))
-    log_q, mask = behind(prompt, drawn.log_q.float(), 0.0), behind(prompt, drawn.mask, False)
-    found = {name: behind(prompt, value, 0) for name, value in fields.items()}
-    rollout = Rollout(log_q, torch.ones_like(log_q), 0, temperature, **found)
-    return Batch(row_id, inputs, mask, label, teacher=Signals(answer, mask), rollout=rollout)
+    scoring, first = scored(teacher, prompt, drawn, vocab), prompt.shape[1] - 1
+
+    def batch() -> Batch:
+        inputs, label, answer = scoring()
+        log_p = log_probabilities(answer[:, first:], answer.shape[-1], temperature)
+        fields = verified(drawn, log_p, uniforms[:, count:].to(log_p.device))
+        log_q, mask = behind(prompt, drawn.log_q.float(), 0.0), behind(prompt, drawn.mask, False)
+        found = {name: behind(prompt, value, 0) for name, value in fields.items()}
+        rollout = Rollout(log_q, torch.ones_like(log_q), 0, temperature, **found)
+        return Batch(row_id, inputs, mask, label, teacher=Signals(answer, mask), rollout=rollout)
+
+    return batch
 
 
 def verified(drawn: Drawn, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]:

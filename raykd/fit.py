@@ -6,6 +6,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from raykd.loop import World
 from raykd.progress import Progress
 from raykd.recipe import Recipe
 from raykd.scorer import device_of
+from raykd.serving import Served, teachers
 from raykd.session import plain_error
 from raykd.store.place import Address
 
@@ -30,9 +32,10 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
     arms = arms_of(recipe)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
-    with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress):
+    apart = teachers(recipe) if recipe.source and recipe.scale.workers[1] > 1 else nullcontext([])
+    with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress), apart as names:
         try:
-            fault = group(recipe, train_worker, config, folder).fit().return_value
+            fault = group(recipe, train_worker, config | {"teachers": names}, folder).fit().return_value
         except Exception as error:  # Ray raises its own kinds and ours, wrapped
             raise plain_error(error, "train") from error
     if fault:
@@ -96,10 +99,18 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
 
     device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
     try:
-        run_arms(recipe, config["store"], folder, world=world, device=device, tell=tell)
+        teacher = _teacher(recipe, config["teachers"], world.rank) if config["teachers"] else None
+        run_arms(recipe, config["store"], folder, world=world, device=device, tell=tell, teacher=teacher)
     except Diverged as fault:
         return fault
     return None
+
+
+def _teacher(recipe: Recipe, names: list[str], rank: int) -> Served:
+    """A worker's teacher among the actors; as many of its texts may wait as its source draws ahead, and one."""
+    assert recipe.source is not None
+    most, wait_s = recipe.source.ahead + 1, recipe.scale.start_timeout_s
+    return Served(names[rank % len(names)], most=most, wait_s=wait_s)
 
 
 def _note(folder: Path, arm: str, step: int, metrics: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from raykd.objective import Objective, learned
 from raykd.phases import Span
 from raykd.quant.layers import roundable
 from raykd.recipe import Optim, Phase, TermSpec, Weighting
+from raykd.rollouts import Later
 from raykd.signals import Batch, Signals
 from raykd.source import Source
 from raykd.staleness import Schedule
@@ -219,7 +220,7 @@ class Step:
         schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
         share = self.world.share(self.own)
 
-        def draw(group: int) -> Batch:
+        def draw(group: int) -> Later:
             index = torch.from_numpy(self.order.rows(group)[: self.own][share]).to(self.device)
             student, rows = self.state.learner.student.module, self.rows.batch(index)
             return written(source, live.text, group, self.arm.seed, student, live.teacher, rows, share=share)

@@ -17,13 +17,17 @@ from raykd.errors import DataError, RecipeError
 from raykd.fused import shared_vocab
 from raykd.signals import Batch, Rollout, Signals
 
+Later = Callable[[], Batch]
 Read = Callable[[Tensor], Tensor]  # (B, n, 2), which follow all that was read before -> logits (B, n, V)
 
 
 class Teacher(Protocol):
-    """Whoever scores a text: rows (B, T, 2) of tokens and their places -> logits (B, T, V) of the tokens after them."""
+    """Whoever scores a text: rows (B, T, 2) of tokens and their places -> logits (B, T, V) of the tokens after them.
 
-    def logits(self, inputs: Tensor) -> Tensor: ...
+    They are asked for at once, and given when what `ask` gives is called: a teacher elsewhere works in between.
+    """
+
+    def ask(self, inputs: Tensor) -> Callable[[], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Frozen:
     def logits(self, inputs: Tensor) -> Tensor:
         with _at_rest(self.module):
             return self.module(inputs)["logits"]
+
+    def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
+        answer = self.logits(inputs)
+        return lambda: answer
 
 
 class Mixed(NamedTuple):
@@ -108,30 +116,42 @@ def on_policy(
     eos: int | None = None,
     vocab: int | None = None,
     mixed: float = 0.0,
-) -> Batch:
+) -> Later:
     """Prompts (B, P, 2) with what the student wrote after them, n tokens as in `sample`, T = P + n - 1.
 
-    `mixed` is the teacher's share of the sampling.
+    `mixed` is the teacher's share of the sampling. The text is drawn now, and scored when the batch is asked for.
     """
     how = {"temperature": temperature, "eos": eos, "vocab": vocab}
     drawn = sample(student, prompt, uniforms=uniforms, mixed=Mixed(mixed, teacher) if mixed else None, **how)
-    inputs, label, answer = scored(teacher, prompt, drawn, vocab)
+    scoring = scored(teacher, prompt, drawn, vocab)
     log_q, weight = (behind(prompt, x.float(), fill) for x, fill in ((drawn.log_q, 0.0), (drawn.weight, 1.0)))
     mask = behind(prompt, drawn.mask, False)
-    return Batch(
-        row_id, inputs, mask, label, teacher=Signals(answer, mask), rollout=Rollout(log_q, weight, 0, temperature)
-    )
+
+    def batch() -> Batch:
+        inputs, label, answer = scoring()
+        rollout = Rollout(log_q, weight, 0, temperature)
+        return Batch(row_id, inputs, mask, label, teacher=Signals(answer, mask), rollout=rollout)
+
+    return batch
 
 
-def scored(teacher: Teacher, prompt: Tensor, drawn: Drawn, vocab: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def scored(
+    teacher: Teacher, prompt: Tensor, drawn: Drawn, vocab: int | None
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """(inputs (B, T, 2), the token after each (B, T), the teacher's logits (B, T, vocab)), in one pass of the teacher.
 
-    Position j - 1 is about token j: the first token that was drawn is told at the prompt's last position.
+    It is begun now. Position j - 1 is about token j: the first token that was drawn is told at the prompt's last
+    position.
     """
     text = torch.cat([prompt, drawn.inputs], 1)
-    logits = teacher.logits(text[:, :-1])
-    real = shared_vocab(logits.shape[-1], drawn.vocab, vocab)
-    return text[:, :-1], text[:, 1:, 0].long(), logits[..., :real]
+    answer = teacher.ask(text[:, :-1])
+
+    def given() -> tuple[Tensor, Tensor, Tensor]:
+        logits = answer()
+        real = shared_vocab(logits.shape[-1], drawn.vocab, vocab)
+        return text[:, :-1], text[:, 1:, 0].long(), logits[..., :real]
+
+    return given
 
 
 def behind(prompt: Tensor, values: Tensor, fill: Any) -> Tensor:
@@ -203,7 +223,7 @@ def _asker(teacher: Teacher, prompt: Tensor, count: int) -> Read:
 
     def ask_again(inputs: Tensor) -> Tensor:
         held.append(inputs)
-        return teacher.logits(torch.cat(held, 1))
+        return teacher.ask(torch.cat(held, 1))()
 
     return ask_again
 

@@ -11,7 +11,7 @@ from torch import nn
 from raykd.batches import mixed
 from raykd.drafts import drafted
 from raykd.errors import DataError
-from raykd.rollouts import Teacher, on_policy, prompts
+from raykd.rollouts import Later, Teacher, on_policy, prompts
 from raykd.signals import Batch
 from raykd.source import Source
 from raykd.staleness import Schedule
@@ -46,8 +46,10 @@ def written(
     rows: Batch,
     *,
     share: slice,
-) -> Batch:
+) -> Later:
     """The group of rows named `group`: each of this worker's rows cut at one place and continued by the student.
+
+    It is written now; the batch is given once the teacher has scored it.
 
     `share` are this worker's rows of the global batch. Cut and uniforms are those of the global batch, drawn by
     (seed, group). DataError where a row can not be cut so that `source.length` tokens follow.
@@ -83,9 +85,9 @@ class Written:
     """
 
     schedule: Schedule
-    draw: Callable[[int], Batch]  # a group -> its batch, by the student as it is
+    draw: Callable[[int], Later]  # a group -> its batch, by the student as it is
     spans: Sequence[tuple[float, float]] = ((0, math.inf),)  # the steps [since, until) in which its terms count
-    held: dict[int, Batch] = field(default_factory=dict)
+    held: dict[int, Later] = field(default_factory=dict)
 
     def counts(self, step: int) -> bool:
         """Whether any term counts in the interval of a step: in others nothing is drawn."""
@@ -97,6 +99,7 @@ class Written:
         for group in self.schedule.due(step):
             self.held[group] = self.draw(group)
         self.held = {group: batch for group, batch in self.held.items() if group >= slot.first}
-        batch = self.held[slot.first]
+        batch = self.held[slot.first]()
+        self.held[slot.first] = lambda: batch
         assert batch.rollout is not None
         return replace(batch, rollout=replace(batch.rollout, lag=step - slot.drawn))

@@ -319,7 +319,7 @@ def test_ghosts_pair_agrees_with_the_forward_kl_on_drafts_as_they_are_drawn():
         Frozen(teacher),
         Batch(tokens[:, 0, 0], tokens, mask, tokens[..., 0]),
         share=slice(rows),
-    )
+    )()
     logits = student(batch.inputs)["logits"].detach().double().requires_grad_()
     value, tested = ghost(Signals(logits, batch.mask), batch, form="pair")
     assert tested.all()

@@ -4,6 +4,7 @@ Distributions stand against the models' own probabilities, within 4 standard err
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def uniforms(rows: int, count: int, seed: int = 1) -> Tensor:
 def made(name: str, student: Any, teacher: Any, prompt: Tensor, count: int, **how: Any) -> Batch:
     """A batch of either kind, `count` tokens a row."""
     numbers = uniforms(len(prompt), count if name == "on_policy" else 2 * count + 1)
-    return MAKERS[name](student, teacher, prompt, row_id=torch.arange(len(prompt)), uniforms=numbers, **how)
+    return MAKERS[name](student, teacher, prompt, row_id=torch.arange(len(prompt)), uniforms=numbers, **how)()
 
 
 def log_q_of(module: Any, inputs: Tensor, temperature: float = 1.0) -> Tensor:
@@ -127,8 +128,8 @@ def test_a_share_of_nothing_is_the_students_own_text_with_weights_of_one(student
 
 def test_a_teacher_without_a_cache_is_read_again_to_the_same_end(student, teacher):
     class Remote:
-        def logits(self, inputs: Tensor) -> Tensor:
-            return teacher.logits(inputs)
+        def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
+            return teacher.ask(inputs)
 
     found = [sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=Mixed(0.5, t)) for t in (teacher, Remote())]
     assert torch.equal(found[0].inputs, found[1].inputs)

@@ -137,13 +137,13 @@ def test_workers_draw_the_rows_of_one_global_batch(kind, rows, begun, teacher):
 
     def drawn(share: slice) -> Batch:
         mine = replace(every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share])
-        return written(source, Text(ROOM), 7, 3, student, teacher, mine, share=share)
+        return written(source, Text(ROOM), 7, 3, student, teacher, mine, share=share)()
 
     whole, parts = drawn(slice(0, ROWS)), [drawn(World(rank, 3).share(ROWS)) for rank in range(3)]
     for name in ("row_id", "inputs", "label", "mask"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert not torch.equal(
-        written(source, Text(ROOM), 8, 3, student, teacher, every, share=slice(0, ROWS)).label, whole.label
+        written(source, Text(ROOM), 8, 3, student, teacher, every, share=slice(0, ROWS))().label, whole.label
     )
 
 
@@ -166,7 +166,7 @@ def trained(
     objective = Objective({name: TermSpec(**settings) for name, settings in terms.items()})
     optim = optim or torch.optim.AdamW(module.parameters(), 5e-3)
 
-    def draw(group: int) -> Batch:
+    def draw(group: int) -> Callable[[], Batch]:
         return written(source, Text(ROOM), group, 0, module, teacher, rows(group), share=slice(0, ROWS))
 
     own, used = Written(Schedule(source.passes, source.ahead, every=10), draw), []
@@ -205,7 +205,7 @@ def test_a_training_resumed_at_a_report_ends_as_one_that_was_not(passes, ahead, 
 def measured(module: nn.Module, teacher: Frozen, language: Callable[[int, int], Tensor]) -> dict[str, float]:
     """On text that the student writes after 256 prompts: KL(q || p), and the share of drafts that p accepts."""
     numbers = torch.rand(256, 12, dtype=torch.double, generator=torch.Generator().manual_seed(5))
-    batch = on_policy(module, teacher, language(256, 9999)[:, :6], row_id=torch.arange(256), uniforms=numbers)
+    batch = on_policy(module, teacher, language(256, 9999)[:, :6], row_id=torch.arange(256), uniforms=numbers)()
     assert batch.teacher
     with torch.no_grad():
         q = module(batch.inputs)["logits"].log_softmax(-1)[batch.mask]

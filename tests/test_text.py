@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import texts
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from texts import END, STEPS, sentence
 
 from raykd import checks, data, measure, predictions, stages
 from raykd import models as ours
@@ -25,29 +25,12 @@ from raykd.recipe import DataRef
 from raykd.store.reader import Store
 from raykd.vocabulary import check_digest
 
-END, STEPS = "<end>", 40
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "it", "while", "sun", "set", "over", "sea"]
 CPU = torch.device("cpu")
-
-
-def sentence(number: int, words: int) -> str:
-    draw = np.random.default_rng(number)
-    return " ".join(draw.choice(WORDS, words))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
-    texts = [sentence(i, 30) for i in range(20)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    found.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet)
-    )
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    found.save(str(path))
-    return path
+    return texts.tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def ref(tokenizer: Path, **settings) -> DataRef:
@@ -177,43 +160,7 @@ def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
 def walked(cluster, tokenizer, tmp_path_factory):
     """(report, folder, recipe) of a small text recipe under a teacher of random weights."""
     home = tmp_path_factory.mktemp("text")
-    splits = ["train"] * 30 + ["val"] * 4 + ["test"] * 30
-    rows = [{"split": s, "group": i, "text": sentence(i, 50)} for i, s in enumerate(splits)]
-    (home / "rows").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), home / "rows" / "a.parquet")
-    vocab = len(json.loads(tokenizer.read_text())["model"]["vocab"])
-    torch.manual_seed(1)
-    teacher = Llama(classes=vocab, steps=STEPS, width=32, layers=1, heads=2, kv_heads=1)
-    teacher.lm_head.weight.data.mul_(30)  # far from uniform
-    save_file({k: v for k, v in teacher.state_dict().items() if k != "lm_head.weight"}, home / "teacher.safetensors")
-    (home / "recipe.toml").write_text(f"""
-name = "text"
-technique = "vanilla"
-[data]
-source = "./rows"
-tokenizer = "{tokenizer}"
-end = "{END}"
-window = {STEPS}
-columns = {{ group = "group" }}
-[teacher]
-model = "llama"
-weights = "teacher.safetensors"
-settings = {{ width = 32, layers = 1, heads = 2, kv_heads = 1 }}
-[student]
-model = "llama"
-settings = {{ width = 16, layers = 1, heads = 2, kv_heads = 1, inner = 32 }}
-[terms.kd]
-temperature = 1.0
-[store]
-rows_per_shard = 16
-points = 80
-[optim]
-steps = 30
-batch = 8
-evaluate_every = 10
-learning_rate = 1e-2
-""")
-    found = checks.load(home / "recipe.toml")
+    found = checks.load(texts.recipe(home, tokenizer))
     report = stages.run(found, home / "out")
     (folder,) = (home / "out").glob("text-*")
     return report, folder, found
