@@ -100,8 +100,6 @@ def _source_problems(found: Recipe) -> list[Problem]:
     key, text = "source", ""
     if found.source is None:
         text = f"missing, but the terms {', '.join(own)} read what the student writes; add [source]" if own else ""
-    elif not found.data.tokenizer:
-        text = "continues rows of text, and these are none; name data.tokenizer, or leave [source] out"
     elif not own:
         text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
     elif found.teacher is None and not terms.needs_of(found.terms):
@@ -110,6 +108,8 @@ def _source_problems(found: Recipe) -> list[Problem]:
         key, text = "source.share", f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it"
     elif found.source.share < 1 and not data_only:
         key, text = "source.share", f"{found.source.share} leaves rows to the data that no term reads; set it to 1"
+    elif not found.data.tokenizer:
+        text = "continues rows of text, and these are none; name data.tokenizer, or leave [source] out"
     return [Problem(key, text)] if text else []
 
 

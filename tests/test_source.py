@@ -249,6 +249,7 @@ LINES = {
     "source without a term": ({"technique": "vanilla", "source": {}}, "no term reads what the student writes"),
     "terms without a source": ({"technique": "vanilla", "terms": {"gkd": {}}}, "source: missing, but the terms gkd"),
     "no teacher": ({"technique": "ghost"}, "teacher: missing, but it scores"),
+    "rows of series": ({"technique": "gkd"}, "source: continues rows of text, and these are none; name data.tokenizer"),
     "misspelt": ({"technique": "gkd", "source": {"lenght": 3}}, "Did you mean length"),
 }
 
