@@ -3,14 +3,17 @@
 student.onnx     codes and scales, keys and values in and out, for stock onnxruntime
 model.json       the model's settings and its Quant
 tokenizer.json   where it is given: byte-level BPE
+student.gguf     where it is asked for: the same codes, for llama.cpp
 run.py           loads them and continues a prompt
 README.md        a model card to fill in
 manifest.json    bytes and sha256 of each file, the parity that was measured, bytes by kind
 """
 
 import copy
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raykd import anatomy, byte_bpe, models, onnx_decoder, phases
+from raykd import anatomy, byte_bpe, gguf_file, models, onnx_decoder, phases
 from raykd.artefact import ONNX, best_seed, copy_cards, files_of
 from raykd.data import Dataset, Rows
 from raykd.decoder import Decoder
 from raykd.errors import DataError, RecipeError
 from raykd.files import whole_folder, write_bytes, write_json
+from raykd.forms import FILES
 from raykd.models.llama import Llama
 from raykd.parity import bar_of, gate
 from raykd.predictions import Places, Predictions
@@ -46,9 +50,11 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     models.load_weights(module, weights, "student")
     target, title = folder / "artefact", f"{recipe.name} ({recipe.technique})"
     path = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
-    manifest = export_decoder(module, target, tokens=_judged(dataset.splits["test"]), title=title, tokenizer=path)
-    manifest |= {"seed": seed}
-    write_json(target / "manifest.json", manifest)
+    tokens, asked = _judged(dataset.splits["test"]), recipe.export
+    noted = {"seed": seed, "export": asked.model_dump()}
+    manifest = export_decoder(
+        module, target, tokens=tokens, title=title, tokenizer=path, gguf=asked.gguf, end=recipe.data.end, noted=noted
+    )
     write_bytes(folder / "student.safetensors", weights.read_bytes())
     return manifest
 
@@ -92,9 +98,20 @@ def _judged(rows: Rows) -> Tensor:
 
 
 def export_decoder(
-    module: Llama, folder: Path, *, tokens: Tensor, title: str = "Student", tokenizer: Path | None = None
+    module: Llama,
+    folder: Path,
+    *,
+    tokens: Tensor,
+    title: str = "Student",
+    tokenizer: Path | None = None,
+    gguf: bool = False,
+    end: str = "<|endoftext|>",
+    noted: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write the folder of a Llama, its layers rounded or not, and give its manifest. The module is not changed.
+
+    With `gguf` a file for llama.cpp stands beside, with the same codes; `end` is the tokeniser's token that ends a
+    text. What is `noted` goes into the manifest.
 
     `tokens` (N, T) int64 is text that it was not trained on. GateError, and no folder, where the file answers
     otherwise; DataError for too few tokens, RecipeError where the tokeniser is another or the module has no ONNX form.
@@ -111,10 +128,13 @@ def export_decoder(
         if tokenizer is not None:
             (staged / "tokenizer.json").write_bytes(tokenizer.read_bytes())
         copy_cards(staged, title, run="run_lm.py", readme="README_lm.md")
+        if gguf:
+            gguf_file.write(trained, staged / FILES["gguf"], tokenizer=tokenizer, end=end)
         name = f"onnx {quant.weights}" if quant else "onnx fp32"
         manifest = {"schema": 1, "format": name, "bytes": len(file), "files": files_of(staged)}
         manifest |= {"parity": _parity(trained, staged / ONNX, tokens, quant), "tensors": tensors}
         manifest |= {"bytes_by_kind": anatomy.bytes_of(file, tensors), "computed_in_float32": _left(trained, quant)}
+        manifest |= noted
         write_json(staged / "manifest.json", manifest)
     return manifest
 

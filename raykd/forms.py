@@ -3,8 +3,9 @@
     stream   student.stream.onnx          raykd.onnx_stream: a window step by step
     packed   student.packed.safetensors   raykd.packed_file: a rounded student in the fewest bytes, for storage
     pte      student.pte                  raykd.pte_file: an ExecuTorch program, one window to a call
+    gguf     student.gguf                 raykd.gguf_file: a language model for llama.cpp (`raykd.decoder_artefact`)
 
-Each is opened again and asked all test rows. GateError if it misses the bar of its arithmetic.
+Each of the first three is opened again and asked all test rows. GateError if it misses the bar of its arithmetic.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from raykd.recipe import Export
 from raykd.streaming import Stream
 
 FILES = {"stream": "student.stream.onnx", "packed": "student.packed.safetensors", "pte": "student.pte"}
+FILES |= {"gguf": "student.gguf"}
+OF_TEXT = {"gguf"}
 
 Logits = NDArray[np.float32]
 Module = Callable[[], nn.Module]  # a new one at each call, for who writes it takes it over
@@ -41,9 +44,13 @@ def asked(export: Export) -> list[str]:
 
 def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bool = False) -> None:
     """RecipeError, each fault with its key, if a student of this kind and last Quant has no such form."""
-    if is_text and asked(export):
-        raise RecipeError([Problem(f"export.{form}", "is of rows of series; write false") for form in asked(export)])
-    problems = []
+    wrong = [form for form in asked(export) if (form in OF_TEXT) != is_text]
+    kind = "series" if is_text else "text"
+    problems = [Problem(f"export.{form}", f"is of rows of {kind}; write false") for form in wrong]
+    if problems:
+        raise RecipeError(problems)
+    if export.gguf and find_spec("gguf") is None:
+        problems.append(Problem("export.gguf", "needs gguf; type: pip install 'raykd[gguf]'"))
     if export.stream:
         problems += _refused("stream", lambda: onnx_stream.check(module))
     if export.packed and quant is None:

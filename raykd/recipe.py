@@ -249,11 +249,12 @@ class Scale(Table):
 
 
 class Export(Table):
-    """What stands in the artefact beside the student: `raykd.forms`. It changes nothing that is trained."""
+    """What stands in the artefact beside the student (`raykd.forms`). It changes nothing that is trained."""
 
     stream: bool = False
     packed: bool = False
     pte: bool = False
+    gguf: bool = False
 
 
 class Track(Table):

@@ -1,6 +1,7 @@
 """Laws of text as rows: what is told, from what, and what is refused; then a small walk from a teacher to a report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,14 @@ from raykd import models as ours
 from raykd.batches import to_device
 from raykd.data import python_library, text
 from raykd.data.rows import UNLABELLED
+from raykd.digests import digest
 from raykd.errors import DataError, RecipeError
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
-from raykd.recipe import DataRef
+from raykd.objective import Objective
+from raykd.recipe import DataRef, TermSpec
 from raykd.store.reader import Store
+from raykd.terms import wants_of
 from raykd.vocabulary import check_digest
 
 CPU = torch.device("cpu")
@@ -180,6 +184,44 @@ def test_a_text_recipe_walks_from_a_teacher_to_a_report(walked):
     assert artefact["metrics"]["accuracy"]["value"] == report["student"]["metrics"]["accuracy"]["value"]
     assert {p.name for p in (folder / "artefact").iterdir()} >= {"student.onnx", "run.py", "tokenizer.json"}
     assert (folder / "report.html").exists()
+
+
+def test_a_text_students_artefact_holds_gguf_where_it_is_asked_for(walked):
+    pytest.importorskip("gguf")
+    _, folder, found = walked
+    asked = found.model_copy(update={"export": found.export.model_copy(update={"gguf": True})})
+    assert digest(asked) == digest(found)
+    stages.export(asked, folder.parent)
+    manifest = json.loads((folder / "artefact" / "manifest.json").read_text())
+    assert manifest["files"]["student.gguf"]["bytes"] == (folder / "artefact" / "student.gguf").stat().st_size
+    assert manifest["export"]["gguf"]
+    series = found.model_copy(update={"export": found.export.model_copy(update={"packed": True})})
+    with pytest.raises(RecipeError, match=r"export\.packed: is of rows of series"):
+        stages.export(series, folder.parent)
+
+
+def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
+    """The relation's KL between queries, keys and values: 0 with no gradient where both are the same model."""
+    _, _, found = walked
+    made = data.load(found.data)
+    rows = to_device(made.splits["train"], "train", None, frozenset(), CPU)
+    layers = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    spec = {"attention": TermSpec(pairs=[[name, name] for name in layers])}  # type: ignore[call-arg]
+    wants = wants_of(spec)
+    assert found.teacher
+    models = [Adapter(ours.build(ref, **made.shape, key="m"), want=wants) for ref in (found.teacher, found.student)]
+    batch = rows.batch(torch.arange(8))
+    with torch.no_grad():
+        teacher = models[0](batch.inputs, batch.mask)
+    losses = []
+    for model in models:
+        sums, counts = Objective(spec)(model(batch.inputs, batch.mask), replace(batch, teacher=teacher))
+        losses.append(sums / counts)
+        losses[-1].sum().backward()
+    assert losses[0].item() == pytest.approx(0, abs=1e-6)
+    assert losses[1] > 1e-3
+    grads = [model.module.model.layers[0].self_attn.k_proj.weight.grad.abs().max() for model in models]
+    assert grads[0] < 1e-6 < grads[1]
 
 
 def test_what_is_reported_of_text_is_what_the_models_say(walked):
