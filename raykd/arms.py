@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -73,7 +72,7 @@ class Workshop:
         self.dataset: Dataset = data.load(recipe.data)
         self.store = Store(store) if store else None
         needs = needs_of(recipe.terms)
-        self.head = teacher_head(recipe, self.store) if self.store else None
+        self.head = teacher_head(recipe, self.store, self.dataset) if self.store else None
         taught = self.store if needs else None
         self.train = to_device(self.dataset.splits["train"], "train", taught, needs, device, self.head)
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
@@ -109,24 +108,24 @@ class Workshop:
     def test(self, student: nn.Module) -> Predictions:
         """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
         split = self.dataset.splits["test"]
-        store = self.store if split.is_text and self.train.teaches_logits else None
+        whole = self.store is not None and split.is_text and not self.store.unscored("test")
+        store = self.store if whole and self.train.teaches_logits else None
         rows = to_device(split, "test", store, frozenset(), self.device, self.head)
         return measure.predictions(student, split, rows)
 
 
-def teacher_head(recipe: Recipe, store: Store) -> tuple[Tensor, Tensor | None] | None:
-    """The frozen head that a store of its inputs needs, from the teacher's file; None for any other store."""
+def teacher_head(recipe: Recipe, store: Store, dataset: Dataset) -> tuple[Tensor, Tensor | None] | None:
+    """The frozen head that a store of its inputs needs, of the data's classes; None for any other store."""
     codec = store.logits("train").codec
     if not isinstance(codec, Hidden):
         return None
     assert recipe.teacher is not None
-    assert recipe.teacher.weights is not None
-    with safe_open(recipe.teacher.weights, framework="pt") as file:
-        names = set(file.keys())
-        weight = file.get_tensor(f"{recipe.store.head}.weight")
-        bias = file.get_tensor(f"{recipe.store.head}.bias") if f"{recipe.store.head}.bias" in names else None
+    head: Any = models.build(recipe.teacher, **dataset.shape, key="teacher").get_submodule(recipe.store.head)
+    weight, bias = (None if value is None else value.detach().float() for value in (head.weight, head.bias))
+    assert weight is not None
     codec.check_head(weight, bias)
-    return weight.float(), None if bias is None else bias.float()
+    classes = len(dataset.classes)
+    return weight[:classes], None if bias is None else bias[:classes]
 
 
 def run_arms(

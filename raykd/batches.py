@@ -162,7 +162,8 @@ def to_device(
             assert isinstance(flat, Tensor)
             teacher["logits"] = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
             stored = None
-        saliency, answer = (_of_rows(store, split, name, device) for name in ("saliency", "answer"))
+        saliency = _of_rows(store, split, "saliency", device)
+        answer = None if rows.is_text else _of_rows(store, split, "answer", device)
         for name in sorted(needs - {"logits"}):
             teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
     return DeviceRows(

@@ -1,7 +1,7 @@
 """A recipe file made whole and checked: `load` gives a Recipe, or every error at once."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,21 @@ def _source_problems(found: Recipe) -> list[Problem]:
         key, text = "source.share", f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it"
     elif found.source.share < 1 and not data_only:
         key, text = "source.share", f"{found.source.share} leaves rows to the data that no term reads; set it to 1"
+    elif found.source.share == 1 and not _always(found.terms[name] for name in own):
+        key, text = "source.share", "1 leaves steps in which no term counts; lower it, or let since and until meet"
     elif not found.data.tokenizer:
         text = "continues rows of text, and these are none; name data.tokenizer, or leave [source] out"
+    if found.data.tokenizer and found.optim.input_noise:
+        key, text = "optim.input_noise", "has no meaning for tokens; leave it out"
     return [Problem(key, text)] if text else []
+
+
+def _always(specs: Iterable[recipe.TermSpec]) -> bool:
+    """Whether some of the terms counts at every step."""
+    reached = 0.0
+    for spec in sorted(specs, key=lambda spec: spec.since):
+        reached = max(reached, spec.until) if spec.since <= reached else reached
+    return reached == 1
 
 
 def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> list[Problem]:
@@ -164,6 +176,7 @@ def _search_problems(merged: dict[str, Any], found: Recipe, allow_import: Collec
         for value in span.ends():
             trial = apply_trial(merged, {key: value})
             tried, faults = validate(Recipe, trial)
+            faults = faults or (_source_problems(tried) if tried else [])
             faults = faults or terms.term_problems(tried.terms if tried else {}) or _name_problems(trial, allow_import)
             if faults:
                 problems += [Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults]

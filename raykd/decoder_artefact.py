@@ -44,7 +44,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Write `artefact/` of a run over text, and give its manifest: `export_decoder` of the best seed's student."""
     seed = best_seed(recipe, folder)
     weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
-    module = check(models.build(recipe.student, **dataset.shape, key="student"))
+    module = check(models.build(recipe.student, **dataset.shape, key="student"), recipe)
     if quant := recipe.phases[-1].quant if recipe.phases else None:
         phases.round_as(module, quant)
     models.load_weights(module, weights, "student")
@@ -59,13 +59,14 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check(module: nn.Module) -> Llama:
-    """The module, if it is one that can be exported. RecipeError otherwise."""
+def check(module: nn.Module, recipe: Recipe) -> Llama:
+    """The module, if it is one that can be exported with the recipe's tokeniser. RecipeError otherwise."""
     if not isinstance(module, Llama):
         raise RecipeError(
             f"student.model: a {type(module).__name__} has no form that writes text; "
             'use "llama", or stop at raykd train'
         )
+    _check_tokenizer(module, Path(str(recipe.data.tokenizer)))
     return module
 
 
@@ -92,9 +93,10 @@ def _judged(rows: Rows) -> Tensor:
     """(N, T) tokens of a split whose rows hold one document: its beginnings of one length, as many as there can be."""
     steps = np.arange(1, rows.mask.shape[1] + 1)
     length = np.where(rows.mask, steps, 0).max(1)
-    held = (length[:, None] >= steps).sum(0).clip(max=MOST)
-    best = int(steps[(held * (steps - 1)).argmax()])
-    return torch.from_numpy(rows.inputs[length >= best][:MOST, :best, 0].astype(np.int64))
+    most = np.maximum(MOST, -(-LEAST // np.maximum(steps - 1, 1)))
+    held = np.minimum((length[:, None] >= steps).sum(0), most)
+    best = int((held * (steps - 1)).argmax())
+    return torch.from_numpy(rows.inputs[length > best][: most[best], : best + 1, 0].astype(np.int64))
 
 
 def export_decoder(
@@ -141,13 +143,19 @@ def export_decoder(
 
 def _check(module: Llama, tokens: Tensor, tokenizer: Path | None) -> None:
     rows, count = tokens.shape[:2]
-    steps, classes = module.settings["steps"], module.settings["classes"]
+    steps = module.settings["steps"]
     if tokens.dim() != 2 or not 2 <= count <= steps or rows * (count - 1) < LEAST:
         raise DataError(
             f"tokens: {rows} rows of {count}; give rows of 2 to {steps}, with {LEAST:,} tokens that follow another"
         )
-    if tokenizer is not None and (found := len(byte_bpe.read(tokenizer).tokens)) != classes:
-        raise RecipeError(f"tokenizer {tokenizer}: {found} tokens, and the model has {classes} classes; name its own")
+    if tokenizer is not None:
+        _check_tokenizer(module, tokenizer)
+
+
+def _check_tokenizer(module: Llama, path: Path) -> None:
+    found, classes = len(byte_bpe.read(path).tokens), module.settings["classes"]
+    if found != classes:
+        raise RecipeError(f"tokenizer {path}: {found} tokens, and the model has {classes} classes; name its own")
 
 
 def _quant(module: Llama) -> Quant | None:

@@ -92,7 +92,7 @@ def _losses(predicted: dict[str, dict[int, Predictions]], store: Store | None, d
     """NLL and KL to the teacher at each place, by arm and seed; the teacher's own NLL as its only seed's."""
     test = dataset.splits["test"]
     nll: dict[str, Any] = {name: {seed: -said.log_q for seed, said in arm.items()} for name, arm in predicted.items()}
-    if store:
+    if store and not store.unscored("test"):
         nll["teacher"] = {0: -store.stepwise("log_p", "test", test.row_id, test.mask.sum(1)).astype(np.float32)}
     kl = {name: {s: said.kl for s, said in arm.items() if said.kl is not None} for name, arm in predicted.items()}
     return {"nll": nll} | ({"kl": kl} if kl["student"] else {})
@@ -188,6 +188,8 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
 
 def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
     found, labelled = [], dataset.splits["train"].labelled
+    if store and dataset.is_text and not (store.logits("test").tells(1.0) and not store.unscored("test")):
+        found.append("no KL to the teacher: its store does not tell it at temperature 1, or not of every test row")
     hidden = int((~labelled).sum())
     if hidden:
         found.append(f"{hidden} of {len(labelled)} training rows were used without their label")

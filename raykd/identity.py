@@ -45,8 +45,9 @@ def run_digest(recipe: Recipe, dataset: Dataset) -> str:
     tables |= {"teacher": recipe.teacher.model} if recipe.teacher else {}
     tables |= {"technique": f"{recipe.technique}:"} if "." in recipe.technique else {}
     code = {key: found for key, name in tables.items() if (found := _code_digest(name))}
-    rows = {"rows": dataset.digest} if "data" in code else {}
-    return digest_of(recipe_identity(recipe) | ({"code": code | rows} if code else {}))
+    own = recipe.data.settings.get("pinned", True) is False  # the files of this Python
+    rows = {"rows": dataset.digest} if "data" in code or own else {}
+    return digest_of(recipe_identity(recipe) | ({"code": code | rows} if code or rows else {}))
 
 
 def signals_of(recipe: Recipe) -> list[str]:

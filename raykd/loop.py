@@ -147,7 +147,7 @@ def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
 class Step:
     """One optimiser step at a time, with everything that no step changes made once."""
 
-    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, live: Live | None):
+    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, live: Live | None = None):
         self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
         self.own = arm.source.rows(optim.batch) if arm.source else 0  # of the global batch, its first
         self.device, self.share = rows.device, world.share(optim.batch - self.own)
@@ -173,10 +173,10 @@ class Step:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
         number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
         seed = mixed(self.arm.seed, number)
-        batches = self._batches(number, seed)
         objective.progress = number / self.optim.steps
         for layer in self.layers:
             layer.blend = self.span.blend(number)
+        batches = self._batches(number, seed)
         reseed(self.device, seed + 1 + self.world.rank)
         sums, counts = self.model(*batches)
         if isinstance(batches[0].targets, Targets):

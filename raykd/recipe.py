@@ -300,6 +300,13 @@ class Recipe(Table):
                 f"optim.batch = {self.optim.batch} rows can not be shared by scale.workers = {self.scale.workers[1]};"
                 " raise optim.batch or lower scale.workers"
             )
+        own = self.source.rows(self.optim.batch) if self.source else 0
+        if own and min(own, self.optim.batch - own or own) < self.scale.workers[1]:
+            raise ValueError(
+                f"source.share = {self.source.share if self.source else 0} makes {own} of {self.optim.batch} rows the "
+                f"student's, which scale.workers = {self.scale.workers[1]} can not share with as many of the data's; "
+                "raise optim.batch or lower scale.workers"
+            )
         ends = [phase.until for phase in self.phases]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
             raise ValueError(f"phases end at {ends}: each until must be above the one before, and the last 1")

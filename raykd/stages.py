@@ -93,7 +93,7 @@ class Place:
         if forms.asked(recipe.export) or self.dataset.is_text:
             student = models.build(recipe.student, **self.dataset.shape, key="student")
             if self.dataset.is_text:
-                decoder_artefact.check(student)
+                decoder_artefact.check(student, recipe)
             quant = recipe.phases[-1].quant if recipe.phases else None
             forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
 

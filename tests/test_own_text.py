@@ -52,6 +52,11 @@ ARMS = {
     "gkd": arm({"kd": {"temperature": 1.0}, "gkd": {}}, Source(length=5, passes=2, ahead=1)),
     "minillm": arm({"minillm": {}}, Source(length=5, share=1.0, mixed=0.2, passes=3)),
     "ghost": arm({"ghost": {}, "distilspec": {}}, Source(kind="drafts", length=4, share=1.0)),
+    "fading": arm(
+        {"minillm": {}},
+        Source(length=5, share=1.0),
+        (Phase(until=0.25), Phase.model_validate({"until": 1.0, "blend": 0.9, "quant": {"weights": "ternary"}})),
+    ),
     "late": arm({"kd": {"temperature": 1.0}, "gkd": {"since": 0.6}}, Source(length=5)),
     "rounded": arm(
         {"kd": {"temperature": 1.0}, "distilspec": {}},

@@ -248,6 +248,18 @@ LINES = {
     "source without a term": ({"technique": "vanilla", "source": {}}, "no term reads what the student writes"),
     "terms without a source": ({"technique": "vanilla", "terms": {"gkd": {}}}, "source: missing, but the terms gkd"),
     "no teacher": ({"technique": "ghost"}, "teacher: missing, but it scores"),
+    "no term at first": (
+        {"technique": "ghost", "terms": {"ghost": {"since": 0.6}, "distilspec": {"since": 0.6}}},
+        "source.share: 1 leaves steps in which no term counts",
+    ),
+    "a searched share": (
+        {"technique": "gkd", "search": {"source.share": {"choice": [1.0]}}},
+        "leaves no row of the data",
+    ),
+    "too few rows": (
+        {"technique": "gkd", "source": {"share": 0.01}, "scale": {"workers": 4}},
+        "can not share with as many",
+    ),
     "rows of series": ({"technique": "gkd"}, "source: continues rows of text, and these are none; name data.tokenizer"),
     "misspelt": ({"technique": "gkd", "source": {"lenght": 3}}, "Did you mean length"),
 }

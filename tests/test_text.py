@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from texts import END, STEPS, sentence
+from tokenizers import Tokenizer
 
 from raykd import checks, data, measure, predictions, stages
 from raykd import models as ours
@@ -124,6 +125,7 @@ FAULTS = {
     "empty completion": (prompts(completion=""), {}, "row 0 has an empty completion"),
     "empty prompt": (prompts(prompt=""), {}, "row 0 has an empty prompt"),
     "long prompt": (prompts(prompt=sentence(0, 80)), {}, "raise data.window"),
+    "a null": (records(text=None), {}, "text of row 0 is None, not text"),
     "no such end": (records(), {"end": "<ende>"}, "Did you mean <end>"),
     "a strange split": (records(split="dev"), {}, r"\['dev'\]; write train, val or test"),
     "no test": (records()[:10], {}, "split 'test' has 0 rows"),
@@ -135,6 +137,26 @@ def test_text_that_can_not_be_used_is_refused_in_words(name, tokenizer):
     rows, settings, words = FAULTS[name]
     with pytest.raises((DataError, RecipeError), match=words):
         data.rows.checked(text.load(rows, "r", ref(tokenizer).model_copy(update=settings)))
+
+
+def test_what_a_tokeniser_cuts_or_fills_by_itself_it_does_not_here(tokenizer, tmp_path):
+    found = Tokenizer.from_file(str(tokenizer))
+    found.enable_truncation(8)
+    found.enable_padding(length=64, pad_token=END)
+    found.save(str(tmp_path / "tokenizer.json"))
+    plain, odd = (text.load(records(), "r", ref(path)) for path in (tokenizer, tmp_path / "tokenizer.json"))
+    assert plain.digest == odd.digest
+
+
+def test_completions_that_are_cut_are_counted(tokenizer):
+    assert "3 completions cut" in text.load(prompts(completion=sentence(0, 90)), "r", ref(tokenizer)).describe()
+
+
+def test_a_file_of_another_shape_of_tie_is_refused():
+    tied, apart = (Llama(classes=9, steps=4, width=8, heads=2, kv_heads=1, tied=t) for t in (True, False))
+    with pytest.raises(RecipeError, match="set tied = false"):
+        ours.fill(tied, apart.state_dict(), "a file")
+    ours.fill(tied, ours.weights_of(tied), "a file")
 
 
 def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
@@ -219,9 +241,9 @@ def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
         losses.append(sums / counts)
         losses[-1].sum().backward()
     assert losses[0].item() == pytest.approx(0, abs=1e-6)
-    assert losses[1] > 1e-3
+    assert losses[1] > 1e-5
     grads = [model.module.model.layers[0].self_attn.k_proj.weight.grad.abs().max() for model in models]
-    assert grads[0] < 1e-6 < grads[1]
+    assert grads[0] < 0.01 * grads[1]
 
 
 def test_what_is_reported_of_text_is_what_the_models_say(walked):

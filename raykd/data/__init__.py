@@ -18,6 +18,10 @@ def load(ref: DataRef) -> Dataset:
         dataset = tables.load_parquet(ref)
     elif ":" in ref.source:
         dataset = tables.load_function(ref)
+    elif ref.tokenizer and ref.source == "watch_gestures":
+        raise DataError(
+            'data.source: missing; a tokenizer reads text, so name a folder, module:function or "python_library"'
+        )
     elif ref.source in BUILT_IN:
         dataset = BUILT_IN[ref.source](ref)
     else:

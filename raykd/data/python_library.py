@@ -31,6 +31,8 @@ def load(ref: DataRef) -> Dataset:
     if unknown := sorted(set(ref.settings) - set(SETTINGS)):
         raise RecipeError(f"data.settings: python_library has no {', '.join(unknown)}; it takes {', '.join(SETTINGS)}")
     settings: dict[str, Any] = SETTINGS | ref.settings
+    if not isinstance(settings["share"], int | float) or not 0 < settings["share"] <= 1:
+        raise RecipeError(f"data.settings.share = {settings['share']!r}: write a number above 0, at most 1")
     root = Path(sysconfig.get_path("stdlib"))
     digests = listed()
     found = {name: (root / name).read_bytes() for name in digests if (root / name).is_file()}

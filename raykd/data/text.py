@@ -49,19 +49,26 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
     split = np.array([str(row["split"]) for row in rows])
     if unknown := sorted(set(split.tolist()) - set(SPLITS)):
         raise DataError(f"{name}: column {ref.columns.split!r} holds {unknown[:5]}; write train, val or test")
+    has_prompts = bool(rows) and "prompt" in rows[0]
+    for key in PARTS if has_prompts else ("text",):
+        strange = [i for i, row in enumerate(rows) if not isinstance(row[key], str)]
+        if strange:
+            raise DataError(
+                f"{name}: {key} of row {strange[0]} is {rows[strange[0]][key]!r}, not text; mend or drop it"
+            )
     tokenizer = read_tokenizer(ref)
     end = tokenizer.token_to_id(ref.end)
     if end is None:
         known = [token for token in tokenizer.get_vocab() if token.startswith("<")]
         raise RecipeError(f"data.end: the tokeniser has no token {ref.end!r}.{suggestion(ref.end, known)}")
-    has_prompts = bool(rows) and "prompt" in rows[0]
     documents = _of_prompts(rows, tokenizer, end, name, ref) if has_prompts else _of_text(rows, tokenizer, end)
     count, splits = 0, {}
     for part in SPLITS:
         own = [documents[i] for i in np.flatnonzero(split == part)]
         splits[part] = laid_out(own, ref.window, shared=part == "train", whole=has_prompts, first_id=count)
         count += len(splits[part])
-    return Dataset(name, tokens_of(tokenizer), splits)
+    cut = sum(len(document.tokens) - 1 > ref.window for document in documents) if has_prompts else 0
+    return Dataset(f"{name}, {cut} completions cut" if cut else name, tokens_of(tokenizer), splits)
 
 
 def read_tokenizer(ref: DataRef) -> Any:
@@ -75,6 +82,8 @@ def read_tokenizer(ref: DataRef) -> Any:
     except Exception as error:  # the library raises nothing more special
         raise RecipeError(f"data.tokenizer {ref.tokenizer}: not a tokenizer.json: {error}") from None
     found.encode_special_tokens = True  # a text that spells one holds its letters
+    found.no_truncation()  # what some files ask for; rows are cut and filled here
+    found.no_padding()
     return found
 
 
@@ -149,4 +158,5 @@ def _of_prompts(rows: list[dict[str, Any]], tokenizer: Any, end: int, name: str,
 def _numbered(rows: list[dict[str, Any]]) -> list[int]:
     """A number for each group; records without one are groups of their own."""
     known: dict[Any, int] = {}
-    return [known.setdefault(row.get("group", ("row", i)), len(known)) for i, row in enumerate(rows)]
+    groups = [("row", i) if row.get("group") is None else row["group"] for i, row in enumerate(rows)]
+    return [known.setdefault(group, len(known)) for group in groups]

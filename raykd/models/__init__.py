@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -77,6 +78,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     One that is tied to another may stand there once, under the first of its names.
     """
     state = plain(module.state_dict())
+    for name, own in _tied(state).items():
+        if name in tensors and own in tensors and not torch.equal(tensors[name], tensors[own]):
+            raise RecipeError(f"{source}: {name} and {own} differ there, and are one in the module; set tied = false")
     once = {name: tensors[own] for name, own in _tied(state).items() if name not in tensors and own in tensors}
     tensors = {**tensors, **once}
     names = {plain_name(name): name for name in module.state_dict()}

@@ -71,6 +71,8 @@ class Targets:
 
 def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
     """The rows at `index`; only the chunks that hold them are touched, because take() on all would copy all."""
+    if not len(index):
+        return column.slice(0, 0)
     ends = np.cumsum([len(chunk) for chunk in column.chunks])
     chunk = np.searchsorted(ends, index, side="right")
     order = np.argsort(chunk, kind="stable")
