@@ -271,6 +271,9 @@ def test_a_source_that_can_not_be_is_said(name, tmp_path):
     if name != "no teacher":
         (tmp_path / "teacher.safetensors").touch()
         raw = raw | {"teacher": {"weights": str(tmp_path / "teacher.safetensors")}}
+    if name != "rows of series":
+        (tmp_path / "tokenizer.json").touch()
+        raw = raw | {"data": {"tokenizer": str(tmp_path / "tokenizer.json")}}
     with pytest.raises(RecipeError, match=words) as caught:
         checks.resolve(raw)
     assert len(caught.value.problems) == 1
