@@ -77,7 +77,7 @@ def batch_of(recipe, store: Store, split: str = "train", rows: int = 50):
     """(a batch of shuffled rows, the teacher's live signals of each row alone, padded alike)."""
     scorer = Scorer(recipe)
     kept = to_device(
-        scorer.dataset.splits[split], split, store, frozenset({"logits"}), CPU, teacher_head(recipe, store)
+        scorer.dataset.splits[split], split, store, frozenset({"logits"}), CPU, teacher_head(recipe, store, scorer.dataset)
     )
     index = torch.from_numpy(np.random.default_rng(1).permutation(len(kept.label))[:rows])
     batch = kept.batch(index)
@@ -163,7 +163,7 @@ def test_another_teachers_head_is_refused(folder, tmp_path):
     other = by_hand.teacher(tmp_path / "other.safetensors", seed=1)
     changed = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": other["weights"]})})
     with pytest.raises(Exception, match="belong to the output head"):
-        teacher_head(changed, store)
+        teacher_head(changed, store, Scorer(recipe).dataset)
 
 
 def test_rows_are_taken_in_any_order_from_any_chunks():
@@ -215,7 +215,7 @@ def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
     recipe, store = scored(folder, codec, data={"source": "shaped:rows", "settings": {"padding": padding}})
     scorer = Scorer(recipe)
     train = scorer.dataset.splits["train"]
-    kept = to_device(train, "train", store, frozenset({"logits"}), CPU, teacher_head(recipe, store))
+    kept = to_device(train, "train", store, frozenset({"logits"}), CPU, teacher_head(recipe, store, scorer.dataset))
     batch = kept.batch(torch.arange(len(train)).flip(0))
     with torch.inference_mode():
         live = (scorer.teacher(batch.inputs, batch.mask).logits / 2).softmax(-1)
