@@ -76,9 +76,8 @@ def made(request, folder):
 def batch_of(recipe, store: Store, split: str = "train", rows: int = 50):
     """(a batch of shuffled rows, the teacher's live signals of each row alone, padded alike)."""
     scorer = Scorer(recipe)
-    kept = to_device(
-        scorer.dataset.splits[split], split, store, frozenset({"logits"}), CPU, teacher_head(recipe, store, scorer.dataset)
-    )
+    head = teacher_head(recipe, store, scorer.dataset)
+    kept = to_device(scorer.dataset.splits[split], split, store, frozenset({"logits"}), CPU, head)
     index = torch.from_numpy(np.random.default_rng(1).permutation(len(kept.label))[:rows])
     batch = kept.batch(index)
     live = torch.zeros(*batch.mask.shape, CLASSES)

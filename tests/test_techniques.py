@@ -397,8 +397,14 @@ def teacher(tmp_path_factory) -> dict[str, Any]:
     return by_hand.teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", seed=7)
 
 
+TOKENIZER = Path(__file__).parents[1] / "examples" / "code_lm" / "tokenizer.json"
+
+
 def resolved(name: str, teacher: dict[str, Any]) -> Recipe:
-    return checks.resolve({"technique": name, "teacher": teacher, "data": {"stride": 256}})
+    """A technique's recipe over gestures; one that writes its own text is resolved over text, which it asks for."""
+    text = {"tokenizer": str(TOKENIZER)} if "source" in TECHNIQUES[name].recipe else {}
+    found = checks.resolve({"technique": name, "teacher": teacher, "data": {"stride": 256} | text})
+    return found.model_copy(update={"data": found.data.model_copy(update={"tokenizer": None})})
 
 
 @pytest.mark.parametrize("name", list(TECHNIQUES))
