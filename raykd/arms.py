@@ -22,6 +22,7 @@ from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
+from raykd.errors import RecipeError
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
@@ -98,6 +99,10 @@ class Workshop:
     def live(self) -> Live:
         """The teacher for students that write, and what a text is to both."""
         assert self.recipe.teacher is not None
+        if not self.dataset.is_text:
+            raise RecipeError(
+                "source: continues rows of text, and these are none; name data.tokenizer, or leave it out"
+            )
         shape, classes = self.dataset.shape, self.dataset.classes
         text = Text(shape["steps"], classes.index(self.recipe.data.end), len(classes))
         if self.teacher:

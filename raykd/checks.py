@@ -110,8 +110,6 @@ def _source_problems(found: Recipe) -> list[Problem]:
         key, text = "source.share", f"{found.source.share} leaves rows to the data that no term reads; set it to 1"
     elif found.source.share == 1 and not _always(found.terms[name] for name in own):
         key, text = "source.share", "1 leaves steps in which no term counts; lower it, or let since and until meet"
-    elif not found.data.tokenizer:
-        text = "continues rows of text, and these are none; name data.tokenizer, or leave [source] out"
     if found.data.tokenizer and found.optim.input_noise:
         key, text = "optim.input_noise", "has no meaning for tokens; leave it out"
     return [Problem(key, text)] if text else []

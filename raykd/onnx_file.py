@@ -85,6 +85,7 @@ def traced(module: nn.Module, asked: nn.Module, args: tuple[Any, ...], **options
 def compact(proto: Any) -> Any:
     """A traced graph as it is stored: parameters of int8 unfolded when loaded, short names, nothing about exporters."""
     _unfold(proto)
+    _apart(proto)
     return _bare(proto)
 
 
@@ -137,6 +138,18 @@ def reason(error: BaseException) -> str:
     while error.__cause__:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _apart(proto: Any) -> None:
+    """Give each MatMulInteger codes of its own: on x86 without VNNI onnxruntime rewrites them, and shared ones fail."""
+    held, seen = {value.name: value for value in proto.graph.initializer}, set()
+    for node in proto.graph.node:
+        if node.op_type == "MatMulInteger" and (name := node.input[1]) in held:
+            if name in seen:
+                copy = proto.graph.initializer.add()
+                copy.CopyFrom(held[name])
+                copy.name = node.input[1] = f"{name} of {node.output[0]}"
+            seen.add(name)
 
 
 def _unfold(proto: Any) -> None:

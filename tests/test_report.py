@@ -144,7 +144,8 @@ def test_the_keys_of_the_contract_survive_a_round_trip(full, evidence, tmp_path)
             assert set(inner) <= set(back[key] if inner else ()), key
         for part in back["retention"].values():
             assert {"value", "lo", "hi", "chance_corrected"} <= set(part)
-        assert set(back["artefact"]["parity"]) == {"max_abs_diff", "agreement", "relative", "alone_agreement"}
+        of_text = {"positions", "nll", "accuracy"}
+        assert set(back["artefact"]["parity"]) == {"max_abs_diff", "agreement", "relative", "alone_agreement"} | of_text
         assert set(back["student"]["metrics"]["accuracy"]) == {"value", "lo", "hi", "n"}
 
 

@@ -260,7 +260,6 @@ LINES = {
         {"technique": "gkd", "source": {"share": 0.01}, "scale": {"workers": 4}},
         "can not share with as many",
     ),
-    "rows of series": ({"technique": "gkd"}, "source: continues rows of text, and these are none; name data.tokenizer"),
     "misspelt": ({"technique": "gkd", "source": {"lenght": 3}}, "Did you mean length"),
 }
 
