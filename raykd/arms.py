@@ -16,13 +16,14 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from raykd import data, measure, models, phases
+from raykd import acceptance, data, drafting, measure, models, phases
+from raykd.acceptance import Drafts
 from raykd.batches import to_device
 from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
-from raykd.errors import RecipeError
+from raykd.drafter import Drafter
 from raykd.files import read_json, write_bytes, write_json
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
@@ -81,7 +82,7 @@ class Workshop:
     def student(self, arm: Arm) -> Adapter:
         """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
         torch.manual_seed(arm.seed)
-        module = models.build(self.recipe.student, **self.dataset.shape, key="student")
+        module = models.build(self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student")
         phases.prepare(module, arm.phases)
         return Adapter(module, want=wants_of(arm.terms))
 
@@ -98,17 +99,25 @@ class Workshop:
     @cached_property
     def live(self) -> Live:
         """The teacher for students that write, and what a text is to both."""
+        return Live(self.teacher or Frozen(self.frozen), self.text)
+
+    @cached_property
+    def text(self) -> Text:
+        """What a text is to student and teacher."""
+        classes = self.dataset.classes
+        return Text(self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes))
+
+    @cached_property
+    def frozen(self) -> nn.Module:
+        """The teacher in this process."""
         assert self.recipe.teacher is not None
-        if not self.dataset.is_text:
-            raise RecipeError(
-                "source: continues rows of text, and these are none; name data.tokenizer, or leave it out"
-            )
-        shape, classes = self.dataset.shape, self.dataset.classes
-        text = Text(shape["steps"], classes.index(self.recipe.data.end), len(classes))
-        if self.teacher:
-            return Live(self.teacher, text)
-        module = models.build(self.recipe.teacher, **shape, key="teacher").to(self.device)
-        return Live(Frozen(module.requires_grad_(False)), text)
+        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(self.device)
+        return module.requires_grad_(False).eval()
+
+    def drafts(self, student: nn.Module, how: Drafter) -> Drafts:
+        """How the student does as the teacher's drafter on the test split."""
+        drafter, teacher = drafting.reader(student.eval(), "student"), drafting.reader(self.frozen, "teacher")
+        return drafting.judge(teacher, drafter, self.dataset.splits["test"], how, self.text)
 
     def test(self, student: nn.Module) -> Predictions:
         """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
@@ -181,6 +190,8 @@ def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
     weights = save(models.weights_of(student.module))
     write_bytes(target / "weights.safetensors", weights)
     shop.test(student).write(target / "predictions.parquet")
+    if how := shop.recipe.drafter:
+        shop.drafts(student.module, how).write(target / acceptance.NAME)
     record = {
         "arm": arm.name,
         "seed": arm.seed,

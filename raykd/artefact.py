@@ -111,7 +111,7 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
     file = onnx_file.to_onnx(module, rows)
     (staged / ONNX).write_bytes(file)
     (staged / WEIGHTS).unlink()
-    refs = {"teacher": recipe.teacher, "fp32 student": recipe.student}
+    refs = {"teacher": recipe.teacher, "fp32 student": recipe.student.bare}
     others = {name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref}
     measured = latency.latency(file, others, rows[:1])
     float32 = [each._asdict() for each in layers.left(others["fp32 student"], quant)]
@@ -149,7 +149,7 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
 
 def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:
     """The test predictions of a student trained in full precision, rounded as the artefact is without training."""
-    module, quant = models.build(recipe.student, **dataset.shape, key="student"), recipe.phases[-1].quant
+    module, quant = models.build(recipe.student.bare, **dataset.shape, key="student"), recipe.phases[-1].quant
     assert quant is not None
     models.load_weights(module, weights, "student")
     phases.round_as(module, quant)

@@ -28,7 +28,8 @@ def load(
     for text in sets:
         raw = merge(raw, resolve_paths(set_key({}, *parse_set(text)), Path()))
     if smoke:
-        raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k != "search" or "search" in raw})
+        known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
+        raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k == "optim" or k in known})
         if isinstance(raw.get("seeds"), list):
             raw |= {"seeds": raw["seeds"][:1]}
     return resolve(raw, where=f"recipe {path}", allow_import=allow_import)
@@ -150,12 +151,20 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
         weights = _text(merged, table, "weights")
         if weights and Path(weights).suffix != ".safetensors":
             problems.append(Problem(f"{table}.weights", f"{weights} is not a .safetensors file; others can run code"))
-        elif weights and not Path(weights).is_file():
-            problems.append(Problem(f"{table}.weights", f"no file {weights}"))
+        elif weights:
+            named = _of_seeds(weights, merged.get("seeds")) if table == "student" else [weights]
+            missing = [path for path in named if not Path(path).is_file()]
+            problems += [Problem(f"{table}.weights", f"no file {path}") for path in missing]
     tokenizer = _text(merged, "data", "tokenizer")
     if tokenizer and not Path(tokenizer).is_file():
         problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
     return problems
+
+
+def _of_seeds(weights: str, seeds: Any) -> list[str]:
+    """The file that each seed's student starts from."""
+    found = seeds if isinstance(seeds, list) else recipe.Recipe.model_fields["seeds"].default
+    return sorted({recipe.ModelRef(weights=weights).of_seed(seed).weights or "" for seed in found})
 
 
 def _text(merged: dict[str, Any], table: str, key: str) -> str | None:

@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raykd import anatomy, byte_bpe, gguf_file, models, onnx_decoder, phases
+from raykd import acceptance, anatomy, byte_bpe, drafting, gguf_file, models, onnx_decoder, phases
+from raykd.acceptance import Drafts
 from raykd.artefact import ONNX, best_seed, copy_cards, files_of
 from raykd.data import Dataset, Rows
 from raykd.decoder import Decoder
+from raykd.drafter import Drafter
 from raykd.errors import DataError, RecipeError
 from raykd.files import whole_folder, write_bytes, write_json
 from raykd.forms import FILES
@@ -33,7 +35,9 @@ from raykd.parity import bar_of, gate
 from raykd.predictions import Places, Predictions
 from raykd.quant import layers
 from raykd.quant.scheme import Quant
+from raykd.readers import OnnxReader
 from raykd.recipe import Recipe
+from raykd.written import Text
 
 LEAST, MOST = 1000, 32  # positions that an artefact is judged on, and rows that they stand in
 ROWS = 8  # to a call
@@ -44,7 +48,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Write `artefact/` of a run over text, and give its manifest: `export_decoder` of the best seed's student."""
     seed = best_seed(recipe, folder)
     weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
-    module = check(models.build(recipe.student, **dataset.shape, key="student"), recipe)
+    module = check(models.build(recipe.student.bare, **dataset.shape, key="student"), recipe)
     if quant := recipe.phases[-1].quant if recipe.phases else None:
         phases.round_as(module, quant)
     models.load_weights(module, weights, "student")
@@ -55,8 +59,19 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     manifest = export_decoder(
         module, target, tokens=tokens, title=title, tokenizer=path, gguf=asked.gguf, end=recipe.data.end, noted=noted
     )
+    if how := recipe.drafter:
+        _drafts(target, recipe, dataset, how).write(folder / acceptance.NAME)
     write_bytes(folder / "student.safetensors", weights.read_bytes())
     return manifest
+
+
+def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Drafts:
+    """How the file itself does as the teacher's drafter."""
+    assert recipe.teacher is not None
+    teacher = models.build(recipe.teacher, **dataset.shape, key="teacher").eval()
+    drafter = OnnxReader(Decoder(folder / ONNX, rows=1))
+    text = Text(dataset.shape["steps"], dataset.classes.index(recipe.data.end), len(dataset.classes))
+    return drafting.judge(drafting.reader(teacher, "teacher"), drafter, dataset.splits["test"], how, text)
 
 
 def check(module: nn.Module, recipe: Recipe) -> Llama:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from raykd.recipe import Recipe
+from raykd.recipe import ModelRef, Recipe
 
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 
@@ -37,14 +38,22 @@ def content_of(table: BaseModel) -> dict[str, Any]:
     return values
 
 
+def _student(table: ModelRef, seeds: Sequence[int]) -> dict[str, Any]:
+    """The same of a student, whose weights may be a file for each seed."""
+    if not table.weights or table.weights == table.of_seed(0).weights:
+        return content_of(table)
+    files = [content_of(table.of_seed(seed))["weights"] for seed in seeds]
+    return content_of(table.bare) | {"weights": files}
+
+
 def identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the result, and nothing else: no names, paths, worker counts or servers."""
     values = recipe.model_dump(mode="json", exclude=NOT_HASHED)
-    for key in ("data", "teacher", "student"):
+    for key in ("data", "teacher"):
         table = getattr(recipe, key)
         if table is not None:
             values[key] = content_of(table)
-    return values
+    return values | {"student": _student(recipe.student, recipe.seeds)}
 
 
 def digest_of(values: Any) -> str:

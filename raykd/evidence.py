@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from raykd import schema, stats, words
 from raykd.estimates import Predicted, beside, metrics, plain, ratio
+from raykd.measures import Measure
 from raykd.stats import Hits, Sample
 
 BINS = 24
@@ -38,7 +39,7 @@ class Evidence:
     beside: Mapping[str, Mapping[int, Predicted]] = field(default_factory=dict)  # other trainings, by name and seed
     teacher: Predicted | None = None
     artefact: Predicted | None = None
-    losses: Mapping[str, Mapping[str, Mapping[int, NDArray]]] = field(default_factory=dict)  # (n,) by name, arm, seed
+    measures: Mapping[str, Measure] = field(default_factory=dict)  # beside accuracy, by name; of labelled places alone
     thriving: NDArray[np.bool_] | None = None  # (n,)
     saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
     best_seed: int | None = None
@@ -86,21 +87,22 @@ def _described(e: Evidence) -> dict[str, Any]:
 
 def _measured(e: Evidence) -> dict[str, Any]:
     """The parts that are computed from predictions."""
-    sample, seed, lost = stats.resample(_hits(e)), _exported(e), _lost(e)
+    sample, seed = stats.resample(_hits(e)), _exported(e)
+    others = {name: measure.sample() for name, measure in e.measures.items()}
     closed, gain = ratio(stats.gap_closed(sample)), ratio(stats.difference(sample))
     why = words.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = words.verdict(closed.model_dump(), gain.model_dump())
     return {
-        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics("teacher", sample, lost)),
-        "control": schema.Model(params=e.control_params, metrics=_metrics("control", sample, lost)),
-        "student": schema.Model(params=e.student_params, metrics=_metrics("student", sample, lost)),
+        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics("teacher", sample, others)),
+        "control": schema.Model(params=e.control_params, metrics=_metrics("control", sample, others)),
+        "student": schema.Model(params=e.student_params, metrics=_metrics("student", sample, others)),
         "beside": {name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()},
-        "artefact": _artefact(e, sample, seed),
+        "artefact": _artefact(e, sample, others, seed),
         "retention": _retentions(e, sample),
         "gap_closed": closed,
         "gap_words": why,
         "gain": gain,
-        "gains": {name: ratio(stats.difference(found)) for name, found in lost.items()},
+        "gains": {name: ratio(stats.difference(found)) for name, found in others.items()},
         "warnings": [w for w in (why, verdict, *_cautions(e), *e.warnings) if w],
         "per_class": _per_class(e) if _tells_classes(e) else [],
         "confusion": _confusion(e.label, e.student[seed], len(e.classes)) if _tells_classes(e) else [],
@@ -112,29 +114,11 @@ def _tells_classes(e: Evidence) -> bool:
     return len(e.classes) <= MOST_CLASSES
 
 
-def _lost(e: Evidence) -> dict[str, Sample]:
-    """The mean of each loss, resampled as accuracies are."""
-    found = {}
-    for name, arms in e.losses.items():
-        stacked = {arm: np.stack(list(by_seed.values())) for arm, by_seed in arms.items() if by_seed}
-        teacher = stacked.get("teacher")
-        hits = Hits(
-            groups=e.group,
-            student=stacked["student"],
-            student_seeds=list(arms["student"]),
-            control=stacked.get("control"),
-            control_seeds=list(arms["control"]) if "control" in stacked else [],
-            teacher=None if teacher is None else teacher[0],
-        )
-        found[name] = stats.resample(hits)
-    return found
-
-
-def _metrics(model: str, sample: Sample, lost: Mapping[str, Sample]) -> schema.Metrics:
-    """A model's accuracy and losses."""
+def _metrics(model: str, sample: Sample, others: Mapping[str, Sample]) -> schema.Metrics:
+    """A model's accuracy and what else was measured of it."""
     found = metrics(getattr(sample, model), sample.n)
-    for name, of_loss in lost.items():
-        found |= metrics(getattr(of_loss, model), of_loss.n, name)
+    for name, other in others.items():
+        found |= metrics(getattr(other, model), other.n, name)
     return found
 
 
@@ -159,7 +143,6 @@ def _labelled(e: Evidence) -> Evidence:
         student=_rows(e.student, known),
         control=_rows(e.control, known),
         beside={name: _rows(arm, known) for name, arm in e.beside.items()},
-        losses={name: {arm: _rows(v, known) for arm, v in arms.items()} for name, arms in e.losses.items()},
     )
 
 
@@ -218,11 +201,11 @@ def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> s
     )
 
 
-def _artefact(e: Evidence, sample: Sample, seed: int) -> schema.Artefact:
+def _artefact(e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: int) -> schema.Artefact:
     return schema.Artefact(
         **plain(e.artefact_info),
         seed=seed if e.artefact_info else None,
-        metrics=metrics(sample.artefact, sample.n),
+        metrics=_metrics("artefact", sample, others),
         retention=ratio(stats.retention(sample, "artefact")),
     )
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from raykd import artefact, decoder_artefact, predictions
+from raykd import acceptance, artefact, decoder_artefact, measures, predictions
 from raykd.arms import ROUNDED_CONTROL, UNROUNDED, arms_of
 from raykd.data import Dataset
 from raykd.estimates import Predicted
 from raykd.evidence import Evidence
 from raykd.files import read_json
 from raykd.identity import run_digest
+from raykd.measures import Measure
 from raykd.predictions import Places, Predictions
 from raykd.recipe import Recipe
 from raykd.store import layers, place
@@ -36,6 +38,8 @@ def gather(
     manifest = read_json(folder / "artefact" / "manifest.json")
     saliency = _saliency(opened, dataset, test) if opened else None
     predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
+    deployed = _deployed(dataset).predict(folder / "artefact", dataset) if manifest else None
+    every = predicted | ({"artefact": {0: deployed}} if deployed else {})
     return Evidence(
         recipe_digest=run_digest(found, dataset),
         technique=found.technique,
@@ -49,10 +53,10 @@ def gather(
         label=test.label,
         group=test.group,
         **{name: {seed: said.answer for seed, said in arm.items()} for name, arm in predicted.items()},
-        losses=_losses(predicted, opened, dataset) if dataset.is_text else {},
+        measures=_measures(found, folder, records, every, opened, dataset) if dataset.is_text else {},
         beside=_beside(found, dataset, folder, records),
         teacher=_teacher(opened, dataset) if opened else None,
-        artefact=_deployed(dataset).predict(folder / "artefact", dataset).answer if manifest else None,
+        artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
         best_seed=artefact.best_seed(found, folder),
@@ -88,14 +92,32 @@ def _teacher(store: Store, dataset: Dataset) -> Predicted:
     return store.aligned("answer", "test", test.row_id, -1)
 
 
-def _losses(predicted: dict[str, dict[int, Predictions]], store: Store | None, dataset: Dataset) -> dict[str, Any]:
-    """NLL and KL to the teacher at each place, by arm and seed; the teacher's own NLL as its only seed's."""
+def _measures(
+    recipe: Recipe,
+    folder: Path,
+    records: dict[str, Any],
+    predicted: dict[str, dict[int, Predictions]],
+    store: Store | None,
+    dataset: Dataset,
+) -> dict[str, Measure]:
+    """Losses of each model, of which the teacher's is nll alone; and how students and artefact did as drafters."""
     test = dataset.splits["test"]
-    nll: dict[str, Any] = {name: {seed: -said.log_q for seed, said in arm.items()} for name, arm in predicted.items()}
+    places = Places.of(test)
+    known = places.label >= 0
+    found = measures.of_predictions(predicted, places.group[known])
     if store and not store.unscored("test"):
-        nll["teacher"] = {0: -store.stepwise("log_p", "test", test.row_id, test.mask.sum(1)).astype(np.float32)}
-    kl = {name: {s: said.kl for s, said in arm.items() if said.kl is not None} for name, arm in predicted.items()}
-    return {"nll": nll} | ({"kl": kl} if kl["student"] else {})
+        nll = -store.stepwise("log_p", "test", test.row_id, test.mask.sum(1)).astype(np.float32)
+        found["nll"] = replace(found["nll"], top={**found["nll"].top, "teacher": {0: nll[known]}})
+    if recipe.drafter is None:
+        return found
+    drafts = {
+        name: {seed: acceptance.read(arm / acceptance.NAME) for seed, arm in own.items()}
+        for name, own in ((name, _seeds(folder, records, name)) for name in predicted)
+    }
+    deployed = folder / acceptance.NAME
+    return found | measures.of_drafts(
+        drafts | ({"artefact": {0: acceptance.read(deployed)}} if deployed.exists() else {})
+    )
 
 
 def _saliency(store: Store, dataset: Dataset, test: Places) -> NDArray[np.floating]:

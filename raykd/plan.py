@@ -21,9 +21,11 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Stages with their state, and the run's sizes. Errors in data and weights come here, before any work."""
     place = Place(recipe, out)
     data, train = place.dataset, place.dataset.splits["train"]
-    sizes = {"student": _parameters(recipe.student, data.shape, "student")}
+    students = [_parameters(recipe.student.of_seed(seed), data.shape, "student") for seed in recipe.seeds]
+    sizes = {"student": students[0]}
     if recipe.teacher:
         sizes["teacher"] = _parameters(recipe.teacher, data.shape, "teacher")
+    place.check_text()
     place.check_forms()
     if recipe.valence.source == "column" and train.valence is None:
         raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')

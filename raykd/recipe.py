@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
+from raykd.drafter import Drafter
 from raykd.quant.scheme import Quant
 from raykd.source import Source
 from raykd.store.place import checked
@@ -20,7 +21,11 @@ Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
 Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
 Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
-SMOKE = {"optim": {"steps": 40, "evaluate_every": 20}, "search": {"trials": 4, "grace": 20}}
+SMOKE = {
+    "optim": {"steps": 40, "evaluate_every": 20},
+    "search": {"trials": 4, "grace": 20},
+    "drafter": {"prompts": 4, "count": 16},
+}
 
 
 class Table(BaseModel):
@@ -71,11 +76,23 @@ class DataRef(Table):
 
 
 class ModelRef(Table):
-    """`model`: a built-in name or `module:factory`; `settings` are its keyword arguments."""
+    """`model`: a built-in name or `module:factory`; `settings` are its keyword arguments.
+
+    A student's `weights` are those it starts from; `{seed}` in their path is the seed of each training.
+    """
 
     model: str = "series_encoder"
     weights: str | None = None
     settings: dict[str, JsonValue] = {}
+
+    def of_seed(self, seed: int) -> "ModelRef":
+        """What one training starts from."""
+        return self.model_copy(update={"weights": self.weights and self.weights.replace("{seed}", str(seed))})
+
+    @property
+    def bare(self) -> "ModelRef":
+        """Without weights: of a module whose own are loaded afterwards, or not needed."""
+        return self.model_copy(update={"weights": None})
 
 
 class Valence(Table):
@@ -285,6 +302,7 @@ class Recipe(Table):
     source: Source | None = None  # None: every row is the data's, and the teacher is its store
     weighting: Weighting | None = None
     phases: list[Phase] = []
+    drafter: Drafter | None = None
     valence: Valence = Valence()
     store: StoreSettings = StoreSettings()
     optim: Optim = Optim()

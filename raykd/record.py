@@ -71,8 +71,7 @@ def result(lines: Journal, report: Mapping[str, Any]) -> None:
     """The report's figures and its files."""
     found: list[Metric] = []
     for name in ("teacher", "control", "student", "artefact"):
-        metric = report[name]["metrics"].get("accuracy")
-        found += [(f"{name}/accuracy", metric["value"], 0)] if metric else []
+        found += [(f"{name}/{key}", metric["value"], 0) for key, metric in report[name]["metrics"].items()]
     found += [(f"{name}/accuracy", part["metrics"]["accuracy"]["value"], 0) for name, part in report["beside"].items()]
     for name, part in report["retention"].items():
         found += _interval(f"retention/{name}", part)

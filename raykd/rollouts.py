@@ -159,15 +159,19 @@ def behind(prompt: Tensor, values: Tensor, fill: Any) -> Tensor:
     return torch.cat([values.new_full((len(values), prompt.shape[1] - 1), fill), values], 1)
 
 
-def prompts(inputs: Tensor, mask: Tensor, length: int) -> Tensor:
-    """(B, length, 2): the first `length` tokens of rows of text (B, T, 2); a shorter row has places of 0 on its left.
+def prompts(inputs: Tensor, mask: Tensor, cut: int, most: int) -> Tensor:
+    """(B, P, 2): the tokens that rows of text (B, T, 2) are continued from; fewer have places of 0 on their left.
 
-    A row reaches to its last position in `mask` (B, T), and a place of 0 starts a document, so that none is read.
+    A row that begins with a prompt, whose first step `mask` (B, T) does not tell, is continued from its own; any other
+    from its first `cut` tokens. A row reaches to its last position in the mask, and of a prompt the last `most` tokens
+    are kept. A place of 0 starts a document, so that nothing to its left is read.
     """
-    size = torch.where(mask, _steps(inputs, mask.shape[1]) + 1, 0).amax(1, keepdim=True).clamp(1, length)
-    at = _steps(inputs, length) - (length - size)
+    length = torch.where(mask, _steps(inputs, mask.shape[1]) + 1, 0).amax(1)
+    asked = torch.where(mask[:, 0], cut, mask.int().argmax(1) + 1).minimum(length).clamp(min=1)[:, None]
+    kept = asked.clamp(max=most)
+    at = _steps(inputs, int(kept.max())) - (kept.max() - asked)
     found = inputs.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, 2))
-    found[..., 1] *= at >= 0
+    found[..., 1] = torch.where(at >= asked - kept, found[..., 1] - (asked - kept), 0)
     return found
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import tomli_w
 
 from raykd import (
+    acceptance,
     answers,
     artefact,
     checks,
     data,
     decoder_artefact,
+    drafting,
     evidence,
     forms,
     gather,
@@ -85,17 +87,34 @@ class Place:
 
     @property
     def is_exported(self) -> bool:
-        return artefact.is_whole(self.folder / "artefact", self.recipe.export)
+        drafted = self.recipe.drafter is None or (self.folder / acceptance.NAME).exists()
+        return drafted and artefact.is_whole(self.folder / "artefact", self.recipe.export)
 
     def check_forms(self) -> None:
         """RecipeError if the student can not be exported, or not in the forms that `[export]` asks for."""
         recipe = self.recipe
         if forms.asked(recipe.export) or self.dataset.is_text:
-            student = models.build(recipe.student, **self.dataset.shape, key="student")
+            student = models.build(recipe.student.bare, **self.dataset.shape, key="student")
             if self.dataset.is_text:
                 decoder_artefact.check(student, recipe)
             quant = recipe.phases[-1].quant if recipe.phases else None
             forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
+
+    def check_text(self) -> None:
+        """RecipeError where a table is about text and the data are none, or a model can not write."""
+        recipe = self.recipe
+        for key in ("source", "drafter"):
+            if getattr(recipe, key) and not self.dataset.is_text:
+                raise RecipeError(
+                    f"{key}: is about rows of text, and these are none; name data.tokenizer, or leave it out"
+                )
+        if recipe.drafter and recipe.teacher is None:
+            raise RecipeError(
+                "drafter: judges students by their teacher, and there is none; add [teacher], or leave it out"
+            )
+        for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
+            if recipe.drafter and ref:
+                drafting.reader(models.build(ref.bare, **self.dataset.shape, key=key), key)
 
     def journal(self) -> Journal:
         return record.open_journal(self.recipe, self.dataset, self.folder, self.store)
@@ -141,6 +160,7 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
 def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     """What the last of the stages gives, taken in order while no other process works on this run."""
     checks.register(place.recipe.technique)
+    place.check_text()
     if _export in stages:
         place.check_forms()
     place.folder.mkdir(parents=True, exist_ok=True)

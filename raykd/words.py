@@ -7,7 +7,13 @@ from typing import Any
 FEW_SEEDS, FEW_GROUPS = 3, 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
-LOSSES = {"nll": "nats a token", "kl": "KL to the teacher"}
+MEASURES = {
+    "nll": "nats a token",
+    "kl": "KL to the teacher",
+    "acceptance": "drafts accepted",
+    "block_efficiency": "tokens a teacher call",
+}
+LESS = ("nll", "kl")  # is better
 BESIDE = {"unrounded": "full precision", "post_training": "rounded afterwards", "rounded_control": "rounded control"}
 
 
@@ -155,7 +161,7 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, part in report["beside"].items():
         lost = part["lost"]
         found.append((f"over {BESIDE[name]}", f"{100 * lost['value']:+.1f} points ({span(lost)})"))
-    found += [(LOSSES[name], _losses(report, name)) for name in report["gains"]]
+    found += [(MEASURES[name], _measured(report, name)) for name in report["gains"]]
     if size["ratio"] is not None:
         parts = f" = {times(size['architecture'])} architecture * {times(size['bits'])} bits"
         found.append(("compression", times(size["ratio"]) + (parts if size["bits"] else "")))
@@ -164,15 +170,16 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found + _artefact_figures(report["artefact"])
 
 
-def _losses(report: Mapping[str, Any], name: str) -> str:
-    """A loss of each model, and how much lower the student's is than its control's."""
-    known = {model: report[model]["metrics"].get(name) for model in ("teacher", "control", "student")}
+def _measured(report: Mapping[str, Any], name: str) -> str:
+    """A figure of each model that has it, and the student's less its control's."""
+    known = {model: report[model]["metrics"].get(name) for model in ("teacher", "control", "student", "artefact")}
     text = ", ".join(f"{model} {part['value']:.3f}" for model, part in known.items() if part)
     gain = report["gains"][name]
-    return text + ("" if gain["value"] is None else f"; over the control {_nats(gain)}")
+    return text + ("" if gain["value"] is None else f"; over the control {signed(gain)}")
 
 
-def _nats(gain: Mapping[str, Any]) -> str:
+def signed(gain: Mapping[str, Any]) -> str:
+    """A difference, as "-0.340 (-0.390 to -0.280)"."""
     return f"{gain['value']:+.3f} ({gain['lo']:.3f} to {gain['hi']:.3f})"
 
 

@@ -47,7 +47,7 @@ def written(
     *,
     share: slice,
 ) -> Later:
-    """The group of rows named `group`: each of this worker's rows cut at one place and continued by the student.
+    """The group of rows named `group`: this worker's rows continued by the student, from their prompts or one cut.
 
     It is written now; the batch is given once the teacher has scored it.
 
@@ -68,7 +68,7 @@ def written(
     return make(
         student,
         teacher,
-        prompts(rows.inputs, rows.mask, cut),
+        prompts(rows.inputs, rows.mask, cut, most),
         row_id=rows.row_id,
         uniforms=uniforms.to(rows.inputs.device),
         temperature=source.temperature,

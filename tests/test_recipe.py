@@ -272,7 +272,7 @@ def test_smoke_cuts_steps_seeds_and_trials(write):
 
 @pytest.fixture
 def rich(write) -> Recipe:
-    own = "[source]\n[terms.gkd]\n"
+    own = "[source]\n[terms.gkd]\n[drafter]\n"
     table = "[weighting]\nboost = 2\n[[phases]]\nuntil = 0.5\n[phases.quant]\n[[phases]]\nuntil = 1\n"
     return checks.load(write(f"seeds = [0, 1]\n{own}{table}[terms.ce]\non = 'sequence'\n{SEARCH}"))
 

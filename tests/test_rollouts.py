@@ -178,16 +178,26 @@ def test_rows_are_drawn_alike_however_they_are_shared_out(student, teacher):
 
 
 def test_short_prompts_are_continued_as_if_they_stood_alone(student):
-    rows, mask = text(3, 8), torch.arange(8) < torch.tensor([8, 3, 5])[:, None]
-    mask[0, :4] = False  # an instruction: nothing to be told there, and yet part of the text
-    prompt, numbers = prompts(rows, mask, 6), uniforms(3, 4)
+    rows, mask = text(4, 8), torch.arange(8) < torch.tensor([8, 3, 5, 8])[:, None]
+    mask[0, :4] = False  # an instruction of five tokens, of which the last tells the first of its answer
+    prompt, numbers = prompts(rows, mask, 6, 8), uniforms(4, 4)
     together = sample(student, prompt, uniforms=numbers)
-    for row, size in enumerate([6, 3, 5]):
+    for row, size in enumerate([5, 3, 5, 6]):
         assert torch.equal(prompt[row, 6 - size :], rows[row, :size])
         assert (prompt[row, : 6 - size, 1] == 0).all()
         alone = sample(student, rows[row : row + 1, :size], uniforms=numbers[row : row + 1])
         assert torch.equal(alone.inputs, together.inputs[row : row + 1])
         torch.testing.assert_close(alone.log_q, together.log_q[row : row + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_of_an_instruction_too_long_the_end_is_continued(student):
+    rows, mask = text(2, 8), torch.ones(2, 8, dtype=torch.bool)
+    mask[0, :6] = False
+    prompt, numbers = prompts(rows, mask, 3, 4), uniforms(2, 4)
+    assert torch.equal(prompt[0, :, 0], rows[0, 3:7, 0])
+    assert prompt[:, :, 1].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
+    alone = sample(student, prompt[:1], uniforms=numbers[:1])
+    assert torch.equal(alone.inputs, sample(student, prompt, uniforms=numbers).inputs[:1])
 
 
 def test_what_a_quantised_student_drafts_is_drawn_from_its_rounded_weights(teacher):

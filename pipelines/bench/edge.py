@@ -65,7 +65,7 @@ def student_rows(run: Path) -> list[Row]:
     """Every way to run the student that was trained in full precision, on the test rows of its data."""
     recipe = Recipe.model_validate(read_json(run / "recipe.json"))
     dataset = data.load(recipe.data)
-    module = models.build(recipe.student, **dataset.shape, key="student")
+    module = models.build(recipe.student.bare, **dataset.shape, key="student")
     weights = run / "arms" / f"unrounded-{recipe.seeds[0]}" / "weights.safetensors"
     models.load_weights(module, weights, "student")
     test = dataset.splits["test"]

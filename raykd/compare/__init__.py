@@ -14,11 +14,12 @@ from raykd import stats
 from raykd.compare import page, runs, words
 from raykd.compare.changes import changes
 from raykd.compare.runs import Run
-from raykd.compare.table import VERSION, Comparison, Difference, Row
+from raykd.compare.table import VERSION, Comparison, Difference, Row, Verdict
 from raykd.estimates import METRIC
 from raykd.evidence import parts_of
 from raykd.files import write_json
 from raykd.progress import say
+from raykd.words import LESS, MEASURES
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -53,10 +54,9 @@ def build(found: Sequence[Run]) -> dict[str, Any]:
 def difference(run: Run, first: Run, rows: NDArray[np.bool_] | None = None) -> Difference:
     """The accuracy of `run` less that of `first` on `rows`, by the bootstrap of every report.
 
-    Recordings are drawn once for both runs, and so are the seeds that both have. The two enter in the order of their
-    seeds, so that either taken as the first gives the same draws, and the same difference with its sign turned.
+    Recordings are drawn once for both runs, and so are the seeds that both have.
     """
-    one, other = sorted((run, first), key=lambda r: list(r.answers.student))
+    one, other = _ordered(run, first)
     sample = stats.resample(
         stats.Hits(
             groups=run.answers.group,
@@ -67,10 +67,34 @@ def difference(run: Run, first: Run, rows: NDArray[np.bool_] | None = None) -> D
             rows=rows,
         )
     )
-    arms = ("student", "control") if one is run else ("control", "student")
-    found = stats.difference(sample, *arms)
+    return _judged(sample, one is run)
+
+
+def others(run: Run, first: Run) -> dict[str, Difference]:
+    """What else both were measured by, over the same tokens or texts, as differences."""
+    one, other = _ordered(run, first)
+    found = {}
+    for name in run.measures.keys() & first.measures.keys():
+        if np.array_equal(run.measures[name].group, first.measures[name].group):
+            sample = one.measures[name].beside(other.measures[name]).sample()
+            found[name] = _judged(sample, one is run, less=name in LESS)
+    return {name: found[name] for name in MEASURES if name in found}
+
+
+def _ordered(run: Run, first: Run) -> tuple[Run, Run]:
+    """The two in the order of their seeds: either taken as the first gives the same draws, and the same difference with
+    its sign turned.
+    """
+    one, other = sorted((run, first), key=lambda r: list(r.answers.student))
+    return one, other
+
+
+def _judged(sample: stats.Sample, is_student: bool, *, less: bool = False) -> Difference:
+    """The difference of the two runs of a sample, with its sign; `less` is better of losses."""
+    found = stats.difference(sample, *(("student", "control") if is_student else ("control", "student")))
     assert found is not None
-    verdict = "better" if found.lo > 0 else "worse" if found.hi < 0 else "not shown to differ"
+    up, down = ("worse", "better") if less else ("better", "worse")
+    verdict: Verdict = up if found.lo > 0 else down if found.hi < 0 else "not shown to differ"
     return Difference(**vars(found), verdict=verdict)
 
 
@@ -96,6 +120,8 @@ def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
         training_cost=report.training_cost.ratio,
         bytes_per_row=report.store.bytes_per_row,
         accuracy=None if is_first else difference(run, first),
+        measured=report.student.metrics,
+        others={} if is_first else others(run, first),
         **{n: None if is_first or part is None else difference(run, first, part) for n, part in parts.items()},
     )
 

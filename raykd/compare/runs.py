@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from raykd import answers
+from raykd import acceptance, answers, measures, predictions
 from raykd.answers import Answers
 from raykd.compare.changes import changes
 from raykd.digests import digest_of, file_sha256
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.estimates import METRIC
 from raykd.files import read_json
+from raykd.measures import Measure
 from raykd.recipe import Recipe
 from raykd.schema import Report
 
@@ -30,6 +32,16 @@ class Run:
     recipe: Recipe
     report: Report
     answers: Answers
+
+    @cached_property
+    def measures(self) -> dict[str, Measure]:
+        """Beside accuracy, what the report tells of the students; nothing of series, whose answers say all."""
+        told = self.report.student.metrics
+        arms = {seed: self.folder / "arms" / f"student-{seed}" for seed in self.answers.student}
+        predicted = {seed: predictions.read(arm / "predictions.parquet") for seed, arm in arms.items() if "nll" in told}
+        drafts = {seed: acceptance.read(arm / acceptance.NAME) for seed, arm in arms.items() if "acceptance" in told}
+        found = measures.of_predictions({"student": predicted}, self.answers.group) if predicted else {}
+        return found | measures.of_drafts({"student": drafts})
 
 
 def read(folders: Sequence[Path]) -> list[Run]:

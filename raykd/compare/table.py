@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from raykd.schema import Data, Estimate, Part, Ratio, Retentions
+from raykd.schema import Data, Estimate, Metrics, Part, Ratio, Retentions
 
 VERSION = 1
 Verdict = Literal["better", "worse", "not shown to differ"]
@@ -22,13 +22,16 @@ class Change(Part):
 
 
 class Difference(Estimate):
-    """A paired difference of accuracies; better or worse only where its interval leaves 0 out."""
+    """A paired difference; better or worse only where its interval leaves 0 out."""
 
     verdict: Verdict
 
 
 class Row(Part):
-    """One run. Its student's accuracy less the first run's, over all rows and by part; null in the first run itself."""
+    """One run. Its student's accuracy less the first run's, over all rows and by part; null in the first run itself.
+
+    `others` are the same differences of what else was `measured`: of losses, and of students as drafters.
+    """
 
     name: str
     folder: str
@@ -51,6 +54,8 @@ class Row(Part):
     thriving: Difference | None
     rest: Difference | None
     random: Difference | None
+    measured: Metrics
+    others: dict[str, Difference]
 
 
 class Comparison(Part):

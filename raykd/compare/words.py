@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from raykd.compare.table import Row, Verdict
+from raykd.words import MEASURES, count, percent, signed, span, times, wrapped
 from raykd.words import cautions as sparse
-from raykd.words import count, percent, span, times, wrapped
 
 MODELS = {"run": 27, "teacher, %": 23, "control, %": 23, "student, %": 23}
 FIGURES = {"technique": 17, "gap closed, %": 19, "kept, thriving, %": 23, "kept, rest, %": 23, "cost": 7, "B/row": 7}
@@ -88,7 +88,8 @@ def bought(made: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str
         (
             run["name"],
             [change(c) for c in run["changes"]] or ["nothing: the same recipe"],
-            [(name, points(run[key])) for key, name in parts.items() if run[key] is not None],
+            [(name, points(run[key])) for key, name in parts.items() if run[key] is not None]
+            + [(MEASURES[key], f"{signed(part)}: {part['verdict']}") for key, part in run["others"].items()],
         )
         for run in made["runs"][1:]
     ]
@@ -118,7 +119,7 @@ def table(made: Mapping[str, Any]) -> str:
     for number, (name, changed, differences) in enumerate(bought(made), 2):
         lines += ["", f"{number:>2}  {name} less {made['runs'][0]['name']}"]
         lines += [wrapped(f"    {text}") for text in changed]
-        lines += [f"    {name:<16}{text}" for name, text in differences]
+        lines += [f"    {name:<23}{text}" for name, text in differences]
     lines += ["", *(wrapped(f"! {text}") for text in made["warnings"])] if made["warnings"] else []
     return "\n".join(lines)
 

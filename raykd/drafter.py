@@ -1,0 +1,21 @@
+"""The `[drafter]` table: how students are judged as their teacher's drafters. Needs no torch."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Drafter(BaseModel):
+    """Every arm judged as the teacher's drafter: `prompts` test rows, `prompt` tokens of each (or its own prompt), and
+    `count` tokens after them by speculative decoding, `gamma` drafted for each call of the teacher, at `temperature`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: Positive = 64
+    prompt: Positive = 32
+    count: Positive = 64
+    gamma: Positive = 4
+    temperature: Annotated[float, Field(ge=0)] = 1.0

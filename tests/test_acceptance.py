@@ -1,0 +1,185 @@
+"""Laws of a student judged as its drafter by the teacher, then a run that reports it, and one from its weights on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import texts
+import torch
+from texts import STEPS
+
+from raykd import acceptance, checks, compare, data, drafting, measures, models, predictions, stages
+from raykd.acceptance import Drafts
+from raykd.data import Rows
+from raykd.digests import digest
+from raykd.drafter import Drafter
+from raykd.errors import DataError, RecipeError
+from raykd.files import read_json
+from raykd.models.llama import Llama
+from raykd.readers import TorchReader
+from raykd.recipe import Recipe
+from raykd.written import Text
+
+VOCAB, ROWS = 13, 24
+TEXT = Text(STEPS, None, VOCAB)
+
+
+def llama(seed: int) -> Llama:
+    torch.manual_seed(seed)
+    module = Llama(classes=VOCAB, steps=STEPS, width=16, layers=1, heads=2, kv_heads=1, inner=32, tied=False)
+    module.lm_head.weight.data.mul_(40)
+    return module.eval()
+
+
+def rows(*, told: int = 0) -> Rows:
+    """Two rows to a document of random tokens; those from step `told` on are told."""
+    tokens = np.random.default_rng(0).integers(1, VOCAB, (ROWS, STEPS + 1))
+    inputs = np.stack([tokens[:, :-1], np.broadcast_to(np.arange(STEPS), (ROWS, STEPS))], -1).astype(np.int32)
+    mask = np.broadcast_to(np.arange(STEPS) >= told, (ROWS, STEPS))
+    return Rows(np.arange(ROWS) + 100, inputs, mask, np.where(mask, tokens[:, 1:], -100), np.arange(ROWS) // 2)
+
+
+def judged(teacher: Llama, student: Llama, **how) -> Drafts:
+    settings = {"prompt": 8, "count": 24, "gamma": 3} | how
+    return drafting.judge(TorchReader(teacher), TorchReader(student), rows(), Drafter.model_validate(settings), TEXT)
+
+
+def test_a_drafter_that_is_its_teacher_has_every_draft_accepted():
+    found = judged(llama(0), llama(0))
+    assert np.array_equal(found.accepted, found.tested)
+    np.testing.assert_allclose(found.overlap, found.tested, rtol=1e-6)
+    assert (found.tokens == 24).all()
+    assert (found.calls == 6).all()  # 3 drafted and one more a call
+
+
+def test_what_stays_is_in_the_mean_what_both_laws_share():
+    found = judged(llama(0), llama(1))
+    per_text = found.accepted - found.overlap  # a martingale: its mean is 0
+    error = per_text.std() * len(per_text) ** 0.5
+    assert found.tested.sum() > 300
+    assert 0.05 < found.overlap.sum() / found.tested.sum() < 0.95
+    assert abs(per_text.sum()) < 3 * error
+
+
+def test_texts_begin_in_every_document_before_any_begins_a_second_one():
+    split, how = rows(), Drafter(prompts=ROWS // 2 + 3, prompt=8)
+    order = drafting.openings(split, how)
+    assert split.group[order[: ROWS // 2]].tolist() == list(range(ROWS // 2))
+    assert len(set(order)) == len(order) == ROWS // 2 + 3
+    with pytest.raises(DataError, match=r"drafter\.prompt = 60: no row of the test split"):
+        drafting.openings(split, Drafter(prompt=60))
+
+
+def test_a_row_with_a_prompt_of_its_own_begins_with_it():
+    assert drafting.beginning(rows(told=5).mask[0], 8) == 6
+    assert drafting.beginning(rows().mask[0], 8) == 8
+    assert len(drafting.openings(rows(told=5), Drafter(prompt=60))) == ROWS
+
+
+def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
+    one, other = judged(llama(0), llama(1)), judged(llama(0), llama(2))
+    found = measures.of_drafts({"student": {0: one, 1: other}, "control": {0: other, 1: one}})
+    sample = found["acceptance"].sample()
+    pooled = (one.overlap.sum() + other.overlap.sum()) / (one.tested.sum() + other.tested.sum())
+    assert sample.student[0] == pytest.approx(pooled)
+    assert sample.control is not None
+    assert sample.control[0] == pytest.approx(pooled)
+    assert sample.n == len(one.group)
+    efficiency = found["block_efficiency"].sample().student
+    assert efficiency[0] == pytest.approx((one.tokens + other.tokens).sum() / (one.calls + other.calls).sum())
+    assert np.quantile(efficiency[1:], 0.1) < efficiency[0] < np.quantile(efficiency[1:], 0.9)
+    same = measures.of_drafts({"student": {0: one}})["acceptance"]
+    beside = same.beside(same).sample()
+    assert beside.control is not None
+    assert np.array_equal(beside.student, beside.control)
+
+
+def test_drafts_are_read_as_they_were_written(tmp_path):
+    found = judged(llama(0), llama(1))
+    found.write(tmp_path / acceptance.NAME)
+    for name, values in vars(acceptance.read(tmp_path / acceptance.NAME)).items():
+        assert np.array_equal(values, getattr(found, name)), name
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("drafting")
+    return texts.recipe(home, texts.tokenizer(home))
+
+
+@pytest.fixture(scope="module")
+def walked(cluster, recipe) -> tuple[dict, Path]:
+    sets = ("drafter.prompts=12", "drafter.prompt=6", "drafter.count=12", "seeds=[0, 1]")
+    report = stages.run(checks.load(recipe, sets), recipe.parent / "out")
+    (folder,) = (recipe.parent / "out").glob("text-*")
+    return report, folder
+
+
+def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
+    report, folder = walked
+    found = [acceptance.read(folder / "arms" / f"student-{seed}" / acceptance.NAME) for seed in (0, 1)]
+    told = report["student"]["metrics"]
+    assert told["acceptance"]["value"] == pytest.approx(
+        sum(f.overlap.sum() for f in found) / sum(f.tested.sum() for f in found)
+    )
+    assert told["block_efficiency"]["value"] == pytest.approx(
+        sum(f.tokens.sum() for f in found) / sum(f.calls.sum() for f in found)
+    )
+    assert told["acceptance"]["n"] == 12
+    assert {"acceptance", "block_efficiency"} <= set(report["gains"])
+    assert set(report["control"]["metrics"]) == {"accuracy", "nll", "kl", "acceptance", "block_efficiency"}
+    artefact, seed = report["artefact"]["metrics"], report["artefact"]["seed"]
+    own = found[seed]
+    assert artefact["acceptance"]["value"] == pytest.approx(own.overlap.sum() / own.tested.sum(), abs=5e-3)
+    said = predictions.read(folder / "arms" / f"student-{seed}" / "predictions.parquet")
+    assert artefact["nll"]["value"] == pytest.approx(said.metrics()["nll"], abs=1e-4)
+
+
+def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
+    _, folder = walked
+    sets = (
+        f"student.weights={folder}/arms/student-{{seed}}/weights.safetensors",
+        *("drafter.prompts=12", "drafter.prompt=6", "drafter.count=12", "seeds=[0, 1]", "optim.steps=1", "name=on"),
+    )
+    on = checks.load(recipe, (*sets, "optim.learning_rate=1e-9"))
+    shape = data.load(on.data).shape
+    for seed in (0, 1):
+        started = models.build(on.student.of_seed(seed), **shape, key="student")
+        kept = models.read_tensors(folder / "arms" / f"student-{seed}" / "weights.safetensors", "x")
+        assert torch.equal(started.state_dict()["model.norm.weight"], kept["model.norm.weight"])
+    assert digest(on) != digest(on.model_copy(update={"seeds": [0]}))
+    stages.run(on, folder.parent)
+    (other,) = folder.parent.glob("on-*")
+    first, second = (read_json(f / "report.json")["student"]["metrics"] for f in (folder, other))
+    assert second["nll"]["value"] == pytest.approx(first["nll"]["value"], abs=1e-3)
+    made = compare.compare([folder, other], folder.parent)
+    told = made["runs"][1]["others"]
+    assert set(told) == {"nll", "kl", "acceptance", "block_efficiency"}
+    assert told["nll"]["value"] == pytest.approx(0, abs=1e-3)
+    assert told["nll"]["lo"] <= told["nll"]["value"] <= told["nll"]["hi"]
+    turned = compare.compare([other, folder], folder.parent)["runs"][1]["others"]
+    assert turned["acceptance"]["value"] == -told["acceptance"]["value"]
+    with pytest.raises(RecipeError, match=r"student\.weights: no file .*student-2"):
+        checks.load(recipe, (*sets, "seeds=[0, 2]"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": None}, "drafter: judges students by their teacher, and there is none"),
+        ({"student": {"model": "series_encoder"}}, "drafter: student keeps no cache"),
+    ],
+)
+def test_what_can_not_be_judged_is_refused_before_any_work(recipe, change, message):
+    found = checks.load(recipe, ("drafter.prompts=2",))
+    changed = Recipe.model_validate(found.model_dump(mode="json") | change)
+    place = stages.Place(changed, recipe.parent / "out")
+    with pytest.raises(RecipeError, match=message):
+        place.check_text()
+
+
+def test_series_draft_nothing(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('technique = "none"\n[drafter]\n')
+    with pytest.raises(RecipeError, match="drafter: is about rows of text"):
+        stages.Place(checks.load(path), tmp_path).check_text()
