@@ -1,7 +1,8 @@
 """A byte-level BPE tokeniser (GPT-2's) as the data in its tokenizer.json, or refused where that file says more.
 
 What is accepted, an artefact's run.py tokenises exactly and llama.cpp knows as "gpt2": no normaliser, the ByteLevel
-pre-tokeniser with its own pattern, merges over all 256 bytes, and special tokens that no plain text contains.
+pre-tokeniser with its own pattern, or after one that cuts out every digit, merges over bytes, of which one that is no
+token is left out of any text, and special tokens that no plain text contains.
 """
 
 import json
@@ -12,16 +13,21 @@ from typing import Any
 from raykd.errors import RecipeError
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
 ABSENT = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, in GPT-2's letters for bytes; merges, the first first; ids of special tokens."""
+    """Tokens by id, in GPT-2's letters for bytes; merges, the first first; ids of special tokens.
+
+    With `digits` every digit is a word of its own.
+    """
 
     tokens: list[str]
     merges: list[tuple[str, str]]
     special: frozenset[int]
+    digits: bool = False
 
 
 def read(path: Path) -> Vocabulary:
@@ -34,6 +40,9 @@ def read(path: Path) -> Vocabulary:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"tokenizer {path}: not a tokenizer.json of BPE ({error!r}); name one") from None
     first, second = held.get("pre_tokenizer") or {}, held.get("post_processor") or {"type": "ByteLevel"}
+    parts = first.get("pretokenizers") or []
+    digits = first.get("type") == "Sequence" and len(parts) == 2 and parts[0] == DIGITS
+    first = parts[1] if digits else first
     if first.get("type") == "ByteLevel":
         first = PLAIN | {key: first[key] for key in PLAIN if key in first}
     asked: dict[str, tuple[Any, Any]] = {  # key: what is found, what is read
@@ -44,7 +53,6 @@ def read(path: Path) -> Vocabulary:
         **{f"model.{key}": (model.get(key) or None, None) for key in ABSENT},
         "added_tokens: not special": ([t["content"] for t in added if not t.get("special")], []),
         "model.vocab: ids": (sorted(ids.values()) == list(range(len(ids))), True),
-        "model.vocab: bytes that are no token": (sorted(set(letters().values()) - ids.keys()), []),
         "model.merges: no token": ([m for m in merges if len(m) != 2 or "".join(m) not in ids][:3], []),
     }
     for key, (found, read_as) in asked.items():
@@ -54,7 +62,8 @@ def read(path: Path) -> Vocabulary:
                 "and the model takes and gives token ids"
             )
     pairs = [(m[0], m[1]) for m in merges]
-    return Vocabulary(sorted(ids, key=ids.__getitem__), pairs, frozenset(token["id"] for token in added))
+    special = frozenset(token["id"] for token in added)
+    return Vocabulary(sorted(ids, key=ids.__getitem__), pairs, special, digits)
 
 
 def letters() -> dict[int, str]:

@@ -30,6 +30,8 @@ def load(
     if smoke:
         known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
         raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k == "optim" or k in known})
+        if "tokenizer" in known.get("data", {}):
+            raw = merge(raw, {"data": {"limit": recipe.SMOKE_TEXT}})
         if isinstance(raw.get("seeds"), list):
             raw |= {"seeds": raw["seeds"][:1]}
     return resolve(raw, where=f"recipe {path}", allow_import=allow_import)

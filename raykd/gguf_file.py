@@ -63,7 +63,7 @@ def write(
     Without, the file has no vocabulary: its server does not answer then, only callers of its library with token ids.
     RecipeError where a Quant or a tokeniser has no GGUF form here, or gguf is missing.
     """
-    gguf = _gguf()
+    gguf = gguf_library()
     held = _tensors(module, ternary, matrices)
     writer = gguf.GGUFWriter(None, "bitnet" if module.settings["sub_norm"] else "llama")
     _describe(writer, module)
@@ -84,7 +84,7 @@ def write(
     return sizes
 
 
-def _gguf() -> Any:
+def gguf_library() -> Any:
     try:
         import gguf  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -97,15 +97,15 @@ def _tensors(module: Llama, ternary: str, matrices: str) -> dict[str, Held]:
     kinds = {"ternary": ternary, "int4": "Q4_0", "int8": "Q8_0"}
     held: dict[str, Held] = {}
     for name, codes, scales, kind in _rounded(module):
-        order = _order(name, codes.shape[0], module.settings)
-        held[_name(name)] = kinds[kind], blocks(kinds[kind], codes.numpy()[order], scales.numpy()[order], name)
+        order = order_of(name, codes.shape[0], module.settings)
+        held[name_of(name)] = kinds[kind], blocks(kinds[kind], codes.numpy()[order], scales.numpy()[order], name)
     for name, value in rest.plain(module.state_dict()).items():
         owner, _, own = name.rpartition(".")
-        if own == "weight" and _name(owner) not in held:
+        if own == "weight" and name_of(owner) not in held:
             values = value.detach().float().cpu().numpy()
             kind = "F32" if values.ndim == 1 else matrices
-            values = values[_order(owner, len(values), module.settings)]
-            held[_name(owner)] = kind, values.astype(np.float16 if kind == "F16" else np.float32)
+            values = values[order_of(owner, len(values), module.settings)]
+            held[name_of(owner)] = kind, values.astype(np.float16 if kind == "F16" else np.float32)
     same = held[HEAD][0] == held[TABLE][0] and np.array_equal(held[HEAD][1], held[TABLE][1])
     if same:
         del held[HEAD]
@@ -131,14 +131,14 @@ def _rounded(module: Llama) -> Iterator[tuple[str, Tensor, Tensor, str]]:
             yield name.rpartition(".")[0], codes.cpu(), scales.cpu()[:, None], "int8"
 
 
-def _name(name: str) -> str:
+def name_of(name: str) -> str:
     """The name of a layer's weight: "model.layers.3.mlp.up_proj" is "blk.3.ffn_up.weight"."""
     parts = name.split(".")
     block = f"blk.{parts[2]}." if parts[1:2] == ["layers"] else ""
     return f"{block}{NAMES[parts[-1]]}.weight"
 
 
-def _order(name: str, rows: int, settings: dict[str, Any]) -> NDArray[np.intp]:
+def order_of(name: str, rows: int, settings: dict[str, Any]) -> NDArray[np.intp]:
     """(N,): which of our rows llama.cpp's stand for: of each head of q and k i, i + D / 2, i + 1, ... for i from 0."""
     heads = {"q_proj": settings["heads"], "k_proj": settings["kv_heads"]}.get(name.rpartition(".")[2])
     if heads is None or settings["sub_norm"]:  # its bitnet turns our pairs
@@ -173,9 +173,9 @@ def _vocabulary(writer: Any, tokenizer: Path | None, end: str, classes: int) -> 
         raise RecipeError(
             f"tokenizer {tokenizer}: {end!r} is no special token; name the one that ends a text: end = ..."
         )
-    kinds = _gguf().TokenType
+    kinds = gguf_library().TokenType
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("smollm" if found.digits else "gpt-2")
     writer.add_token_list(found.tokens)
     writer.add_token_types([kinds.CONTROL if i in found.special else kinds.NORMAL for i in range(classes)])
     writer.add_token_merges([" ".join(pair) for pair in found.merges])

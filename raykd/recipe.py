@@ -21,11 +21,12 @@ Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
 Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
 Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
-SMOKE = {
+SMOKE: dict[str, dict[str, Any]] = {
     "optim": {"steps": 40, "evaluate_every": 20},
     "search": {"trials": 4, "grace": 20},
     "drafter": {"prompts": 4, "count": 16},
 }
+SMOKE_TEXT = 40  # rows of text a split: a language model's teacher takes its time
 
 
 class Table(BaseModel):
@@ -60,6 +61,7 @@ class DataRef(Table):
     """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows.
 
     With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each, whose label is the token after each.
+    Of every split at most `limit` rows are kept, spread evenly over it.
     """
 
     source: str = "watch_gestures"
@@ -71,6 +73,7 @@ class DataRef(Table):
     classes: list[str] | None = None
     columns: Columns = Columns()
     settings: dict[str, JsonValue] = {}
+    limit: Positive | None = None
     label_fraction: Share = 1.0
     label_seed: Annotated[int, Field(ge=0)] = 0
 

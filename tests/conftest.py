@@ -1,9 +1,13 @@
-"""What tests share: one local Ray cluster for the whole run, and a small recipe over the shipped gestures."""
+"""What tests share: a local Ray cluster for the whole run, a recipe over the shipped gestures, an environment apart."""
 
 import os
+import re
 import secrets
 import shutil
+import subprocess
+import venv
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -88,3 +92,17 @@ def stocked(scored, tmp_path) -> Callable[[str], Path]:
         return Path(shutil.copytree(scored, tmp_path / name))
 
     return new
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Path:
+    """The interpreter of a new environment with numpy, onnxruntime and nothing of ours, in the versions of this one."""
+    where = tmp_path_factory.mktemp("alone") / "venv"
+    venv.create(where, with_pip=True)
+    wanted = [f"{name}=={metadata.version(name)}" for name in ("numpy", "onnxruntime")]
+    install = [where / "bin" / "python", "-m", "pip", "install", "--quiet", *wanted]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=240)
+    if done.returncode and re.search(r"No matching distribution|Connection|resolve", done.stderr):
+        pytest.skip("no package index to install numpy and onnxruntime from")
+    assert done.returncode == 0, done.stderr
+    return where / "bin" / "python"

@@ -6,9 +6,12 @@ Its tokeniser is held against the tokenizers library, on any text.
 import copy
 import importlib.util
 import json
+import shutil
+import subprocess
 from hashlib import sha256
 from importlib import resources
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -29,7 +32,8 @@ from raykd.quant.scheme import Quant
 STEPS, ROWS = 128, 10
 SCHEMES = {
     "fp32": None,
-    "int8-tensor": Quant(per="tensor", activations="int8_token"),  # the other saturates on processors without VNNI
+    "int8-tensor": Quant(per="tensor", activations="int8_token"),
+    "int8-channel": Quant(activations="int8_token"),
     "int4-g32": Quant(weights="int4", per="group", activations="none"),
     "ternary": Quant(weights="ternary", embeddings="int8"),
 }
@@ -74,6 +78,28 @@ def exported(student, tokenizer, tmp_path_factory):
         return made[name]
 
     return written
+
+
+@EACH
+def test_its_own_script_writes_the_decoders_greedy_text_without_anything_of_ours(
+    name, python, exported, tokenizer, tmp_path
+):
+    """With its tokeniser from text to text, without from ids to ids."""
+    folder = shutil.copytree(exported(name)[0], tmp_path / "artefact")
+    prompt = "def shorten(text, width=70):\n    # caf\u00e9, \u4e09 m\u00b2 - it's\n"
+    ids = tokenizer[0].encode(prompt).ids
+    said = Decoder(folder / "student.onnx").generate(np.array([ids]), 40)[0].tolist()
+    assert len(set(said)) > 2, "not one word again and again"
+
+    def answered(prompt: str) -> bytes:
+        script = [python, "-I", folder / "run.py", prompt, "40"]
+        done = subprocess.run(script, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert answered(prompt).decode("utf-8", "replace") == tokenizer[0].decode(said) + "\n"
+    (folder / "tokenizer.json").unlink()
+    assert answered(" ".join(map(str, ids))).split() == [str(i).encode() for i in said]
 
 
 @EACH
@@ -169,6 +195,29 @@ WRITTEN = st.text(
 )
 
 
+@pytest.fixture(scope="module")
+def by_digits(tokenizer, tmp_path_factory):
+    """The same tokeniser with every digit a word of its own, and without tokens for some bytes."""
+    path = tmp_path_factory.mktemp("digits") / "tokenizer.json"
+    held = json.loads(tokenizer[1].read_bytes())
+    cut = {"type": "Digits", "individual_digits": True}
+    held["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, held["pre_tokenizer"]]}
+    gone = {byte_bpe.letters()[byte]: f"<none {byte}>" for byte in (4, 196, 241)}
+    held["model"]["vocab"] = {gone.get(token, token): i for token, i in held["model"]["vocab"].items()}
+    path.write_text(json.dumps(held))
+    return Tokenizer.from_file(str(path)), path
+
+
+@given(WRITTEN)
+@example("12 a  34\u00bd\u0663 x1y\n\n 7\x04 \u0110\U000f0000b \u2167 \u4e09 10-20 -3.14")
+def test_run_py_cuts_out_digits_and_leaves_out_bytes_as_the_library_does(card, by_digits, written):
+    library, path = by_digits
+    found = byte_bpe.read(path)
+    assert found.digits
+    ranks = {m: i for i, m in enumerate(found.merges)}
+    assert card.encode(written, {t: i for i, t in enumerate(found.tokens)}, ranks, True) == library.encode(written).ids
+
+
 @given(WRITTEN)
 @example("it's  I'll\t\n  42\u00b2 \u2167 \u4e09\u3007 caf\u00e9 \u0e01\u0e33 a\u0301 \U0001f600!? _x_  \xa0 y")
 def test_run_py_tokenises_as_the_tokenizers_library_does(card, tokenizer, written):
@@ -195,7 +244,6 @@ OTHERS = {
     "not special": {"added_tokens": [{"id": 0, "content": END, "special": False}]},
     "model.ignore_merges": {"model": {"ignore_merges": True}},
     "model.type": {"model": {"type": "WordPiece"}},
-    "bytes that are no token": {"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": []},
     "ids": {"model": {"vocab": {"a": 0, "b": 7}}},
     "no token": {"model": {"merges": ["\u0120 \u0120\u0120\u0120\u0120\u0120x"]}},
 }

@@ -27,11 +27,19 @@ def ascii_like(c):
     return c if c.isascii() else "x" if kind == "L" else "0" if kind == "N" else "\t" if c.isspace() else "!"
 
 
-def encode(text, vocab, ranks):
+def words(text, digits):
+    """What is tokenised by itself; with `digits` each of them is cut out first."""
+    at = 0
+    for part in re.split("([0-9])" if digits else "$^", "".join(map(ascii_like, text))):
+        yield from (text[at + word.start() : at + word.end()] for word in WORDS.finditer(part))
+        at += len(part)
+
+
+def encode(text, vocab, ranks, digits=False):
     """Token ids: bytes of each word, of which the pair that was learnt first is merged as long as there is one."""
     ids = []
-    for word in WORDS.finditer("".join(map(ascii_like, text))):
-        parts = [LETTERS[byte] for byte in text[slice(*word.span())].encode()]
+    for word in words(text, digits):
+        parts = [letter for byte in word.encode() if (letter := LETTERS[byte]) in vocab]
         while len(parts) > 1:
             rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
             if rank == len(ranks):
@@ -64,7 +72,8 @@ if __name__ == "__main__":
     if (HERE / "tokenizer.json").exists():
         held = json.loads((HERE / "tokenizer.json").read_bytes())
         pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in held["model"]["merges"]]
-        ids = encode(prompt, held["model"]["vocab"], {pair: rank for rank, pair in enumerate(pairs)})
+        digits = held["pre_tokenizer"]["type"] == "Sequence"
+        ids = encode(prompt, held["model"]["vocab"], {pair: rank for rank, pair in enumerate(pairs)}, digits)
     else:
         ids = [int(word) for word in prompt.split()]
     options = onnxruntime.SessionOptions()

@@ -1,5 +1,7 @@
 """Data: a recipe's `[data]` table to checked rows in their splits."""
 
+import numpy as np
+
 from raykd.data import python_library, tables, watch_gestures
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows, checked, hide_labels
 from raykd.digests import is_path
@@ -27,5 +29,12 @@ def load(ref: DataRef) -> Dataset:
     else:
         raise DataError(f"data.source {ref.source!r}: no such data set.{suggestion(ref.source, BUILT_IN)}")
     dataset = checked(dataset)
+    if ref.limit:
+        dataset = Dataset(dataset.name, dataset.classes, {n: _few(r, ref.limit) for n, r in dataset.splits.items()})
     hidden = hide_labels(dataset.splits["train"], ref.label_fraction, ref.label_seed)
     return Dataset(dataset.name, dataset.classes, dataset.splits | {"train": hidden})
+
+
+def _few(rows: Rows, limit: int) -> Rows:
+    """At most `limit` rows, as far apart as they can be."""
+    return rows if len(rows) <= limit else rows.take(np.arange(limit) * len(rows) // limit)
