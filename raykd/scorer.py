@@ -28,7 +28,7 @@ from raykd.store.reader import Store
 from raykd.vocabulary import table_digest
 
 HALF = torch.finfo(torch.float16).max
-FAR = 1e-3  # of the largest logit
+FAR = 0.02  # of the largest logit: above what bfloat16 rounds
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -83,5 +83,8 @@ def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
     for key, (value, may) in plain.items():
         if value not in may:
-            raise RecipeError(f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, may))}")
+            raise RecipeError(
+                f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, may))}, and a teacher of another "
+                'kind is read by model = "transformers"'
+            )
     return {ours: known[theirs] for ours, theirs in KEYS.items()} | {"sub_norm": kind == "bitnet"}
