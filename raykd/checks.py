@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from raykd import catalog, data, imports, models, recipe, techniques, terms
+from raykd import catalog, data, imports, models, recipe, techniques, terms, weights
 from raykd.digests import is_path
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
@@ -91,7 +91,9 @@ def _teacher_problems(found: Recipe) -> list[Problem]:
         wanting = ", ".join(n for n, s in found.terms.items() if terms.needs_of({n: s}))
         return [Problem("teacher", f"missing, but the terms {wanting} read the teacher's {', '.join(sorted(needs))}")]
     if found.teacher and found.teacher.weights is None:
-        return [Problem("teacher.weights", "missing; name the teacher's safetensors file")]
+        return [Problem("teacher.weights", "missing; name the teacher's safetensors file or folder")]
+    if found.drafter and found.teacher and found.teacher.model == weights.TRANSFORMERS:
+        return [Problem("drafter", 'model = "transformers" keeps no cache to verify drafts with; leave it out')]
     return []
 
 
@@ -131,7 +133,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     problems = []
     for table, key, known in (
         ("data", "source", data.BUILT_IN),
-        ("teacher", "model", models.MODELS),
+        ("teacher", "model", {*models.MODELS, weights.TRANSFORMERS}),
         ("student", "model", models.MODELS),
     ):
         name, dotted = _text(merged, table, key), f"{table}.{key}"
@@ -139,6 +141,8 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
             continue
         if table == "data" and is_path(name):
             problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
+        elif name == weights.TRANSFORMERS:
+            problems.append(Problem(dotted, 'only a teacher is one of transformers; use "llama", which has exports'))
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)
         else:
@@ -150,23 +154,21 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
 def _file_problems(merged: dict[str, Any]) -> list[Problem]:
     problems = []
     for table in ("teacher", "student"):
-        weights = _text(merged, table, "weights")
-        if weights and Path(weights).suffix != ".safetensors":
-            problems.append(Problem(f"{table}.weights", f"{weights} is not a .safetensors file; others can run code"))
-        elif weights:
-            named = _of_seeds(weights, merged.get("seeds")) if table == "student" else [weights]
-            missing = [path for path in named if not Path(path).is_file()]
-            problems += [Problem(f"{table}.weights", f"no file {path}") for path in missing]
+        named = _text(merged, table, "weights")
+        if named:
+            files = _of_seeds(named, merged.get("seeds")) if table == "student" else [named]
+            is_text = _text(merged, "data", "tokenizer") is not None
+            problems += weights.problems(table, merged[table], files, is_text=is_text)
     tokenizer = _text(merged, "data", "tokenizer")
     if tokenizer and not Path(tokenizer).is_file():
         problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
     return problems
 
 
-def _of_seeds(weights: str, seeds: Any) -> list[str]:
+def _of_seeds(named: str, seeds: Any) -> list[str]:
     """The file that each seed's student starts from."""
     found = seeds if isinstance(seeds, list) else recipe.Recipe.model_fields["seeds"].default
-    return sorted({recipe.ModelRef(weights=weights).of_seed(seed).weights or "" for seed in found})
+    return sorted({recipe.ModelRef(weights=named).of_seed(seed).weights or "" for seed in found})
 
 
 def _text(merged: dict[str, Any], table: str, key: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raykd.recipe import ModelRef, Recipe
+from raykd.weights import hashed_files
 
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 
@@ -22,10 +23,21 @@ def file_sha256(path: str | Path) -> str:
     """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
     path = Path(path)
     if path.is_dir():
-        parts = [f"{p.relative_to(path)}:{file_sha256(p)}" for p in sorted(path.rglob("*.parquet"))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return _of_files(path, sorted(path.rglob("*.parquet")))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file of weights, or of a model's folder: its config.json and safetensors files."""
+    path = Path(path)
+    return _of_files(path, hashed_files(path)) if path.is_dir() else file_sha256(path)
+
+
+def _of_files(folder: Path, files: Sequence[Path]) -> str:
+    """Of files by their names in the folder and their content."""
+    parts = [f"{p.relative_to(folder)}:{file_sha256(p)}" for p in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def content_of(table: BaseModel) -> dict[str, Any]:
@@ -34,7 +46,7 @@ def content_of(table: BaseModel) -> dict[str, Any]:
     for key in ("weights", "source", "tokenizer"):
         value = values.get(key)
         if isinstance(value, str) and is_path(value):
-            values[key] = "sha256:" + file_sha256(value)
+            values[key] = "sha256:" + (weights_sha256 if key == "weights" else file_sha256)(value)
     return values
 
 

@@ -24,6 +24,7 @@ from raykd.recipe import Recipe
 from raykd.store import layers, place
 from raykd.store.reader import Store
 from raykd.terms import needs_of
+from raykd.weights import tensor_files
 
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
@@ -153,12 +154,15 @@ def _params(records: dict[str, Any], name: str) -> int | None:
 
 
 def _weights(path: str) -> dict[str, Any]:
-    """Parameters, bytes and dtypes of a safetensors file, from its header."""
-    with safe_open(path, framework="np") as file:
-        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - not a dict
-        params = sum(int(np.prod(s.get_shape(), dtype=np.int64)) for s in slices)
-        dtypes = sorted({str(s.get_dtype()) for s in slices})
-    return {"params": params, "bytes": Path(path).stat().st_size, "dtype": ", ".join(dtypes)}
+    """Parameters, bytes and dtypes of the safetensors files that are read of a path, from their headers."""
+    params, size, dtypes = 0, 0, set()
+    for each in tensor_files(Path(path)):
+        with safe_open(each, framework="np") as file:
+            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - not a dict
+            params += sum(int(np.prod(s.get_shape(), dtype=np.int64)) for s in slices)
+            dtypes |= {str(s.get_dtype()) for s in slices}
+        size += each.stat().st_size
+    return {"params": params, "bytes": size, "dtype": ", ".join(sorted(dtypes))}
 
 
 def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:

@@ -81,6 +81,8 @@ class DataRef(Table):
 class ModelRef(Table):
     """`model`: a built-in name or `module:factory`; `settings` are its keyword arguments.
 
+    A teacher's `weights` may be a Hugging Face folder, which has its settings in it: of a "llama", or of any
+    architecture of "transformers".
     A student's `weights` are those it starts from; `{seed}` in their path is the seed of each training.
     """
 

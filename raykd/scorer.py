@@ -17,7 +17,7 @@ from raykd.data import Dataset, Rows
 from raykd.digests import digest_of
 from raykd.errors import DataError, RecipeError
 from raykd.identity import identity, signals_of, store_table
-from raykd.models.adapter import Adapter
+from raykd.models.adapter import Adapter, whole
 from raykd.recipe import Recipe
 from raykd.signals import Signals, log_softmax, tensor
 from raykd.store import layers
@@ -28,6 +28,7 @@ from raykd.store.reader import Store
 from raykd.vocabulary import table_digest
 
 HALF = torch.finfo(torch.float16).max
+FAR = 0.02  # of the largest logit: above what bfloat16 rounds
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -76,12 +77,12 @@ class Scorer:
     def _signals(self, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:
         """The arrays of a batch's rows; those that can not be stored are added to `bad` instead."""
         mask = tensor(rows.mask).to(self.device)
-        signals = self.teacher(tensor(rows.inputs).to(self.device), mask)
+        signals = self._read(rows, mask)
         out = {"mask": signals.mask} | self._said(rows, signals) | self._valence(rows, signals)
         for name, values in signals.layers.items():
             out |= {name: values, layers.counts(name): mask if values.shape[1] == mask.shape[1] else _all_steps(values)}
         arrays = {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
-        kept = signals.logits if self.head_inputs is None else self.head_inputs[0]
+        kept = signals.logits if self.head_inputs is None else self._head_input(signals)
         unfit = self._unfit(signals, kept, arrays)
         bad |= {int(rows.row_id[i]): reason for i, reason in unfit.items()}
         fit = np.setdiff1d(np.arange(len(rows)), list(unfit))
@@ -90,21 +91,44 @@ class Scorer:
             kept, signals = kept[fit], replace(signals, mask=signals.mask[fit])
         return arrays | {"logits": self.codec.encode(kept, signals.mask, rows.row_id[fit], self.key)}
 
+    def _read(self, rows: Rows, mask: Tensor) -> Signals:
+        """What the teacher says of rows, with a column for each class: those behind them are padding of its head."""
+        if self.head_inputs is not None:
+            self.head_inputs.clear()
+        signals, classes = self.teacher(tensor(rows.inputs).to(self.device), mask), len(self.dataset.classes)
+        if signals.logits.shape[-1] < classes:
+            raise RecipeError(
+                f"teacher: answers with {signals.logits.shape[-1]} classes, and the data have {classes}; name a "
+                "teacher of these data"
+            )
+        return replace(signals, logits=signals.logits[..., :classes])
+
+    def _head_input(self, signals: Signals) -> Tensor:
+        """(B, T, D): what the head read. RecipeError if the logits are not its bare answer."""
+        assert self.head_inputs is not None
+        found = whole(self.teacher.module, self.head_inputs)
+        head: Any = self.teacher.module.get_submodule(self.recipe.store.head)
+        said = signals.logits[:1, :1]
+        z = nn.functional.linear(found[:1, :1], head.weight, head.bias)[..., : said.shape[-1]]
+        if (z - said).abs().max() > FAR * said.abs().max():
+            raise RecipeError(
+                f"store.head {self.recipe.store.head!r}: the teacher changes that layer's answer into other logits, so "
+                'it can not stand for them; use another codec, such as store.codec = "comb"'
+            )
+        return found
+
     def _said(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
         """The teacher's class of each row; of text its likeliest token at each step, and log p of the true one."""
         if not rows.is_text:
             return {"answer": signals.sequence_logits().argmax(1)}
-        z = signals.logits[..., : len(self.dataset.classes)]
         true = tensor(rows.label).to(self.device).clamp(min=0).unsqueeze(-1)
-        return {"answer": z.argmax(2), "log_p": log_softmax(z).gather(2, true).squeeze(2)}
+        return {"answer": signals.logits.argmax(2), "log_p": log_softmax(signals.logits).gather(2, true).squeeze(2)}
 
     def _unfit(self, signals: Signals, kept: Tensor, arrays: dict[str, NDArray[Any]]) -> dict[int, str]:
         """The places in the batch of rows with an answer that can not be stored at some valid step, and why."""
-        mask, classes = signals.mask.cpu().numpy(), len(self.dataset.classes)
+        mask = signals.mask.cpu().numpy()
         is_half = self.settings["codec"] == "hidden" or self.settings.get("values") == "fp16"
-        finite: dict[str, Any] = {
-            "NaN or infinite logits": torch.isfinite(signals.logits[..., :classes]).all(2).cpu().numpy()
-        }
+        finite: dict[str, Any] = {"NaN or infinite logits": torch.isfinite(signals.logits).all(2).cpu().numpy()}
         if is_half:
             finite["logits or hidden states that fp16 can not hold"] = (kept.abs() <= HALF).all(2).cpu().numpy()
         bad = {reason: (~sound & mask).any(1) for reason, sound in finite.items()}
@@ -144,13 +168,13 @@ def _all_steps(values: Tensor) -> Tensor:
 
 
 def _watch_head(module: nn.Module, name: str) -> list[Tensor]:
-    """A list whose only item is always the latest input of the submodule `name`."""
+    """A list that every input of the submodule `name` is added to."""
     named, kept = dict(module.named_modules()), []
     if not isinstance(named.get(name), nn.Linear):
         raise RecipeError(
             f"store.head {name!r}: the teacher has no linear layer of that name; it has {', '.join(named)}"
         )
-    named[name].register_forward_pre_hook(lambda _m, args: kept.__setitem__(slice(None), [args[0]]))
+    named[name].register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
     return kept
 
 

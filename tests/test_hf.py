@@ -11,6 +11,7 @@ from raykd.models import hf
 from raykd.models.llama import Llama
 from raykd.quant.layers import prepare, quantised
 from raykd.quant.scheme import Quant
+from raykd.weights import INDEX
 
 SHAPES = {
     "tied": {"kv_heads": 2},
@@ -55,7 +56,7 @@ def test_weights_in_several_files_are_those_of_one(name, tmp_path):
     places = {n: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, n in enumerate(tensors)}
     for file in set(places.values()):
         save_file({n: tensors[n] for n in tensors if places[n] == file}, tmp_path / file)
-    (tmp_path / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert torch.equal(hf.read(tmp_path)(TOKENS)["logits"], module(TOKENS)["logits"])
 
 

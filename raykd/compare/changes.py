@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.compare.table import Change
-from raykd.digests import NOT_HASHED, file_sha256
+from raykd.digests import NOT_HASHED, file_sha256, weights_sha256
 from raykd.recipe import Recipe, TermSpec
 
 UNSAID = {name: field.default for name, field in TermSpec.model_fields.items() if name != "weight"}
@@ -31,4 +31,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _same_file(key: str, first: Any, here: Any) -> bool:
     if key not in PATHS or first is None or here is None:
         return False
-    return all(Path(path).exists() for path in (first, here)) and file_sha256(first) == file_sha256(here)
+    sha256 = file_sha256 if key == "data.source" else weights_sha256
+    return all(Path(path).exists() for path in (first, here)) and sha256(first) == sha256(here)

@@ -17,6 +17,7 @@ from raykd.models.series import SeriesEncoder
 from raykd.quant.rest import plain, plain_name
 from raykd.recipe import ModelRef
 from raykd.validation import suggestion
+from raykd.weights import TRANSFORMERS
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder, "llama": Llama}
 
@@ -32,6 +33,10 @@ def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
 
 def build(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> nn.Module:
     """The module of a recipe's table with its weights loaded. RecipeError if either does not fit; `key` names it."""
+    if ref.model == TRANSFORMERS or (ref.weights and Path(ref.weights).is_dir()):
+        from raykd.models import folder  # whose readers need this module
+
+        return folder.build(ref, classes=classes, steps=steps, key=key)
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
     takes, told = inspect.signature(factory).parameters, {"channels": channels, "classes": classes, "steps": steps}
     every = any(taken.kind is taken.VAR_KEYWORD for taken in takes.values())

@@ -19,6 +19,18 @@ class KeepsAttention(Protocol):
     keep_attention: bool
 
 
+@runtime_checkable
+class ReadsInParts(Protocol):
+    """A module that calls its submodules on parts of a batch in turn; `joined` lays their answers out as its rows."""
+
+    def joined(self, answers: list[Tensor]) -> Tensor: ...
+
+
+def whole(module: nn.Module, answers: list[Tensor]) -> Tensor:
+    """What a submodule answered to the latest batch of a module, from the answers of its calls."""
+    return module.joined(answers) if isinstance(module, ReadsInParts) else answers[-1]
+
+
 class Adapter(nn.Module):
     """`module` as a function (inputs (B, T, K), mask (B, T)) -> Signals.
 
@@ -31,7 +43,7 @@ class Adapter(nn.Module):
     def __init__(self, module: nn.Module, *, want: frozenset[str] = frozenset()):
         super().__init__()
         self.module = module
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, list[Tensor]] = {}
         named = dict(module.named_modules())
         for name in sorted(want):
             kind, _, path = name.partition(".")
@@ -51,12 +63,14 @@ class Adapter(nn.Module):
         inside = mask
         if logits.dim() == 2:
             logits, mask = logits.unsqueeze(1), torch.ones_like(mask[:, :1])
-        layers = {k: _pooled(v, inside) if k.startswith("embedding.") else v for k, v in self.kept.items()}
+        layers = {k: whole(self.module, v) for k, v in self.kept.items()}
+        layers |= {k: _pooled(v, inside) for k, v in layers.items() if k.startswith("embedding.")}
         return Signals(logits, mask, valence, layers)
 
     def _watch(self, name: str, kind: str, layer: nn.Module) -> None:
         def keep(module: Any, _inputs: Any, output: Any) -> None:
-            self.kept[name] = read(module, output)
+            before = self.kept.get(name, []) if isinstance(self.module, ReadsInParts) else []
+            self.kept[name] = [*before, read(module, output)]
 
         if kind in ("hidden", "embedding"):
             read = _first

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.files import read_json, write_bytes, write_json
+from raykd.files import write_bytes, write_json
 from raykd.models import fill, read_tensors, weights_of
 from raykd.models.llama import Llama
+from raykd.weights import CONFIG, WEIGHTS, config_of, tensor_files
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 KEYS = {  # ours: theirs
     "classes": "vocab_size",
@@ -39,11 +38,9 @@ def read(folder: Path) -> Llama:
 
     Nothing in the folder is executed; one file of weights or several with an index will do.
     """
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise RecipeError(f"{folder}: no {CONFIG} in it; name the folder of a Hugging Face model")
-    module = Llama(**_settings(config, folder / CONFIG))
-    tensors = {k: v for k, v in _tensors(folder).items() if not k.endswith("rotary_emb.inv_freq")}
+    module = Llama(**_settings(config_of(folder), folder / CONFIG))
+    files = [read_tensors(path, "weights") for path in tensor_files(folder)]
+    tensors = {k: v for each in files for k, v in each.items() if not k.endswith("rotary_emb.inv_freq")}
     if module.settings["tied"] and TABLE in tensors:
         tensors.pop(HEAD, None)
     fill(module, tensors, f"{folder}: its tensors")
@@ -67,15 +64,6 @@ def write(module: Llama, folder: Path) -> None:
     write_json(folder / CONFIG, config)
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    index = read_json(folder / INDEX)
-    files = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]
-    found: dict[str, Tensor] = {}
-    for name in files:
-        found |= read_tensors(folder / name, "weights")
-    return found
-
-
 def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A Llama's settings from a config.json. RecipeError names what it can not be."""
     kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -92,9 +80,11 @@ def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "head_dim": (config.get("head_dim") or width, (width,)),
         "attention_bias": (config.get("attention_bias", False), (False,)),
         "mlp_bias": (config.get("mlp_bias", False), (False,)),
-        "quantization_config": (config.get("quantization_config"), (None,)),
     }
     for key, (value, may) in plain.items():
         if value not in may:
-            raise RecipeError(f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, may))}")
+            raise RecipeError(
+                f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, may))}, and a teacher of another "
+                'kind is read by model = "transformers"'
+            )
     return {ours: known[theirs] for ours, theirs in KEYS.items()} | {"sub_norm": kind == "bitnet"}

@@ -1,0 +1,171 @@
+"""A folder of Hugging Face in a recipe: padding is cut, content makes the digest, what is unfit is refused in words."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import folders
+import numpy as np
+import pytest
+import texts
+from folders import load, split, stored
+from safetensors.torch import load_file
+
+from raykd import checks, gather, models
+from raykd.compare.changes import changes
+from raykd.digests import digest
+from raykd.errors import RecipeError
+from raykd.identity import identity
+from raykd.models import folder, transformers_lm
+from raykd.models.llama import Llama
+from raykd.recipe import ModelRef
+from raykd.scorer import Scorer
+from raykd.store.commit import Shard
+from raykd.weights import CONFIG, INDEX, WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return folders.home(tmp_path_factory.mktemp("home"))
+
+
+NARROW = "teacher.settings={ width = 32, layers = 1, heads = 2, kv_heads = 1, inner = 48 }"
+SHAPE = {"channels": 2, "classes": 300, "steps": texts.STEPS}
+
+
+def test_padding_of_a_teachers_head_changes_nothing_that_is_stored(home):
+    """The reference is the same teacher without it; what is stored is rounded to fp16."""
+    file = f"teacher.weights={home / 'narrow.safetensors'}"
+    wide, narrow = stored(load(home)), stored(load(home, file, NARROW))
+    assert wide.keys() == narrow.keys() >= {"answer", "log_p", "coherence", "trajectory", "logits"}
+    for name in wide:
+        np.testing.assert_allclose(wide[name], narrow[name], rtol=2e-3, atol=2e-3)
+
+
+def test_a_cache_of_a_folders_model_holds_a_row_of_the_data_not_its_whole_context(home):
+    assert models.build(load(home).teacher, **SHAPE, key="teacher").cache(2).keys.shape[-2] == texts.STEPS
+
+
+class Doubled(Llama):
+    """A model whose logits are not its head's bare answer."""
+
+    def forward(self, tokens, cache=None):
+        return {"logits": 2 * super().forward(tokens, cache)["logits"]}
+
+
+def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refused(home, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "few", lambda classes, steps: Llama(classes=classes - 1, steps=steps))
+    monkeypatch.setitem(models.MODELS, "doubled", Doubled)
+    for name, codec, words in (("few", "dense", r"and the data have \d+"), ("doubled", "hidden", "can not stand for")):
+        recipe = load(home, f"store.codec={codec}", 'store.head="lm_head"')
+        teacher = ModelRef(model=name)
+        scorer = Scorer(recipe.model_copy(update={"teacher": teacher}))
+        with pytest.raises(RecipeError, match=words):
+            scorer.table(Shard(0, "test", 0, 4))
+
+
+def test_what_lies_in_a_folder_decides_the_result_and_where_it_lies_does_not(home, tmp_path):
+    shutil.copytree(home / "wide", tmp_path / "moved")
+    (tmp_path / "moved" / "README.md").write_text("about it")
+    first, moved = load(home), load(home, f"teacher.weights={tmp_path / 'moved'}")
+    dataset = Scorer(first).dataset
+    assert digest(first) == digest(moved)
+    assert identity(first, dataset) == identity(moved, dataset)
+    assert changes(first, moved) == []
+    config = json.loads((tmp_path / "moved" / CONFIG).read_text())
+    (tmp_path / "moved" / CONFIG).write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    other = load(home, f"teacher.weights={tmp_path / 'moved'}")
+    assert digest(first) != digest(other)
+    assert identity(first, dataset) != identity(other, dataset)
+    assert [change.key for change in changes(first, other)] == ["teacher.weights"]
+
+
+def test_a_report_counts_every_file_of_a_folder(home, tmp_path):
+    whole = gather._weights(str(home / "wide"))
+    tensors = load_file(home / "wide" / WEIGHTS)
+    assert whole == {
+        "params": sum(v.numel() for v in tensors.values()),
+        "bytes": (home / "wide" / WEIGHTS).stat().st_size,
+        "dtype": "F32",
+    }
+    split(home / "wide", tmp_path / "two")
+    assert gather._weights(str(tmp_path / "two"))["params"] == whole["params"]
+    assert digest(load(home, f"teacher.weights={tmp_path / 'two'}")) != digest(load(home))
+
+
+def _pickled(path: Path) -> None:
+    (path / WEIGHTS).rename(path / "pytorch_model.bin")
+
+
+def _config(**values):
+    def write(path: Path) -> None:
+        config = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps(config | values))
+
+    return write
+
+
+def _indexed(name: str):
+    def write(path: Path) -> None:
+        (path / WEIGHTS).unlink()
+        (path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+
+    return write
+
+
+FAULTS = {
+    "pickles": (_pickled, "teacher.weights", "pytorch_model.bin is a pickle, which can run code"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "teacher.weights", "neither model.safetensors nor"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "teacher.weights", "no config.json"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), "teacher.weights", "not JSON"),
+    "code": (_config(auto_map={"AutoModel": "modeling.Model"}), "teacher.weights", "code of its own"),
+    "rounded": (_config(quantization_config={"bits": 4}), "teacher.weights", "name a folder of whole ones"),
+    "elsewhere": (_indexed("../other.safetensors"), "teacher.weights", "no .safetensors file beside it"),
+    "a file gone": (_indexed("model-1.safetensors"), "teacher.weights", "names model-1.safetensors, which is missing"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "teacher.weights", "merge that"),
+}
+
+
+def told(home: Path, *sets: str) -> dict[str, str]:
+    with pytest.raises(RecipeError) as error:
+        load(home, *sets)
+    return {problem.key: problem.message for problem in error.value.problems}
+
+
+@pytest.mark.parametrize("model", ["llama", "transformers"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_folder_that_can_not_be_read_is_refused_before_any_work(name, model, home, tmp_path):
+    spoil, key, words = FAULTS[name]
+    shutil.copytree(home / "wide", tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    assert words in told(home, f"teacher.weights={tmp_path / 'bad'}", f"teacher.model={model}")[key]
+
+
+def test_what_does_not_go_with_a_folder_is_refused(home, tmp_path):
+    student = told(home, f"student.weights={home / 'wide'}", "student.model=transformers")
+    assert "only a teacher is read" in student["student.weights"]
+    assert "only a teacher" in student["student.model"]
+    assert "leave them out" in told(home, "teacher.settings={ width = 32 }")["teacher.settings"]
+    assert '"transformers"' in told(home, "teacher.model=series_encoder")["teacher.model"]
+    file = f"teacher.weights={home / 'narrow.safetensors'}"
+    assert "reads a folder" in told(home, file, "teacher.model=transformers")["teacher.weights"]
+    assert "nor is it a folder" in told(home, f"teacher.weights={tmp_path / 'none'}")["teacher.weights"]
+    assert "keeps no cache" in told(home, "teacher.model=transformers", "drafter={ count = 4 }")["drafter"]
+    series = {"teacher": {"model": "llama", "weights": str(home / "wide")}}
+    with pytest.raises(RecipeError, match=r"name data\.tokenizer"):
+        checks.resolve(series)
+
+
+def test_a_folder_too_small_for_the_data_is_refused(home):
+    ref = ModelRef(model="llama", weights=str(home / "wide"))
+    with pytest.raises(RecipeError, match="the data's tokeniser 5000"):
+        folder.build(ref, classes=5000, steps=8, key="teacher")
+    with pytest.raises(RecipeError, match=f"at most {texts.STEPS + 9} tokens; lower data.window"):
+        folder.build(ref, classes=10, steps=999, key="teacher")
+
+
+def test_without_the_library_the_extra_is_named(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RecipeError, match=r"pip install 'raykd\[hf\]'"):
+        transformers_lm.read(home / "wide")
