@@ -11,6 +11,7 @@ from raykd.recipe import Recipe
 from raykd.stages import Place
 from raykd.store import tend
 from raykd.store.commit import plan_shards
+from raykd.store.logits import codec_name
 from raykd.store.place import at
 from raykd.terms import needs_of
 
@@ -78,8 +79,10 @@ def _nearest(place: Place) -> dict[str, Any] | None:
 
 
 def _store_bytes(place: Place) -> int:
-    """fp16 logits and valence at every valid step, 24 bytes a row beside; other signals are not foreseen."""
-    width = 2 * (len(place.dataset.classes) + SIGNALS_A_STEP)
+    """fp16 logits, or what is kept of them, and valence at every step, 24 bytes a row beside; no other signals."""
+    held, classes = place.recipe.store, len(place.dataset.classes)
+    of_logits = {"comb": held.points, "topk": 4 * held.top}.get(codec_name(held, classes), 2 * classes)
+    width = of_logits + 2 * SIGNALS_A_STEP
     return sum(int(rows.mask.sum()) * width + 24 * len(rows) for rows in place.dataset.splits.values())
 
 

@@ -8,10 +8,14 @@ import subprocess
 import venv
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+RAY = {"test_forms", "test_jobs", "test_readme"}  # start it by other means
+TOGETHER = {"test_alone": "apart", "test_decoder_artefact": "apart"}  # ask for one new environment
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gesture"
 TINY = f"""
 name = "tiny"
@@ -41,6 +45,24 @@ grace = 20
 "terms.kd.temperature" = { uniform = [1.0, 4.0] }
 "optim.learning_rate" = { loguniform = [1e-3, 1e-2] }
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest -n and --dist loadgroup a module's tests stay together, and all that start Ray in one process."""
+    rays = {name for name, own in groupby(items, key=_module) if any(map(_starts_ray, own))}
+    for item in items:
+        group = "ray" if _module(item) in rays else TOGETHER.get(_module(item), _module(item))
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _module(item: pytest.Item) -> str:
+    return item.path.stem
+
+
+def _starts_ray(item: Any) -> bool:
+    """By the cluster, or by a command line of its own."""
+    imported = {getattr(value, "__module__", None) for value in vars(item.module).values()}
+    return "cluster" in item.fixturenames or "command" in imported or _module(item) in RAY
 
 
 @pytest.fixture(scope="session", autouse=True)
