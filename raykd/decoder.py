@@ -36,8 +36,9 @@ class Decoder:
         """How many tokens of each row have been read."""
         return self._length
 
-    def reset(self) -> None:
-        """Forget every token."""
+    def reset(self, rows: int | None = None) -> None:
+        """Forget every token, and read so many rows from now on."""
+        self.rows = rows or self.rows
         self._length, self._past = 0, {name: self._empty(shape) for name, shape in self._shapes.items()}
 
     def rollback(self, length: int) -> None:

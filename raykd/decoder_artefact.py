@@ -87,14 +87,11 @@ def check(module: nn.Module, recipe: Recipe) -> Llama:
 
 def predict(folder: Path, dataset: Dataset) -> Predictions:
     """The artefact's predictions of the test split, whose rows hold one document each."""
-    rows, parts = dataset.splits["test"], []
+    rows, parts, decoder = dataset.splits["test"], [], Decoder(folder / ONNX)
     for first in range(0, len(rows), ROWS):
         part = rows.take(slice(first, first + ROWS))
-        z = (
-            Decoder(folder / ONNX, rows=len(part))
-            .step(part.inputs[..., 0].astype(np.int64))[part.mask]
-            .astype(np.float64)
-        )
+        decoder.reset(len(part))
+        z = decoder.step(part.inputs[..., 0].astype(np.int64))[part.mask].astype(np.float64)
         log_q = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
         true = part.label[part.mask]
         own = np.take_along_axis(log_q, true.clip(min=0)[:, None], 1)[:, 0]
