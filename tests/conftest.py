@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes share the cores
 RAY = {"test_forms", "test_jobs", "test_readme"}  # start it by other means
 TOGETHER = {"test_alone": "apart", "test_decoder_artefact": "apart"}  # ask for one new environment
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gesture"
@@ -47,6 +48,7 @@ grace = 20
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest -n and --dist loadgroup a module's tests stay together, and all that start Ray in one process."""
     rays = {name for name, own in groupby(items, key=_module) if any(map(_starts_ray, own))}
