@@ -56,6 +56,9 @@ def faults(path: Path, *sets: str, **keywords: Any) -> dict[str, str]:
 def test_every_recipe_of_the_repository_loads(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    if path.parent.name == "smollm2" and not (path.parent / "teacher.safetensors").exists():
+        assert set(faults(path)) == {"teacher.weights", "data.tokenizer"}, "which make_teacher.py makes"
+        return
     found = checks.load(path)
     assert checks.resolve(found.model_dump(mode="json")) == found
     assert digest(found) != digest(checks.load(path, ("data.label_seed=99",)))
@@ -302,7 +305,7 @@ def other(value: Any, annotation: Any) -> Any:
         case bool():
             return not value
         case None:
-            one = 0.5 if "float" in str(annotation) else "x"
+            one = 0.5 if "float" in str(annotation) else 3 if "int" in str(annotation) else "x"
             return [one] if "list" in str(annotation) else one
         case int() | float():
             return value + 1
