@@ -1,7 +1,8 @@
 """All the trainings of a recipe: every seed of the student and of its control, in one process group.
 
-Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet` (the test split) and,
-last, `arm.json`: its presence means the arm is done, and a later attempt does not train it again.
+Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet` (the test split),
+where it is judged as a drafter `drafts.parquet`, and last `arm.json`: its presence means the arm is done, and a later attempt
+does not train it again.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from raykd.terms import needs_of, wants_of
 from raykd.written import Live, Text
 
 UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
+DRAFTERS = ("student", "control")
 Tell = Callable[[str, int, dict[str, Any]], None]
 
 
@@ -190,7 +192,7 @@ def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
     weights = save(models.weights_of(student.module))
     write_bytes(target / "weights.safetensors", weights)
     shop.test(student).write(target / "predictions.parquet")
-    if how := shop.recipe.drafter:
+    if (how := shop.recipe.drafter) and arm.name in DRAFTERS:
         shop.drafts(student.module, how).write(target / acceptance.NAME)
     record = {
         "arm": arm.name,

@@ -30,11 +30,16 @@ def load(
     if smoke:
         known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
         raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k == "optim" or k in known})
-        if "tokenizer" in known.get("data", {}):
-            raw = merge(raw, {"data": {"limit": recipe.SMOKE_TEXT}})
+        if _text(known, "data", "tokenizer"):
+            raw = merge({"data": {"limit": _few_rows(known["data"])}}, raw)
         if isinstance(raw.get("seeds"), list):
             raw |= {"seeds": raw["seeds"][:1]}
     return resolve(raw, where=f"recipe {path}", allow_import=allow_import)
+
+
+def _few_rows(table: dict[str, Any]) -> int:
+    window = table.get("window")
+    return max(40, recipe.SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 40
 
 
 def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collection[str] = ()) -> Recipe:

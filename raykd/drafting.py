@@ -3,27 +3,30 @@
 The states are those of serving: texts of the teacher's law, with what the student drafts in them.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from raykd.acceptance import Drafts
 from raykd.data import Rows
 from raykd.drafter import Drafter
 from raykd.errors import DataError, RecipeError
+from raykd.models.llama import Llama
 from raykd.readers import Reader, TorchReader
 from raykd.speculative import speculate
 from raykd.written import Text
 
 
-def reader(module: Any, key: str) -> TorchReader:
-    """A module as what reads one text. RecipeError if it keeps no cache; `key` names it."""
-    if not hasattr(module, "cache"):
-        raise RecipeError(
-            f'drafter: {key} keeps no cache of keys and values; use {key}.model = "llama", or leave it out'
-        )
-    return TorchReader(module)
+def check(module: nn.Module, key: str) -> Llama:
+    """The module, if it can write with others. RecipeError otherwise; `key` names it."""
+    if not isinstance(module, Llama):
+        raise RecipeError(f'drafter: {key} keeps no cache of its own; use {key}.model = "llama", or leave drafter out')
+    return module
+
+
+def reader(module: nn.Module, key: str) -> TorchReader:
+    """A module as what reads one text. RecipeError if it keeps no cache."""
+    return TorchReader(check(module, key))
 
 
 def judge(teacher: Reader, drafter: Reader, split: Rows, how: Drafter, text: Text) -> Drafts:
@@ -55,23 +58,33 @@ def judge(teacher: Reader, drafter: Reader, split: Rows, how: Drafter, text: Tex
 
 
 def openings(split: Rows, how: Drafter) -> list[int]:
-    """The rows that texts begin as, at most `how.prompts`: the first of every document, then the second ones."""
+    """The rows that texts begin as, at most `how.prompts`: the first of every document, then the second ones and so on,
+    of which a last turn that is not whole is spread over the documents.
+
+    DataError where no row has so many tokens, and room for one more.
+    """
     steps = np.arange(1, split.mask.shape[1] + 1)
     length = np.where(split.mask, steps, 0).max(1)
     first = np.array([beginning(row, how.prompt) for row in split.mask])
-    fit = np.flatnonzero(length >= first)
+    fit = np.flatnonzero((length >= first) & (first < len(steps)))
     if not len(fit):
-        raise DataError(f"drafter.prompt = {how.prompt}: no row of the test split has so many tokens; lower it")
-    turn: dict[int, int] = {}
-    order = []
-    for row in fit.tolist():
-        group = int(split.group[row])
-        order.append((turn.setdefault(group, 0), row))
-        turn[group] += 1
-    return [row for _, row in sorted(order)[: how.prompts]]
+        raise DataError(
+            f"drafter.prompt = {how.prompt}: no row of the test split has so many tokens and room after them; lower it"
+        )
+    group, turn, seen = split.group[fit], np.zeros(len(fit), np.int64), dict[int, int]()
+    for i, each in enumerate(group.tolist()):
+        turn[i] = seen[each] = seen.get(each, -1) + 1
+    order: list[int] = []
+    for each in range(int(turn.max()) + 1):
+        rows = fit[turn == each]
+        room = min(how.prompts - len(order), len(rows))
+        order += rows[np.arange(room) * len(rows) // max(room, 1)].tolist()
+    return order
 
 
 def beginning(mask: NDArray[np.bool_], prompt: int) -> int:
-    """How many of a row's tokens begin a text: its own prompt, where the first step is not told; else `prompt`."""
+    """How many of a row's tokens begin a text: its own prompt where its first step is not told, which takes a prompt of
+    two tokens; else `prompt`.
+    """
     told = int(mask.argmax())
     return told + 1 if told else prompt

@@ -56,10 +56,12 @@ def _fields(reader: Any) -> dict[str, Any]:
 def _model(reader: Any, path: Path) -> Llama:
     known, tensors = _fields(reader), {tensor.name: tensor for tensor in reader.tensors}
     settings = _settings(known, tensors, path)
-    module, found = Llama(**settings), {}
+    module, found, read = Llama(**settings), {}, set()
     for name, value in module.state_dict().items():
         owner = name.rpartition(".")[0]
-        theirs = tensors.get(TABLE if settings["tied"] and name_of(owner) == HEAD else name_of(owner))
+        own = TABLE if settings["tied"] and name_of(owner) == HEAD else name_of(owner)
+        read.add(own)
+        theirs = tensors.get(own)
         if theirs is None:
             raise RecipeError(f"{path}: no tensor {name_of(owner)} in it")
         values = gguf_library().quants.dequantize(theirs.data, theirs.tensor_type).astype("float32")
@@ -67,6 +69,8 @@ def _model(reader: Any, path: Path) -> Llama:
             raise RecipeError(f"{path}: {name_of(owner)} is {values.shape}, and its settings say {tuple(value.shape)}")
         found[name] = torch.empty_like(value)
         found[name][torch.from_numpy(order_of(owner, len(values), settings))] = torch.from_numpy(values)
+    if extra := sorted(tensors.keys() - read):
+        raise RecipeError(f"{path}: {extra[0]} is in it, which this Llama has not")
     fill(module, found, f"{path}: its tensors")
     return module
 

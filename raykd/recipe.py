@@ -26,7 +26,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "search": {"trials": 4, "grace": 20},
     "drafter": {"prompts": 4, "count": 16},
 }
-SMOKE_TEXT = 40  # rows of text a split: a language model's teacher takes its time
+SMOKE_TOKENS = 4000  # of text a split, or 40 rows: a language model's teacher takes its time
 
 
 class Table(BaseModel):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from raykd import (
     acceptance,
@@ -112,9 +113,11 @@ class Place:
             raise RecipeError(
                 "drafter: judges students by their teacher, and there is none; add [teacher], or leave it out"
             )
-        for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
-            if recipe.drafter and ref:
-                drafting.reader(models.build(ref.bare, **self.dataset.shape, key=key), key)
+        if recipe.drafter and recipe.teacher:
+            drafting.openings(self.dataset.splits["test"], recipe.drafter)
+            for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
+                with torch.device("meta"):
+                    drafting.check(models.build(ref.bare, **self.dataset.shape, key=key), key)
 
     def journal(self) -> Journal:
         return record.open_journal(self.recipe, self.dataset, self.folder, self.store)

@@ -53,7 +53,8 @@ def tensor_files(path: Path) -> list[Path]:
 
 def hashed_files(folder: Path) -> list[Path]:
     """The files of a folder that decide what is read from it, in order."""
-    return sorted(p for p in folder.iterdir() if p.name in (CONFIG, INDEX) or p.suffix == ".safetensors")
+    files = tensor_files(folder)
+    return sorted([folder / CONFIG, *files, *([] if files == [folder / WEIGHTS] else [folder / INDEX])])
 
 
 def problems(table: str, values: dict[str, Any], files: Sequence[str], *, is_text: bool) -> list[Problem]:

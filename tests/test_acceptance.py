@@ -1,5 +1,6 @@
 """Laws of a student judged as its drafter by the teacher, then a run that reports it, and one from its weights on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,11 @@ def test_texts_begin_in_every_document_before_any_begins_a_second_one():
     order = drafting.openings(split, how)
     assert split.group[order[: ROWS // 2]].tolist() == list(range(ROWS // 2))
     assert len(set(order)) == len(order) == ROWS // 2 + 3
-    with pytest.raises(DataError, match=r"drafter\.prompt = 60: no row of the test split"):
-        drafting.openings(split, Drafter(prompt=60))
+    last = split.group[order[ROWS // 2 :]].tolist()
+    assert last == [0, 4, 8], "spread over the documents"
+    for prompt in (STEPS, 60):  # one that fills the row leaves no token to draft
+        with pytest.raises(DataError, match=rf"drafter\.prompt = {prompt}: no row of the test split"):
+            drafting.openings(split, Drafter(prompt=prompt))
 
 
 def test_a_row_with_a_prompt_of_its_own_begins_with_it():
@@ -163,10 +167,22 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
         checks.load(recipe, (*sets, "seeds=[0, 2]"))
 
 
+def test_drafts_asked_for_otherwise_are_not_compared(walked):
+    _, folder = walked
+    one = compare.runs.read([folder])[0]
+    gamma = replace(one, recipe=one.recipe.model_copy(update={"drafter": Drafter(gamma=7)}))
+    assert set(compare.others(gamma, one)) == {"nll", "kl"}
+    assert one.recipe.teacher
+    teacher = one.recipe.teacher.model_copy(update={"settings": {}})
+    of_another = replace(one, recipe=one.recipe.model_copy(update={"teacher": teacher}))
+    assert set(compare.others(of_another, one)) == {"nll"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"teacher": None}, "drafter: judges students by their teacher, and there is none"),
+        ({"drafter": {"prompt": 99}}, r"drafter\.prompt = 99"),
         ({"student": {"model": "series_encoder"}}, "drafter: student keeps no cache"),
     ],
 )
@@ -174,7 +190,7 @@ def test_what_can_not_be_judged_is_refused_before_any_work(recipe, change, messa
     found = checks.load(recipe, ("drafter.prompts=2",))
     changed = Recipe.model_validate(found.model_dump(mode="json") | change)
     place = stages.Place(changed, recipe.parent / "out")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises((RecipeError, DataError), match=message):
         place.check_text()
 
 

@@ -74,6 +74,13 @@ def test_what_is_no_llama_or_damaged_is_refused(made, tmp_path):
     path.write_bytes(whole.replace(b"block_count", b"block_coint", 1))
     with pytest.raises(RecipeError, match=r"no llama\.block_count in it"):
         gguf_read.read(path)
+    two = made("fp32")[0].with_name("two.gguf")
+    gguf_file.write(llama(layers=2), two, matrices="F32")
+    key, kind = b"llama.block_count", (4).to_bytes(4, "little")
+    less = two.read_bytes().replace(key + kind + bytes([2]), key + kind + bytes([1]))
+    path.write_bytes(less)
+    with pytest.raises(RecipeError, match=r"blk\.1\.\w+\.weight is in it, which this Llama has not"):
+        gguf_read.read(path)
     path.write_bytes(whole.replace(b"blk.0.attn_q", b"blk.0.attn_x", 1))
     with pytest.raises(RecipeError, match=r"no tensor blk\.0\.attn_q\.weight"):
         gguf_read.read(path)

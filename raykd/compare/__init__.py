@@ -21,6 +21,9 @@ from raykd.files import write_json
 from raykd.progress import say
 from raykd.words import LESS, MEASURES
 
+OF_DRAFTS = ("acceptance", "block_efficiency")
+OF_TEACHER = ("kl", *OF_DRAFTS)
+
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """compare.json of these run folders as a dict; it stands in `<out>/compare-<digest8>/` with compare.html."""
@@ -71,14 +74,19 @@ def difference(run: Run, first: Run, rows: NDArray[np.bool_] | None = None) -> D
 
 
 def others(run: Run, first: Run) -> dict[str, Difference]:
-    """What else both were measured by, over the same tokens or texts, as differences."""
+    """What else both were measured by, over the same tokens or texts, as differences.
+
+    What is of a teacher is left out where the teachers differ, and of drafts where they were asked for otherwise.
+    """
     one, other = _ordered(run, first)
+    unlike = any(change.key.startswith("teacher.") for change in changes(first.recipe, run.recipe))
+    left_out = OF_TEACHER if unlike else () if run.recipe.drafter == first.recipe.drafter else OF_DRAFTS
     found = {}
-    for name in run.measures.keys() & first.measures.keys():
-        if np.array_equal(run.measures[name].group, first.measures[name].group):
+    for name in MEASURES:
+        if name in run.measures and name in first.measures and name not in left_out:
             sample = one.measures[name].beside(other.measures[name]).sample()
             found[name] = _judged(sample, one is run, less=name in LESS)
-    return {name: found[name] for name in MEASURES if name in found}
+    return found
 
 
 def _ordered(run: Run, first: Run) -> tuple[Run, Run]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from raykd import acceptance, answers, measures, predictions
@@ -38,8 +39,11 @@ class Run:
         """Beside accuracy, what the report tells of the students; nothing of series, whose answers say all."""
         told = self.report.student.metrics
         arms = {seed: self.folder / "arms" / f"student-{seed}" for seed in self.answers.student}
-        predicted = {seed: predictions.read(arm / "predictions.parquet") for seed, arm in arms.items() if "nll" in told}
-        drafts = {seed: acceptance.read(arm / acceptance.NAME) for seed, arm in arms.items() if "acceptance" in told}
+        try:
+            predicted = {s: predictions.read(arm / "predictions.parquet") for s, arm in arms.items() if "nll" in told}
+            drafts = {s: acceptance.read(arm / acceptance.NAME) for s, arm in arms.items() if "acceptance" in told}
+        except (pa.ArrowException, OSError, TypeError) as error:
+            raise StoreError(f"{self.folder / 'arms'} is damaged: {error}; delete it and run again") from None
         found = measures.of_predictions({"student": predicted}, self.answers.group) if predicted else {}
         return found | measures.of_drafts({"student": drafts})
 
@@ -59,7 +63,9 @@ def read(folders: Sequence[Path]) -> list[Run]:
 def digest(found: Sequence[Run]) -> str:
     """Hex sha256 of the files that a comparison of these runs is made from, in their order."""
     made_from = ("recipe.json", "report.json", answers.NAME)
-    return digest_of([[run.name, *(file_sha256(run.folder / name) for name in made_from)] for run in found])
+    arms = "arms/student-*/*.parquet"
+    files = [[*(run.folder / name for name in made_from), *sorted(run.folder.glob(arms))] for run in found]
+    return digest_of([[run.name, *map(file_sha256, own)] for run, own in zip(found, files, strict=True)])
 
 
 def _folder(path: Path) -> Path:

@@ -28,9 +28,9 @@ def load(ref: DataRef) -> Dataset:
         dataset = BUILT_IN[ref.source](ref)
     else:
         raise DataError(f"data.source {ref.source!r}: no such data set.{suggestion(ref.source, BUILT_IN)}")
-    dataset = checked(dataset)
     if ref.limit:
         dataset = Dataset(dataset.name, dataset.classes, {n: _few(r, ref.limit) for n, r in dataset.splits.items()})
+    dataset = checked(dataset)
     hidden = hide_labels(dataset.splits["train"], ref.label_fraction, ref.label_seed)
     return Dataset(dataset.name, dataset.classes, dataset.splits | {"train": hidden})
 

@@ -16,7 +16,6 @@ from raykd.signals import Batch, Signals
 from raykd.terms import Places, term
 
 RECIPE = {
-    "drafter": {},
     "source": {"kind": "on_policy", "share": 0.5},
     "terms": {"kd": {"weight": 0.5, "temperature": 1.0}, "distilspec": {"weight": 0.5, "divergence": "lk"}},
 }

@@ -21,7 +21,6 @@ from raykd.signals import Batch, Signals
 from raykd.terms import Places, term
 
 RECIPE = {
-    "drafter": {},
     "source": {"kind": "drafts", "share": 1.0, "length": 6},
     "terms": {
         "ghost": {"weight": 0.5, "form": "soft", "tail": 0.7},

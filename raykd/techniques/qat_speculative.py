@@ -6,7 +6,6 @@ float32 weights would. Activations are rounded token by token, so that q does no
 """
 
 RECIPE = {
-    "drafter": {},
     "source": {"kind": "on_policy", "share": 0.5},
     "terms": {
         "kd": {"weight": 0.5, "temperature": 1.0},
