@@ -1,8 +1,8 @@
 """All the trainings of a recipe: every seed of the student and of its control, in one process group.
 
 Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet` (the test split),
-where it is judged as a drafter `drafts.parquet`, and last `arm.json`: its presence means the arm is done, and a later attempt
-does not train it again.
+`drafts.parquet` where it is judged as a drafter, and last `arm.json`: its presence means the arm is done, and a later
+attempt does not train it again.
 """
 
 import hashlib
