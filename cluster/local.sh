@@ -59,7 +59,7 @@ ours() { # recorded processes that still are what they were: their command names
   temp=$(saved temp)
   [ -n "$temp" ] || return 0
   for pid in $(saved pids); do
-    if alive "$pid" && [[ "$(ps -o command= -p "$pid")" == *"$temp"* ]]; then echo "$pid"; fi
+    if alive "$pid" && [[ "$(ps -ww -o command= -p "$pid")" == *"$temp"* ]]; then echo "$pid"; fi
   done
 }
 
