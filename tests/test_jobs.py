@@ -25,6 +25,7 @@ def environment(folder: Path) -> dict[str, str]:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     return plain | {
         "HOME": str(folder),
+        "COLUMNS": "80",  # ps cuts what it tells to these
         "RAYKD_LOCAL_DIR": str(folder / "local"),
         "RAYKD_LOCAL_PORT": "0",
         "RAYKD_LOCAL_DASHBOARD_PORT": "0",
