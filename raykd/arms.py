@@ -24,8 +24,10 @@ from raykd.checkpoints import Checkpoints
 from raykd.checks import register
 from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
+from raykd.draft_log import Kept, Replay, kept
 from raykd.drafter import Drafter
 from raykd.files import read_json, write_bytes, write_json
+from raykd.identity import run_digest, store_table
 from raykd.loop import Arm, State, World, train
 from raykd.models.adapter import Adapter
 from raykd.predictions import Predictions
@@ -59,7 +61,8 @@ def arms_of(recipe: Recipe) -> list[Arm]:
 
 def student_arm(recipe: Recipe, seed: int) -> Arm:
     """The recipe's own terms, row weights and phases."""
-    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), recipe.source)
+    source = recipe.source and recipe.source.model_copy(update={"log": recipe.source.log_of(seed)})
+    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), source)
 
 
 def _ce_settings(recipe: Recipe) -> dict[str, Any]:
@@ -95,8 +98,22 @@ class Workshop:
 
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
         """One arm's training of `student`; keywords go to `train`."""
-        live = self.live if arm.source else None
+        live: Live | Replay | None = None
+        if arm.source:
+            live = self.replay(arm.source.log) if arm.source.log else self.live
         return train(arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords)
+
+    def replay(self, log: str) -> Replay:
+        """A log of drafts, for students of these data."""
+        return Replay(log, self.dataset.classes, self.dataset.shape["steps"], self.device)
+
+    def kept(self, arm: Arm, folder: Path) -> Kept | None:
+        """Where an arm's drafts are kept, in the run's folder; None where they are not."""
+        if arm.source is None or not arm.source.keep:
+            return None
+        run, classes = f"{run_digest(self.recipe, self.dataset)}/{arm.key}", self.dataset.classes
+        stored = store_table(self.recipe, len(classes))
+        return kept(folder / "drafts" / arm.key, run, classes, arm.source.temperature, stored)
 
     @cached_property
     def live(self) -> Live:
@@ -163,18 +180,19 @@ def run_arms(
         target = folder / "arms" / arm.key
         if _agreed(world, read_json(target / "arm.json") is not None, device):
             continue
-        kept = Checkpoints(folder / "checkpoints" / arm.key)
+        saved = Checkpoints(folder / "checkpoints" / arm.key)
         state = shop.train_arm(
             arm,
             shop.student(arm),
             world=world,
-            checkpoints=kept,
+            checkpoints=saved,
             checkpoint_every=recipe.scale.checkpoint_every,
             report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
+            kept=shop.kept(arm, folder),
         )
         if world.rank == 0:
             _write_arm(shop, arm, state, target)
-            kept.clear()
+            saved.clear()
         if world.size > 1:
             dist.barrier()
 

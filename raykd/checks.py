@@ -10,6 +10,7 @@ from raykd.digests import is_path
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
+from raykd.store.place import at
 from raykd.validation import suggestion, validate
 
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
@@ -31,15 +32,17 @@ def load(
         known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
         raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k == "optim" or k in known})
         if _text(known, "data", "tokenizer"):
-            raw = merge({"data": {"limit": _few_rows(known["data"])}}, raw)
+            raw = merge(raw, {"data": {"limit": _few_rows(known["data"])}})
         if isinstance(raw.get("seeds"), list):
             raw |= {"seeds": raw["seeds"][:1]}
     return resolve(raw, where=f"recipe {path}", allow_import=allow_import)
 
 
 def _few_rows(table: dict[str, Any]) -> int:
-    window = table.get("window")
-    return max(40, recipe.SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 40
+    """Rows of each split that make SMOKE_TOKENS of text, at least 40; never more than the recipe's own limit."""
+    window, own = table.get("window"), table.get("limit")
+    few = max(40, recipe.SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 40
+    return min(few, own) if isinstance(own, int) else few
 
 
 def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collection[str] = ()) -> Recipe:
@@ -112,7 +115,7 @@ def _source_problems(found: Recipe) -> list[Problem]:
         text = f"missing, but the terms {', '.join(own)} read what the student writes; add [source]" if own else ""
     elif not own:
         text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
-    elif found.teacher is None and not terms.needs_of(found.terms):
+    elif found.teacher is None and not found.source.log and not terms.needs_of(found.terms):
         key, text = "teacher", "missing, but it scores what the student writes"
     elif found.source.share == 1 and data_only:
         key, text = "source.share", f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it"
@@ -164,6 +167,10 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
             files = _of_seeds(named, merged.get("seeds")) if table == "student" else [named]
             is_text = _text(merged, "data", "tokenizer") is not None
             problems += weights.problems(table, merged[table], files, is_text=is_text)
+    log = _text(merged, "source", "log")
+    if log and merged["source"].get("kind") == "replay":
+        absent = [each for each in _of_seeds(log, merged.get("seeds")) if at(each).get("_MANIFEST.json") is None]
+        problems += [Problem("source.log", f"{each} is no finished log of drafts") for each in absent]
     tokenizer = _text(merged, "data", "tokenizer")
     if tokenizer and not Path(tokenizer).is_file():
         problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
@@ -171,9 +178,9 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
 
 
 def _of_seeds(named: str, seeds: Any) -> list[str]:
-    """The file that each seed's student starts from."""
+    """The path that each seed's training names."""
     found = seeds if isinstance(seeds, list) else recipe.Recipe.model_fields["seeds"].default
-    return sorted({recipe.ModelRef(weights=named).of_seed(seed).weights or "" for seed in found})
+    return sorted({named.replace("{seed}", str(seed)) for seed in found})
 
 
 def _text(merged: dict[str, Any], table: str, key: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raykd.recipe import ModelRef, Recipe
+from raykd.store.place import at
 from raykd.weights import hashed_files
 
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
@@ -65,6 +66,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         table = getattr(recipe, key)
         if table is not None:
             values[key] = content_of(table)
+    if recipe.source and recipe.source.log:
+        logs = [at(recipe.source.log_of(seed) or "").get("_MANIFEST.json") or b"" for seed in recipe.seeds]
+        values["source"]["log"] = [hashlib.sha256(log).hexdigest() for log in logs]
     return values | {"student": _student(recipe.student, recipe.seeds)}
 
 

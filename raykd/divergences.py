@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raykd.errors import RecipeError
 from raykd.fused import shared_vocab
 from raykd.signals import Batch, Signals, log_softmax
+from raykd.targets import cross_entropy
 
 Kind = Literal["forward", "reverse", "js", "tvd", "lk", "hybrid"]
 
@@ -44,15 +46,46 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float = 0.5) -> T
     return k * _kl(log_p, log_q) + (1 - k) * (1 - log_a.exp())
 
 
-def both(student: Signals, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(log q, log p), each (P, V) fp32 at least, at the valid places in turn. The teacher's columns are the vocabulary.
+def from_teacher(student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """(P,): the divergence from the teacher at the valid places in turn.
+
+    A log whose codec keeps a part of the teacher's distribution tells the forward one: RecipeError for any other.
+    """
+    if batch.targets is None:
+        return divergence(*both(student, batch, temperature), kind, beta)
+    if kind != "forward":
+        raise RecipeError(
+            f'source.log: "{kind}" needs the teacher\'s whole distribution, and the log keeps a part of it; use '
+            '"forward", or write the log with store.codec = "dense"'
+        )
+    targets = batch.targets(temperature)
+    return cross_entropy(own(student, batch, temperature), targets)
+
+
+def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """log q (P, V), fp32 at least, at the valid places in turn. The teacher's columns are the vocabulary.
 
     Further columns of the student's are padding, outside its softmax. RecipeError where it has fewer.
     """
     assert batch.teacher is not None
-    mine, theirs = student.logits[batch.mask], batch.teacher.logits.detach()[batch.mask]
-    vocab = shared_vocab(theirs.shape[-1], mine.shape[-1], theirs.shape[-1])
-    return log_softmax(mine[:, :vocab], temperature), log_softmax(theirs, temperature)
+    mine = student.logits[batch.mask]
+    vocab = batch.teacher.logits.shape[-1] if batch.targets is None else batch.targets(temperature).vocab
+    return log_softmax(mine[:, : shared_vocab(vocab, mine.shape[-1], vocab)], temperature)
+
+
+def both(student: Signals, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(log q, log p), each (P, V) fp32 at least, at the valid places in turn; log q as in `own`.
+
+    RecipeError where a log keeps but a part of the teacher's distribution.
+    """
+    assert batch.teacher is not None
+    if batch.targets is not None:
+        raise RecipeError(
+            "source.log: this term needs the teacher's whole distribution, and the log keeps a part of it; write the "
+            'log with store.codec = "dense"'
+        )
+    theirs = batch.teacher.logits.detach()[batch.mask]
+    return own(student, batch, temperature), log_softmax(theirs, temperature)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

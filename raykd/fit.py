@@ -32,7 +32,8 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
     arms = arms_of(recipe)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
-    apart = teachers(recipe) if recipe.source and recipe.scale.workers[1] > 1 else nullcontext([])
+    asks = recipe.source is not None and recipe.source.log is None
+    apart = teachers(recipe) if asks and recipe.scale.workers[1] > 1 else nullcontext([])
     with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress), apart as names:
         try:
             fault = group(recipe, train_worker, config | {"teachers": names}, folder).fit().return_value

@@ -22,6 +22,7 @@ from raykd import faults, phases
 from raykd.ahead import Ahead
 from raykd.batches import DeviceRows, Order, input_noise, mixed
 from raykd.checkpoints import Checkpoints
+from raykd.draft_log import DraftLog, Kept, Replay
 from raykd.errors import Diverged
 from raykd.models.adapter import Adapter
 from raykd.objective import Objective, learned
@@ -36,7 +37,7 @@ from raykd.state import Learner, State
 from raykd.store.logits import Targets
 from raykd.terms import is_own
 from raykd.weighting import RowWeights, Spread, mean_spread
-from raykd.written import Live, Written, written
+from raykd.written import Live, Written, replayed, written
 
 Report = Callable[[int, dict[str, Any]], None]
 
@@ -88,11 +89,13 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     report: Report = lambda step, metrics: None,
-    live: Live | None = None,
+    live: Live | Replay | None = None,
+    kept: Kept | None = None,
 ) -> State:
     """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they have a state.
 
-    An arm with a source writes text of its own, which the `live` teacher scores.
+    An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of a log. Drafts that
+    are written are `kept` where that is given.
     `report(step, metrics)` is called every `optim.evaluate_every` steps and after the last, on every rank, with the
     mean of each term since the last call and what `evaluate(student)` says.
     """
@@ -108,7 +111,7 @@ def train(
     if checkpoints:
         state.restore(checkpoints)
     learner.train()
-    step = Step(arm, optim, rows, world, state, live)
+    step = Step(arm, optim, rows, world, state, live, kept)
     seen = torch.zeros(2, len(learner.objective.weights), device=device)
     with closing(step):
         for span in plan[len(begun) - 1 :]:
@@ -147,7 +150,16 @@ def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
 class Step:
     """One optimiser step at a time, with everything that no step changes made once."""
 
-    def __init__(self, arm: Arm, optim: Optim, rows: DeviceRows, world: World, state: State, live: Live | None = None):
+    def __init__(
+        self,
+        arm: Arm,
+        optim: Optim,
+        rows: DeviceRows,
+        world: World,
+        state: State,
+        live: Live | Replay | None = None,
+        kept: Kept | None = None,
+    ):
         self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
         self.own = arm.source.rows(optim.batch) if arm.source else 0  # of the global batch, its first
         self.device, self.share = rows.device, world.share(optim.batch - self.own)
@@ -155,10 +167,11 @@ class Step:
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
         self.spreads: list[Spread] = []  # of the row weights since the last report
         self.lags: list[int] = []  # of the student's text since then
+        self.is_live = isinstance(live, Live)
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
         self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
-        assert live or not arm.source, "text of the student's own needs a live teacher"
-        self.written = self._writer(arm.source, live) if arm.source and live else None
+        assert live or not arm.source, "text of the student's own needs a live teacher, or a log"
+        self.written = self._writer(arm.source, live, kept) if arm.source and live else None
 
     def enter(self, span: Span) -> None:
         """Take the steps of a phase, over the parameters that it has."""
@@ -211,24 +224,29 @@ class Step:
         if self.written and self.written.counts(number):
             found.append(self.written(number))
             assert found[-1].rollout is not None
-            self.lags.append(found[-1].rollout.lag)
+            self.lags += [found[-1].rollout.lag] if self.is_live else []
         return found
 
-    def _writer(self, source: Source, live: Live) -> Written:
+    def _writer(self, source: Source, live: Live | Replay, kept: Kept | None) -> Written:
         """What gives each step its rows of the student's own text."""
+        share, seed = self.world.share(self.own), self.arm.seed
+        spans = [
+            (s.since * self.optim.steps, s.until * self.optim.steps) for n, s in self.arm.terms.items() if is_own(n)
+        ]
+        if isinstance(live, Replay):
+            return Written(Schedule(), lambda group: replayed(live, self.own, seed, group, share=share), spans)
         begins = [span.first for span in phases.spans(self.arm.phases, self.optim.steps)]
         schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
-        share = self.world.share(self.own)
 
         def draw(group: int) -> Later:
             index = torch.from_numpy(self.order.rows(group)[: self.own][share]).to(self.device)
             student, rows = self.state.learner.student.module, self.rows.batch(index)
-            return written(source, live.text, group, self.arm.seed, student, live.teacher, rows, share=share)
+            return written(source, live.text, group, seed, student, live.teacher, rows, share=share)
 
-        spans = [
-            (s.since * self.optim.steps, s.until * self.optim.steps) for n, s in self.arm.terms.items() if is_own(n)
-        ]
-        return Written(schedule, draw, spans)
+        found = Written(schedule, draw, spans)
+        if kept:
+            found.log = DraftLog(kept, found.intervals(self.optim.steps), self.own, share)
+        return found
 
     def _decoded(self, number: int) -> Batch:
         """The batch of a step, its sparse targets decoded where an earlier step has read them."""

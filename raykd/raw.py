@@ -8,7 +8,7 @@ from raykd.digests import is_path
 from raykd.errors import RecipeError
 from raykd.store.place import is_url
 
-PATHS = (("teacher", "weights"), ("student", "weights"), ("data", "tokenizer"), ("scale", "store"))
+PATHS = (("teacher", "weights"), ("student", "weights"), ("data", "tokenizer"), ("scale", "store"), ("source", "log"))
 
 
 def read(path: Path) -> dict[str, Any]:

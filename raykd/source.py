@@ -12,12 +12,14 @@ class Source(BaseModel):
     and continued by `length` tokens; as `drafts`, these are tested by the teacher as speculative decoding would.
 
     `mixed` draws tokens from mixed p + (1 - mixed) q. Each group of rows serves `passes` steps in a row, from `ahead`
-    steps after it was drawn; its age in steps of the optimiser then stays within `limit`.
+    steps after it was drawn; its age in steps of the optimiser then stays within `limit`. `keep` writes tested drafts
+    down, in the run's `drafts/<arm>`; `replay` reads such a `log`, `{seed}` in whose path is that of each training,
+    and needs no teacher.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["on_policy", "drafts"] = "on_policy"
+    kind: Literal["on_policy", "drafts", "replay"] = "on_policy"
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     length: Positive = 32
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -25,6 +27,8 @@ class Source(BaseModel):
     passes: Positive = 1
     ahead: Annotated[int, Field(ge=0)] = 0
     limit: Annotated[int, Field(ge=0)] = 16
+    keep: bool = False
+    log: str | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -32,6 +36,11 @@ class Source(BaseModel):
             raise ValueError(
                 f"mixed = {self.mixed} has no effect on drafts, which the student writes alone; set it to 0"
             )
+        if self.keep and self.kind != "drafts":
+            raise ValueError(f'keep = true has nothing to write down: kind = "{self.kind}" tests no drafts')
+        if (self.log is None) == (self.kind == "replay"):
+            wanted = "names the log that is read" if self.log is None else f'is not read by kind = "{self.kind}"'
+            raise ValueError(f'log = {self.log!r}: it {wanted}; give kind = "replay" and log together')
         oldest = self.ahead + self.passes - 1
         if oldest > self.limit:
             raise ValueError(
@@ -39,6 +48,10 @@ class Source(BaseModel):
                 f"limit = {self.limit}; lower them, or raise limit"
             )
         return self
+
+    def log_of(self, seed: int) -> str | None:
+        """The log that one training reads."""
+        return self.log and self.log.replace("{seed}", str(seed))
 
     def rows(self, batch: int) -> int:
         """How many rows of a global batch are the student's: at least one; all of them only for a share of 1."""

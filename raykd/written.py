@@ -5,16 +5,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
-from raykd.batches import mixed
+from raykd.batches import Stream, mixed
+from raykd.draft_log import DraftLog, Replay
 from raykd.drafts import drafted
 from raykd.errors import DataError
 from raykd.rollouts import Later, Teacher, on_policy, prompts
 from raykd.signals import Batch
 from raykd.source import Source
 from raykd.staleness import Schedule
+
+REPLAYED = 2  # the order of a log's drafts, beside those of the rows
 
 Rows = Callable[[int], Batch]  # a step -> this worker's rows of text, to be continued
 
@@ -77,6 +81,12 @@ def written(
     )
 
 
+def replayed(replay: Replay, own: int, seed: int, group: int, *, share: slice) -> Later:
+    """This worker's `share` of the `own` drafts of a log that a step reads, in an order drawn by the seed."""
+    index = Stream(np.arange(len(replay)), seed, REPLAYED).take(group * own, own)[share]
+    return lambda: replay.batch(index)
+
+
 @dataclass
 class Written:
     """The same for each step in turn, by a schedule: groups are drawn when due and held while they are used.
@@ -88,11 +98,20 @@ class Written:
     draw: Callable[[int], Later]  # a group -> its batch, by the student as it is
     spans: Sequence[tuple[float, float]] = ((0, math.inf),)  # the steps [since, until) in which its terms count
     held: dict[int, Later] = field(default_factory=dict)
+    log: DraftLog | None = None  # where drafts are kept
 
     def counts(self, step: int) -> bool:
         """Whether any term counts in the interval of a step: in others nothing is drawn."""
         first = self.schedule.begin(step)
         return any(first < until and since < first + self.schedule.every for since, until in self.spans)
+
+    def intervals(self, steps: int) -> list[list[int]]:
+        """The groups that are used within `steps`, by the intervals between reports that they are drawn in."""
+        found: dict[int, list[int]] = {}
+        for step in range(steps):
+            if self.counts(step) and self.schedule.slot(step).first == step:
+                found.setdefault(self.schedule.begin(step), []).append(step)
+        return list(found.values())
 
     def __call__(self, step: int) -> Batch:
         slot = self.schedule.slot(step)
@@ -102,4 +121,6 @@ class Written:
         batch = self.held[slot.first]()
         self.held[slot.first] = lambda: batch
         assert batch.rollout is not None
+        if self.log and step == slot.first:
+            self.log.add(step, batch)
         return replace(batch, rollout=replace(batch.rollout, lag=step - slot.drawn))

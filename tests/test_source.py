@@ -260,6 +260,12 @@ LINES = {
         {"technique": "gkd", "source": {"share": 0.01}, "scale": {"workers": 4}},
         "can not share with as many",
     ),
+    "nothing to keep": (
+        {"technique": "gkd", "source": {"keep": True}},
+        'nothing to write down: kind = "on_policy" tests no drafts',
+    ),
+    "a log without replay": ({"technique": "ghost", "source": {"log": "x"}}, 'is not read by kind = "drafts"'),
+    "replay without a log": ({"technique": "ghost", "source": {"kind": "replay"}}, "names the log that is read"),
     "misspelt": ({"technique": "gkd", "source": {"lenght": 3}}, "Did you mean length"),
 }
 

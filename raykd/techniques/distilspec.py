@@ -10,8 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.divergences import Kind, both, spread
-from raykd.divergences import divergence as divergence_of
+from raykd.divergences import Kind, from_teacher, spread
 from raykd.signals import Batch, Signals
 from raykd.terms import Places, term
 
@@ -27,5 +26,5 @@ def distilspec(
 ) -> Places:
     """D(p, q) at every written or drafted token, at the temperature it was drawn at; `beta` is js's."""
     assert batch.rollout is not None
-    log_q, log_p = both(student, batch, batch.rollout.temperature)
-    return Places(spread(divergence_of(log_q, log_p, divergence, beta), batch.mask), batch.mask)
+    value = from_teacher(student, batch, divergence, beta, batch.rollout.temperature)
+    return Places(spread(value, batch.mask), batch.mask)

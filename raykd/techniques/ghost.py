@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from raykd.divergences import Kind, both, chosen, spread
-from raykd.divergences import divergence as divergence_of
+from raykd.divergences import Kind, both, chosen, from_teacher, own, spread
 from raykd.errors import RecipeError
 from raykd.returns import following, through
 from raykd.signals import Batch, Signals
@@ -54,19 +53,21 @@ def ghost(
     assert rollout is not None
     if rollout.accepted is None or rollout.rejected is None or rollout.correction is None or rollout.tail is None:
         raise RecipeError('terms.ghost: this text was not drafted and verified; write source.kind = "drafts"')
-    log_q, log_p = both(student, batch, rollout.temperature)
     rejected = rollout.rejected & mask
     if form != "soft":
+        log_q = own(student, batch, temperature=rollout.temperature)
         value = -chosen(log_q, torch.where(rejected, rollout.correction, 0)[mask])
         if form == "pair":
             value = value + chosen(log_q, batch.label[mask]).clamp(min=LEAST)
         return Places(torch.where(rejected, spread(value, mask), 0.0), (rollout.accepted | rollout.rejected) & mask)
+    value = spread(from_teacher(student, batch, divergence, temperature=rollout.temperature), mask)
     if rejections == "drawn":
-        after = rollout.tail.to(log_q.dtype)
+        after = rollout.tail.to(value.dtype)
         rho = torch.where(after > 0, tail**after, 0.0) + rejected
     else:
+        _, log_p = both(student, batch, rollout.temperature)
         a = (spread(chosen(log_p, batch.label[mask]), mask) - rollout.log_q).exp().clamp(max=1)
         before, until = through(a, mask)
         rho = before - until
         rho = rho + following(rho.flip(1), mask.flip(1), discount=tail).flip(1)
-    return Places(rho * spread(divergence_of(log_q, log_p, divergence), mask), mask)
+    return Places(rho * value, mask)

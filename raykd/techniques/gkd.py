@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.divergences import both, divergence, spread
+from raykd.divergences import from_teacher, spread
 from raykd.signals import Batch, Signals
 from raykd.terms import Places, term
 
@@ -22,4 +22,4 @@ RECIPE = {
 @term(own=True)
 def gkd(student: Signals, batch: Batch, *, beta: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Places:
     """JS_beta(p, q) at temperature 1 at every written token; beta = 0 is KL(p || q), 1 is KL(q || p) (eq. 1)."""
-    return Places(spread(divergence(*both(student, batch), "js", beta), batch.mask), batch.mask)
+    return Places(spread(from_teacher(student, batch, "js", beta), batch.mask), batch.mask)

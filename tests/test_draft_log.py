@@ -1,0 +1,257 @@
+"""Drafts that are kept and read again: the log says what was drafted live, whoever wrote it, and damage is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import texts
+import torch
+from torch import Tensor
+
+from raykd import checks, stages, techniques
+from raykd.divergences import own
+from raykd.draft_log import DraftLog, Kept, Replay, kept
+from raykd.errors import DataError, RecipeError, StoreError
+from raykd.files import read_json
+from raykd.loop import World
+from raykd.models.llama import Llama
+from raykd.objective import Objective
+from raykd.recipe import TermSpec
+from raykd.rollouts import Frozen
+from raykd.signals import Batch, Signals
+from raykd.source import Source
+from raykd.staleness import Schedule
+from raykd.store import tend
+from raykd.store.commit import StoreWriter
+from raykd.store.reader import Store
+from raykd.written import Text, Written, replayed, written
+
+techniques.load_terms()
+V, STEPS, OWN, LENGTH, EOS = 11, 30, 5, 4, 2
+CLASSES = [f"token {i}" for i in range(V)]
+SPANS = ((0, 8.0), (12, 20))  # nothing is drawn from 8 to 12, an interval without text
+CODECS = {
+    "dense": {"codec": "dense", "values": "fp16"},
+    "topk": {"codec": "topk", "top": V, "temperatures": [1.0]},
+    "comb": {"codec": "comb", "points": 255, "temperatures": [1.0]},
+}
+TERMS = {
+    "ghost": {"ghost": {}},
+    "ghost, expected": {"ghost": {"rejections": "expected"}},
+    "correction": {"ghost": {"form": "correction"}},
+    "pair": {"ghost": {"form": "pair"}},
+    "distilspec": {"distilspec": {"divergence": "forward"}},
+    "lk": {"distilspec": {"divergence": "lk"}},
+    "gkd": {"gkd": {}},
+}
+ALONE = World()
+ANY_CODEC = ["ghost", "correction", "pair", "distilspec"]
+
+
+def llama(seed: int) -> Llama:
+    torch.manual_seed(seed)
+    module = Llama(classes=V, steps=STEPS, width=16, layers=1, heads=2, kv_heads=1, inner=24, tied=False)
+    module.lm_head.weight.data.mul_(8)
+    return module
+
+
+STUDENT, TEACHER = llama(0), Frozen(llama(1))
+
+
+def rows(group: int) -> Batch:
+    """Rows of two documents each; the last begins with a prompt."""
+    draw = torch.Generator().manual_seed(group)
+    tokens = torch.randint(V, (OWN, 21), generator=draw)
+    places = torch.cat([torch.arange(9), torch.arange(12)]).expand(OWN, -1)
+    mask = torch.ones(OWN, 20, dtype=torch.bool)
+    mask[-1, :6] = False
+    inputs = torch.stack([tokens, places], -1)[:, :-1]
+    return Batch(torch.arange(OWN) + 100 * group, inputs, mask, tokens[:, 1:])
+
+
+def place(folder: Path, codec: str = "dense", run: str = "a/student-0") -> Kept:
+    return kept(folder / "log", run, CLASSES, 1.0, CODECS[codec] | {"rows_per_shard": 9})
+
+
+def wrote(log: Kept, *, world: World = ALONE, first: int = 0, last: int = 20) -> dict[int, Batch]:
+    """The batches of a training of 20 steps, two to a group, that is reported every 4; from one step to another."""
+    share = world.share(OWN)
+
+    def draw(group: int):
+        every = rows(group)
+        mine = replace(every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share])
+        source = Source(kind="drafts", length=LENGTH)
+        return written(source, Text(STEPS, EOS, V), group, 3, STUDENT, TEACHER, mine, share=share)
+
+    found = Written(Schedule(passes=2, every=4), draw, SPANS)
+    found.log = DraftLog(log, found.intervals(20), OWN, share)
+    return {step: found(step) for step in range(first, last) if found.counts(step)}
+
+
+def read(log: Kept, classes: list[str] = CLASSES, steps: int = STEPS) -> Replay:
+    return Replay(log.where, classes, steps, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def both(request, tmp_path_factory) -> tuple[Kept, dict[int, Batch]]:
+    log = place(tmp_path_factory.mktemp(request.param), request.param)
+    return log, wrote(log)
+
+
+def told(batch: Batch) -> dict[str, list[Any]]:
+    """Each draft's numbers where a token is told."""
+    rollout, mask = batch.rollout, batch.mask
+    assert rollout is not None
+    values = {name: getattr(rollout, name) for name in ("accepted", "rejected", "correction", "tail")}
+    values |= {"label": batch.label, "place": batch.inputs[..., 1]}
+    return {"row": batch.row_id.tolist()} | {
+        k: [v[m].tolist() for v, m in zip(x, mask, strict=True)] for k, x in values.items()
+    }
+
+
+def test_a_log_holds_every_draft_as_it_was(both):
+    log, live = both
+    again, drawn = read(log), Store(log.where).column("drawn", "train").values
+    groups = [step for step in live if step % 2 == 0]
+    assert groups == [0, 2, 4, 6, 12, 14, 16, 18]
+    assert len(again) == OWN * len(groups)
+    seen = {name: set() for name in ("ended early", "rejected", "all stayed", "two documents")}
+    for group in groups:
+        at = np.flatnonzero(drawn == group)
+        found, mine = again.batch(at), told(live[group])
+        assert told(found) == mine
+        assert found.rollout
+        assert live[group].rollout
+        for one, two, a, b in zip(
+            found.rollout.log_q, live[group].rollout.log_q, found.mask, live[group].mask, strict=True
+        ):
+            assert torch.allclose(one[a], two[b], rtol=2**-11, atol=1e-7)
+        for row, mask in enumerate(live[group].mask):
+            rejected = live[group].rollout.rejected[row].any().item()
+            seen["ended early"].add(int(mask.sum()) < LENGTH)
+            seen["rejected"].add(rejected)
+            seen["all stayed"].add(not rejected)
+            seen["two documents"].add((live[group].inputs[row, 1:, 1] == 0).any().item())
+    assert all(values == {True, False} for values in seen.values()), seen
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_kept_draft_teaches_what_it_taught_live(name, both):
+    log, live = both
+    objective = Objective({key: TermSpec(**settings) for key, settings in TERMS[name].items()})
+
+    def gradient(batch: Batch) -> tuple[Tensor, Tensor]:
+        STUDENT.zero_grad()
+        loss = objective.total(*objective(Signals(STUDENT(batch.inputs)["logits"], batch.mask), batch))
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in STUDENT.parameters() if p.grad is not None])
+
+    again = read(log).batch(np.flatnonzero(Store(log.where).column("drawn", "train").values == 6))
+    sparse = log.codec.name in ("comb", "topk")
+    if sparse and name not in ANY_CODEC:
+        with pytest.raises(RecipeError, match=r'store\.codec = "dense"'):
+            gradient(again)
+        return
+    (one, mine), (two, theirs) = gradient(live[6]), gradient(again)
+    drawn = log.codec.name == "comb" and name in ("ghost", "distilspec")
+    assert torch.cosine_similarity(mine, theirs, 0) > (0.98 if drawn else 1 - 1e-5)
+    if not drawn:
+        assert torch.allclose(one, two, rtol=2e-3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_any_number_of_workers_writes_one_log(size, tmp_path):
+    alone, shared = place(tmp_path / "alone"), place(tmp_path / "shared")
+    wrote(alone)
+    for rank in range(size):
+        assert not (shared.where / "_MANIFEST.json").exists()
+        wrote(shared, world=World(rank, size))
+    assert read_json(alone.where / "_MANIFEST.json") == read_json(shared.where / "_MANIFEST.json")
+
+
+def test_a_training_that_goes_on_from_a_report_finishes_its_log(tmp_path):
+    whole, parted = place(tmp_path / "whole"), place(tmp_path / "parted")
+    wrote(whole)
+    wrote(parted, last=15)
+    with pytest.raises(StoreError, match="not a complete store"):
+        read(parted)
+    wrote(parted, first=4)  # a checkpoint may be older than what is kept
+    assert read_json(whole.where / "_MANIFEST.json") == read_json(parted.where / "_MANIFEST.json")
+    assert tend.verify(parted.where) == {"complete": True, "shards": 4 * OWN, "damaged": []}
+
+
+def test_every_worker_reads_its_part_of_one_order(both):
+    again = read(both[0])
+    whole = replayed(again, 6, 1, 9, share=slice(0, 6))()
+    parts = [replayed(again, 6, 1, 9, share=World(rank, 4).share(6))() for rank in range(4)]
+    assert torch.cat([part.row_id for part in parts]).equal(whole.row_id)
+    seen = torch.cat([replayed(again, 8, 1, step, share=slice(0, 8))().row_id for step in range(5)])
+    assert len(set(seen.tolist())) == len(again), "once through the log before any draft comes again"
+
+
+def test_a_wider_student_has_its_padding_left_out(both):
+    again = read(both[0]).batch(np.arange(OWN))
+    logits = torch.randn(*again.mask.shape, V + 3)
+    narrow, wide = (own(Signals(z, again.mask), again) for z in (logits[..., :V], logits))
+    assert torch.equal(narrow, wide)
+    with pytest.raises(RecipeError, match="columns"):
+        own(Signals(logits[..., : V - 1], again.mask), again)
+
+
+BROKEN = {
+    "accepted": (("accepted", LENGTH + 1), "accepted tokens that were not drafted"),
+    "negative": (("accepted", -1), "accepted tokens that were not drafted"),
+    "correction": (("correction", V), "corrections that do not fit"),
+    "below": (("correction", -2), "corrections that do not fit"),
+    "text": (("text_steps", 1), "belong"),
+    "steps": (("steps", 0), "belong"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_numbers_that_can_not_be_are_refused(name, tmp_path):
+    (column, value), words = BROKEN[name]
+    log, bad = place(tmp_path / "sound"), place(tmp_path / "bad")
+    wrote(log)
+    store, writer = Store(log.where), StoreWriter(bad.where, bad.identity)
+    shards = DraftLog(bad, [[0, 2], [4, 6], [12, 14], [16, 18]], OWN, slice(0, OWN)).shards
+    for shard, table in zip([s for each in shards for s in each], store.shards("train"), strict=True):
+        at = table.schema.get_field_index(column)
+        wrong = np.full(len(table), value, np.int32)
+        writer.commit(shard, table.set_column(at, table.schema.field(at), pa.array(wrong)))
+    writer.finish([s for each in shards for s in each], {})
+    with pytest.raises(StoreError, match=words):
+        read(bad)
+
+
+def test_a_log_of_others_is_refused(both, tmp_path):
+    log = both[0]
+    with pytest.raises(DataError, match="equal in number, different in meaning"):
+        read(log, [*CLASSES[1:], CLASSES[0]])
+    with pytest.raises(DataError, match=r"source\.log: texts of \d+ tokens, but the student was built for 9"):
+        read(log, steps=9)
+    with pytest.raises(StoreError, match="another recipe"):
+        wrote(replace(log, identity=log.identity | {"drafts": {"run": "another", "temperature": 1.0}}))
+    with pytest.raises(RecipeError, match='"hidden" keeps no answers'):
+        kept(tmp_path, "run", CLASSES, 1.0, {"codec": "hidden", "head": "head"})
+
+
+def test_a_run_keeps_its_drafts_and_another_learns_from_them_without_a_teacher(tmp_path):
+    recipe = texts.recipe(tmp_path, texts.tokenizer(tmp_path))
+    sets = ("technique=ghost", "terms.kd.weight=0", "control=false", "optim.steps=20")
+    run = stages.train(checks.load(recipe, (*sets, "source.keep=true")), tmp_path / "runs")
+    log = run / "drafts" / "student-0"
+    assert tend.verify(log)["complete"]
+    assert Store(log).row_id("train").tolist() == list(range(8 * 20))
+    sets = (*sets, "source.kind=replay", f"source.log={run}/drafts/student-{{seed}}")
+    replay = checks.load(recipe, sets).model_copy(update={"teacher": None})
+    history = read_json(stages.train(replay, tmp_path / "runs") / "arms" / "student-0" / "arm.json")["history"]
+    print(history)
+    assert history[-1]["terms"]["ghost"] < history[0]["terms"]["ghost"]
+    assert "lag" not in history[0]
+    (log / "_MANIFEST.json").unlink()
+    with pytest.raises(RecipeError, match=r"source\.log: .*student-0 is no finished log of drafts"):
+        checks.load(recipe, sets)
