@@ -76,6 +76,7 @@ class Workshop:
         torch.set_num_threads(1)
         register(recipe.technique)
         self.recipe, self.device, self.teacher = recipe, device, teacher
+        self.texts: dict[int, list[int]] | None = None  # what the teacher writes by itself, once drafts are judged
         self.dataset: Dataset = data.load(recipe.data)
         self.store = Store(store) if store else None
         needs = needs_of(recipe.terms)
@@ -136,7 +137,10 @@ class Workshop:
     def drafts(self, student: nn.Module, how: Drafter) -> Drafts:
         """How the student does as the teacher's drafter on the test split."""
         drafter, teacher = drafting.reader(student.eval(), "student"), drafting.reader(self.frozen, "teacher")
-        return drafting.judge(teacher, drafter, self.dataset.splits["test"], how, self.text)
+        test = self.dataset.splits["test"]
+        if self.texts is None:
+            self.texts = drafting.alone(teacher, test, how, self.text)
+        return drafting.judge(teacher, drafter, test, how, self.text, self.texts)
 
     def test(self, student: nn.Module) -> Predictions:
         """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""

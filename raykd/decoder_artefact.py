@@ -68,10 +68,11 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Drafts:
     """How the file itself does as the teacher's drafter."""
     assert recipe.teacher is not None
-    teacher = models.build(recipe.teacher, **dataset.shape, key="teacher").eval()
-    drafter = OnnxReader(Decoder(folder / ONNX, rows=1))
+    module = models.build(recipe.teacher, **dataset.shape, key="teacher").eval()
+    teacher, drafter = drafting.reader(module, "teacher"), OnnxReader(Decoder(folder / ONNX, rows=1))
     text = Text(dataset.shape["steps"], dataset.classes.index(recipe.data.end), len(dataset.classes))
-    return drafting.judge(drafting.reader(teacher, "teacher"), drafter, dataset.splits["test"], how, text)
+    test = dataset.splits["test"]
+    return drafting.judge(teacher, drafter, test, how, text, drafting.alone(teacher, test, how, text))
 
 
 def check(module: nn.Module, recipe: Recipe) -> Llama:

@@ -1,11 +1,14 @@
 """Student and teacher writing on from rows of the test split, by speculative decoding: what acceptance is measured on.
 
-The states are those of serving: texts of the teacher's law, with what the student drafts in them.
+The states are those of serving: texts of the teacher's law, with what the student drafts in them. What the teacher
+writes after the same beginnings by itself is the same for every drafter.
 """
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, minimum, nn
 
 from raykd.acceptance import Drafts
 from raykd.data import Rows
@@ -13,7 +16,7 @@ from raykd.drafter import Drafter
 from raykd.errors import DataError, RecipeError
 from raykd.models.llama import Llama
 from raykd.readers import Reader, TorchReader
-from raykd.speculative import speculate
+from raykd.speculative import generate, law, speculate
 from raykd.written import Text
 
 
@@ -29,32 +32,53 @@ def reader(module: nn.Module, key: str) -> TorchReader:
     return TorchReader(check(module, key))
 
 
-def judge(teacher: Reader, drafter: Reader, split: Rows, how: Drafter, text: Text) -> Drafts:
-    """What both write after the beginnings of the split's rows; the draws are the row's own, equal for every drafter.
+def alone(teacher: Reader, split: Rows, how: Drafter, text: Text) -> dict[int, list[int]]:
+    """{row: what the teacher writes after its beginning}; the draws are the row's own.
 
     DataError where no row is long enough to begin a text.
     """
-    found = []
+    found = {}
     for row in openings(split, how):
-        seen = split.inputs[row, : beginning(split.mask[row], how.prompt), 0].tolist()
-        number = int(split.row_id[row])
-        done = speculate(
-            teacher,
-            drafter,
-            seen,
-            how.count,
-            gamma=how.gamma,
-            temperature=how.temperature,
-            vocab=text.vocab,
-            eos=text.eos,
-            seed=number,
-        )
+        more = {"temperature": how.temperature, "vocab": text.vocab, "eos": text.eos, "seed": int(split.row_id[row])}
+        found[row] = generate(teacher, _seen(split, row, how), how.count, **more).tokens
+    return found
+
+
+def judge(
+    teacher: Reader, drafter: Reader, split: Rows, how: Drafter, text: Text, texts: Mapping[int, Sequence[int]]
+) -> Drafts:
+    """What both write after the beginnings of the split's rows, and how far they agree on the teacher's `texts` there.
+
+    `texts` are those of `alone`. The draws are the row's own, equal for every drafter.
+    """
+    found = []
+    for row, told in texts.items():
+        seen, number = _seen(split, row, how), int(split.row_id[row])
+        more = {"temperature": how.temperature, "vocab": text.vocab, "eos": text.eos, "seed": number}
+        done = speculate(teacher, drafter, seen, how.count, gamma=how.gamma, **more)
         tested, accepted = (sum(getattr(each, key) for each in done.rounds) for key in ("tested", "accepted"))
-        overlap = sum(sum(each.overlap) for each in done.rounds)
-        group = int(split.group[row])
-        found.append((number, group, overlap, tested, accepted, len(done.tokens), done.teacher_calls))
-    row_id, group, overlap, *counts = (np.array(column) for column in zip(*found, strict=True))
-    return Drafts(row_id, group, overlap.astype(np.float64), *counts)
+        overlap, written = sum(sum(each.overlap) for each in done.rounds), (len(done.tokens), done.teacher_calls)
+        shared = shares(teacher, drafter, seen, told, how, text.vocab)
+        agreed = (float(shared.double().sum()), len(shared))
+        found.append((number, int(split.group[row]), float(overlap), tested, accepted, *written, *agreed))
+    return Drafts(*(np.array(column) for column in zip(*found, strict=True)))
+
+
+def shares(
+    teacher: Reader, drafter: Reader, seen: Sequence[int], told: Sequence[int], how: Drafter, vocab: int | None
+) -> Tensor:
+    """(n,): sum min(p, q) at each token that was told after what was seen, as far as both can read."""
+    laws = []
+    for reader in (teacher, drafter):
+        reader.rollback(0)
+        said = reader.step([*seen, *told[:-1]][: reader.steps])[len(seen) - 1 :]
+        laws.append(law(said, how.temperature, vocab))
+    both = min(map(len, laws))
+    return minimum(*(each[:both].cpu() for each in laws)).sum(1)
+
+
+def _seen(split: Rows, row: int, how: Drafter) -> list[int]:
+    return split.inputs[row, : beginning(split.mask[row], how.prompt), 0].tolist()
 
 
 def openings(split: Rows, how: Drafter) -> list[int]:

@@ -50,17 +50,18 @@ def of_predictions(arms: Mapping[str, Mapping[int, Predictions]], group: NDArray
 
 
 def of_drafts(arms: Mapping[str, Mapping[int, Drafts]]) -> dict[str, Measure]:
-    """acceptance, over tested tokens, and block_efficiency, over calls of the teacher, where students have drafted."""
+    """What students are told by as drafters, where they have drafted: ratios of the sums that acceptance.py names."""
     if not arms["student"]:
         return {}
     column = {
         key: {name: {seed: getattr(each, key) for seed, each in arm.items()} for name, arm in arms.items()}
-        for key in ("overlap", "tested", "tokens", "calls")
+        for key in ("overlap", "tested", "tokens", "calls", "shared", "places")
     }
     group = next(iter(arms["student"].values())).group
     return {
         "acceptance": Measure(group, column["overlap"], column["tested"]),
         "block_efficiency": Measure(group, column["tokens"], column["calls"]),
+        "overlap": Measure(group, column["shared"], column["places"]),
     }
 
 

@@ -12,6 +12,7 @@ MEASURES = {
     "kl": "KL to the teacher",
     "acceptance": "drafts accepted",
     "block_efficiency": "tokens a teacher call",
+    "overlap": "shared with the teacher",
 }
 LESS = ("nll", "kl")  # is better
 BESIDE = {"unrounded": "full precision", "post_training": "rounded afterwards", "rounded_control": "rounded control"}

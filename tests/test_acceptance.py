@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import texts
 import torch
@@ -14,7 +15,7 @@ from raykd.acceptance import Drafts
 from raykd.data import Rows
 from raykd.digests import digest
 from raykd.drafter import Drafter
-from raykd.errors import DataError, RecipeError
+from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files import read_json
 from raykd.models.llama import Llama
 from raykd.readers import TorchReader
@@ -42,7 +43,8 @@ def rows(*, told: int = 0) -> Rows:
 
 def judged(teacher: Llama, student: Llama, **how) -> Drafts:
     settings = {"prompt": 8, "count": 24, "gamma": 3} | how
-    return drafting.judge(TorchReader(teacher), TorchReader(student), rows(), Drafter.model_validate(settings), TEXT)
+    read, split, asked = TorchReader(teacher), rows(), Drafter.model_validate(settings)
+    return drafting.judge(read, TorchReader(student), split, asked, TEXT, drafting.alone(read, split, asked, TEXT))
 
 
 def test_a_drafter_that_is_its_teacher_has_every_draft_accepted():
@@ -51,6 +53,7 @@ def test_a_drafter_that_is_its_teacher_has_every_draft_accepted():
     np.testing.assert_allclose(found.overlap, found.tested, rtol=1e-6)
     assert (found.tokens == 24).all()
     assert (found.calls == 6).all()  # 3 drafted and one more a call
+    np.testing.assert_allclose(found.shared, found.places, rtol=1e-6)
 
 
 def test_what_stays_is_in_the_mean_what_both_laws_share():
@@ -60,6 +63,31 @@ def test_what_stays_is_in_the_mean_what_both_laws_share():
     assert found.tested.sum() > 300
     assert 0.05 < found.overlap.sum() / found.tested.sum() < 0.95
     assert abs(per_text.sum()) < 3 * error
+
+
+def test_the_teacher_s_own_texts_are_the_same_for_every_drafter_and_shared_alike():
+    """Drafts of one token test every token of a text of the teacher's law, so there acceptance and overlap agree."""
+    one, other = (judged(llama(0), llama(seed), gamma=1) for seed in (1, 2))
+    assert np.array_equal(one.places, other.places)
+    assert (one.places == 24).all()
+    for found in (one, other):
+        per_text = found.overlap / found.tested - found.shared / found.places
+        assert abs(per_text.mean()) < 3 * per_text.std() * len(per_text) ** -0.5
+    swapped = judged(llama(1), llama(0), gamma=1)
+    assert not np.array_equal(swapped.shared, one.shared)
+    read = [TorchReader(llama(seed)) for seed in (0, 1)]
+    seen, told, how = [3, 1, 4], [1, 5, 9, 2], Drafter()
+    p, q = (torch.stack([each.step([t])[0] for t in [*seen, *told[:-1]]])[2:].softmax(-1).detach() for each in read)
+    shared = drafting.shares(*read, seen, told, how, VOCAB)
+    assert torch.allclose(shared, torch.minimum(p, q).sum(1), atol=1e-6)
+
+
+def test_a_drafter_of_a_shorter_context_is_judged_as_far_as_it_reads():
+    torch.manual_seed(0)
+    short = Llama(classes=VOCAB, steps=10, width=16, layers=1, heads=2, kv_heads=1, inner=32).eval()
+    found = judged(llama(0), short)
+    assert (found.places == 3).all()  # after 8 to 10 tokens
+    assert (found.tokens == 24).all()
 
 
 def test_texts_begin_in_every_document_before_any_begins_a_second_one():
@@ -103,6 +131,10 @@ def test_drafts_are_read_as_they_were_written(tmp_path):
     found.write(tmp_path / acceptance.NAME)
     for name, values in vars(acceptance.read(tmp_path / acceptance.NAME)).items():
         assert np.array_equal(values, getattr(found, name)), name
+    table = pq.read_table(tmp_path / acceptance.NAME)
+    pq.write_table(table.drop_columns(["shared", "places"]), tmp_path / "old.parquet")
+    with pytest.raises(StoreError, match="lacks shared, places: an earlier raykd wrote it"):
+        acceptance.read(tmp_path / "old.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +162,12 @@ def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
         sum(f.tokens.sum() for f in found) / sum(f.calls.sum() for f in found)
     )
     assert told["acceptance"]["n"] == 12
-    assert {"acceptance", "block_efficiency"} <= set(report["gains"])
-    assert set(report["control"]["metrics"]) == {"accuracy", "nll", "kl", "acceptance", "block_efficiency"}
+    assert told["overlap"]["value"] == pytest.approx(
+        sum(f.shared.sum() for f in found) / sum(f.places.sum() for f in found)
+    )
+    of_drafts = {"acceptance", "block_efficiency", "overlap"}
+    assert of_drafts <= set(report["gains"])
+    assert set(report["control"]["metrics"]) == {"accuracy", "nll", "kl"} | of_drafts
     artefact, seed = report["artefact"]["metrics"], report["artefact"]["seed"]
     own = found[seed]
     assert artefact["acceptance"]["value"] == pytest.approx(own.overlap.sum() / own.tested.sum(), abs=5e-3)
@@ -158,7 +194,7 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
     assert second["nll"]["value"] == pytest.approx(first["nll"]["value"], abs=1e-3)
     made = compare.compare([folder, other], folder.parent)
     told = made["runs"][1]["others"]
-    assert set(told) == {"nll", "kl", "acceptance", "block_efficiency"}
+    assert set(told) == {"nll", "kl", "acceptance", "block_efficiency", "overlap"}
     assert told["nll"]["value"] == pytest.approx(0, abs=1e-3)
     assert told["nll"]["lo"] <= told["nll"]["value"] <= told["nll"]["hi"]
     turned = compare.compare([other, folder], folder.parent)["runs"][1]["others"]

@@ -21,7 +21,7 @@ from raykd.files import write_json
 from raykd.progress import say
 from raykd.words import LESS, MEASURES
 
-OF_DRAFTS = ("acceptance", "block_efficiency")
+OF_DRAFTS = ("acceptance", "block_efficiency", "overlap")
 OF_TEACHER = ("kl", *OF_DRAFTS)
 
 
