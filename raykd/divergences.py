@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.fused import shared_vocab
-from raykd.signals import Batch, Signals, log_softmax
+from raykd.signals import Batch, Signals, at_places, log_softmax
 from raykd.targets import cross_entropy
 
 Kind = Literal["forward", "reverse", "js", "tvd", "lk", "hybrid"]
@@ -68,7 +68,7 @@ def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
     Further columns of the student's are padding, outside its softmax. RecipeError where it has fewer.
     """
     assert batch.teacher is not None
-    mine = student.logits[batch.mask]
+    mine = at_places(student.logits, batch.mask)
     vocab = batch.teacher.logits.shape[-1] if batch.targets is None else batch.targets(temperature).vocab
     return log_softmax(mine[:, : shared_vocab(vocab, mine.shape[-1], vocab)], temperature)
 
@@ -84,7 +84,7 @@ def both(student: Signals, batch: Batch, temperature: float = 1.0) -> tuple[Tens
             "source.log: this term needs the teacher's whole distribution, and the log keeps a part of it; write the "
             'log with store.codec = "dense"'
         )
-    theirs = batch.teacher.logits.detach()[batch.mask]
+    theirs = at_places(batch.teacher.logits.detach(), batch.mask)
     return own(student, batch, temperature), log_softmax(theirs, temperature)
 
 

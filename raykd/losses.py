@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.signals import UNLABELLED, Batch, Signals, log_softmax
+from raykd.signals import UNLABELLED, Batch, Signals, at_places, log_softmax
 from raykd.targets import SparseTargets, cross_entropy
 from raykd.terms import Places, term
 from raykd.valence import future_valence as realised_future
@@ -60,7 +60,7 @@ def _sparse_kd(student: Signals, targets: SparseTargets, temperature: float, sca
             "terms.kd: a sparse store holds one target a step, so the student must answer at every step, with "
             'on = "steps"; or score with store.codec = "dense"'
         )
-    log_q = log_softmax(student.logits[student.mask] / temperature)  # (P, C)
+    log_q = log_softmax(at_places(student.logits, student.mask), temperature)  # (P, C)
     value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
     return Places(value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask)
 

@@ -133,6 +133,12 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return z.mT.log_softmax(-2).mT if z.shape[-1] < LANES else z.log_softmax(-1)
 
 
+def at_places(values: Tensor, mask: Tensor) -> Tensor:
+    """(P, ...): `values` (B, T, ...) where `mask` (B, T), in turn; without a copy where that is everywhere."""
+    everywhere = mask.device.type == "cpu" and bool(mask.all())  # on a GPU, asking would wait for its queue
+    return values.flatten(0, 1) if everywhere else values[mask]
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """(B, ...): the mean of `values` (B, T, ...) over the steps where `mask` (B, T); 0 for a row with none."""
     count = mask.sum(1).clamp(min=1).reshape(-1, *(1,) * (values.dim() - 2))
