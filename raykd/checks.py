@@ -30,18 +30,19 @@ def load(
         raw = merge(raw, resolve_paths(set_key({}, *parse_set(text)), Path()))
     if smoke:
         known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
-        raw = merge(raw, {k: v for k, v in recipe.SMOKE.items() if k == "optim" or k in known})
+        cuts = recipe.SMOKE
         if _text(known, "data", "tokenizer"):
-            raw = merge(raw, {"data": {"limit": _few_rows(known["data"])}})
+            cuts = merge(cuts, recipe.SMOKE_TEXT | {"data": {"limit": _few_rows(known["data"])}})
+        raw = merge(raw, {k: v for k, v in cuts.items() if k in ("optim", "store") or k in known})
         if isinstance(raw.get("seeds"), list):
             raw |= {"seeds": raw["seeds"][:1]}
     return resolve(raw, where=f"recipe {path}", allow_import=allow_import)
 
 
 def _few_rows(table: dict[str, Any]) -> int:
-    """Rows of each split that make SMOKE_TOKENS of text, at least 40; never more than the recipe's own limit."""
+    """Rows of each split that make SMOKE_TOKENS of text, at least 32; never more than the recipe's own limit."""
     window, own = table.get("window"), table.get("limit")
-    few = max(40, recipe.SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 40
+    few = max(32, recipe.SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 32
     return min(few, own) if isinstance(own, int) else few
 
 

@@ -21,14 +21,14 @@ Where = Literal["steps", "sequence"]
 @term()
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
     """-log q(label), at every valid step or on the sequence's mean logits; rows without a label count nothing."""
-    logits, mask = _places(student, on)
+    mask = student.mask if on == "steps" else student.mask.any(1)
     target = batch.label
     if target.dim() == 2 and mask.dim() == 1:
         raise RecipeError('terms.ce: text has a label at every step, so write on = "steps"')
     target = target.reshape(*target.shape, *(1,) * (mask.dim() - target.dim())).expand(mask.shape)
     mask = mask & (target != UNLABELLED)
-    log_q = log_softmax(logits).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return Places(-log_q, mask)
+    log_q = student.log_q if on == "steps" else log_softmax(student.sequence_logits())
+    return Places(-log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1), mask)
 
 
 @term("logits", divergence="forward")
@@ -60,7 +60,10 @@ def _sparse_kd(student: Signals, targets: SparseTargets, temperature: float, sca
             "terms.kd: a sparse store holds one target a step, so the student must answer at every step, with "
             'on = "steps"; or score with store.codec = "dense"'
         )
-    log_q = log_softmax(at_places(student.logits, student.mask), temperature)  # (P, C)
+    if temperature == 1:
+        log_q = at_places(student.log_q, student.mask)  # (P, C)
+    else:
+        log_q = log_softmax(at_places(student.logits, student.mask), temperature)
     value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
     return Places(value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask)
 

@@ -11,7 +11,7 @@ from raykd.batches import DeviceRows
 from raykd.data import Rows
 from raykd.losses import kd
 from raykd.predictions import Places, Predictions, of_logits
-from raykd.signals import at_places, log_softmax
+from raykd.signals import at_places
 
 EVAL_BATCH = 1024
 LOGITS = 1 << 22  # of text, at once
@@ -61,7 +61,7 @@ def told(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
 def _told(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
     batch = rows.batch(index)
     signals = model(batch.inputs, batch.mask)
-    log_q = log_softmax(at_places(signals.logits, batch.mask))  # (P, V)
+    log_q = at_places(signals.log_q, batch.mask)  # (P, V)
     label = batch.label[batch.mask]
     own = log_q.gather(1, label.clamp(min=0)[:, None])[:, 0]
     value = kd(signals, batch, temperature=1.0).value[batch.mask] if rows.teaches_logits else torch.full_like(own, 0)

@@ -26,7 +26,12 @@ SMOKE: dict[str, dict[str, Any]] = {
     "search": {"trials": 4, "grace": 20},
     "drafter": {"prompts": 4, "count": 16},
 }
-SMOKE_TOKENS = 4000  # of text a split, or 40 rows: a language model's teacher takes its time
+SMOKE_TEXT: dict[str, dict[str, Any]] = {  # for a language model's teacher and head take their time
+    "optim": {"steps": 16, "evaluate_every": 8},
+    "search": {"grace": 8},
+    "store": {"rows_per_shard": 16},
+}
+SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
 class Table(BaseModel):

@@ -6,6 +6,7 @@ Shape letters used everywhere: B rows, T steps, C classes, K input channels, D w
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,11 @@ class Signals:
     mask: Tensor  # (B, T) bool
     valence: Tensor | None = None  # (B, T) future valence in [-1, 1]
     layers: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """(B, T, C): log softmax of the logits, once for all terms that read it."""
+        return log_softmax(self.logits)
 
     def sequence_logits(self) -> Tensor:
         """(B, C) fp32: the mean of the logits over valid steps."""

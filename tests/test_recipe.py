@@ -275,10 +275,11 @@ def test_smoke_cuts_steps_seeds_and_trials(write):
 
 def test_smoke_cuts_rows_of_text_and_keeps_a_smaller_limit(write, tmp_path):
     (tmp_path / "tokenizer.json").touch()
-    for settings, limit in (("", 62), ("limit = 600", 62), ("limit = 7", 7), ("window = 500\nlimit = 600", 40)):
+    for settings, limit in (("", 62), ("limit = 600", 62), ("limit = 7", 7), ("window = 500\nlimit = 600", 32)):
         window = "" if "window" in settings else "window = 64\n"
         text = write(f"[data]\ntokenizer = '{tmp_path / 'tokenizer.json'}'\n{window}{settings}")
-        assert checks.load(text, smoke=True).data.limit == limit
+        small = checks.load(text, smoke=True)
+        assert (small.data.limit, small.optim.steps, small.store.rows_per_shard) == (limit, 16, 16)
     assert checks.load(write("[data]\nlimit = 600"), smoke=True).data.limit == 600
 
 
