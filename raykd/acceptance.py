@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raykd.errors import StoreError
 from raykd.files import write_bytes
 
 NAME = "drafts.parquet"
@@ -32,8 +31,8 @@ class Drafts:
     accepted: NDArray[np.int64]  # (n,)
     tokens: NDArray[np.int64]  # (n,) written
     calls: NDArray[np.int64]  # (n,) of the teacher
-    shared: NDArray[np.float64]  # (n,) the sum of sum min(p, q) over the `places` of the teacher's own text
-    places: NDArray[np.int64]  # (n,)
+    shared: NDArray[np.float64] | None = None  # (n,) the sum of sum min(p, q) over `places` of the teacher's own text
+    places: NDArray[np.int64] | None = None  # (n,); these two are in no file of raykd before 0.2
 
     def write(self, path: Path) -> None:
         """A Parquet table, one row a text."""
@@ -44,8 +43,6 @@ class Drafts:
 
 
 def read(path: Path) -> Drafts:
-    """What `Drafts.write` wrote. StoreError for a file without its columns."""
+    """What `Drafts.write` wrote."""
     table = pq.read_table(path)
-    if absent := [name for name in Drafts.__dataclass_fields__ if name not in table.column_names]:
-        raise StoreError(f"{path} lacks {', '.join(absent)}: an earlier raykd wrote it; run its recipe again")
     return Drafts(**{name: table.column(name).to_numpy() for name in table.column_names})

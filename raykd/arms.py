@@ -69,6 +69,23 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
     return recipe.terms["ce"].settings if "ce" in recipe.terms else {}
 
 
+def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> Kept | None:
+    """Where an arm's drafts are kept, in the run's folder; None where they are not. RecipeError as in `kept`."""
+    if arm.source is None or not arm.source.keep:
+        return None
+    stored, run = store_table(recipe, len(dataset.classes)), f"{run_digest(recipe, dataset)}/{arm.key}"
+    return kept(folder / "drafts" / arm.key, run, dataset.classes, arm.source.temperature, stored)
+
+
+def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None:
+    """The log of drafts that an arm learns from, if it does. Errors as in Replay and its `check`."""
+    if arm.source is None or arm.source.log is None:
+        return None
+    found = Replay(arm.source.log, dataset.classes, dataset.shape["steps"], device)
+    found.check(arm.terms, arm.source.temperature)
+    return found
+
+
 class Workshop:
     """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
 
@@ -99,22 +116,8 @@ class Workshop:
 
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
         """One arm's training of `student`; keywords go to `train`."""
-        live: Live | Replay | None = None
-        if arm.source:
-            live = self.replay(arm.source.log) if arm.source.log else self.live
+        live = (replay_of(arm, self.dataset, self.device) or self.live) if arm.source else None
         return train(arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords)
-
-    def replay(self, log: str) -> Replay:
-        """A log of drafts, for students of these data."""
-        return Replay(log, self.dataset.classes, self.dataset.shape["steps"], self.device)
-
-    def kept(self, arm: Arm, folder: Path) -> Kept | None:
-        """Where an arm's drafts are kept, in the run's folder; None where they are not."""
-        if arm.source is None or not arm.source.keep:
-            return None
-        run, classes = f"{run_digest(self.recipe, self.dataset)}/{arm.key}", self.dataset.classes
-        stored = store_table(self.recipe, len(classes))
-        return kept(folder / "drafts" / arm.key, run, classes, arm.source.temperature, stored)
 
     @cached_property
     def live(self) -> Live:
@@ -192,7 +195,7 @@ def run_arms(
             checkpoints=saved,
             checkpoint_every=recipe.scale.checkpoint_every,
             report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
-            kept=shop.kept(arm, folder),
+            kept=kept_of(recipe, shop.dataset, arm, folder),
         )
         if world.rank == 0:
             _write_arm(shop, arm, state, target)

@@ -10,7 +10,6 @@ from raykd.digests import is_path
 from raykd.errors import Problem, RecipeError
 from raykd.raw import merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe import Recipe
-from raykd.store.place import at
 from raykd.validation import suggestion, validate
 
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
@@ -170,7 +169,8 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
             problems += weights.problems(table, merged[table], files, is_text=is_text)
     log = _text(merged, "source", "log")
     if log and merged["source"].get("kind") == "replay":
-        absent = [each for each in _of_seeds(log, merged.get("seeds")) if at(each).get("_MANIFEST.json") is None]
+        logs = [Path(each) for each in _of_seeds(log, merged.get("seeds")) if "://" not in each]
+        absent = [each for each in logs if not (each / "_MANIFEST.json").is_file()]
         problems += [Problem("source.log", f"{each} is no finished log of drafts") for each in absent]
     tokenizer = _text(merged, "data", "tokenizer")
     if tokenizer and not Path(tokenizer).is_file():

@@ -61,9 +61,7 @@ def verify(folder: Path | str) -> tuple[Any, str]:
         faults = "\n".join(f"  {d['file']}: {d['fault']}" for d in found["damaged"])
         raise StoreError(f"{folder}:\n{faults}\ntype: raykd store repair {folder}")
     if not found["complete"]:
-        raise StoreError(
-            f"{folder}: {found['shards']} shards are sound, but it is not complete; type: raykd score RECIPE"
-        )
+        raise StoreError(f"{folder}: {found['shards']} shards are sound, but it is not complete; {tend.again(folder)}")
     return found, f"{found['shards']} shards, complete and sound"
 
 
@@ -89,7 +87,7 @@ def repair(folder: Path | str) -> tuple[Any, str]:
     removed = tend.repair(folder)
     text = "nothing is damaged"
     if removed:
-        text = f"removed {', '.join(removed)}; type `raykd score RECIPE` to write them again"
+        text = f"removed {', '.join(removed)}; to write them again, {tend.again(folder)}"
     return {"removed": removed}, text
 
 

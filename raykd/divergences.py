@@ -27,8 +27,7 @@ Kind = Literal["forward", "reverse", "js", "tvd", "lk", "hybrid"]
 
 def divergence(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float = 0.5) -> Tensor:
     """(P,): the divergence of log probabilities (P, V). `beta` is js's."""
-    if kind == "js" and beta in (0, 1):
-        kind = "reverse" if beta else "forward"
+    kind = _end(kind, beta)
     if kind == "forward":
         return _kl(log_p, log_q)
     if kind == "reverse":
@@ -51,6 +50,7 @@ def from_teacher(student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, 
 
     A log whose codec keeps a part of the teacher's distribution tells the forward one: RecipeError for any other.
     """
+    kind = _end(kind, beta)
     if batch.targets is None:
         return divergence(*both(student, batch, temperature), kind, beta)
     if kind != "forward":
@@ -96,6 +96,13 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def chosen(log: Tensor, tokens: Tensor) -> Tensor:
     """(P,): the log probabilities (P, V) of tokens (P,)."""
     return log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _end(kind: Kind, beta: float) -> Kind:
+    """js as what it is at its ends."""
+    if kind == "js" and beta in (0, 1):
+        return "reverse" if beta else "forward"
+    return kind
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -11,10 +11,12 @@
     logits      by a codec        the teacher's, a step for each drafted token
 
 The files are those of every store (raykd/store/commit.py). A shard is one place of the global batch over an interval
-between two reports: any number of workers writes the same ones, and a training resumed at a report writes none twice.
+between two reports: any number of workers writes the same ones, up to what the order of sums does to weights, and a
+training resumed at a report writes none twice.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,15 +30,18 @@ from raykd.codecs import Codec
 from raykd.data import UNLABELLED
 from raykd.digests import digest_of
 from raykd.errors import DataError, RecipeError, StoreError
+from raykd.recipe import TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.store import codec
 from raykd.store.commit import SCHEMA, Shard, StoreWriter
 from raykd.store.logits import codec_for, metadata
 from raykd.store.place import Address
 from raykd.store.reader import Store
+from raykd.terms import TERMS
 from raykd.vocabulary import check_digest, table_digest
 
 SPLIT, NONE = "train", -1
+CODECS = ("dense", "comb", "topk")  # that keep answers by themselves
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,13 @@ def kept(where: Address, run: str, classes: Sequence[str], temperature: float, s
 
     RecipeError for a codec that keeps no answers by themselves.
     """
-    if store["codec"] == "hidden":
-        raise RecipeError('source.keep: store.codec = "hidden" keeps no answers; use "comb", "topk" or "dense"')
+    if store["codec"] not in CODECS:
+        raise RecipeError(
+            f'source.keep: store.codec = "{store["codec"]}" keeps no answers; use "comb", "topk" or "dense"'
+        )
     vocabulary = {"size": len(classes), "sha256": table_digest(classes)}
     stored = {key: value for key, value in store.items() if key not in ("rows_per_shard", "batch")}
-    stored |= {"temperatures": [temperature]} if "temperatures" in store else {}
+    stored |= {"temperatures": sorted({temperature, 1.0})} if "temperatures" in store else {}
     drafts = {"run": run, "temperature": temperature}
     return Kept(where, {"schema": SCHEMA, "drafts": drafts, "vocabulary": vocabulary, "store": stored})
 
@@ -96,14 +103,14 @@ class DraftLog:
         self.held = [*(self.held if position else []), self._table(batch, row_id, group)]
         if position + 1 < len(self.intervals[interval]):
             return
-        every = pa.concat_tables(self.held)
+        for shard in self.writer.missing(mine):
+            k = mine.index(shard)
+            self.writer.commit(shard, self._packed(pa.concat_tables([held.slice(k, 1) for held in self.held])))
         self.held = []
-        for k, shard in enumerate(mine):
-            if not self.writer.stands(shard):
-                self.writer.commit(shard, self._packed(every.take(np.arange(k, len(every), len(mine)))))
-        wanted = [shard for shards in self.shards for shard in shards]
-        if interval + 1 == len(self.intervals) and not self.writer.missing(wanted):
-            self.writer.finish(wanted, {"rows": {SPLIT: wanted[-1].last}})
+        every = [shard for shards in self.shards for shard in shards]
+        # all commit before they look, so the last one sees every shard; `missing` would remove what others just write
+        if interval + 1 == len(self.intervals) and all(map(self.writer.stands, every)):
+            self.writer.finish(every, {"rows": {SPLIT: every[-1].last}})
 
     def _table(self, batch: Batch, row_id: NDArray[np.int64], group: int) -> pa.Table:
         rollout, teacher = batch.rollout, batch.teacher
@@ -153,21 +160,23 @@ class Replay:
     """
 
     def __init__(self, where: Address, classes: Sequence[str], steps: int, device: torch.device):
-        store = Store(where)
-        told = store.manifest["identity"]
-        if "drafts" not in told:
-            raise StoreError(f"source.log: {where} is no log of drafts; a training with source.keep = true writes one")
-        vocabulary, self.device = told["vocabulary"], device
-        vocab = check_digest(vocabulary["sha256"], vocabulary["size"], classes)
-        self.temperature = float(told["drafts"]["temperature"])
-        self.logits = store.logits(SPLIT)
-        text, log_q = store.column("text", SPLIT), store.column("log_q", SPLIT)
-        self.text, self.log_q = torch.from_numpy(text.values.copy()).long(), torch.from_numpy(log_q.values.copy())
-        names = ("row", "accepted", "correction")
-        self.row, self.accepted, self.correction = (_column(store, name) for name in names)
-        self.read, self.steps = torch.from_numpy(text.steps.copy()).long(), torch.from_numpy(log_q.steps.copy()).long()
+        self.where, self.device, store = where, device, Store(where)
+        try:
+            told = store.manifest["identity"]["drafts"]
+            vocabulary, self.temperature = store.manifest["identity"]["vocabulary"], float(told["temperature"])
+            size, sha256 = int(vocabulary["size"]), str(vocabulary["sha256"])
+            self.logits = store.logits(SPLIT)
+            text, log_q = store.column("text", SPLIT), store.column("log_q", SPLIT)
+            names = ("row", "accepted", "correction", "steps", "text_steps")
+            self.row, self.accepted, self.correction, self.steps, self.read = (_column(store, name) for name in names)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"source.log: {where} is no log of drafts ({error!r}); a training with source.keep = true writes one"
+            ) from None
+        self.vocab = check_digest(sha256, size, classes)
+        self.text, self.log_q = (torch.from_numpy(column.values.copy()) for column in (text, log_q))
         self.start, self.drawn = (steps.cumsum(0) - steps for steps in (self.read, self.steps))
-        self._check(where, vocab)
+        self._check()
         if (longest := int(self.read.max()) - 1) > steps:
             raise DataError(f"source.log: texts of {longest} tokens, but the student was built for {steps}")
 
@@ -190,7 +199,7 @@ class Replay:
         if not stored.is_sparse:
             answers = stored.at()
             assert isinstance(answers, Tensor)
-            logits = torch.zeros(*mask.shape, answers.shape[1]).index_put((mask,), answers.float())
+            logits = torch.zeros(*mask.shape, answers.shape[1]).index_put_((mask,), answers.float())
         inputs = torch.stack([text[:, :-1], torch.where(at < read - 1, at, 0)], -1)
         log_q = torch.zeros(mask.shape).masked_scatter(mask, self.log_q[flat].float())
         correction = torch.where(rejected, self.correction[i][:, None], 0)
@@ -204,19 +213,38 @@ class Replay:
         targets = stored.targets(self.device) if stored.is_sparse else None
         return Batch(row, inputs, mask, label, teacher=Signals(logits, mask), targets=targets, rollout=rollout)
 
-    def _check(self, where: Address, vocab: int) -> None:
+    def check(self, terms: Mapping[str, TermSpec], temperature: float) -> None:
+        """RecipeError where a term can not be told from this log, or its drafts were drawn at another temperature."""
+        if temperature != self.temperature:
+            raise RecipeError(
+                f"source.temperature = {temperature}, but {self.where} was drafted at {self.temperature}; write that"
+            )
+        draft = self.batch(np.zeros(1, np.int64))
+        student = Signals(torch.zeros(*draft.mask.shape, self.vocab, device=self.device), draft.mask)
+        for name, spec in terms.items():
+            if spec.weight > 0 and TERMS[name].own:
+                TERMS[name].make(student, draft, **spec.settings)
+
+    def _check(self) -> None:
+        vocab, codec = self.vocab, self.logits.codec
         sound = {
+            "a temperature that is none": torch.tensor(0 < self.temperature < math.inf),
+            "a codec that keeps no answers": torch.tensor(codec.name in CODECS),
+            "answers of another vocabulary": torch.tensor(getattr(codec, "vocab", vocab) == vocab),
+            "no drafts": torch.tensor(len(self.row) > 0),
             "texts that no draft ends": (self.steps >= 1) & (self.steps < self.read),
             "accepted tokens that were not drafted": (self.accepted >= 0) & (self.accepted <= self.steps),
             "corrections that do not fit": (self.correction >= NONE) & (self.correction < vocab),
             "rejections without a correction": (self.correction == NONE) == (self.accepted == self.steps),
             "tokens beyond the vocabulary": (self.text >= 0) & (self.text < vocab),
             "probabilities above 1": self.log_q <= 0,
-            "other steps than answers": torch.from_numpy(self.logits.steps.copy()) == self.steps,
         }
         if wrong := [name for name, right in sound.items() if not right.all()]:
-            raise StoreError(f"source.log: {where} has {', '.join(wrong)}")
+            raise StoreError(f"source.log: {self.where} has {', '.join(wrong)}")
 
 
 def _column(store: Store, name: str) -> Tensor:
-    return torch.from_numpy(store.column(name, SPLIT).values.astype(np.int64))
+    column = store.column(name, SPLIT).values
+    if not np.issubdtype(column.dtype, np.integer):
+        raise TypeError(f"{name} holds {column.dtype}")
+    return torch.from_numpy(column.astype(np.int64))

@@ -14,7 +14,7 @@ from raykd.arms import arms_of, run_arms
 from raykd.errors import Diverged, InfraError
 from raykd.files import read_json
 from raykd.loop import World
-from raykd.progress import Progress
+from raykd.progress import Progress, say
 from raykd.recipe import Recipe
 from raykd.scorer import device_of
 from raykd.serving import Served, teachers
@@ -45,6 +45,11 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
     if not all(records):
         raise InfraError("train ended without training every arm; run it again to continue where it stopped")
     progress.finish()
+    for arm in arms:
+        log = folder / "drafts" / arm.key
+        if arm.source and arm.source.keep and not (log / "_MANIFEST.json").exists():
+            again = folder / "arms" / arm.key / "arm.json"
+            say("train", f"{log} lacks shards of an earlier attempt; delete {again} and train again to finish it")
     return records
 
 

@@ -58,11 +58,12 @@ def of_drafts(arms: Mapping[str, Mapping[int, Drafts]]) -> dict[str, Measure]:
         for key in ("overlap", "tested", "tokens", "calls", "shared", "places")
     }
     group = next(iter(arms["student"].values())).group
-    return {
+    found = {
         "acceptance": Measure(group, column["overlap"], column["tested"]),
         "block_efficiency": Measure(group, column["tokens"], column["calls"]),
-        "overlap": Measure(group, column["shared"], column["places"]),
     }
+    known = all(each.shared is not None for arm in arms.values() for each in arm.values())
+    return found | ({"overlap": Measure(group, column["shared"], column["places"])} if known else {})
 
 
 def _hits(group: NDArray[np.integer], arms: Arms) -> Hits:

@@ -41,6 +41,15 @@ class Source(BaseModel):
         if (self.log is None) == (self.kind == "replay"):
             wanted = "names the log that is read" if self.log is None else f'is not read by kind = "{self.kind}"'
             raise ValueError(f'log = {self.log!r}: it {wanted}; give kind = "replay" and log together')
+        if self.log and "://" in self.log:
+            raise ValueError(f"log = {self.log!r} is no folder; give one of this machine, or one that all nodes mount")
+        unread = [
+            name
+            for name in ("mixed", "passes", "ahead")
+            if getattr(self, name) != self.__class__.model_fields[name].default
+        ]
+        if self.kind == "replay" and unread:
+            raise ValueError(f"{', '.join(unread)}: without effect on a log, whose texts are written; leave them out")
         oldest = self.ahead + self.passes - 1
         if oldest > self.limit:
             raise ValueError(

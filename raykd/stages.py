@@ -32,7 +32,7 @@ from raykd import (
     stream,
     track,
 )
-from raykd.arms import arms_of
+from raykd.arms import arms_of, kept_of, replay_of
 from raykd.data import Dataset
 from raykd.digests import digest_of
 from raykd.errors import InfraError, RecipeError
@@ -102,13 +102,16 @@ class Place:
             forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
 
     def check_text(self) -> None:
-        """RecipeError where a table is about text and the data are none, or a model can not write."""
+        """RecipeError where a table is about text and the data are none, a model can not write, or a log be used."""
         recipe = self.recipe
         for key in ("source", "drafter"):
             if getattr(recipe, key) and not self.dataset.is_text:
                 raise RecipeError(
                     f"{key}: is about rows of text, and these are none; name data.tokenizer, or leave it out"
                 )
+        for arm in arms_of(recipe):
+            kept_of(recipe, self.dataset, arm, self.folder)
+            replay_of(arm, self.dataset, torch.device("cpu"))
         if recipe.drafter and recipe.teacher is None:
             raise RecipeError(
                 "drafter: judges students by their teacher, and there is none; add [teacher], or leave it out"

@@ -1,5 +1,7 @@
 """Drafts that are kept and read again: the log says what was drafted live, whoever wrote it, and damage is refused."""
 
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from raykd import checks, stages, techniques
+from raykd.digests import digest_of
 from raykd.divergences import own
 from raykd.draft_log import DraftLog, Kept, Replay, kept
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.files import read_json
+from raykd.files import read_json, to_json
 from raykd.loop import World
 from raykd.models.llama import Llama
 from raykd.objective import Objective
@@ -48,6 +51,7 @@ TERMS = {
     "gkd": {"gkd": {}},
 }
 ALONE = World()
+GROUPS = [[0, 2], [4, 6], [12, 14], [16, 18]]
 ANY_CODEC = ["ghost", "correction", "pair", "distilspec"]
 
 
@@ -116,7 +120,7 @@ def test_a_log_holds_every_draft_as_it_was(both):
     log, live = both
     again, drawn = read(log), Store(log.where).column("drawn", "train").values
     groups = [step for step in live if step % 2 == 0]
-    assert groups == [0, 2, 4, 6, 12, 14, 16, 18]
+    assert groups == [group for groups in GROUPS for group in groups]
     assert len(again) == OWN * len(groups)
     seen = {name: set() for name in ("ended early", "rejected", "all stayed", "two documents")}
     for group in groups:
@@ -183,6 +187,58 @@ def test_a_training_that_goes_on_from_a_report_finishes_its_log(tmp_path):
     assert tend.verify(parted.where) == {"complete": True, "shards": 4 * OWN, "damaged": []}
 
 
+def last_of(rank: int, log: Kept, batches: dict[int, Batch], wait_s: float, barrier: Any) -> None:
+    """One worker's drafts of all groups, committed `wait_s` after the others have come as far."""
+    share = World(rank, 2).share(OWN)
+    writer = DraftLog(log, GROUPS, OWN, share)
+    for group, batch in batches.items():
+        if group == GROUPS[-1][-1]:
+            barrier.wait(60)
+            time.sleep(wait_s)
+        writer.add(group, part(batch, share))
+
+
+def part(batch: Batch, share: slice) -> Batch:
+    """A worker's rows of a batch."""
+    rollout = batch.rollout
+    assert rollout
+    assert batch.teacher
+    names = ("log_q", "weight", "accepted", "rejected", "correction", "tail")
+    mine = replace(rollout, **{name: getattr(rollout, name)[share] for name in names})
+    teacher = Signals(batch.teacher.logits[share], batch.mask[share])
+    whole = {name: getattr(batch, name)[share] for name in ("row_id", "inputs", "mask", "label")}
+    return replace(batch, **whole, rollout=mine, teacher=teacher)
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.01, 0.03])
+def test_workers_that_end_a_log_at_once_leave_it_whole(wait_s, tmp_path):
+    alone, shared = place(tmp_path / "alone"), place(tmp_path / "shared")
+    batches = {step: batch for step, batch in wrote(alone).items() if step % 2 == 0}
+    several = multiprocessing.get_context("fork")
+    barrier = several.Barrier(2)
+    workers = [
+        several.Process(target=last_of, args=(rank, shared, batches, wait_s * (1 - rank), barrier)) for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert read_json(shared.where / "_MANIFEST.json") == read_json(alone.where / "_MANIFEST.json")
+    assert tend.verify(shared.where)["complete"]
+
+
+def test_a_damaged_shard_of_an_earlier_attempt_is_written_again(tmp_path):
+    whole, hurt = place(tmp_path / "whole"), place(tmp_path / "hurt")
+    wrote(whole)
+    wrote(hurt, last=15)
+    (file, *_) = sorted((hurt.where / "data").iterdir())
+    file.write_bytes(b"cut")
+    assert "raykd train RECIPE" in tend.again(hurt.where)
+    wrote(hurt)
+    assert read_json(whole.where / "_MANIFEST.json") == read_json(hurt.where / "_MANIFEST.json")
+
+
 def test_every_worker_reads_its_part_of_one_order(both):
     again = read(both[0])
     whole = replayed(again, 6, 1, 9, share=slice(0, 6))()
@@ -217,7 +273,7 @@ def test_numbers_that_can_not_be_are_refused(name, tmp_path):
     log, bad = place(tmp_path / "sound"), place(tmp_path / "bad")
     wrote(log)
     store, writer = Store(log.where), StoreWriter(bad.where, bad.identity)
-    shards = DraftLog(bad, [[0, 2], [4, 6], [12, 14], [16, 18]], OWN, slice(0, OWN)).shards
+    shards = DraftLog(bad, GROUPS, OWN, slice(0, OWN)).shards
     for shard, table in zip([s for each in shards for s in each], store.shards("train"), strict=True):
         at = table.schema.get_field_index(column)
         wrong = np.full(len(table), value, np.int32)
@@ -225,6 +281,55 @@ def test_numbers_that_can_not_be_are_refused(name, tmp_path):
     writer.finish([s for each in shards for s in each], {})
     with pytest.raises(StoreError, match=words):
         read(bad)
+
+
+TOLD = {
+    "temperature 0": ({"drafts": {"run": "r", "temperature": 0.0}}, "a temperature that is none"),
+    "words": ({"drafts": {"run": "r", "temperature": "x"}}, "is no log of drafts"),
+    "a number": ({"drafts": 3}, "is no log of drafts"),
+    "nothing": ({"drafts": None}, "is no log of drafts"),
+    "no vocabulary": ({"vocabulary": None}, "is no log of drafts"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_manifest_that_tells_what_can_not_be_is_refused(name, tmp_path):
+    told, words = TOLD[name]
+    log = place(tmp_path)
+    identity = log.identity | told
+    wrote(log)
+    retell(log, identity)
+    with pytest.raises(StoreError, match=words):
+        read(log)
+
+
+def retell(log: Kept, identity: dict[str, Any]) -> None:
+    """A manifest of another identity, with a digest that is right."""
+    path = log.where / "_MANIFEST.json"
+    body = {k: v for k, v in (read_json(path) | {"identity": identity}).items() if k != "sha256"}
+    path.write_bytes(to_json(body | {"sha256": digest_of(body)}))
+
+
+def test_answers_of_another_vocabulary_are_refused(tmp_path):
+    narrow = kept(tmp_path / "log", "run", CLASSES[:5], 1.0, CODECS["dense"])
+    wrote(narrow)
+    retell(narrow, place(tmp_path).identity)
+    with pytest.raises(StoreError, match="answers of another vocabulary"):
+        read(narrow)
+
+
+def test_terms_that_a_log_can_not_tell_are_refused_before_training(both):
+    again = read(both[0])
+    again.check({"ghost": TermSpec(), "kd": TermSpec(temperature=3.0)}, 1.0)
+    again.check({"gkd": TermSpec(beta=0.0)}, 1.0)
+    with pytest.raises(RecipeError, match=r"source\.temperature = 0\.7, but .* was drafted at 1\.0; write that"):
+        again.check({"ghost": TermSpec()}, 0.7)
+    lk = {"distilspec": TermSpec(divergence="lk")}
+    if both[0].codec.name == "dense":
+        again.check(lk, 1.0)
+    else:
+        with pytest.raises(RecipeError, match='"lk" needs the teacher'):
+            again.check(lk, 1.0)
 
 
 def test_a_log_of_others_is_refused(both, tmp_path):

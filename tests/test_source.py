@@ -266,6 +266,11 @@ LINES = {
     ),
     "a log without replay": ({"technique": "ghost", "source": {"log": "x"}}, 'is not read by kind = "drafts"'),
     "replay without a log": ({"technique": "ghost", "source": {"kind": "replay"}}, "names the log that is read"),
+    "a log elsewhere": ({"technique": "ghost", "source": {"kind": "replay", "log": "gs://bucket/x"}}, "is no folder"),
+    "a log that is read otherwise": (
+        {"technique": "ghost", "source": {"kind": "replay", "log": "x", "passes": 4}},
+        "passes: without effect on a log",
+    ),
     "misspelt": ({"technique": "gkd", "source": {"lenght": 3}}, "Did you mean length"),
 }
 
@@ -279,6 +284,9 @@ def test_a_source_that_can_not_be_is_said(name, tmp_path):
     if name != "rows of series":
         (tmp_path / "tokenizer.json").touch()
         raw = raw | {"data": {"tokenizer": str(tmp_path / "tokenizer.json")}}
+    if raw.get("source", {}).get("log") == "x":
+        (tmp_path / "_MANIFEST.json").touch()
+        raw = raw | {"source": raw["source"] | {"log": str(tmp_path)}}
     with pytest.raises(RecipeError, match=words) as caught:
         checks.resolve(raw)
     assert len(caught.value.problems) == 1

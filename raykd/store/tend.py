@@ -171,6 +171,13 @@ def repair(where: Address | Place) -> list[str]:
     return [fault["file"] for fault in faults] + [record["file"] for record in doubtful] + below
 
 
+def again(where: Address | Place) -> str:
+    """What writes the missing shards of a store: scoring, or for a log of drafts the training that kept them."""
+    if "drafts" in (read_json(at(where), "_RECIPE.json") or {}):
+        return "delete arms/ARM/arm.json of its run and type: raykd train RECIPE"
+    return "type: raykd score RECIPE"
+
+
 def gc(where: Address | Place, *, older_than_s: float) -> list[str]:
     """Files that no record names and that have stood for `older_than_s`, removed: what killed writers left behind."""
     place = at(where)
