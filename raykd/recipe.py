@@ -24,7 +24,7 @@ Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str)
 SMOKE: dict[str, dict[str, Any]] = {
     "optim": {"steps": 40, "evaluate_every": 20},
     "search": {"trials": 4, "grace": 20},
-    "drafter": {"prompts": 4, "count": 16},
+    "drafter": {"prompts": 2, "count": 12},
 }
 SMOKE_TEXT: dict[str, dict[str, Any]] = {  # for a language model's teacher and head take their time
     "optim": {"steps": 16, "evaluate_every": 8},
