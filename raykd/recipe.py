@@ -26,11 +26,8 @@ SMOKE: dict[str, dict[str, Any]] = {
     "search": {"trials": 4, "grace": 20},
     "drafter": {"prompts": 2, "count": 12},
 }
-SMOKE_TEXT: dict[str, dict[str, Any]] = {  # for a language model's teacher and head take their time
-    "optim": {"steps": 16, "evaluate_every": 8},
-    "search": {"grace": 8},
-    "store": {"rows_per_shard": 16},
-}
+FEW: dict[str, dict[str, Any]] = {"optim": {"steps": 16, "evaluate_every": 8}, "search": {"grace": 8}}
+SMOKE_TEXT = FEW | {"store": {"rows_per_shard": 16}}  # a language model's teacher and head take their time
 SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
