@@ -146,7 +146,7 @@ def test_laws_are_softmax_at_a_temperature_over_the_ids_in_use():
     assert law(logits.bfloat16()).dtype == torch.float32
 
 
-ASKED = int(os.environ.get("RAYKD_GREEDY_PROMPTS", "150"))  # 1,000 take eight minutes
+ASKED = int(os.environ.get("RAYKD_GREEDY_PROMPTS", "150"))  # 1,000 take a minute
 
 
 @pytest.mark.parametrize(("kind", "number"), [("after one", ASKED), ("noisy", 15)])
