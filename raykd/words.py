@@ -122,7 +122,7 @@ MISSING = {
     "teacher": "no teacher: retention, gap closed and compression are not defined",
     "control": "no control: what the teacher added is unknown; set control = true",
     "artefact": "no artefact: the figures are of the trained student, not of what a device runs",
-    "store": "no teacher store: the student was trained on labels alone",
+    "store": "no teacher store: no term of the recipe reads one",
     "thriving": "no saliency on test rows: retention is given over all rows only",
 }
 
