@@ -26,13 +26,13 @@ class Drafts:
 
     row_id: NDArray[np.int64]  # (n,) the test row that each text begins as
     group: NDArray[np.int64]  # (n,) its document
-    overlap: NDArray[np.float64]  # (n,)
+    overlap: NDArray[np.float64]  # (n,) over tested tokens, which acceptance is made of
     tested: NDArray[np.int64]  # (n,)
     accepted: NDArray[np.int64]  # (n,)
     tokens: NDArray[np.int64]  # (n,) written
     calls: NDArray[np.int64]  # (n,) of the teacher
     shared: NDArray[np.float64] | None = None  # (n,) the sum of sum min(p, q) over `places` of the teacher's own text
-    places: NDArray[np.int64] | None = None  # (n,); these two are in no file of raykd before 0.2
+    places: NDArray[np.int64] | None = None  # (n,); both None in a file from before they were told
 
     def write(self, path: Path) -> None:
         """A Parquet table, one row a text."""

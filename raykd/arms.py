@@ -25,7 +25,6 @@ from raykd.checks import register
 from raykd.codecs.hidden import Hidden
 from raykd.data import Dataset
 from raykd.draft_log import Kept, Replay, kept
-from raykd.drafter import Drafter
 from raykd.files import read_json, write_bytes, write_json
 from raykd.identity import run_digest, store_table
 from raykd.loop import Arm, State, World, train
@@ -93,7 +92,6 @@ class Workshop:
         torch.set_num_threads(1)
         register(recipe.technique)
         self.recipe, self.device, self.teacher = recipe, device, teacher
-        self.texts: dict[int, list[int]] | None = None  # what the teacher writes by itself, once drafts are judged
         self.dataset: Dataset = data.load(recipe.data)
         self.store = Store(store) if store else None
         needs = needs_of(recipe.terms)
@@ -137,13 +135,19 @@ class Workshop:
         module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(self.device)
         return module.requires_grad_(False).eval()
 
-    def drafts(self, student: nn.Module, how: Drafter) -> Drafts:
+    @cached_property
+    def texts(self) -> dict[int, list[int]]:
+        """What the teacher writes by itself where drafts are judged, once for all arms."""
+        assert self.recipe.drafter is not None
+        teacher = drafting.reader(self.frozen, "teacher")
+        return drafting.alone(teacher, self.dataset.splits["test"], self.recipe.drafter, self.text)
+
+    def drafts(self, student: nn.Module) -> Drafts:
         """How the student does as the teacher's drafter on the test split."""
+        assert self.recipe.drafter is not None
         drafter, teacher = drafting.reader(student.eval(), "student"), drafting.reader(self.frozen, "teacher")
         test = self.dataset.splits["test"]
-        if self.texts is None:
-            self.texts = drafting.alone(teacher, test, how, self.text)
-        return drafting.judge(teacher, drafter, test, how, self.text, self.texts)
+        return drafting.judge(teacher, drafter, test, self.recipe.drafter, self.text, self.texts)
 
     def test(self, student: nn.Module) -> Predictions:
         """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
@@ -217,8 +221,8 @@ def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
     weights = save(models.weights_of(student.module))
     write_bytes(target / "weights.safetensors", weights)
     shop.test(student).write(target / "predictions.parquet")
-    if (how := shop.recipe.drafter) and arm.name in DRAFTERS:
-        shop.drafts(student.module, how).write(target / acceptance.NAME)
+    if shop.recipe.drafter and arm.name in DRAFTERS:
+        shop.drafts(student.module).write(target / acceptance.NAME)
     record = {
         "arm": arm.name,
         "seed": arm.seed,

@@ -13,6 +13,17 @@ from raykd.recipe import Recipe
 from raykd.validation import suggestion, validate
 
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
+SMOKE: dict[str, dict[str, Any]] = {
+    "optim": {"steps": 40, "evaluate_every": 20},
+    "search": {"trials": 4, "grace": 20},
+    "drafter": {"prompts": 2, "count": 12},
+}
+SMOKE_TEXT: dict[str, dict[str, Any]] = {  # a language model's teacher and head take their time
+    "optim": {"steps": 16, "evaluate_every": 8},
+    "search": {"grace": 8},
+    "store": {"rows_per_shard": 16},
+}
+SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
 def load(
@@ -29,9 +40,9 @@ def load(
         raw = merge(raw, resolve_paths(set_key({}, *parse_set(text)), Path()))
     if smoke:
         known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
-        cuts = recipe.SMOKE
+        cuts = SMOKE
         if _text(known, "data", "tokenizer"):
-            cuts = merge(cuts, recipe.SMOKE_TEXT | {"data": {"limit": _few_rows(known["data"])}})
+            cuts = merge(cuts, SMOKE_TEXT | {"data": {"limit": _few_rows(known["data"])}})
         raw = merge(raw, {k: v for k, v in cuts.items() if k in ("optim", "store") or k in known})
         if isinstance(raw.get("seeds"), list):
             raw |= {"seeds": raw["seeds"][:1]}
@@ -41,7 +52,7 @@ def load(
 def _few_rows(table: dict[str, Any]) -> int:
     """Rows of each split that make SMOKE_TOKENS of text, at least 32; never more than the recipe's own limit."""
     window, own = table.get("window"), table.get("limit")
-    few = max(32, recipe.SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 32
+    few = max(32, SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 32
     return min(few, own) if isinstance(own, int) else few
 
 

@@ -50,16 +50,9 @@ def from_teacher(student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, 
 
     A log whose codec keeps a part of the teacher's distribution tells the forward one: RecipeError for any other.
     """
-    kind = _end(kind, beta)
-    if batch.targets is None:
-        return divergence(*both(student, batch, temperature), kind, beta)
-    if kind != "forward":
-        raise RecipeError(
-            f'source.log: "{kind}" needs the teacher\'s whole distribution, and the log keeps a part of it; use '
-            '"forward", or write the log with store.codec = "dense"'
-        )
-    targets = batch.targets(temperature)
-    return cross_entropy(own(student, batch, temperature), targets)
+    if batch.targets is not None and _end(kind, beta) == "forward":
+        return cross_entropy(own(student, batch, temperature), batch.targets(temperature))
+    return divergence(*both(student, batch, temperature), kind, beta)
 
 
 def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -81,8 +74,8 @@ def both(student: Signals, batch: Batch, temperature: float = 1.0) -> tuple[Tens
     assert batch.teacher is not None
     if batch.targets is not None:
         raise RecipeError(
-            "source.log: this term needs the teacher's whole distribution, and the log keeps a part of it; write the "
-            'log with store.codec = "dense"'
+            "source.log: only a forward divergence can be told from a part of the teacher's distribution, which is all "
+            'that this log keeps; ask for that, or write the log with store.codec = "dense"'
         )
     theirs = at_places(batch.teacher.logits.detach(), batch.mask)
     return own(student, batch, temperature), log_softmax(theirs, temperature)

@@ -5,6 +5,7 @@ writes after the same beginnings by itself is the same for every drafter.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,7 @@ def alone(teacher: Reader, split: Rows, how: Drafter, text: Text) -> dict[int, l
     """
     found = {}
     for row in openings(split, how):
-        more = {"temperature": how.temperature, "vocab": text.vocab, "eos": text.eos, "seed": int(split.row_id[row])}
-        found[row] = generate(teacher, _seen(split, row, how), how.count, **more).tokens
+        found[row] = generate(teacher, _seen(split, row, how), how.count, **_settings(split, row, how, text)).tokens
     return found
 
 
@@ -53,14 +53,14 @@ def judge(
     """
     found = []
     for row, told in texts.items():
-        seen, number = _seen(split, row, how), int(split.row_id[row])
-        more = {"temperature": how.temperature, "vocab": text.vocab, "eos": text.eos, "seed": number}
+        seen, more = _seen(split, row, how), _settings(split, row, how, text)
         done = speculate(teacher, drafter, seen, how.count, gamma=how.gamma, **more)
         tested, accepted = (sum(getattr(each, key) for each in done.rounds) for key in ("tested", "accepted"))
         overlap, written = sum(sum(each.overlap) for each in done.rounds), (len(done.tokens), done.teacher_calls)
         shared = shares(teacher, drafter, seen, told, how, text.vocab)
         agreed = (float(shared.double().sum()), len(shared))
-        found.append((number, int(split.group[row]), float(overlap), tested, accepted, *written, *agreed))
+        numbers = (int(split.row_id[row]), int(split.group[row]))
+        found.append((*numbers, float(overlap), tested, accepted, *written, *agreed))
     return Drafts(*(np.array(column) for column in zip(*found, strict=True)))
 
 
@@ -75,6 +75,10 @@ def shares(
         laws.append(law(said, how.temperature, vocab))
     both = min(map(len, laws))
     return minimum(*(each[:both].cpu() for each in laws)).sum(1)
+
+
+def _settings(split: Rows, row: int, how: Drafter, text: Text) -> dict[str, Any]:
+    return {"temperature": how.temperature, "vocab": text.vocab, "eos": text.eos, "seed": int(split.row_id[row])}
 
 
 def _seen(split: Rows, row: int, how: Drafter) -> list[int]:

@@ -21,14 +21,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
 Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
 Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
-SMOKE: dict[str, dict[str, Any]] = {
-    "optim": {"steps": 40, "evaluate_every": 20},
-    "search": {"trials": 4, "grace": 20},
-    "drafter": {"prompts": 2, "count": 12},
-}
-FEW: dict[str, dict[str, Any]] = {"optim": {"steps": 16, "evaluate_every": 8}, "search": {"grace": 8}}
-SMOKE_TEXT = FEW | {"store": {"rows_per_shard": 16}}  # a language model's teacher and head take their time
-SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
 class Table(BaseModel):

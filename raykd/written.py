@@ -20,8 +20,6 @@ from raykd.staleness import Schedule
 
 REPLAYED = 2  # the order of a log's drafts, beside those of the rows
 
-Rows = Callable[[int], Batch]  # a step -> this worker's rows of text, to be continued
-
 
 @dataclass(frozen=True)
 class Text:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 
-from raykd import checks, imports, raw, recipe
+from raykd import checks, imports, raw
 from raykd.digests import digest
 from raykd.errors import RecipeError
 from raykd.recipe import Range, Recipe
@@ -528,4 +528,4 @@ def test_loading_names_the_key_and_what_is_missing():
 
 def test_every_field_of_a_range_is_a_form():
     assert set(Range.model_fields) == {"uniform", "loguniform", "integer", "choice"}
-    assert recipe.SMOKE.keys() <= Recipe.model_fields.keys()
+    assert checks.SMOKE.keys() <= Recipe.model_fields.keys()
