@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raykd.checks import load
+    from raykd.losses.term import Places, term
     from raykd.models import register_model
-    from raykd.recipe import Recipe
+    from raykd.recipe.recipe import Recipe
     from raykd.signals import Batch, Signals
-    from raykd.stages import export, report, run, score, train, tune
-    from raykd.terms import Places, term
+    from raykd.stages.load import load
+    from raykd.stages.walk import export, report, run, score, train, tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 HOMES = {
-    "checks": ("load",),
-    "terms": ("Places", "term"),
+    "stages.load": ("load",),
+    "losses.term": ("Places", "term"),
     "models": ("register_model",),
-    "recipe": ("Recipe",),
+    "recipe.recipe": ("Recipe",),
     "signals": ("Batch", "Signals"),
-    "stages": ("export", "report", "run", "score", "train", "tune"),
+    "stages.walk": ("export", "report", "run", "score", "train", "tune"),
 }
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from raykd import __version__
-from raykd.cli_store import show, store
 from raykd.errors import RaykdError
+from raykd.store.commands import show, store
 
 EXITS = "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, 130/143 signals."
 
@@ -94,7 +94,7 @@ def carry_out(
     allow_import: tuple[str, ...],
 ) -> tuple[Any, str]:
     """What a verb gives for the recipe at `path`, for a script and for a person."""
-    from raykd.checks import load
+    from raykd.stages.load import load
 
     with redirect_stdout(sys.stderr):  # Ray prints too, and so may the recipe's own code
         recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
@@ -104,16 +104,17 @@ def carry_out(
 @recipe_command
 def run(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """Every stage: score, train with its control, tune if [search] is there, export, report."""
-    from raykd import stages, words
+    from raykd.reports import sentences
+    from raykd.stages import walk
 
-    made = stages.run(recipe, out, address=address)
-    return made, words.table(made)
+    made = walk.run(recipe, out, address=address)
+    return made, sentences.table(made)
 
 
 @recipe_command
 def check(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """The plan without computing: stages, what is done, rows, bytes, memory, workers."""
-    from raykd import plan
+    from raykd.stages import plan
 
     made = plan.plan(recipe, out)
     return made, plan.table(made)
@@ -122,27 +123,27 @@ def check(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 @recipe_command
 def score(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """The teacher's signals for every row, into a verified Parquet store."""
-    from raykd import stages
+    from raykd.stages import walk
 
-    store = stages.score(recipe, out, address=address)
+    store = walk.score(recipe, out, address=address)
     return {"store": str(store) if store else None}, str(store or "this recipe reads no teacher")
 
 
 @recipe_command
 def train(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """Every seed of the student and of its control."""
-    from raykd import stages
+    from raykd.stages import walk
 
-    folder = stages.train(recipe, out, address=address)
+    folder = walk.train(recipe, out, address=address)
     return {"run": str(folder)}, str(folder)
 
 
 @recipe_command
 def tune(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """The trials of [search], over one store; the best one's recipe is best.toml."""
-    from raykd import stages
+    from raykd.stages import walk
 
-    table = stages.tune(recipe, out, address=address)
+    table = walk.tune(recipe, out, address=address)
     best = table["best"]
     values = ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in best["params"].items())
     return table, f"best of {len(table['trials'])} trials: {values}: {table['metric']} {best[table['metric']]:.4f}"
@@ -151,9 +152,9 @@ def tune(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 @recipe_command
 def export(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """The deployable student, whole or not at all."""
-    from raykd import stages
+    from raykd.stages import walk
 
-    folder = stages.export(recipe, out, address=address)
+    folder = walk.export(recipe, out, address=address)
     return {"artefact": str(folder)}, str(folder)
 
 
@@ -172,15 +173,16 @@ def report(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) ->
 
 
 def _report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
-    from raykd import stages, words
+    from raykd.reports import sentences
+    from raykd.stages import walk
 
-    made = stages.report(recipe, out, address=address)
-    return made, words.table(made)
+    made = walk.report(recipe, out, address=address)
+    return made, sentences.table(made)
 
 
 def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, str]:
-    from raykd.compare import compare, words
     from raykd.errors import RecipeError
+    from raykd.reports.compare import compare, words
 
     if len(paths) == 1:
         raise RecipeError(f"{paths[0]} is a folder: name a recipe to report on, or more run folders to compare it with")
@@ -195,9 +197,9 @@ def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, s
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def techniques(as_json: bool) -> None:
     """What can be distilled with, one line each."""
-    from raykd import catalog
+    from raykd import techniques
 
-    known = catalog.techniques()
+    known = techniques.all_techniques()
     rows = [{"name": t.name, "summary": t.summary, "recipe": t.recipe} for t in known]
     show(rows, "\n".join(f"{t.name:<18}{t.summary}" for t in known), as_json)
 
@@ -208,8 +210,8 @@ def techniques(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def doctor(out: Path, uri: str | None, as_json: bool) -> None:
     """Versions, Ray, memory, disk, MLflow: what is wrong and what to type. Exit code 5 if something is."""
-    from raykd import doctor as checkup
     from raykd.errors import InfraError
+    from raykd.stages import doctor as checkup
 
     found = checkup.examine(out, uri)
     show(found, checkup.table(found), as_json)
@@ -231,19 +233,19 @@ def track() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
     """Replay a run's journal into MLflow; what is there already is left alone."""
-    from raykd import track
     from raykd.errors import InfraError, StoreError
-    from raykd.files import read_json
+    from raykd.files.atomic import read_json
+    from raykd.tracking import mlflow_mirror
 
     resolved = read_json(folder / "recipe.json")
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
     table = resolved["track"]
-    where = uri or table["uri"] or track.default_uri(folder.resolve().parent)
-    synced = track.sync(folder, uri=where, experiment=table["experiment"])
+    where = uri or table["uri"] or mlflow_mirror.default_uri(folder.resolve().parent)
+    synced = mlflow_mirror.sync(folder, uri=where, experiment=table["experiment"])
     if not synced.done:
         raise InfraError(f"{synced.reason}; {synced.pending} lines still wait")
-    show(vars(synced), f"{len(synced.runs)} runs are recorded in {track.public_uri(where)}", as_json)
+    show(vars(synced), f"{len(synced.runs)} runs are recorded in {mlflow_mirror.public_uri(where)}", as_json)
 
 
 if __name__ == "__main__":

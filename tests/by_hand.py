@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from raykd.identity import identity, signals_of
-from raykd.models.series import SeriesEncoder
-from raykd.recipe import Recipe
-from raykd.scorer import Scorer, statistics
-from raykd.store import layers
+from raykd.files.place import Address, within
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.recipe import Recipe
+from raykd.store import layer_signals
 from raykd.store.commit import plan_shards, store_id
-from raykd.store.place import Address, within
 from raykd.store.reader import Store
+from raykd.teacher.identity import identity, signals_of
+from raykd.teacher.scorer import Scorer, statistics
 
 SETTINGS = {"steps": 16, "width": 8, "layers": 3, "heads": 2}
 
@@ -33,9 +33,9 @@ def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
     wanted = identity(found, scorer.dataset)
     folder = within(out, store_id(wanted))
     shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard)
-    writers = layers.writers(folder, wanted, signals_of(found))
+    writers = layer_signals.writers(folder, wanted, signals_of(found))
     for shard in shards[::-1] if backwards else shards:
-        for name, part in layers.split(scorer.table(shard)).items():
+        for name, part in layer_signals.split(scorer.table(shard)).items():
             writers[name].commit(shard, part)
     for name, writer in writers.items():
         view = Store.of_shards(folder, writer.records(shards))

@@ -7,7 +7,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["raykd.scorer", "raykd.stages", "torch._dynamo"])  # the last is what DDP imports
+CONTEXT.set_forkserver_preload(
+    ["raykd.teacher.scorer", "raykd.stages.walk", "torch._dynamo"]
+)  # the last is what DDP imports
 
 
 def start(function: Callable[..., Any], *args: Any, **environment: str) -> BaseProcess:

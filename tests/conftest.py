@@ -82,7 +82,7 @@ def cluster() -> Iterator[str]:
     """The address of the run's one Ray cluster: on loopback, behind a token, in and with this process."""
     import ray
 
-    from raykd.session import connect
+    from raykd.orchestration.session import connect
 
     connect()
     yield ray.get_runtime_context().gcs_address
@@ -100,10 +100,11 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def scored(cluster, tiny, tmp_path_factory) -> Path:
     """An --out that holds nothing but the tiny recipe's teacher store."""
-    from raykd import checks, stages
+    from raykd.stages import walk
+    from raykd.stages.load import load
 
     out = tmp_path_factory.mktemp("scored")
-    assert stages.score(checks.load(tiny), out)
+    assert walk.score(load(tiny), out)
     shutil.rmtree(next(out.glob("tiny-*")))
     return out
 

@@ -9,13 +9,13 @@ import texts
 import torch
 from safetensors.torch import load_file, save_file
 
-from raykd import checks
-from raykd.models import hf
+from raykd.models import hf_folder
 from raykd.models.llama import Llama
-from raykd.recipe import Recipe
-from raykd.scorer import Scorer
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
+from raykd.stages import load as checks
 from raykd.store.commit import Shard
-from raykd.weights import CONFIG, INDEX, WEIGHTS
+from raykd.teacher.scorer import Scorer
 
 PADDING = 20  # columns
 
@@ -35,8 +35,8 @@ def home(folder: Path) -> Path:
     path = texts.recipe(folder, texts.tokenizer(folder))
     classes = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     wide = llama(classes + PADDING, steps=texts.STEPS + 9, layers=1, heads=2, kv_heads=1)
-    hf.write(wide, folder / "wide")
-    narrow = {k: v[:classes] if k == hf.TABLE else v for k, v in load_file(folder / "wide" / WEIGHTS).items()}
+    hf_folder.write(wide, folder / "wide")
+    narrow = {k: v[:classes] if k == hf_folder.TABLE else v for k, v in load_file(folder / "wide" / WEIGHTS).items()}
     save_file({k: v.contiguous() for k, v in narrow.items()}, folder / "narrow.safetensors")
     bare = path.read_text().replace("settings = { width = 32, layers = 1, heads = 2, kv_heads = 1 }\n", "", 1)
     path.write_text(bare.replace("teacher.safetensors", "wide").replace("[store]", '[store]\ncodec = "dense"'))

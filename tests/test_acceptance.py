@@ -10,17 +10,22 @@ import texts
 import torch
 from texts import STEPS
 
-from raykd import acceptance, checks, compare, data, drafting, measures, models, predictions, stages
-from raykd.acceptance import Drafts
+from raykd import data, models
 from raykd.data import Rows
-from raykd.digests import digest
-from raykd.drafter import Drafter
 from raykd.errors import DataError, RecipeError
-from raykd.files import read_json
+from raykd.files.atomic import read_json
+from raykd.generation import acceptance, judge_drafter
+from raykd.generation.acceptance import Drafts
+from raykd.generation.own_rows import Text
+from raykd.generation.reader import TorchReader
 from raykd.models.llama import Llama
-from raykd.readers import TorchReader
-from raykd.recipe import Recipe
-from raykd.written import Text
+from raykd.recipe.digest import digest
+from raykd.recipe.drafter import Drafter
+from raykd.recipe.recipe import Recipe
+from raykd.reports import compare, text_measures
+from raykd.stages import walk
+from raykd.stages.load import load
+from raykd.training import predictions
 
 VOCAB, ROWS = 13, 24
 TEXT = Text(STEPS, None, VOCAB)
@@ -44,7 +49,9 @@ def rows(*, told: int = 0) -> Rows:
 def judged(teacher: Llama, student: Llama, **how) -> Drafts:
     settings = {"prompt": 8, "count": 24, "gamma": 3} | how
     read, split, asked = TorchReader(teacher), rows(), Drafter.model_validate(settings)
-    return drafting.judge(read, TorchReader(student), split, asked, TEXT, drafting.alone(read, split, asked, TEXT))
+    return judge_drafter.judge(
+        read, TorchReader(student), split, asked, TEXT, judge_drafter.alone(read, split, asked, TEXT)
+    )
 
 
 def test_a_drafter_that_is_its_teacher_has_every_draft_accepted():
@@ -79,7 +86,7 @@ def test_the_teacher_s_own_texts_are_the_same_for_every_drafter_and_shared_alike
     read = [TorchReader(llama(seed)) for seed in (0, 1)]
     seen, told, how = [3, 1, 4], [1, 5, 9, 2], Drafter()
     p, q = (torch.stack([each.step([t])[0] for t in [*seen, *told[:-1]]])[2:].softmax(-1).detach() for each in read)
-    shared = drafting.shares(*read, seen, told, how, VOCAB)
+    shared = judge_drafter.shares(*read, seen, told, how, VOCAB)
     assert torch.allclose(shared, torch.minimum(p, q).sum(1), atol=1e-6)
 
 
@@ -93,25 +100,25 @@ def test_a_drafter_of_a_shorter_context_is_judged_as_far_as_it_reads():
 
 def test_texts_begin_in_every_document_before_any_begins_a_second_one():
     split, how = rows(), Drafter(prompts=ROWS // 2 + 3, prompt=8)
-    order = drafting.openings(split, how)
+    order = judge_drafter.openings(split, how)
     assert split.group[order[: ROWS // 2]].tolist() == list(range(ROWS // 2))
     assert len(set(order)) == len(order) == ROWS // 2 + 3
     last = split.group[order[ROWS // 2 :]].tolist()
     assert last == [0, 4, 8], "spread over the documents"
     for prompt in (STEPS, 60):  # one that fills the row leaves no token to draft
         with pytest.raises(DataError, match=rf"drafter\.prompt = {prompt}: no row of the test split"):
-            drafting.openings(split, Drafter(prompt=prompt))
+            judge_drafter.openings(split, Drafter(prompt=prompt))
 
 
 def test_a_row_with_a_prompt_of_its_own_begins_with_it():
-    assert drafting.beginning(rows(told=5).mask[0], 8) == 6
-    assert drafting.beginning(rows().mask[0], 8) == 8
-    assert len(drafting.openings(rows(told=5), Drafter(prompt=60))) == ROWS
+    assert judge_drafter.beginning(rows(told=5).mask[0], 8) == 6
+    assert judge_drafter.beginning(rows().mask[0], 8) == 8
+    assert len(judge_drafter.openings(rows(told=5), Drafter(prompt=60))) == ROWS
 
 
 def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
     one, other = judged(llama(0), llama(1)), judged(llama(0), llama(2))
-    found = measures.of_drafts({"student": {0: one, 1: other}, "control": {0: other, 1: one}})
+    found = text_measures.of_drafts({"student": {0: one, 1: other}, "control": {0: other, 1: one}})
     sample = found["acceptance"].sample()
     pooled = (one.overlap.sum() + other.overlap.sum()) / (one.tested.sum() + other.tested.sum())
     assert sample.student[0] == pytest.approx(pooled)
@@ -121,7 +128,7 @@ def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
     efficiency = found["block_efficiency"].sample().student
     assert efficiency[0] == pytest.approx((one.tokens + other.tokens).sum() / (one.calls + other.calls).sum())
     assert np.quantile(efficiency[1:], 0.1) < efficiency[0] < np.quantile(efficiency[1:], 0.9)
-    same = measures.of_drafts({"student": {0: one}})["acceptance"]
+    same = text_measures.of_drafts({"student": {0: one}})["acceptance"]
     beside = same.beside(same).sample()
     assert beside.control is not None
     assert np.array_equal(beside.student, beside.control)
@@ -135,7 +142,7 @@ def test_drafts_are_read_as_they_were_written(tmp_path):
     table = pq.read_table(tmp_path / acceptance.NAME)
     pq.write_table(table.drop_columns(["shared", "places"]), tmp_path / "old.parquet")
     old = {"student": {0: acceptance.read(tmp_path / "old.parquet")}}
-    assert set(measures.of_drafts(old)) == {"acceptance", "block_efficiency"}
+    assert set(text_measures.of_drafts(old)) == {"acceptance", "block_efficiency"}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,7 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def walked(cluster, recipe) -> tuple[dict, Path]:
     sets = ("drafter.prompts=12", "drafter.prompt=6", "drafter.count=12", "seeds=[0, 1]")
-    report = stages.run(checks.load(recipe, sets), recipe.parent / "out")
+    report = walk.run(load(recipe, sets), recipe.parent / "out")
     (folder,) = (recipe.parent / "out").glob("text-*")
     return report, folder
 
@@ -182,14 +189,14 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
         f"student.weights={folder}/arms/student-{{seed}}/weights.safetensors",
         *("drafter.prompts=12", "drafter.prompt=6", "drafter.count=12", "seeds=[0, 1]", "optim.steps=1", "name=on"),
     )
-    on = checks.load(recipe, (*sets, "optim.learning_rate=1e-9"))
+    on = load(recipe, (*sets, "optim.learning_rate=1e-9"))
     shape = data.load(on.data).shape
     for seed in (0, 1):
         started = models.build(on.student.of_seed(seed), **shape, key="student")
         kept = models.read_tensors(folder / "arms" / f"student-{seed}" / "weights.safetensors", "x")
         assert torch.equal(started.state_dict()["model.norm.weight"], kept["model.norm.weight"])
     assert digest(on) != digest(on.model_copy(update={"seeds": [0]}))
-    stages.run(on, folder.parent)
+    walk.run(on, folder.parent)
     (other,) = folder.parent.glob("on-*")
     first, second = (read_json(f / "report.json")["student"]["metrics"] for f in (folder, other))
     assert second["nll"]["value"] == pytest.approx(first["nll"]["value"], abs=1e-3)
@@ -201,7 +208,7 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
     turned = compare.compare([other, folder], folder.parent)["runs"][1]["others"]
     assert turned["acceptance"]["value"] == -told["acceptance"]["value"]
     with pytest.raises(RecipeError, match=r"student\.weights: no file .*student-2"):
-        checks.load(recipe, (*sets, "seeds=[0, 2]"))
+        load(recipe, (*sets, "seeds=[0, 2]"))
 
 
 def test_drafts_asked_for_otherwise_are_not_compared(walked):
@@ -224,9 +231,9 @@ def test_drafts_asked_for_otherwise_are_not_compared(walked):
     ],
 )
 def test_what_can_not_be_judged_is_refused_before_any_work(recipe, change, message):
-    found = checks.load(recipe, ("drafter.prompts=2",))
+    found = load(recipe, ("drafter.prompts=2",))
     changed = Recipe.model_validate(found.model_dump(mode="json") | change)
-    place = stages.Place(changed, recipe.parent / "out")
+    place = walk.Place(changed, recipe.parent / "out")
     with pytest.raises((RecipeError, DataError), match=message):
         place.check_text()
 
@@ -235,4 +242,4 @@ def test_series_draft_nothing(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('technique = "none"\n[drafter]\n')
     with pytest.raises(RecipeError, match="drafter: is about rows of text"):
-        stages.Place(checks.load(path), tmp_path).check_text()
+        walk.Place(load(path), tmp_path).check_text()

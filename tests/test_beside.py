@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raykd import checks, page, stages, words
-from raykd.anatomy import bytes_of
-from raykd.arms import Workshop, arms_of
-from raykd.artefact import rounded_afterwards
-from raykd.quant.fake import codes_of, scale_of
+from raykd.deploy.artefact import rounded_afterwards
+from raykd.deploy.sizes import bytes_of
+from raykd.quant.rounding import codes_of, scale_of
+from raykd.reports import page, sentences
+from raykd.stages import walk
+from raykd.stages.load import load
+from raykd.training.run_arms import Workshop, arms_of
 
 pytestmark = pytest.mark.ray
 PHASES = """
@@ -42,7 +44,7 @@ def out(scored, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(recipe, out) -> dict[str, Any]:
-    return stages.run(checks.load(recipe), out)
+    return walk.run(load(recipe), out)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +53,15 @@ def folder(made, out) -> Path:
 
 
 def test_the_arms_stand_in_their_order_and_only_where_phases_round(recipe, tiny):
-    names = [arm.name for arm in arms_of(checks.load(recipe))]
+    names = [arm.name for arm in arms_of(load(recipe))]
     assert names == ["control", "rounded_control", "unrounded", "student"]
-    assert [arm.name for arm in arms_of(checks.load(tiny, ("rounded_control=true",)))] == ["control", "student"]
+    assert [arm.name for arm in arms_of(load(tiny, ("rounded_control=true",)))] == ["control", "student"]
     alone = ("control=false", "unrounded=false", "rounded_control=false")
-    assert [arm.name for arm in arms_of(checks.load(recipe, alone))] == ["student"]
+    assert [arm.name for arm in arms_of(load(recipe, alone))] == ["student"]
 
 
 def test_the_unrounded_student_is_the_student_of_a_recipe_without_phases(made, folder, tiny, out):
-    plain = stages.train(checks.load(tiny), out)
+    plain = walk.train(load(tiny), out)
     ours, theirs = (
         load_file(f / "weights.safetensors") for f in (folder / "arms/unrounded-0", plain / "arms/student-0")
     )
@@ -68,8 +70,8 @@ def test_the_unrounded_student_is_the_student_of_a_recipe_without_phases(made, f
 
 
 def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(made, recipe, folder, out):
-    found = checks.load(recipe)
-    shop = Workshop(found, stages.score(found, out), torch.device("cpu"))
+    found = load(recipe)
+    shop = Workshop(found, walk.score(found, out), torch.device("cpu"))
     student = shop.student(next(arm for arm in arms_of(found) if arm.name == "unrounded"))
     weights = load_file(folder / "arms/unrounded-0/weights.safetensors")
     for name, value in weights.items():
@@ -95,8 +97,8 @@ def test_what_was_lost_is_a_paired_difference(made):
 
 
 def test_the_report_shows_them(made, folder):
-    told, html = words.table(made), page.render(made)
-    for name in words.BESIDE.values():
+    told, html = sentences.table(made), page.render(made)
+    for name in sentences.BESIDE.values():
         assert name in told
         assert name in html
     assert "blocks.0.attention.qkv" in html

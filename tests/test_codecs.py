@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raykd.codecs import CODECS, Codec, check_serves, default_codec, draws, layout, ranked
-from raykd.codecs.comb import Comb
-from raykd.codecs.dense import Dense
-from raykd.codecs.hidden import Hidden, head_digest
-from raykd.codecs.topk import TopK
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.fused import dense_kl, sparse_kl
+from raykd.losses.fused import dense_kl, sparse_kl
+from raykd.store.codecs import CODECS, Codec, check_serves, default_codec, draws, layout, ranked
+from raykd.store.codecs.comb import Comb
+from raykd.store.codecs.dense import Dense
+from raykd.store.codecs.hidden import Hidden, head_digest
+from raykd.store.codecs.topk import TopK
 from raykd.targets import SparseTargets
 
 GRID = (1.0, 1.5, 2.0, 4.0)

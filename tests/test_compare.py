@@ -16,13 +16,13 @@ import pytest
 from command import ROOT, raykd
 from test_report import CLASSES, Page
 
-from raykd import answers, compare, evidence, stats
-from raykd.compare import page, runs, table, words
-from raykd.digests import digest
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.evidence import Evidence
-from raykd.files import read_json, write_json
-from raykd.recipe import Recipe
+from raykd.files.atomic import read_json, write_json
+from raykd.recipe.digest import digest
+from raykd.recipe.recipe import Recipe
+from raykd.reports import answers, bootstrap, compare, evidence
+from raykd.reports.compare import page, runs, table, words
+from raykd.reports.evidence import Evidence
 
 GROUPS, WINDOWS = 60, 4
 TERMS = {"ce": {}, "kd": {"temperature": 1.5}}
@@ -143,10 +143,10 @@ def test_pairing_is_sharper_than_two_intervals_apart(first, tmp_path):
     one, other = runs.read([first, write(tmp_path / "again", world(RATES, seed=4))])
     paired = compare.difference(other, one)
     apart = [
-        stats.resample(stats.Hits(r.answers.group, r.answers.hits, [0, 1, 2]), seed=i)
+        bootstrap.resample(bootstrap.Hits(r.answers.group, r.answers.hits, [0, 1, 2]), seed=i)
         for i, r in enumerate((one, other))
     ]
-    unpaired = stats.interval(apart[1].student - apart[0].student, paired.n)
+    unpaired = bootstrap.interval(apart[1].student - apart[0].student, paired.n)
     assert paired.value == pytest.approx(unpaired.value)
     assert width(paired) < 0.8 * width(unpaired)
 

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raykd import checks, data
+from raykd import data
 from raykd.data import SPLITS, UNLABELLED
 from raykd.data.rows import Dataset, Rows, checked, hide_labels
 from raykd.errors import DataError, RecipeError
-from raykd.identity import run_digest
-from raykd.recipe import DataRef
+from raykd.recipe.recipe import DataRef
+from raykd.stages.load import resolve
+from raykd.teacher.identity import run_digest
 
-SHIPPED = resources.files("raykd") / "datasets" / "watch_gestures.npz"
+SHIPPED = resources.files("raykd.data") / "shipped" / "watch_gestures.npz"
 COLUMNS = {"group": "group", "valence": "valence"}
 NUMBER = count()
 
@@ -395,7 +396,7 @@ def test_a_runs_folder_follows_the_rows_and_the_code_of_a_function(tmp_path, mon
     ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = checks.resolve({"technique": "none", "data": {"source": "mine:rows"}, "student": {"model": "nets:model"}})
+    recipe = resolve({"technique": "none", "data": {"source": "mine:rows"}, "student": {"model": "nets:model"}})
 
     def named(value: float) -> str:
         rows[0]["inputs"] = [[value]]

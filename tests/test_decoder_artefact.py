@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 from language import END, HELD_OUT, READ, TOKENS, bpe, text, train
 from tokenizers import Tokenizer
 
-from raykd import byte_bpe, onnx_decoder, phases
-from raykd.decoder import Decoder
-from raykd.decoder_artefact import export_decoder
+from raykd.data import byte_bpe
+from raykd.deploy.onnx import write_decoder
+from raykd.deploy.onnx.decoder import Decoder
+from raykd.deploy.text_artefact import export_decoder
 from raykd.errors import DataError, GateError, RecipeError
 from raykd.models.llama import Llama
-from raykd.quant.layers import quantised
-from raykd.quant.scheme import Quant
+from raykd.quant.swap import quantised
+from raykd.recipe.quant import Quant
+from raykd.training import phases
 
 STEPS, ROWS = 128, 10
 SCHEMES = {
@@ -153,14 +155,14 @@ def test_parity_is_that_of_plain_answers_and_of_a_model_that_learnt(name, studen
 def test_a_file_that_answers_otherwise_is_refused_and_an_older_folder_stays(student, exported, monkeypatch):
     (get, tokens), (folder, _) = student, exported("int4-g32")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    written = onnx_decoder.to_onnx
+    written = write_decoder.to_onnx
 
     def other(module: Llama) -> bytes:
         with torch.no_grad():
             module.model.norm.weight[0] *= 1.5
         return written(module)
 
-    monkeypatch.setattr(onnx_decoder, "to_onnx", other)
+    monkeypatch.setattr(write_decoder, "to_onnx", other)
     with pytest.raises(GateError, match=r"differ .* on 1280 tokens; no artefact was written"):
         export_decoder(get("int4-g32"), folder, tokens=tokens)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -181,7 +183,7 @@ def test_too_few_tokens_and_anothers_tokeniser_are_refused(student, tokenizer, t
 @pytest.fixture(scope="module")
 def card():
     """run.py as a module."""
-    with resources.as_file(resources.files("raykd") / "card/run_lm.py") as path:
+    with resources.as_file(resources.files("raykd.deploy") / "card/run_lm.py") as path:
         spec = importlib.util.spec_from_file_location("run_lm", path)
         assert spec
         assert spec.loader

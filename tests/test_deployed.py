@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from raykd import deployed
+from raykd.deploy.onnx import session as onnx_session
 from raykd.errors import InfraError, StoreError
-from raykd.quant.scheme import ONNXRUNTIME
+from raykd.recipe.quant import ONNXRUNTIME
 
 FLOAT = TensorProto.FLOAT
 
@@ -45,14 +45,14 @@ def test_an_operator_that_the_runtime_lacks_is_named_with_the_version_that_has_a
     path = file_of(tmp_path, operator, **asked)
     said = f"onnxruntime {onnxruntime.__version__} does not execute {operator} as it stands in {path}"
     with pytest.raises(InfraError, match=re.escape(said)) as caught:
-        deployed.session(path)
+        onnx_session.session(path)
     assert f"pip install 'onnxruntime>={ONNXRUNTIME}'" in str(caught.value)
 
 
 def test_a_later_format_is_refused_with_the_version_that_raykd_writes_for(tmp_path):
     path = file_of(tmp_path, "MatMulNBits", opset=999, K=32, N=64, bits=4, block_size=32)
     with pytest.raises(InfraError, match=rf"refuses {re.escape(str(path))}: .*; pip install"):
-        deployed.session(path)
+        onnx_session.session(path)
 
 
 @pytest.mark.parametrize("data", [None, b"", b"no ONNX file at all", bytes(64)])
@@ -61,7 +61,7 @@ def test_what_is_no_onnx_file_is_said_to_be_none(data, tmp_path):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(StoreError, match=r"student.onnx can not be read as an ONNX file: .*; export it again"):
-        deployed.session(path)
+        onnx_session.session(path)
 
 
 def test_products_of_large_codes_do_not_overflow():
@@ -74,7 +74,7 @@ def test_products_of_large_codes_do_not_overflow():
     node = helper.make_node("MatMulInteger", ["inputs", "codes"], ["logits"])
     graph = helper.make_graph([node], "g", value[:1], value[1:], [numpy_helper.from_array(codes, "codes")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    session = deployed.session(model.SerializeToString())
+    session = onnx_session.session(model.SerializeToString())
     inputs = np.full((3, 64), 255, np.uint8)
     np.testing.assert_array_equal(session.run(None, {"inputs": inputs})[0], inputs.astype(np.int32) @ codes)
 

@@ -13,24 +13,26 @@ import texts
 import torch
 from torch import Tensor
 
-from raykd import checks, stages, techniques
-from raykd.digests import digest_of
-from raykd.divergences import own
-from raykd.draft_log import DraftLog, Kept, Replay, kept
+from raykd import techniques
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.files import read_json, to_json
-from raykd.loop import World
+from raykd.files.atomic import read_json, to_json
+from raykd.generation.draft_log import DraftLog, Kept, Replay, kept
+from raykd.generation.own_rows import Text, Written, replayed, written
+from raykd.generation.sampling import Frozen
+from raykd.generation.schedule import Schedule
+from raykd.losses.divergences import own
+from raykd.losses.objective import Objective
 from raykd.models.llama import Llama
-from raykd.objective import Objective
-from raykd.recipe import TermSpec
-from raykd.rollouts import Frozen
+from raykd.recipe.digest import digest_of
+from raykd.recipe.recipe import TermSpec
+from raykd.recipe.source import Source
 from raykd.signals import Batch, Signals
-from raykd.source import Source
-from raykd.staleness import Schedule
-from raykd.store import tend
+from raykd.stages import walk
+from raykd.stages.load import load
+from raykd.store import care
 from raykd.store.commit import StoreWriter
 from raykd.store.reader import Store
-from raykd.written import Text, Written, replayed, written
+from raykd.training.loop import World
 
 techniques.load_terms()
 V, STEPS, OWN, LENGTH, EOS = 11, 30, 5, 4, 2
@@ -184,7 +186,7 @@ def test_a_training_that_goes_on_from_a_report_finishes_its_log(tmp_path):
         read(parted)
     wrote(parted, first=4)  # a checkpoint may be older than what is kept
     assert read_json(whole.where / "_MANIFEST.json") == read_json(parted.where / "_MANIFEST.json")
-    assert tend.verify(parted.where) == {"complete": True, "shards": 4 * OWN, "damaged": []}
+    assert care.verify(parted.where) == {"complete": True, "shards": 4 * OWN, "damaged": []}
 
 
 def last_of(rank: int, log: Kept, batches: dict[int, Batch], wait_s: float, barrier: Any) -> None:
@@ -225,7 +227,7 @@ def test_workers_that_end_a_log_at_once_leave_it_whole(wait_s, tmp_path):
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert read_json(shared.where / "_MANIFEST.json") == read_json(alone.where / "_MANIFEST.json")
-    assert tend.verify(shared.where)["complete"]
+    assert care.verify(shared.where)["complete"]
 
 
 def test_a_damaged_shard_of_an_earlier_attempt_is_written_again(tmp_path):
@@ -234,7 +236,7 @@ def test_a_damaged_shard_of_an_earlier_attempt_is_written_again(tmp_path):
     wrote(hurt, last=15)
     (file, *_) = sorted((hurt.where / "data").iterdir())
     file.write_bytes(b"cut")
-    assert "raykd train RECIPE" in tend.again(hurt.where)
+    assert "raykd train RECIPE" in care.again(hurt.where)
     wrote(hurt)
     assert read_json(whole.where / "_MANIFEST.json") == read_json(hurt.where / "_MANIFEST.json")
 
@@ -347,15 +349,15 @@ def test_a_log_of_others_is_refused(both, tmp_path):
 def test_a_run_keeps_its_drafts_and_another_learns_from_them_without_a_teacher(tmp_path):
     recipe = texts.recipe(tmp_path, texts.tokenizer(tmp_path))
     sets = ("technique=ghost", "terms.kd.weight=0", "control=false", "optim.steps=20")
-    run = stages.train(checks.load(recipe, (*sets, "source.keep=true")), tmp_path / "runs")
+    run = walk.train(load(recipe, (*sets, "source.keep=true")), tmp_path / "runs")
     log = run / "drafts" / "student-0"
-    assert tend.verify(log)["complete"]
+    assert care.verify(log)["complete"]
     assert Store(log).row_id("train").tolist() == list(range(8 * 20))
     sets = (*sets, "source.kind=replay", f"source.log={run}/drafts/student-{{seed}}")
-    replay = checks.load(recipe, sets).model_copy(update={"teacher": None})
-    history = read_json(stages.train(replay, tmp_path / "runs") / "arms" / "student-0" / "arm.json")["history"]
+    replay = load(recipe, sets).model_copy(update={"teacher": None})
+    history = read_json(walk.train(replay, tmp_path / "runs") / "arms" / "student-0" / "arm.json")["history"]
     assert history[-1]["terms"]["ghost"] < history[0]["terms"]["ghost"]
     assert "lag" not in history[0]
     (log / "_MANIFEST.json").unlink()
     with pytest.raises(RecipeError, match=r"source\.log: .*student-0 is no finished log of drafts"):
-        checks.load(recipe, sets)
+        load(recipe, sets)

@@ -7,13 +7,15 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file, phases
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import RecipeError
 from raykd.quant.embedding import QuantEmbedding
-from raykd.quant.fake import LEAST
-from raykd.quant.layers import Left, QuantLayer, left, prepare, quantised
 from raykd.quant.pack import unpack
-from raykd.quant.scheme import BITS, LEVELS, SCALES, Quant
+from raykd.quant.rounding import LEAST
+from raykd.quant.swap import Left, QuantLayer, left, prepare, quantised
+from raykd.recipe.quant import BITS, LEVELS, SCALES, Quant
+from raykd.training import phases
 
 ROWS = 30
 KINDS = ("int8", "int4", "ternary")
@@ -144,8 +146,8 @@ def rounding(module: nn.Module, quant: Quant) -> nn.Module:
 
 
 def answered(module: nn.Module, ids: Tensor, folder) -> np.ndarray:
-    (folder / "student.onnx").write_bytes(onnx_file.to_onnx(module, ids[:2], most_steps=16))
-    return deployed.session(folder / "student.onnx").run(["logits"], {"inputs": ids.numpy()})[0]
+    (folder / "student.onnx").write_bytes(write_onnx.to_onnx(module, ids[:2], most_steps=16))
+    return onnx_session.session(folder / "student.onnx").run(["logits"], {"inputs": ids.numpy()})[0]
 
 
 @pytest.mark.parametrize(

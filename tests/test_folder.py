@@ -12,17 +12,19 @@ import texts
 from folders import load, split, stored
 from safetensors.torch import load_file
 
-from raykd import checks, gather, models
-from raykd.compare.changes import changes
-from raykd.digests import digest
+from raykd import models
 from raykd.errors import RecipeError
-from raykd.identity import identity
 from raykd.models import folder, transformers_lm
 from raykd.models.llama import Llama
-from raykd.recipe import ModelRef
-from raykd.scorer import Scorer
+from raykd.recipe.digest import digest
+from raykd.recipe.recipe import ModelRef
+from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
+from raykd.reports import gather
+from raykd.reports.compare.changes import changes
+from raykd.stages.load import resolve
 from raykd.store.commit import Shard
-from raykd.weights import CONFIG, INDEX, WEIGHTS
+from raykd.teacher.identity import identity
+from raykd.teacher.scorer import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def test_what_does_not_go_with_a_folder_is_refused(home, tmp_path):
     assert "keeps no cache" in told(home, "teacher.model=transformers", "drafter={ count = 4 }")["drafter"]
     series = {"teacher": {"model": "llama", "weights": str(home / "wide")}}
     with pytest.raises(RecipeError, match=r"name data\.tokenizer"):
-        checks.resolve(series)
+        resolve(series)
 
 
 def test_a_folder_too_small_for_the_data_is_refused(home):

@@ -16,17 +16,21 @@ import pytest
 import torch
 from torch import nn
 
-from raykd import artefact, checks, data, forms, packed_file, plan, predictions, stages
-from raykd.arms import run_arms
-from raykd.digests import file_sha256
+from raykd import data
+from raykd.deploy import artefact, forms, packed
+from raykd.deploy.parity import BLOCKS, Bar, bar_of
 from raykd.errors import GateError, RecipeError, StoreError
-from raykd.files import read_json
-from raykd.loop import World
+from raykd.files.atomic import read_json
 from raykd.models.llama import Llama
-from raykd.models.series import SeriesEncoder
-from raykd.parity import BLOCKS, Bar, bar_of
-from raykd.quant.scheme import Quant
-from raykd.recipe import Export, Recipe
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.digest import file_sha256
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import Export, Recipe
+from raykd.stages import plan, walk
+from raykd.stages.load import resolve
+from raykd.training import predictions
+from raykd.training.loop import World
+from raykd.training.run_arms import run_arms
 
 EXECUTORCH = find_spec("executorch") is not None
 SCHEMES: dict[str, dict[str, Any] | None] = {
@@ -42,7 +46,7 @@ def recipe_of(quant: dict[str, Any] | None, **export: bool) -> Recipe:
     raw: dict[str, Any] = {"name": "forms", "technique": "none", "control": False, "unrounded": False}
     raw |= {"data": {"stride": 128}, "optim": {"steps": 20, "batch": 16, "evaluate_every": 10}, "export": export}
     raw["student"] = {"settings": {"width": 32}}
-    return checks.resolve(raw | ({"phases": [{"until": 0.5}, {"until": 1.0, "quant": quant}]} if quant else {}))
+    return resolve(raw | ({"phases": [{"until": 0.5}, {"until": 1.0, "quant": quant}]} if quant else {}))
 
 
 def forms_of(quant: dict[str, Any] | None) -> dict[str, bool]:
@@ -102,7 +106,7 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
 
 def test_a_changed_table_is_a_new_export_and_no_new_training(tmp_path):
     quant = {"weights": "ternary", "activations": "none"}
-    folder = stages.export(recipe_of(quant), tmp_path)
+    folder = walk.export(recipe_of(quant), tmp_path)
     run = folder.parent
     trained = {p: p.stat().st_mtime_ns for p in (run / "arms").rglob("*") if p.is_file()}
     plain = {p.name for p in folder.iterdir()}
@@ -112,7 +116,7 @@ def test_a_changed_table_is_a_new_export_and_no_new_training(tmp_path):
         states = {stage["stage"]: stage["done"] for stage in plan.plan(recipe, tmp_path)["stages"]}
         assert states["train"]
         done, before = states["export"], (folder / "manifest.json").stat().st_mtime_ns
-        assert stages.export(recipe, tmp_path) == folder
+        assert walk.export(recipe, tmp_path) == folder
         assert done == ((folder / "manifest.json").stat().st_mtime_ns == before)
         assert {p: p.stat().st_mtime_ns for p in trained} == trained
         assert read_json(folder / "manifest.json")["export"] == recipe.export.model_dump()
@@ -141,9 +145,9 @@ def test_a_form_that_answers_otherwise_leaves_no_artefact_and_spoils_none(tmp_pa
     quant = {"weights": "ternary", "activations": "none"}
     recipe = recipe_of(quant, packed=True)
     train(recipe, tmp_path)
-    dataset, pack_trits = data.load(recipe.data), packed_file.pack_trits
+    dataset, pack_trits = data.load(recipe.data), packed.pack_trits
     with monkeypatch.context() as patch:
-        patch.setattr(packed_file, "pack_trits", lambda codes: pack_trits(-codes))
+        patch.setattr(packed, "pack_trits", lambda codes: pack_trits(-codes))
         with pytest.raises(GateError, match=r"as student.packed.safetensors answers them; no artefact was written"):
             artefact.export(recipe, dataset, tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {"arms"}
@@ -177,7 +181,7 @@ def test_what_can_not_be_is_refused_before_any_work_with_every_key(tmp_path):
         forms.check(every, encoder, Quant(), is_text=True)
     assert keys(caught) == {"export.stream", "export.packed", "export.pte"}
     forms.check(Export(), nn.Linear(3, 3), None)
-    for verb in (plan.plan, stages.export, stages.run):
+    for verb in (plan.plan, walk.export, walk.run):
         with pytest.raises(RecipeError, match=r"export\.packed: this student is not rounded"):
             verb(recipe_of(None, packed=True), tmp_path)
     with pytest.raises(RecipeError, match=r"export.strem: unknown key. Did you mean stream\?"):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raykd.data.vocabulary import check_digest, shared_tokens, table_digest
 from raykd.errors import DataError, RecipeError
-from raykd.fused import Head, dense_kl, shared_vocab, sparse_kl
+from raykd.losses.fused import Head, dense_kl, shared_vocab, sparse_kl
 from raykd.targets import SparseTargets
-from raykd.vocabulary import check_digest, shared_tokens, table_digest
 
 P, D, V = 23, 7, 50
 NAMES = ("hidden", "weight", "bias")

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from language import END, HELD_OUT, READ, TOKENS, bpe, text, train
 from torch import Tensor
 
-from raykd import gguf_blocks, gguf_file, phases
+from raykd.deploy.gguf import blocks as gguf_blocks
+from raykd.deploy.gguf import write as write_gguf
 from raykd.errors import RecipeError
 from raykd.models.llama import Llama, rotate, rotations
-from raykd.quant.layers import quantised
-from raykd.quant.scheme import Quant
+from raykd.quant.swap import quantised
+from raykd.recipe.quant import Quant
+from raykd.training import phases
 
 gguf = pytest.importorskip("gguf", reason="pip install 'raykd[gguf]'")
 
@@ -87,7 +89,7 @@ def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
     if quant:
         phases.round_as(module, quant)
     before = copy.deepcopy(module.state_dict())
-    sizes = gguf_file.write(
+    sizes = write_gguf.write(
         module, tmp_path / "m.gguf", matrices="F32", ternary=layers if layers[0] == "T" else "TQ2_0"
     )
     assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))
@@ -136,23 +138,23 @@ def test_what_has_no_form_in_gguf_is_refused_with_its_key_and_writes_nothing(nam
     if quant:
         phases.round_as(module, quant)
     with pytest.raises(RecipeError, match=words):
-        gguf_file.write(module, tmp_path / "m.gguf")
+        write_gguf.write(module, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_without_the_package_it_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RecipeError, match=r"pip install 'raykd\[gguf\]'"):
-        gguf_file.write(llama(layers=1), tmp_path / "m.gguf")
+        write_gguf.write(llama(layers=1), tmp_path / "m.gguf")
 
 
 def test_a_tokeniser_of_another_model_or_without_an_end_is_refused(tmp_path):
     bpe(tmp_path / "tokenizer.json")
     small = Llama(classes=50, steps=8, width=32, layers=1)
     with pytest.raises(RecipeError, match="384 tokens, and the model has 50 classes"):
-        gguf_file.write(small, tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json")
+        write_gguf.write(small, tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json")
     with pytest.raises(RecipeError, match="'def' is no special token"):
-        gguf_file.write(llama(), tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json", end="def")
+        write_gguf.write(llama(), tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json", end="def")
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
@@ -210,7 +212,7 @@ def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
     module, layers = get(name), SCHEMES[name][2]
     file, ends = tmp_path / "m.gguf", range(3, STEPS, 6)
     settings = {"matrices": "F32", "ternary": layers if layers[0] == "T" else "TQ2_0", "tokenizer": path, "end": END}
-    gguf_file.write(module, file, **settings)
+    write_gguf.write(module, file, **settings)
     cpp, ids = LlamaCpp(file), text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
     with torch.inference_mode():
         wanted = module(ids)["logits"].log_softmax(-1)[:, list(ends)]
@@ -233,7 +235,7 @@ def test_llama_cpp_reads_and_writes_text_as_the_tokeniser_and_the_module_do(lear
     pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     path, tokenizer, get = learnt
     module, prompt = get("fp32"), "def shorten(text, width=70):\n    caf\u00e9 = 2\u00b2  # it's 3\n"
-    gguf_file.write(module, tmp_path / "m.gguf", matrices="F32", tokenizer=path, end=END)
+    write_gguf.write(module, tmp_path / "m.gguf", matrices="F32", tokenizer=path, end=END)
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     length = ids.shape[1]
     with torch.inference_mode():

@@ -8,8 +8,10 @@ from language import END, HELD_OUT, bpe, text
 from test_gguf import EACH, SCHEMES, STEPS, gguf, llama
 from tokenizers import Tokenizer
 
-from raykd import gguf_file, gguf_read, phases
+from raykd.deploy.gguf import read as read_gguf
+from raykd.deploy.gguf import write as write_gguf
 from raykd.errors import RecipeError
+from raykd.training import phases
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def made(tmp_path_factory):
             if quant:
                 phases.round_as(module, quant)
             ternary = layers if layers[0] == "T" else "TQ2_0"
-            gguf_file.write(module, file, matrices="F32", ternary=ternary, tokenizer=home / "tokenizer.json", end=END)
+            write_gguf.write(module, file, matrices="F32", ternary=ternary, tokenizer=home / "tokenizer.json", end=END)
             found[name] = file, module.eval(), tokenizer
         return found[name]
 
@@ -35,7 +37,7 @@ def made(tmp_path_factory):
 @EACH
 def test_a_file_answers_as_the_model_that_was_written(name, made):
     file, module, tokenizer = made(name)
-    read, ids = gguf_read.read(file), text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
+    read, ids = read_gguf.read(file), text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
     assert read.settings == pytest.approx(module.settings, rel=1e-6)  # keys are float32
     if SCHEMES[name][0] is None:
         kept = module.state_dict()
@@ -51,7 +53,7 @@ def test_a_file_answers_as_the_model_that_was_written(name, made):
 @pytest.fixture(scope="module")
 def tokenizers(made):
     file, _, library = made("fp32")
-    return library, Tokenizer.from_str(gguf_read.tokenizer(file))
+    return library, Tokenizer.from_str(read_gguf.tokenizer(file))
 
 
 @given(st.text())
@@ -66,28 +68,28 @@ def test_what_is_no_llama_or_damaged_is_refused(made, tmp_path):
     for cut in (0, 3, 20, 900, len(whole) // 2, len(whole) - 100):
         path.write_bytes(whole[:cut])
         with pytest.raises(RecipeError, match=r"m\.gguf: not a GGUF file that can be read here"):
-            gguf_read.read(path)
+            read_gguf.read(path)
     for theirs, message in (("llamo", "general.architecture is 'llamo'"),):
         path.write_bytes(whole.replace(b"llama", theirs.encode(), 1))
         with pytest.raises(RecipeError, match=message):
-            gguf_read.read(path)
+            read_gguf.read(path)
     path.write_bytes(whole.replace(b"block_count", b"block_coint", 1))
     with pytest.raises(RecipeError, match=r"no llama\.block_count in it"):
-        gguf_read.read(path)
+        read_gguf.read(path)
     two = made("fp32")[0].with_name("two.gguf")
-    gguf_file.write(llama(layers=2), two, matrices="F32")
+    write_gguf.write(llama(layers=2), two, matrices="F32")
     key, kind = b"llama.block_count", (4).to_bytes(4, "little")
     less = two.read_bytes().replace(key + kind + bytes([2]), key + kind + bytes([1]))
     path.write_bytes(less)
     with pytest.raises(RecipeError, match=r"blk\.1\.\w+\.weight is in it, which this Llama has not"):
-        gguf_read.read(path)
+        read_gguf.read(path)
     path.write_bytes(whole.replace(b"blk.0.attn_q", b"blk.0.attn_x", 1))
     with pytest.raises(RecipeError, match=r"no tensor blk\.0\.attn_q\.weight"):
-        gguf_read.read(path)
+        read_gguf.read(path)
 
 
 def test_a_model_without_a_vocabulary_has_no_tokeniser(tmp_path):
-    gguf_file.write(llama(layers=1), tmp_path / "m.gguf")
+    write_gguf.write(llama(layers=1), tmp_path / "m.gguf")
     with pytest.raises(RecipeError, match="its tokeniser is 'none'"):
-        gguf_read.tokenizer(tmp_path / "m.gguf")
+        read_gguf.tokenizer(tmp_path / "m.gguf")
     assert gguf.GGUFReader(tmp_path / "m.gguf").tensors

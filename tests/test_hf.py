@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raykd.errors import RecipeError
-from raykd.models import hf
+from raykd.models import hf_folder
 from raykd.models.llama import Llama
-from raykd.quant.layers import prepare, quantised
-from raykd.quant.scheme import Quant
-from raykd.weights import INDEX
+from raykd.quant.swap import prepare, quantised
+from raykd.recipe.quant import Quant
+from raykd.recipe.weight_files import INDEX
 
 SHAPES = {
     "tied": {"kv_heads": 2},
@@ -37,27 +37,27 @@ TOKENS = torch.randint(50, (3, 40), generator=torch.Generator().manual_seed(1))
 @EACH
 def test_what_is_written_is_read_back(name, tmp_path):
     module = llama(name)
-    hf.write(module, tmp_path)
-    found = hf.read(tmp_path)
+    hf_folder.write(module, tmp_path)
+    found = hf_folder.read(tmp_path)
     assert found.settings == module.settings
     assert all(
         torch.equal(a, b) for a, b in zip(found.state_dict().values(), module.state_dict().values(), strict=True)
     )
     assert torch.equal(found(TOKENS)["logits"], module(TOKENS)["logits"])
-    assert (hf.HEAD in load_file(tmp_path / hf.WEIGHTS)) != module.settings["tied"]
+    assert (hf_folder.HEAD in load_file(tmp_path / hf_folder.WEIGHTS)) != module.settings["tied"]
 
 
 @EACH
 def test_weights_in_several_files_are_those_of_one(name, tmp_path):
     module = llama(name)
-    hf.write(module, tmp_path)
-    tensors = load_file(tmp_path / hf.WEIGHTS)
-    (tmp_path / hf.WEIGHTS).unlink()
+    hf_folder.write(module, tmp_path)
+    tensors = load_file(tmp_path / hf_folder.WEIGHTS)
+    (tmp_path / hf_folder.WEIGHTS).unlink()
     places = {n: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, n in enumerate(tensors)}
     for file in set(places.values()):
         save_file({n: tensors[n] for n in tensors if places[n] == file}, tmp_path / file)
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    assert torch.equal(hf.read(tmp_path)(TOKENS)["logits"], module(TOKENS)["logits"])
+    assert torch.equal(hf_folder.read(tmp_path)(TOKENS)["logits"], module(TOKENS)["logits"])
 
 
 @EACH
@@ -65,12 +65,12 @@ def test_their_model_answers_alike_from_the_folder(name, tmp_path):
     """Theirs from ours, and ours from what theirs writes."""
     transformers = pytest.importorskip("transformers")
     module = llama(name)
-    hf.write(module, tmp_path / "ours")
+    hf_folder.write(module, tmp_path / "ours")
     theirs, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(theirs).__name__ == ("BitNetForCausalLM" if module.settings["sub_norm"] else "LlamaForCausalLM")
     assert not any(said[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs.save_pretrained(tmp_path / "theirs")
-    again = hf.read(tmp_path / "theirs")
+    again = hf_folder.read(tmp_path / "theirs")
     assert again.settings == module.settings
     with torch.no_grad():
         wanted = theirs.eval()(TOKENS).logits
@@ -81,13 +81,13 @@ def test_their_model_answers_alike_from_the_folder(name, tmp_path):
 
 def test_older_keys_mean_what_they_meant(tmp_path):
     """No key heads of their own, no tie, rotary settings in rope_parameters or at the top."""
-    hf.write(llama("free"), tmp_path)
-    config = json.loads((tmp_path / hf.CONFIG).read_text())
+    hf_folder.write(llama("free"), tmp_path)
+    config = json.loads((tmp_path / hf_folder.CONFIG).read_text())
     for key in ("num_key_value_heads", "tie_word_embeddings"):
         del config[key]
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (tmp_path / hf.CONFIG).write_text(json.dumps(config))
-    assert hf.read(tmp_path).settings == llama("free").settings
+    (tmp_path / hf_folder.CONFIG).write_text(json.dumps(config))
+    assert hf_folder.read(tmp_path).settings == llama("free").settings
 
 
 @pytest.mark.parametrize(
@@ -104,23 +104,23 @@ def test_older_keys_mean_what_they_meant(tmp_path):
     ],
 )
 def test_what_is_another_model_is_named(key, value, words, tmp_path):
-    hf.write(llama(), tmp_path)
-    config = json.loads((tmp_path / hf.CONFIG).read_text())
+    hf_folder.write(llama(), tmp_path)
+    config = json.loads((tmp_path / hf_folder.CONFIG).read_text())
     config[key] = value
     if value is None:
         del config[key]
-    (tmp_path / hf.CONFIG).write_text(json.dumps(config))
+    (tmp_path / hf_folder.CONFIG).write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=words):
-        hf.read(tmp_path)
+        hf_folder.read(tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"no config\.json"):
-        hf.read(tmp_path)
-    hf.write(llama(), tmp_path)
-    (tmp_path / hf.WEIGHTS).write_bytes(b"pickle")
+        hf_folder.read(tmp_path)
+    hf_folder.write(llama(), tmp_path)
+    (tmp_path / hf_folder.WEIGHTS).write_bytes(b"pickle")
     with pytest.raises(RecipeError, match="not a readable safetensors file"):
-        hf.read(tmp_path)
+        hf_folder.read(tmp_path)
 
 
 def test_learned_scales_have_no_place_there(tmp_path):
@@ -129,4 +129,4 @@ def test_learned_scales_have_no_place_there(tmp_path):
     for _, layer in quantised(module):
         layer.set(quant)
     with pytest.raises(RecipeError, match=r"has no place for model.layers.0.mlp.down_proj.scale"):
-        hf.write(module, tmp_path)
+        hf_folder.write(module, tmp_path)

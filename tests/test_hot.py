@@ -20,15 +20,15 @@ import torch
 from child import CONTEXT, start, wait
 
 from raykd import data
-from raykd.ahead import Ahead
-from raykd.arms import Workshop, arms_of
-from raykd.batches import to_device
 from raykd.data import Dataset
 from raykd.errors import DataError, InfraError, StoreError
-from raykd.recipe import DataRef
-from raykd.store import hot
+from raykd.recipe.recipe import DataRef
+from raykd.store import node_copy
 from raykd.store.logits import from_metadata
 from raykd.store.reader import Store
+from raykd.training.device_rows import to_device
+from raykd.training.prefetch import Ahead
+from raykd.training.run_arms import Workshop, arms_of
 
 folder = test_stored_logits.folder
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_the_copy_is_mapped_and_not_held(comb, cache):
 
 def test_shards_whose_layouts_differ_are_read_alike(comb, cache, monkeypatch):
     """Each shard's file has its own smallest layout; the column is one."""
-    monkeypatch.setattr("raykd.codecs.layout.compressed", lambda column: zlib.crc32(str(column[0]).encode()))
+    monkeypatch.setattr("raykd.store.codecs.layout.compressed", lambda column: zlib.crc32(str(column[0]).encode()))
     recipe, store = comb
     mixed = by_hand.score(recipe, cache / "mixed")
     assert len({s.schema.field("logits").metadata[b"layout"] for s in Store(mixed).shards("train")}) > 1
@@ -95,8 +95,8 @@ def test_shards_whose_layouts_differ_are_read_alike(comb, cache, monkeypatch):
 def open_it(store: str, gate, told: str) -> None:
     """Open a store's copy with others, and write down whether this process made it."""
     made = []
-    make = hot._make
-    hot._make = lambda *a: made.append(1) or make(*a)
+    make = node_copy._make
+    node_copy._make = lambda *a: made.append(1) or make(*a)
     gate.wait(30)
     table = Store(Path(store)).table("train")
     Path(told).write_text(json.dumps([len(made), table.num_rows]))
@@ -152,7 +152,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(comb, cache, monkeypatch):
         signal.signal(signal.SIGXFSZ, handler)
     assert list(copy_of(cache, store).parent.iterdir()) == []
     assert store.table("train").num_rows > 0
-    monkeypatch.setattr(hot, "_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(node_copy, "_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(InfraError, match="No space left"):
         store.table("val")
 

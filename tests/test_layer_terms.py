@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.batches import DeviceRows
 from raykd.errors import RecipeError
-from raykd.loop import Arm, train
+from raykd.losses.objective import Objective
 from raykd.models.adapter import Adapter
-from raykd.models.series import SeriesEncoder
-from raykd.objective import Objective
-from raykd.recipe import Optim, TermSpec
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.recipe import Optim, TermSpec
 from raykd.signals import Batch, Signals, aligned, resampled
 from raykd.techniques.attention import attention
 from raykd.techniques.fitnets import hint
 from raykd.techniques.infonce import infonce
+from raykd.training.device_rows import DeviceRows
+from raykd.training.loop import Arm, train
 
 B, T = 8, 6
 PAIRS = [["a", "b"]]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from raykd import checks
-from raykd.batches import to_device
 from raykd.errors import StoreError
-from raykd.scorer import Scorer
-from raykd.store import layers, tend
+from raykd.losses.term import TERMS, Places, term
+from raykd.stages.load import resolve
+from raykd.store import care, layer_signals
 from raykd.store.reader import Store
-from raykd.terms import TERMS, Places, term
+from raykd.teacher.scorer import Scorer
+from raykd.training.device_rows import to_device
 
 LAYER = "hidden.blocks.0"
 
@@ -37,8 +37,8 @@ def recipes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     table = by_hand.teacher(folder / "teacher.safetensors")
     raw = {"teacher": table, "data": {"stride": 200}, "store": {"rows_per_shard": 100, "batch": 64}}
-    plain = checks.resolve(raw | {"terms": {"kd": {}}})
-    return plain, checks.resolve(raw | {"terms": {"kd": {}, "reads_a_layer": {}}}), folder
+    plain = resolve(raw | {"terms": {"kd": {}}})
+    return plain, resolve(raw | {"terms": {"kd": {}, "reads_a_layer": {}}}), folder
 
 
 def content(folder):
@@ -54,7 +54,7 @@ def test_an_extended_store_keeps_every_byte_and_gains_the_layer(recipes):
     assert by_hand.score(reading, folder / "stores") == store, "one teacher and one data set have one store"
     after = content(store)
     assert {path: after[path] for path in before} == before
-    assert {path.parts[0] for path in after.keys() - before.keys()} == {layers.FOLDER}
+    assert {path.parts[0] for path in after.keys() - before.keys()} == {layer_signals.FOLDER}
 
     scorer = Scorer(reading)
     rows = scorer.dataset.splits["val"]
@@ -69,15 +69,15 @@ def test_an_extended_store_keeps_every_byte_and_gains_the_layer(recipes):
 def test_an_extended_store_is_cared_for_as_a_whole(recipes):
     _, reading, folder = recipes
     store = by_hand.score(reading, folder / "cared")
-    assert tend.verify(store) == {"complete": True, "shards": 2 * len(Store(store).manifest["shards"]), "damaged": []}
-    assert LAYER in tend.show(store)["columns"]
-    assert tend.gc(store, older_than_s=-1) == []
-    path = next((store / layers.FOLDER / LAYER / "data").iterdir())
+    assert care.verify(store) == {"complete": True, "shards": 2 * len(Store(store).manifest["shards"]), "damaged": []}
+    assert LAYER in care.show(store)["columns"]
+    assert care.gc(store, older_than_s=-1) == []
+    path = next((store / layer_signals.FOLDER / LAYER / "data").iterdir())
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    (damage,) = tend.verify(store)["damaged"]
-    assert damage["file"] == f"{layers.FOLDER}/{LAYER}/data/{path.name}"
-    assert tend.repair(store) == [damage["file"]]
+    (damage,) = care.verify(store)["damaged"]
+    assert damage["file"] == f"{layer_signals.FOLDER}/{LAYER}/data/{path.name}"
+    assert care.repair(store) == [damage["file"]]
     by_hand.score(reading, folder / "cared")
     assert path.read_bytes() == whole
     assert np.array_equal(Store(store).row_id("test"), Scorer(reading).dataset.splits["test"].row_id)

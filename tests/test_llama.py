@@ -8,10 +8,10 @@ from torch import nn
 
 from raykd.errors import DataError
 from raykd.models.adapter import KeepsAttention
-from raykd.models.cache import Cache
+from raykd.models.kv_cache import Cache
 from raykd.models.llama import Attention, Llama, rotate, rotations
-from raykd.quant.layers import prepare, quantised
-from raykd.quant.scheme import Quant
+from raykd.quant.swap import prepare, quantised
+from raykd.recipe.quant import Quant
 
 VOCABULARY, STEPS = 50, 24
 SHAPES = {

@@ -20,19 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from raykd import checks, predictions
-from raykd.arms import Workshop, arms_of, run_arms
-from raykd.batches import DeviceRows, Order
-from raykd.checkpoints import Checkpoints
 from raykd.errors import DataError
-from raykd.files import read_json
-from raykd.loop import Arm, World, train
+from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
-from raykd.models.series import SeriesEncoder
-from raykd.phases import spans
-from raykd.recipe import Optim, Recipe, TermSpec
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.recipe import Optim, Recipe, TermSpec
 from raykd.signals import UNLABELLED, Batch
-from raykd.state import State
+from raykd.stages.load import resolve
+from raykd.training import predictions
+from raykd.training.checkpoints import Checkpoints
+from raykd.training.device_rows import DeviceRows, Order
+from raykd.training.loop import Arm, World, train
+from raykd.training.phases import spans
+from raykd.training.run_arms import Workshop, arms_of, run_arms
+from raykd.training.state import State
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -355,7 +356,7 @@ def test_history_holds_the_mean_of_each_term_since_the_last_report():
 def distillation(tmp_path_factory) -> tuple[Recipe, Path]:
     """A tiny recipe of two seeds over a few gestures, and its scored store."""
     folder = tmp_path_factory.mktemp("distillation")
-    found = checks.resolve(
+    found = resolve(
         {
             "technique": "vanilla",
             "seeds": [0, 5],

@@ -18,8 +18,8 @@ from raykd import models
 from raykd.errors import RecipeError
 from raykd.models import MODELS, build, load_weights, register_model
 from raykd.models.adapter import Adapter
-from raykd.models.series import SeriesEncoder
-from raykd.recipe import ModelRef
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.recipe import ModelRef
 
 B, T, K, C, D, H = 3, 7, 6, 5, 8, 2
 SIZES = [(8, 1), (16, 1), (32, 1), (64, 2), (96, 3)]

@@ -15,13 +15,15 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file, operators
+from raykd.deploy.onnx import operators
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import RecipeError
-from raykd.models.series import SeriesEncoder
-from raykd.quant.fake import LEAST
-from raykd.quant.layers import QuantLinear, prepare, quantised
+from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.pack import unpack
-from raykd.quant.scheme import BITS, Quant
+from raykd.quant.rounding import LEAST
+from raykd.quant.swap import QuantLinear, prepare, quantised
+from raykd.recipe.quant import BITS, Quant
 
 ROWS, STEPS, CHANNELS, CLASSES = 1000, 12, 3, 5
 SCHEMES = {
@@ -91,7 +93,7 @@ def copy_of(module: nn.Module, quant: Quant | None) -> nn.Module:
 
 def run(data: bytes, folder) -> object:
     (folder / "student.onnx").write_bytes(data)
-    return deployed.session(folder / "student.onnx")
+    return onnx_session.session(folder / "student.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def exported(tmp_path_factory):
             quant = SCHEMES.get(name)
             module = encoder_of(quant)
             inputs = torch.randn(ROWS, STEPS, CHANNELS)
-            data = onnx_file.to_onnx(copy_of(module, quant), inputs[:2])
+            data = write_onnx.to_onnx(copy_of(module, quant), inputs[:2])
             session = run(data, tmp_path_factory.mktemp("onnx"))
             made[name] = Exported(quant, module, dict(quantised(module)), data, inputs, session)
         return made[name]
@@ -219,7 +221,7 @@ def test_a_file_is_as_small_as_its_bits_say(name, bits, tmp_path):
     module = encoder_of(quant, width=width)
     rounded = sum(layer.weight.numel() for _, layer in quantised(module))
     rest = sum(p.numel() for p in module.parameters()) - rounded
-    size = len(onnx_file.to_onnx(module, torch.randn(2, STEPS, CHANNELS)))
+    size = len(write_onnx.to_onnx(module, torch.randn(2, STEPS, CHANNELS)))
     scales = 4 * sum(len(layer.codes) for layer in module.modules() if isinstance(layer, operators.MatMulNBits))
     assert size == pytest.approx(rounded * bits / 8 + 4 * rest, abs=16_000 + scales), "16 kB of graph"
 
@@ -235,7 +237,7 @@ def test_a_block_is_what_takes_the_fewest_bytes():
 def test_a_file_may_take_any_number_of_steps(name, tmp_path):
     quant = SCHEMES[name]
     module = encoder_of(quant)
-    session = run(onnx_file.to_onnx(copy_of(module, quant), torch.randn(2, 8, CHANNELS), most_steps=STEPS), tmp_path)
+    session = run(write_onnx.to_onnx(copy_of(module, quant), torch.randn(2, 8, CHANNELS), most_steps=STEPS), tmp_path)
     for steps in (1, 2, 7, STEPS):
         inputs = torch.randn(100, steps, CHANNELS)
         with torch.inference_mode():
@@ -246,7 +248,7 @@ def test_a_file_may_take_any_number_of_steps(name, tmp_path):
 def test_a_module_of_one_number_of_steps_can_not_take_any():
     module = nn.Sequential(nn.Flatten(), nn.Linear(STEPS * CHANNELS, CLASSES))
     with pytest.raises(RecipeError, match="width follows the number of steps"):
-        onnx_file.to_onnx(rounding(module, Quant(skip=[])), torch.randn(2, STEPS, CHANNELS), most_steps=STEPS)
+        write_onnx.to_onnx(rounding(module, Quant(skip=[])), torch.randn(2, STEPS, CHANNELS), most_steps=STEPS)
 
 
 def test_scales_that_training_made_negative_are_executed_as_the_least(tmp_path):
@@ -259,7 +261,7 @@ def test_scales_that_training_made_negative_are_executed_as_the_least(tmp_path):
             assert torch.equal(layer.codes()[::2], layer.weight[::2].sign().to(torch.int8)), "no sign flips"
     inputs = torch.randn(20, STEPS, CHANNELS)
     expected = module(inputs)["logits"].detach().numpy()
-    found = run(onnx_file.to_onnx(module, inputs[:2]), tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0]
+    found = run(write_onnx.to_onnx(module, inputs[:2]), tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0]
     assert apart(found, expected) <= 1e-5
 
 
@@ -307,7 +309,7 @@ def test_other_peoples_modules_are_rounded_too_where_they_are_evaluated(kind, we
     with torch.inference_mode():
         evaluated = logits_of(module(inputs)).numpy()
     assert alike(evaluated, learned, quant)
-    data = onnx_file.to_onnx(module, inputs[:2])
+    data = write_onnx.to_onnx(module, inputs[:2])
     nodes = [n.op_type for n in onnx.load_from_string(data).graph.node if n.op_type in operators.OPERATORS]
     assert len(nodes) == (4 if kind is Torchs else 2)
     assert alike(run(data, tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0], learned, quant)
@@ -324,5 +326,5 @@ def test_what_has_no_operator_is_named():
             return torch.linalg.eigvals(self.layer(inputs)).real
 
     with pytest.raises(RecipeError, match=r"Odd can not be written as ONNX: .*linalg_eig.*; write that part"):
-        onnx_file.to_onnx(rounding(Odd(), Quant(skip=[])), torch.randn(2, 32, 32))
+        write_onnx.to_onnx(rounding(Odd(), Quant(skip=[])), torch.randn(2, 32, 32))
     assert torch.backends.mha.get_fastpath_enabled()

@@ -20,14 +20,17 @@ import torch.nn.functional as F
 from onnx import helper
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_decoder, onnx_file, operators, phases
-from raykd.decoder import Decoder
+from raykd.deploy.onnx import operators, write_decoder
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
+from raykd.deploy.onnx.decoder import Decoder
+from raykd.deploy.parity import BLOCKS, bar_of
 from raykd.errors import DataError, StoreError
 from raykd.models.llama import Llama
-from raykd.parity import BLOCKS, bar_of
-from raykd.quant.layers import quantised
 from raykd.quant.linear import QuantLinear
-from raykd.quant.scheme import BITS, Quant
+from raykd.quant.swap import quantised
+from raykd.recipe.quant import BITS, Quant
+from raykd.training import phases
 
 STEPS, ROWS = 128, 8
 POSITIONS = ROWS * (STEPS - 1)
@@ -101,7 +104,7 @@ def exported():
             quant, module = SCHEMES[name], copy.deepcopy(learnt[name == "sub-norm"])
             phases.round_as(module, quant)
             train(module, 40, 1e-3)
-            made[name] = Exported(quant, module, onnx_decoder.to_onnx(copy.deepcopy(module)), text)
+            made[name] = Exported(quant, module, write_decoder.to_onnx(copy.deepcopy(module)), text)
         return made[name]
 
     return get
@@ -246,8 +249,8 @@ def test_lookup_tables_answer_within_the_bar_of_blocks_and_others_pass_over_what
     phases.round_as(module, quant)
     x = torch.randn(64, 5, 384)
     wanted = module(x).detach().numpy()
-    data = onnx_file.to_onnx(module, x[:2])
-    plain, tables = (deployed.session(data, lut=lut).run(None, {"inputs": x.numpy()})[0] for lut in (False, True))
+    data = write_onnx.to_onnx(module, x[:2])
+    plain, tables = (onnx_session.session(data, lut=lut).run(None, {"inputs": x.numpy()})[0] for lut in (False, True))
     assert np.quantile(np.abs(plain - wanted), 0.99) <= 1e-5 * np.abs(wanted).max()
     assert np.abs(tables - wanted).max() <= BLOCKS.relative * np.abs(wanted).max()
     options = onnxruntime.SessionOptions()
@@ -262,6 +265,6 @@ def test_as_many_heads_of_keys_as_of_queries_are_written_too():
     tokens = torch.randint(50, (1, 12))
     with torch.inference_mode():
         said = module(tokens)["logits"].numpy()
-    decoder = Decoder(onnx_decoder.to_onnx(module))
+    decoder = Decoder(write_decoder.to_onnx(module))
     answered = np.concatenate([decoder.step(tokens[:, i : i + 1].numpy()) for i in range(12)], 1)
     assert np.abs(said - answered).max() <= 1e-5 * np.abs(said).max()

@@ -16,13 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file, onnx_stream, operators, phases
+from raykd.deploy.onnx import operators, write_stream
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
+from raykd.deploy.onnx.stream import Stream
+from raykd.deploy.onnx.write_decoder import names
+from raykd.deploy.parity import EXACT, INTEGER, Bar, bar_of
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.models.series import SeriesEncoder
-from raykd.onnx_decoder import names
-from raykd.parity import EXACT, INTEGER, Bar, bar_of
-from raykd.quant.scheme import Quant
-from raykd.streaming import Stream
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.quant import Quant
+from raykd.training import phases
 
 ROWS, STEPS, CHANNELS, CLASSES = 60, 16, 3, 5
 SCHEMES = {
@@ -54,7 +57,7 @@ class Exported:
 
     def trained(self, cuts: list[int]) -> dict[str, np.ndarray]:
         """The module's answers, its past handed from call to call between the cuts."""
-        step, state, found = onnx_stream.Step(self.module), onnx_stream.empty(self.module, ROWS), []
+        step, state, found = write_stream.Step(self.module), write_stream.empty(self.module, ROWS), []
         with torch.inference_mode():
             for a, b in pairwise(cuts):
                 logits, valence, tail, *kept = step(self.inputs[:, a:b], *state)
@@ -88,7 +91,7 @@ def exported():
             if quant:
                 phases.round_as(module, quant)
             made[name] = Exported(
-                quant, module, onnx_stream.to_onnx(copy.deepcopy(module)), torch.randn(ROWS, STEPS, CHANNELS)
+                quant, module, write_stream.to_onnx(copy.deepcopy(module)), torch.randn(ROWS, STEPS, CHANNELS)
             )
         return made[name]
 
@@ -150,7 +153,7 @@ def test_a_step_is_blind_to_what_comes_after_it_and_sees_all_before(name, export
 def test_its_operators_and_its_bytes_are_those_of_the_file_of_a_window(name, exported):
     case = exported(name)
     proto = onnx.load_from_string(case.data)
-    whole = onnx.load_from_string(onnx_file.to_onnx(copy.deepcopy(case.module), case.inputs[:2]))
+    whole = onnx.load_from_string(write_onnx.to_onnx(copy.deepcopy(case.module), case.inputs[:2]))
     ours, theirs = (Counter(n.op_type for n in p.graph.node) for p in (proto, whole))
     for kind in (*operators.OPERATORS, "DynamicQuantizeLinear", "MatMul", "Conv", "Attention", "LayerNormalization"):
         assert ours[kind] == theirs[kind], kind
@@ -172,7 +175,7 @@ def test_a_kernel_of_one_step_and_one_longer_than_the_window_are_read_on_too(set
     module = encoder(**settings)
     case = Exported(None, module, b"", torch.randn(ROWS, STEPS, CHANNELS))
     wanted = case.plain()
-    case.data = onnx_stream.to_onnx(copy.deepcopy(module))
+    case.data = write_stream.to_onnx(copy.deepcopy(module))
     assert Stream(case.data).state["tail"].shape == (1, CHANNELS, settings["kernel"] - 1)
     for cuts in CUTS.values():
         assert_alike(case.answered(cuts), wanted, EXACT)
@@ -185,7 +188,7 @@ def test_attention_maps_are_kept_of_what_was_read_before_too():
         block.attention.keep_attention = True
     module(x)
     whole = [block.attention.attention for block in module.blocks]
-    step, state = onnx_stream.Step(module), onnx_stream.empty(module, 2)
+    step, state = write_stream.Step(module), write_stream.empty(module, 2)
     _, _, tail, *kept = step(x[:, :10], *state)
     step(x[:, 10:], tail, kept[:2], kept[2:])
     for block, maps in zip(module.blocks, whole, strict=True):
@@ -237,26 +240,26 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
 
 
 def test_the_file_and_the_module_end_where_their_positions_end(exported):
-    tail, keys, values = onnx_stream.empty(encoder(), 2, past=10)
+    tail, keys, values = write_stream.empty(encoder(), 2, past=10)
     feed = dict(zip(["past_tail", *(f"past_{name}" for name in names(2))], [tail, *keys, *values], strict=True))
     feed = {name: value.numpy() for name, value in feed.items()}
-    session = deployed.session(exported("ternary").data)
+    session = onnx_session.session(exported("ternary").data)
     assert session.run(["logits"], feed | {"inputs": np.zeros((2, 6, CHANNELS), np.float32)})[0].shape[1] == 6
     with pytest.raises(Exception, match=r"invalid ind|out of"):
         session.run(["logits"], feed | {"inputs": np.zeros((2, 7, CHANNELS), np.float32)})
     module = encoder()
-    step, state = onnx_stream.Step(module), onnx_stream.empty(module, 2, past=10)
+    step, state = write_stream.Step(module), write_stream.empty(module, 2, past=10)
     with pytest.raises(ValueError, match="7 steps after 10, but this encoder was built for at most 16"):
         step(torch.zeros(2, 7, CHANNELS), *state)
 
 
 def test_what_does_not_read_on_is_refused(exported):
     with pytest.raises(StoreError, match="does not read on"):
-        Stream(onnx_file.to_onnx(encoder(), torch.zeros(2, STEPS, CHANNELS)))
+        Stream(write_onnx.to_onnx(encoder(), torch.zeros(2, STEPS, CHANNELS)))
     for module, found in (
         (nn.Linear(3, 3), "found a Linear"),
         (encoder(layers=0), "without a layer"),
         (encoder(steps=3), "a window of 3 steps"),
     ):
         with pytest.raises(RecipeError, match=rf"export.stream: .*{found}.*write stream = false"):
-            onnx_stream.check(module)
+            write_stream.check(module)

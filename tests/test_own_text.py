@@ -10,16 +10,16 @@ from child import start, wait
 from safetensors.torch import load_file, save_file
 
 from raykd import techniques
-from raykd.batches import DeviceRows
-from raykd.checkpoints import Checkpoints
-from raykd.loop import Arm, State, World, train
+from raykd.generation.own_rows import Live, Text
+from raykd.generation.sampling import Frozen
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
-from raykd.phases import prepare
-from raykd.recipe import Optim, Phase, TermSpec
-from raykd.rollouts import Frozen
-from raykd.source import Source
-from raykd.written import Live, Text
+from raykd.recipe.recipe import Optim, Phase, TermSpec
+from raykd.recipe.source import Source
+from raykd.training.checkpoints import Checkpoints
+from raykd.training.device_rows import DeviceRows
+from raykd.training.loop import Arm, State, World, train
+from raykd.training.phases import prepare
 
 techniques.load_terms()
 VOCAB, STEPS, ROWS = 13, 12, 40

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from raykd import packed_file, phases
+from raykd.deploy import packed as packed_file
 from raykd.errors import StoreError
-from raykd.quant.fixed import FixedEmbedding, FixedLinear
-from raykd.quant.layers import quantised
-from raykd.quant.rest import Stored, codes_and_scales
-from raykd.quant.scheme import LEVELS, Quant
+from raykd.quant.coded import FixedEmbedding, FixedLinear
+from raykd.quant.other_parameters import Stored, codes_and_scales
+from raykd.quant.swap import quantised
+from raykd.recipe.quant import LEVELS, Quant
+from raykd.training import phases
 
 WORDS, WIDTH, STEPS = 21, 33, 6
 SCHEMES = {

@@ -13,20 +13,25 @@ from safetensors.torch import save_file
 from test_workers import rows_for
 from torch import nn
 
-from raykd import artefact, checks, data, models, onnx_file, operators, trials
-from raykd.arms import run_arms
-from raykd.checkpoints import Checkpoints
+from raykd import data, models
+from raykd.deploy import artefact
+from raykd.deploy.onnx import operators
+from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import GateError, RecipeError
-from raykd.loop import Arm, World, train
 from raykd.models.adapter import Adapter
-from raykd.models.series import SeriesEncoder
-from raykd.phases import enter, prepare, spans
-from raykd.quant import rest
-from raykd.quant.layers import quantised
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.orchestration import tuning
+from raykd.quant import other_parameters
 from raykd.quant.pack import pack, unpack
-from raykd.quant.scheme import Quant
-from raykd.recipe import Optim, Phase, TermSpec
-from raykd.state import State
+from raykd.quant.swap import quantised
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import Optim, Phase, TermSpec
+from raykd.stages.load import resolve
+from raykd.training.checkpoints import Checkpoints
+from raykd.training.loop import Arm, World, train
+from raykd.training.phases import enter, prepare, spans
+from raykd.training.run_arms import run_arms
+from raykd.training.state import State
 
 OPTIM = Optim(steps=40, batch=12, learning_rate=1e-2, evaluate_every=5)
 TERNARY = Quant(weights="ternary")
@@ -62,9 +67,9 @@ def test_a_phase_without_a_step_is_refused():
     """A last phase that rounds to nothing would leave the student under the one before it."""
     phases = [{"until": 0.5}, {"until": 0.75, "quant": {"weights": "int4"}}, {"until": 1.0, "quant": {}}]
     raw = {"technique": "none", "phases": phases}
-    assert checks.resolve(raw | {"optim": {"steps": 4}}).optim.steps == 4
+    assert resolve(raw | {"optim": {"steps": 4}}).optim.steps == 4
     with pytest.raises(RecipeError, match=r"optim.steps = 2 leaves a phase without a step: they end at \[1, 2, 2\]"):
-        checks.resolve(raw | {"optim": {"steps": 2}})
+        resolve(raw | {"optim": {"steps": 2}})
 
 
 def test_each_phase_warms_up_anew_and_decays_to_nothing():
@@ -169,7 +174,7 @@ def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
     rounded = student_of((Phase(until=1.0, quant=Quant()),)).module
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     models.load_weights(rounded, tmp_path / "plain.safetensors", "student")
-    found, wanted = rest.plain(rounded.state_dict()), plain.state_dict()
+    found, wanted = other_parameters.plain(rounded.state_dict()), plain.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -189,7 +194,7 @@ SCHEMES = {
 @pytest.mark.parametrize("name", SCHEMES)
 def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
     """Trained for a moment, exported, executed by onnxruntime on every test row; its codes are the student's own."""
-    recipe = checks.resolve(
+    recipe = resolve(
         {
             "technique": "none",
             "data": {"stride": 128},
@@ -256,11 +261,11 @@ def test_a_model_that_can_not_be_written_is_refused():
     prepare(module, [phase])
     enter(module, phase)
     with pytest.raises(RecipeError, match="Odd can not be written as ONNX"):
-        onnx_file.to_onnx(module, torch.ones(2, 4, 3))
+        write_onnx.to_onnx(module, torch.ones(2, 4, 3))
 
 
 def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_path, monkeypatch):
-    recipe = checks.resolve(
+    recipe = resolve(
         {
             "technique": "none",
             "data": {"stride": 128},
@@ -277,7 +282,7 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
 
 def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
     """Its weights are written under the user's names, with the learned scales, and read under the last phase."""
-    recipe = checks.resolve(
+    recipe = resolve(
         {
             "technique": "none",
             "data": {"stride": 128},
@@ -287,9 +292,9 @@ def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
     )
     shared = {"recipe": recipe.model_dump(mode="json"), "store": None, "folder": str(tmp_path), "trial": "one"}
     told: list[dict] = []
-    trials._train_trial({}, shared, World(), told.append)
+    tuning._train_trial({}, shared, World(), told.append)
     weights = tmp_path / "trials" / "one" / "weights.safetensors"
-    found = trials.test_metrics(recipe, weights)
+    found = tuning.test_metrics(recipe, weights)
     assert 0 < found["accuracy"] < 1
     with safe_open(weights, framework="pt") as file:
         names = set(file.keys())

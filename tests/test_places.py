@@ -22,13 +22,16 @@ from command import raykd
 from test_store import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 from test_tend import typed
 
-from raykd import checks, plan, stream
-from raykd.digests import digest
 from raykd.errors import InfraError, RecipeError, StoreError
-from raykd.store import bucket, layers, tend
-from raykd.store.bucket import Bucket
+from raykd.files import bucket
+from raykd.files.bucket import Bucket
+from raykd.files.place import Address, at, read_json, within
+from raykd.orchestration import scoring
+from raykd.recipe.digest import digest
+from raykd.stages import plan
+from raykd.stages.load import load, resolve
+from raykd.store import care, layer_signals
 from raykd.store.commit import StoreWriter
-from raykd.store.place import Address, at, read_json, within
 from raykd.store.reader import Store
 
 KINDS = ("folder", "bucket")
@@ -121,8 +124,8 @@ def test_a_store_has_the_same_bytes_wherever_it_stands(store, whole):
     fill(store)
     assert content(store) == content(whole)
     assert [ours.equals(theirs) for ours, theirs in zip(read_all(store), read_all(whole), strict=True)] == [True] * 3
-    assert tend.verify(store) == tend.verify(whole)
-    assert tend.show(store) | {"store": ""} == tend.show(whole) | {"store": ""}
+    assert care.verify(store) == care.verify(whole)
+    assert care.show(store) | {"store": ""} == care.show(whole) | {"store": ""}
     fill(store)
     assert content(store) == content(whole)
 
@@ -172,13 +175,13 @@ def test_a_flipped_bit_is_named_and_repaired(kind, store, whole):
 def test_a_lost_or_cut_file_is_scored_again(store, whole):
     fill(store)
     files = [record["file"] for record in Store(store).manifest["shards"]]
-    assert stream.is_complete(store, [])
+    assert scoring.is_complete(store, [])
     at(store).delete(files[1])
-    assert not stream.is_complete(store, [])
+    assert not scoring.is_complete(store, [])
     assert StoreWriter(store, IDENTITY).missing(SHARDS) == [SHARDS[1]]
     fill(store)
     at(store).put(files[4], b"cut")
-    assert not stream.is_complete(store, [])
+    assert not scoring.is_complete(store, [])
     assert StoreWriter(store, IDENTITY).missing(SHARDS) == [SHARDS[4]]
     fill(store)
     assert content(store) == content(whole)
@@ -189,22 +192,22 @@ def test_what_a_killed_writer_left_behind_is_collected(store, whole):
     left = ["_commits/.x.tmp", "data/part-00000-0123456789abcdef.parquet"]
     for name in left:
         at(store).put(name, b"left behind")
-    assert tend.gc(store, older_than_s=3600) == []
-    assert tend.gc(store, older_than_s=-60) == left
+    assert care.gc(store, older_than_s=3600) == []
+    assert care.gc(store, older_than_s=-60) == left
     assert content(store) == content(whole)
 
 
 def test_a_layer_is_a_store_below_the_first(store):
-    for name, writer in layers.writers(store, IDENTITY, ["hidden.a"]).items():
+    for name, writer in layer_signals.writers(store, IDENTITY, ["hidden.a"]).items():
         for shard in SHARDS:
             writer.commit(shard, table_of(shard))
-        assert not stream.is_complete(store, ["hidden.a"])
+        assert not scoring.is_complete(store, ["hidden.a"])
         writer.finish(SHARDS, {"rows": ROWS} if not name else {})
-    assert stream.is_complete(store, ["hidden.a"])
-    assert tend.verify(store) == {"complete": True, "shards": 2 * len(SHARDS), "damaged": []}
+    assert scoring.is_complete(store, ["hidden.a"])
+    assert care.verify(store) == {"complete": True, "shards": 2 * len(SHARDS), "damaged": []}
     spoil(within(store, "signals/hidden.a"), "_commits/00001.json")
-    assert [d["file"] for d in tend.verify(store)["damaged"]] == ["signals/hidden.a/_commits/00001.json"]
-    assert tend.repair(store) == ["signals/hidden.a/_commits/00001.json"]
+    assert [d["file"] for d in care.verify(store)["damaged"]] == ["signals/hidden.a/_commits/00001.json"]
+    assert care.repair(store) == ["signals/hidden.a/_commits/00001.json"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,20 +225,20 @@ def test_check_finds_the_nearest_store(kind, folder, tmp_path):
     home = str(new(kind, tmp_path))
     where = by_hand.score(recipe, home)
     raw = recipe.model_dump(mode="json", exclude_none=True)
-    same = checks.resolve(raw | {"scale": {"store": f"{home}/"}})
+    same = resolve(raw | {"scale": {"store": f"{home}/"}})
     assert digest(same) == digest(recipe), "a place is no part of what is made"
     score = plan.plan(same, tmp_path)["stages"][0]
     assert score["done"]
     assert str(where) in score["what"]
     other = raw | {"scale": {"store": home}, "store": raw["store"] | {"batch": 16}}
-    found = plan.plan(checks.resolve(other), tmp_path)["nearest_store"]
+    found = plan.plan(resolve(other), tmp_path)["nearest_store"]
     assert found == {"store": str(where), "differences": ["store.batch: 16 wanted, 32 stored"]}
 
 
 def test_a_folder_of_stores_is_relative_to_the_recipe(tmp_path):
     for text, wanted in (("stores", str(tmp_path / "stores")), ("s3://bucket/a", "s3://bucket/a")):
         (tmp_path / "r.toml").write_text(f'technique = "none"\n[scale]\nstore = "{text}"\n')
-        assert checks.load(tmp_path / "r.toml").scale.store == wanted
+        assert load(tmp_path / "r.toml").scale.store == wanted
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_a_url_that_can_not_be_one_is_refused(url, tmp_path):
         at(url)
     (tmp_path / "r.toml").write_text(f'technique = "none"\n[scale]\nstore = "{url}"\n')
     with pytest.raises(RecipeError, match=r"scale.store: must be a folder or s3://bucket/prefix"):
-        checks.load(tmp_path / "r.toml")
+        load(tmp_path / "r.toml")
     assert typed("verify", url)[0] == 2
 
 
@@ -262,7 +265,7 @@ def test_a_server_that_creates_a_name_twice_is_refused():
 
 
 def test_a_bucket_that_is_not_there_is_named():
-    for do in (lambda: StoreWriter("s3://nobodys/store", IDENTITY), lambda: tend.verify("s3://nobodys/store")):
+    for do in (lambda: StoreWriter("s3://nobodys/store", IDENTITY), lambda: care.verify("s3://nobodys/store")):
         with pytest.raises(InfraError, match=r"there is no bucket 'nobodys'; create it"):
             do()
 
@@ -292,7 +295,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(InfraError, match=r"needs the package obstore; type: pip install 'raykd\[s3\]'"):
-        tend.verify("s3://bucket/stores/store")
+        care.verify("s3://bucket/stores/store")
 
 
 @pytest.mark.ray

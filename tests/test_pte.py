@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd import data, pte_file
+from raykd import data
+from raykd.deploy import pte
 from raykd.errors import RecipeError
-from raykd.models.series import SeriesEncoder
-from raykd.quant.layers import QuantLinear, prepare, quantised, replace
+from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.pack import pack
-from raykd.quant.scheme import Quant
-from raykd.recipe import DataRef
+from raykd.quant.swap import QuantLinear, prepare, quantised, replace
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import DataRef
 
 pytest.importorskip("executorch", reason="pip install 'raykd[executorch]'")
 
@@ -160,8 +161,8 @@ def test_a_gesture_students_program_answers_as_the_module_that_trained(quant, st
     wanted = alone(lambda x: module(x)["logits"], inputs)
     expected = alone(lambda x: as_xnnpack(module)(x)["logits"], inputs)
     layers = stored(module)
-    program = pte_file.to_pte(module, inputs[:1], quant)
-    answer = pte_file.load(program)
+    program = pte.to_pte(module, inputs[:1], quant)
+    answer = pte.load(program)
     found = alone(lambda x: answer(x)[0], inputs)
     assert [tuple(said.shape) for said in answer(inputs[:1])] == [(1, 16, 7), (1, 16)], "the valence, too"
     assert len(layers) == 4
@@ -181,10 +182,10 @@ def test_a_program_holds_the_trained_codes_and_scales_bit_for_bit(name):
     module = rounded(quant, nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 40, bias=False))
     expected = as_xnnpack(module)(x).detach().numpy()
     parts = [part for layer in stored(module) for part in layer]
-    program = pte_file.to_pte(module, x, quant)
+    program = pte.to_pte(module, x, quant)
     assert [part in program for part in parts] == [True] * 4
     assert len(parts[0]) == 24 * 64 * (4 if quant.weights == "int4" else 8) // 8
-    assert apart(pte_file.load(program)(x)[0].numpy(), expected, 0.98) <= 1e-5
+    assert apart(pte.load(program)(x)[0].numpy(), expected, 0.98) <= 1e-5
 
 
 def test_scales_that_training_made_negative_are_executed_above_zero():
@@ -195,7 +196,7 @@ def test_scales_that_training_made_negative_are_executed_above_zero():
     with torch.no_grad():
         layer.scale[::2].neg_()
     expected = as_xnnpack(module)(x).detach().numpy()
-    assert apart(pte_file.load(pte_file.to_pte(module, x, quant))(x)[0].numpy(), expected) <= 1e-5
+    assert apart(pte.load(pte.to_pte(module, x, quant))(x)[0].numpy(), expected) <= 1e-5
 
 
 def test_a_step_is_answered_alone_as_among_others():
@@ -203,16 +204,16 @@ def test_a_step_is_answered_alone_as_among_others():
     quant, x = SMALL["int8-channel"], torch.randn(1, 8, 64) * torch.logspace(-2, 2, 8)[:, None]
     module = rounded(quant, nn.Linear(64, 24))
     trained = module(x).detach()[:, :1], module(x[:, :1]).detach()
-    answers = [pte_file.load(pte_file.to_pte(copy.deepcopy(module), part, quant))(part)[0] for part in (x, x[:, :1])]
+    answers = [pte.load(pte.to_pte(copy.deepcopy(module), part, quant))(part)[0] for part in (x, x[:, :1])]
     assert torch.equal(answers[0][:, :1], answers[1])
     assert not torch.allclose(*trained, rtol=1e-2)
 
 
 def test_a_loaded_program_keeps_its_bytes_and_answers_stay():
     quant, x = SMALL["int8-channel"], torch.randn(1, 3, 64)
-    program = pte_file.to_pte(rounded(quant, nn.Linear(64, 24)), x, quant)
+    program = pte.to_pte(rounded(quant, nn.Linear(64, 24)), x, quant)
     held = sys.getrefcount(program)
-    answer = pte_file.load(program)
+    answer = pte.load(program)
     gc.collect()
     assert sys.getrefcount(program) > held
     (first,) = answer(x)
@@ -230,16 +231,16 @@ def test_a_loaded_program_keeps_its_bytes_and_answers_stay():
 )
 def test_what_xnnpack_has_no_kernel_for_is_refused(quant, words):
     with pytest.raises(RecipeError, match=words):
-        pte_file.to_pte(nn.Identity(), torch.randn(1, 2, 32), quant)
+        pte.to_pte(nn.Identity(), torch.randn(1, 2, 32), quant)
 
 
 def test_without_the_package_it_says_what_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "executorch.exir", None)
     monkeypatch.setitem(sys.modules, "executorch.runtime", None)
     with pytest.raises(RecipeError, match=r"pip install 'raykd\[executorch\]'"):
-        pte_file.to_pte(nn.Identity(), torch.randn(1, 2, 32), Quant())
+        pte.to_pte(nn.Identity(), torch.randn(1, 2, 32), Quant())
     with pytest.raises(RecipeError, match=r"pip install 'raykd\[executorch\]'"):
-        pte_file.load(b"")
+        pte.load(b"")
 
 
 def test_what_can_not_be_exported_is_named():
@@ -253,5 +254,5 @@ def test_what_can_not_be_exported_is_named():
 
     quant = Quant(skip=[])
     with pytest.raises(RecipeError, match=r"Odd can not be written as an ExecuTorch program: .*; write that part"):
-        pte_file.to_pte(rounding(Odd(), quant), torch.randn(1, 2, 32), quant)
+        pte.to_pte(rounding(Odd(), quant), torch.randn(1, 2, 32), quant)
     assert torch.backends.mha.get_fastpath_enabled()

@@ -13,11 +13,11 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
-from raykd.models.series import SeriesEncoder
-from raykd.quant.fake import LEAST, Activations, Blocks, Learned, Rounded, codes_of, scale_of
-from raykd.quant.layers import QuantLinear, prepare, quantised
+from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.pack import pack, pack_trits, unpack, unpack_trits
-from raykd.quant.scheme import BITS, LEVELS, Quant
+from raykd.quant.rounding import LEAST, Activations, Blocks, Learned, Rounded, codes_of, scale_of
+from raykd.quant.swap import QuantLinear, prepare, quantised
+from raykd.recipe.quant import BITS, LEVELS, Quant
 
 SCHEMES = {
     "int8-tensor": Quant(weights="int8", per="tensor"),

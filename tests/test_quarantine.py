@@ -12,15 +12,15 @@ import pytest
 import test_stored_logits
 import torch
 
-from raykd import stream
-from raykd.arms import Workshop, arms_of
-from raykd.batches import to_device
 from raykd.errors import DataError
-from raykd.recipe import Recipe
-from raykd.scorer import Scorer, bad_rows, statistics
-from raykd.store import tend
+from raykd.orchestration import scoring
+from raykd.recipe.recipe import Recipe
+from raykd.store import care
 from raykd.store.commit import StoreWriter, plan_shards
 from raykd.store.reader import Store
+from raykd.teacher.scorer import Scorer, bad_rows, statistics
+from raykd.training.device_rows import to_device
+from raykd.training.run_arms import Workshop, arms_of
 
 folder = test_stored_logits.folder
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def poisoned(recipe: Recipe, out: Path, nan: tuple[int, ...], large: tuple[int, 
     """(the store of a teacher that can not score some rows, its writer, its shards)."""
     scorer = Poisoned(recipe)
     scorer.nan, scorer.large = nan, large
-    where, wanted = stream.locate(recipe, scorer.dataset, out)
+    where, wanted = scoring.locate(recipe, scorer.dataset, out)
     writer = StoreWriter(where, wanted)
     shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, recipe.store.rows_per_shard)
     for shard in shards:
@@ -75,8 +75,8 @@ def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder,
     assert {told[i] for i in lost} == {"NaN or infinite logits"}
     assert all("fp16" in told[i] for i in large)
     assert writer.missing(shards) == []
-    assert tend.verify(where)["complete"]
-    assert {row["row_id"] for row in tend.show(where)["quarantined"]} == told.keys()
+    assert care.verify(where)["complete"]
+    assert {row["row_id"] for row in care.show(where)["quarantined"]} == told.keys()
     assert f"row {int(train[3])}: NaN" in bad_rows(told, 0)
     store, fit = Store(where), ~np.isin(train, list(told))
     assert np.array_equal(store.row_id("train"), train[fit])
@@ -101,7 +101,7 @@ def test_a_shard_whose_reasons_are_lost_is_scored_again(folder, tmp_path):
     first = int(Scorer(recipe).dataset.splits["train"].row_id[0])
     where, writer, shards = poisoned(recipe, tmp_path, (first,))
     (where / "_quarantine/00000.json").unlink()
-    assert "without a reason" in tend.verify(where)["damaged"][0]["fault"]
+    assert "without a reason" in care.verify(where)["damaged"][0]["fault"]
     assert writer.missing(shards) == shards[:1]
     assert not (where / "_commits/00000.json").exists()
 
@@ -129,7 +129,7 @@ class OneProcess:
     """Ray's data set of scored shards, its only actor in this process."""
 
     def __init__(self, recipe, writer, shards):
-        self.actor = stream.ShardScorer(recipe, str(writer.folder), writer.identity)
+        self.actor = scoring.ShardScorer(recipe, str(writer.folder), writer.identity)
         self.shards = shards
 
     def iter_rows(self):
@@ -141,21 +141,21 @@ def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(folder, t
     recipe, whole = test_stored_logits.scored(folder, "fp16")
     dataset = Scorer(recipe).dataset
     ids = dataset.splits["train"].row_id
-    monkeypatch.setattr(stream, "scored", OneProcess)
-    monkeypatch.setattr(stream, "Scorer", Poisoned)
+    monkeypatch.setattr(scoring, "scored", OneProcess)
+    monkeypatch.setattr(scoring, "Scorer", Poisoned)
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]), int(ids[80])))
     with pytest.raises(DataError, match=rf"can not score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"):
-        stream.score(recipe, dataset, tmp_path)
+        scoring.score(recipe, dataset, tmp_path)
     allowed = recipe.model_copy(update={"scale": recipe.scale.model_copy(update={"max_bad_rows": 1})})
     with pytest.raises(DataError, match=rf"(?s)can not score 2 rows.* row {ids[2]}: .* row {ids[80]}: "):
-        stream.score(allowed, dataset, tmp_path)
-    where, _ = stream.locate(recipe, dataset, tmp_path)
+        scoring.score(allowed, dataset, tmp_path)
+    where, _ = scoring.locate(recipe, dataset, tmp_path)
     assert not (where / "_MANIFEST.json").exists()
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]),))
-    stream.score(allowed, dataset, tmp_path)
+    scoring.score(allowed, dataset, tmp_path)
     assert Store(where).unscored("train") == 1
-    assert stream.is_complete(where, [])
+    assert scoring.is_complete(where, [])
     (where / "_MANIFEST.json").unlink()
     monkeypatch.setattr(Poisoned, "nan", ())
-    stream.score(recipe, dataset, tmp_path)
+    scoring.score(recipe, dataset, tmp_path)
     assert (where / "_MANIFEST.json").read_bytes() == (whole.folder / "_MANIFEST.json").read_bytes()

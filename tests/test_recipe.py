@@ -14,10 +14,11 @@ import pytest
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 
-from raykd import checks, imports, raw
-from raykd.digests import digest
 from raykd.errors import RecipeError
-from raykd.recipe import Range, Recipe
+from raykd.recipe import imports, toml
+from raykd.recipe.digest import digest
+from raykd.recipe.recipe import Range, Recipe
+from raykd.stages.load import SMOKE, apply_trial, load, resolve
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for folder in ("examples", "pipelines") for path in (ROOT / folder).glob("**/*.toml"))
@@ -45,7 +46,7 @@ def write(tmp_path, monkeypatch):
 def faults(path: Path, *sets: str, **keywords: Any) -> dict[str, str]:
     """The problems of a recipe that must not load, by key."""
     with pytest.raises(RecipeError) as caught:
-        checks.load(path, sets, **keywords)
+        load(path, sets, **keywords)
     found = {p.key: p.message for p in caught.value.problems}
     assert len(found) == len(caught.value.problems), "one fault was told twice"
     assert all(str(p) in str(caught.value) for p in caught.value.problems)
@@ -59,9 +60,9 @@ def test_every_recipe_of_the_repository_loads(path, monkeypatch):
     if path.parent.name == "smollm2" and not (path.parent / "teacher.safetensors").exists():
         assert set(faults(path)) == {"teacher.weights", "data.tokenizer"}, "which make_teacher.py makes"
         return
-    found = checks.load(path)
-    assert checks.resolve(found.model_dump(mode="json")) == found
-    assert digest(found) != digest(checks.load(path, ("data.label_seed=99",)))
+    found = load(path)
+    assert resolve(found.model_dump(mode="json")) == found
+    assert digest(found) != digest(load(path, ("data.label_seed=99",)))
 
 
 def test_there_are_recipes_to_load():
@@ -150,7 +151,7 @@ def test_nothing_is_converted_to_the_wanted_type(write, value):
 
 
 def test_a_batch_smaller_than_the_workers_is_refused(write):
-    assert checks.load(write(""), ("optim.batch=4", "scale.workers=4")).scale.workers == (4, 4)
+    assert load(write(""), ("optim.batch=4", "scale.workers=4")).scale.workers == (4, 4)
     message = faults(write(""), "optim.batch=3", "scale.workers=4")[""]
     assert "optim.batch = 3" in message
     assert "scale.workers = 4" in message
@@ -177,7 +178,7 @@ def test_a_batch_smaller_than_the_workers_is_refused(write):
 def test_a_fault_is_named_at_its_key(write, line, key, words):
     path = write("")
     if key is None:  # an empty table over the technique's own changes nothing
-        assert checks.load(path, (line,)) == checks.load(path)
+        assert load(path, (line,)) == load(path)
     else:
         found = faults(path, line)
         assert list(found) == [key]
@@ -187,7 +188,7 @@ def test_a_fault_is_named_at_its_key(write, line, key, words):
 def test_terms_that_read_a_teacher_need_one_with_weights(write):
     assert "the terms kd" in faults(write("", teacher=False))["teacher"]
     assert "missing" in faults(write("[teacher]", teacher=False))["teacher.weights"]
-    assert checks.load(write("[terms.kd]\nweight = 0", teacher=False)).teacher is None
+    assert load(write("[terms.kd]\nweight = 0", teacher=False)).teacher is None
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "ckpt"])
@@ -212,17 +213,17 @@ def test_a_file_that_is_no_toml_is_one_error_that_names_it(tmp_path, data, words
     if data:
         path.write_bytes(data)
     with pytest.raises(RecipeError, match=words) as caught:
-        checks.load(path)
+        load(path)
     assert str(path) in str(caught.value)
 
 
 def test_a_later_layer_wins_and_leaves_the_rest(write):
-    assert checks.load(write("")).terms["kd"].settings == {"temperature": 2.0}
+    assert load(write("")).terms["kd"].settings == {"temperature": 2.0}
     path = write("[terms.kd]\ntemperature = 3\nweight = 0.5")
-    assert checks.load(path).terms["kd"].settings == {"temperature": 3}
-    kd = checks.load(path, ("terms.kd.temperature=4", "terms.kd.temperature=5")).terms["kd"]
+    assert load(path).terms["kd"].settings == {"temperature": 3}
+    kd = load(path, ("terms.kd.temperature=4", "terms.kd.temperature=5")).terms["kd"]
     assert (kd.weight, kd.settings) == (0.5, {"temperature": 5})
-    assert checks.load(path).terms["ce"].weight == 0.2  # the technique's
+    assert load(path).terms["ce"].weight == 0.2  # the technique's
 
 
 @pytest.mark.parametrize(
@@ -239,13 +240,13 @@ def test_a_later_layer_wins_and_leaves_the_rest(write):
     ],
 )
 def test_a_setting_is_toml_where_it_parses_else_a_string(text, parsed):
-    assert raw.parse_set(text) == parsed
+    assert toml.parse_set(text) == parsed
 
 
 @pytest.mark.parametrize("text", ["", "name", "=1", " =1"])
 def test_a_setting_without_key_or_sign_is_refused(write, text):
     with pytest.raises(RecipeError, match="write --set table"):
-        checks.load(write(""), (text,))
+        load(write(""), (text,))
 
 
 def test_paths_are_found_from_the_file_and_set_from_the_current_directory(write, tmp_path, monkeypatch):
@@ -254,7 +255,7 @@ def test_paths_are_found_from_the_file_and_set_from_the_current_directory(write,
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     save_file({"a": np.ones(1, np.float32)}, "teacher.safetensors")
-    from_file, from_set = checks.load(path), checks.load(path, ("teacher.weights=teacher.safetensors",))
+    from_file, from_set = load(path), load(path, ("teacher.weights=teacher.safetensors",))
     assert from_file.data.source == str(tmp_path / "rows")
     assert from_file.teacher
     assert from_file.teacher.weights == str(tmp_path / "teacher.safetensors")
@@ -265,11 +266,11 @@ def test_paths_are_found_from_the_file_and_set_from_the_current_directory(write,
 
 def test_smoke_cuts_steps_seeds_and_trials(write):
     path = write("seeds = [3, 4]\n" + SEARCH + "trials = 50\n")
-    small = checks.load(path, smoke=True)
+    small = load(path, smoke=True)
     assert (small.seeds, small.optim.steps, small.optim.evaluate_every) == ([3], 40, 20)
     assert small.search
     assert (small.search.trials, small.search.grace) == (4, 20)
-    assert checks.load(write(""), smoke=True).search is None
+    assert load(write(""), smoke=True).search is None
     assert "array" in faults(write("seeds = 3"), smoke=True)["seeds"]
 
 
@@ -278,28 +279,28 @@ def test_smoke_cuts_rows_of_text_and_keeps_a_smaller_limit(write, tmp_path):
     for settings, limit in (("", 62), ("limit = 600", 62), ("limit = 7", 7), ("window = 500\nlimit = 600", 32)):
         window = "" if "window" in settings else "window = 64\n"
         text = write(f"[data]\ntokenizer = '{tmp_path / 'tokenizer.json'}'\n{window}{settings}")
-        small = checks.load(text, smoke=True)
+        small = load(text, smoke=True)
         assert (small.data.limit, small.optim.steps, small.store.rows_per_shard) == (limit, 16, 16)
-    assert checks.load(write("[data]\nlimit = 600"), smoke=True).data.limit == 600
+    assert load(write("[data]\nlimit = 600"), smoke=True).data.limit == 600
 
 
 @pytest.fixture
 def rich(write) -> Recipe:
     own = "[source]\n[terms.gkd]\n[drafter]\n"
     table = "[weighting]\nboost = 2\n[[phases]]\nuntil = 0.5\n[phases.quant]\n[[phases]]\nuntil = 1\n"
-    return checks.load(write(f"seeds = [0, 1]\n{own}{table}[terms.ce]\non = 'sequence'\n{SEARCH}"))
+    return load(write(f"seeds = [0, 1]\n{own}{table}[terms.ce]\non = 'sequence'\n{SEARCH}"))
 
 
 def test_a_recipe_equals_its_json_and_its_pickle(rich):
     assert Recipe.model_validate_json(rich.model_dump_json()) == rich
-    assert checks.resolve(json.loads(rich.model_dump_json())) == rich
+    assert resolve(json.loads(rich.model_dump_json())) == rich
     assert pickle.loads(pickle.dumps(rich)) == rich
     assert digest(pickle.loads(pickle.dumps(rich))) == digest(rich)
 
 
 def test_a_recipe_error_survives_pickle(write):
     with pytest.raises(RecipeError) as caught:
-        checks.load(write("nme = 1\n[optim]\nstep = 1"))
+        load(write("nme = 1\n[optim]\nstep = 1"))
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (type(copy), str(copy), copy.problems) == (RecipeError, str(caught.value), caught.value.problems)
     assert len(copy.problems) == 2
@@ -366,20 +367,20 @@ def test_the_digest_changes_with_what_decides_the_result_and_nothing_else(rich, 
 
 
 def test_the_digest_reads_what_a_path_holds_and_not_where_it_lies(write, tmp_path):
-    first = digest(checks.load(write("")))
+    first = digest(load(write("")))
     (tmp_path / "moved").mkdir()
     there = tmp_path / "moved" / "other.safetensors"
     (tmp_path / "teacher.safetensors").rename(there)
-    assert digest(checks.load(write(""), (f"teacher.weights={there}",))) == first
+    assert digest(load(write(""), (f"teacher.weights={there}",))) == first
     save_file({"a": np.ones(1, np.float32)}, there)
-    assert digest(checks.load(write(""), (f"teacher.weights={there}",))) != first
+    assert digest(load(write(""), (f"teacher.weights={there}",))) != first
 
 
 def test_the_digest_of_a_folder_reads_its_parquet_files_by_name_and_content(write, tmp_path):
     def of(folder: str, name: str, data: bytes) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_bytes(data)
-        return digest(checks.load(write(""), (f"data.source=./{folder}",)))
+        return digest(load(write(""), (f"data.source=./{folder}",)))
 
     first = of("a", "1.parquet", b"1")
     assert of("b", "1.parquet", b"1") == first
@@ -399,10 +400,10 @@ def test_the_digest_of_a_folder_reads_its_parquet_files_by_name_and_content(writ
 )
 def test_a_range_has_one_of_four_forms(write, span, ends):
     key = "optim.learning_rate"
-    found = checks.load(write(f'[search]\n"{key}" = {span}'))
+    found = load(write(f'[search]\n"{key}" = {span}'))
     assert found.search
     assert found.search.space[key].ends() == ends
-    assert checks.load(write("[search]"), (f"search.{key}={span}",)).search == found.search
+    assert load(write("[search]"), (f"search.{key}={span}",)).search == found.search
 
 
 @pytest.mark.parametrize(
@@ -437,7 +438,7 @@ def test_a_search_needs_a_key(write):
 
 
 def test_a_trial_is_a_plain_recipe(rich):
-    made = Recipe.model_validate(checks.apply_trial(rich.model_dump(mode="json"), {"terms.kd.temperature": 3.0}))
+    made = Recipe.model_validate(apply_trial(rich.model_dump(mode="json"), {"terms.kd.temperature": 3.0}))
     assert made.search is None
     assert made.terms["kd"].settings == {"temperature": 3.0}
     assert made.terms["ce"] == rich.terms["ce"]
@@ -461,9 +462,9 @@ def test_code_from_outside_the_current_directory_is_not_imported_unless_allowed(
     assert "add --allow-import mine_far if you trust it" in faults(path, line)[key]
     assert "add --allow-import" in faults(path, line, allow_import=("mine_fa", "mine_far.kd", "os"))[key]
     assert "mine_far" not in sys.modules
-    assert checks.load(path, (line,), allow_import=("mine_far",))
+    assert load(path, (line,), allow_import=("mine_far",))
     monkeypatch.chdir(tmp_path)
-    assert checks.load(path, (line,))
+    assert load(path, (line,))
 
 
 @pytest.mark.parametrize("key", NAMES)
@@ -472,7 +473,7 @@ def test_code_of_the_current_directory_is_found_and_only_a_technique_is_run(writ
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "kd.py").write_text("RECIPE = {'terms': {'ce': {'weight': 0.3}}}")
-    found = checks.load(write(""), (f"{key}={NAMES[key].format('mine_near')}",))
+    found = load(write(""), (f"{key}={NAMES[key].format('mine_near')}",))
     assert ("mine_near" in sys.modules) == (key == "technique")
     assert (found.terms["ce"].weight == 0.3) == (key == "technique")
 
@@ -486,7 +487,7 @@ def test_installed_code_below_the_current_directory_is_not_of_it(monkeypatch):
     monkeypatch.chdir("/")
     assert imports.problems("key", "subprocess:getoutput")
     assert imports.problems("key", "torch:load")
-    assert not imports.problems("key", "raykd.files:read_json")
+    assert not imports.problems("key", "raykd.files.atomic:read_json")
 
 
 @pytest.mark.parametrize("name", ["a:", ":a", "a b:c", "a..b:c", "a:b:c", "1a:b", ".a:b"])
@@ -528,4 +529,4 @@ def test_loading_names_the_key_and_what_is_missing():
 
 def test_every_field_of_a_range_is_a_form():
     assert set(Range.model_fields) == {"uniform", "loguniform", "integer", "choice"}
-    assert checks.SMOKE.keys() <= Recipe.model_fields.keys()
+    assert SMOKE.keys() <= Recipe.model_fields.keys()

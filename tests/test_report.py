@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from raykd import charts, page, schema, words
-from raykd.evidence import Evidence, build
-from raykd.files import read_json, write_json
+from raykd.files.atomic import read_json, write_json
+from raykd.reports import charts, page, schema, sentences
+from raykd.reports.evidence import Evidence, build
 
 CLASSES = ["Biceps curl", "Shoulder press", "Lateral raise", "Triceps dip", "Chest fly", "Row", "Rest"]
 CONTRACT = {
@@ -188,10 +188,10 @@ def test_a_complete_report_has_no_warning(full):
     assert full["warnings"] == []
 
 
-@pytest.mark.parametrize("missing", list(words.MISSING))
+@pytest.mark.parametrize("missing", list(sentences.MISSING))
 def test_what_is_missing_is_null_and_said(evidence, missing):
     made = build(alone(evidence))
-    assert words.MISSING[missing] in made["warnings"]
+    assert sentences.MISSING[missing] in made["warnings"]
     assert made["gap_closed"] == made["gain"] == {"value": None, "lo": None, "hi": None}
     assert all(p["value"] is None for p in made["retention"].values())
     assert made["teacher"]["metrics"] == made["control"]["metrics"] == {}
@@ -203,7 +203,7 @@ def test_a_control_that_reaches_the_teacher_leaves_no_gap(evidence):
     assert made["gap_closed"]["value"] is None
     assert made["gap_words"].startswith("no gap to close: the control")
     assert made["gap_words"] in made["warnings"]
-    assert "No gap to close" in words.headline(made)
+    assert "No gap to close" in sentences.headline(made)
 
 
 def test_a_student_like_its_control_is_not_shown_to_help(evidence):
@@ -242,11 +242,11 @@ def test_an_unknown_key_is_refused(evidence):
 
 
 def test_the_table_fits_a_terminal_and_names_every_model(full, evidence):
-    text = words.table(full)
+    text = sentences.table(full)
     assert max(map(len, text.splitlines())) <= 100
     for name in ("teacher", "control", "student", "artefact", "gap closed", "compression", "training cost"):
         assert re.search(rf"^{name}", text, re.M), name
-    bare = words.table(build(alone(evidence)))
+    bare = sentences.table(build(alone(evidence)))
     assert max(map(len, bare.splitlines())) <= 100
     assert "! no teacher" in bare
 
@@ -321,9 +321,9 @@ def test_names_from_users_are_text_never_markup(evidence):
 
 def test_the_page_says_the_result_in_words(html, full):
     text = " ".join(Page(html).text)
-    assert "The student keeps" in words.headline(full)
-    assert "14,204 bytes (116x smaller)" in words.headline(full)
-    assert words.headline(full) in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "The student keeps" in sentences.headline(full)
+    assert "14,204 bytes (116x smaller)" in sentences.headline(full)
+    assert sentences.headline(full) in text.replace("\N{NO-BREAK SPACE}", " ")
     assert full["setting"] in text
 
 

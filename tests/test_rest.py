@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
 
-from raykd import deployed, models, onnx_file, phases
+from raykd import models
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import RecipeError
-from raykd.models.series import SeriesEncoder
-from raykd.quant.rest import Stored, bake, codes_and_scales, plain, plain_name, stored
-from raykd.quant.scheme import Quant
-from raykd.recipe import Phase
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.quant.other_parameters import Stored, bake, codes_and_scales, plain, plain_name, stored
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import Phase
+from raykd.training import phases
 
 QUANT = Quant(weights="ternary", activations="none")
 KEPT = ("conv.weight", "positions", "head.weight", "value.weight")
@@ -97,7 +100,7 @@ def test_the_file_holds_the_codes_and_answers_as_the_module():
     wanted = {n: codes_and_scales(encoder().get_parameter(n))[0].numpy() for n in KEPT}
     with torch.inference_mode():
         said = module(x)
-    data = onnx_file.to_onnx(module, x[:2])
+    data = write_onnx.to_onnx(module, x[:2])
     proto = onnx.load_from_string(data)
     held = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8]
     assert sorted(a.shape for a in held) == sorted(a.shape for a in wanted.values())
@@ -105,7 +108,7 @@ def test_the_file_holds_the_codes_and_answers_as_the_module():
         assert any(np.array_equal(codes, a) for a in held), name
     assert not any(n.domain == "raykd" for n in proto.graph.node)
     assert {o.domain for o in proto.opset_import} == {"", "com.microsoft"}
-    answers = deployed.session(data).run(["logits", "valence"], {"inputs": x.numpy()})
+    answers = onnx_session.session(data).run(["logits", "valence"], {"inputs": x.numpy()})
     for answer, key in zip(answers, ("logits", "valence"), strict=True):
         reference = said[key].numpy()
         assert np.abs(answer - reference).max() <= 1e-5 * np.abs(reference).max()
@@ -114,7 +117,7 @@ def test_the_file_holds_the_codes_and_answers_as_the_module():
 def test_rounding_saves_the_bytes_it_says():
     x, sizes = torch.randn(2, 12, 3), {}
     for rest in ("fp32", "int8"):
-        sizes[rest] = len(onnx_file.to_onnx(rounding(QUANT.model_copy(update={"rest": rest})).eval(), x))
+        sizes[rest] = len(write_onnx.to_onnx(rounding(QUANT.model_copy(update={"rest": rest})).eval(), x))
     values = [encoder().get_parameter(name) for name in KEPT]
     saved = sum(3 * value.numel() - 4 * len(value) for value in values)
     assert abs(sizes["fp32"] - sizes["int8"] - saved) < 100 * len(KEPT)

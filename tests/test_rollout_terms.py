@@ -16,21 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raykd import techniques
-from raykd.divergences import divergence
 from raykd.errors import RecipeError
-from raykd.loop import World
+from raykd.generation.own_rows import Text, written
+from raykd.generation.sampling import Frozen
+from raykd.losses.divergences import divergence
+from raykd.losses.objective import Objective
+from raykd.losses.returns import following, whitened
 from raykd.models.llama import Llama
-from raykd.objective import Objective
-from raykd.recipe import TermSpec
-from raykd.returns import following, whitened
-from raykd.rollouts import Frozen
+from raykd.recipe.recipe import TermSpec
+from raykd.recipe.source import Source
 from raykd.signals import Batch, Rollout, Signals
-from raykd.source import Source
 from raykd.techniques.distilspec import distilspec
 from raykd.techniques.ghost import ghost
 from raykd.techniques.gkd import gkd
 from raykd.techniques.minillm import minillm
-from raykd.written import Text, written
+from raykd.training.loop import World
 
 techniques.load_terms()
 V, LENGTH, EOS = 3, 3, 2

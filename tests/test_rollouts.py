@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raykd import phases
-from raykd.drafts import drafted
 from raykd.errors import DataError, RecipeError
+from raykd.generation.drafts import drafted
+from raykd.generation.sampling import Frozen, Mixed, inverse, on_policy, prompts, sample
 from raykd.models.llama import Llama
-from raykd.models.series import SeriesEncoder
-from raykd.quant.scheme import Quant
-from raykd.rollouts import Frozen, Mixed, inverse, on_policy, prompts, sample
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.quant import Quant
 from raykd.signals import Batch, Signals
 from raykd.techniques.gkd import gkd
+from raykd.training import phases
 
 V, STEPS, EOS = 7, 20, 3
 MAKERS = {"on_policy": on_policy, "drafted": drafted}

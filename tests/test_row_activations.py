@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file
-from raykd.models.series import SeriesEncoder
-from raykd.quant.fake import as_multiplied
-from raykd.quant.layers import prepare, quantised
-from raykd.quant.scheme import Quant
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.quant.rounding import as_multiplied
+from raykd.quant.swap import prepare, quantised
+from raykd.recipe.quant import Quant
 
 BY_ROW, BY_CALL = Quant(activations="int8_token"), Quant(activations="int8")
 ROWS, STEPS, INPUTS = 12, 5, 96
@@ -41,8 +42,8 @@ def inputs_of_all_sizes() -> Tensor:
 
 
 def executed(module: nn.Module, inputs: Tensor, folder, calls: list[slice]) -> np.ndarray:
-    (folder / "student.onnx").write_bytes(onnx_file.to_onnx(module, inputs[:2]))
-    session = deployed.session(folder / "student.onnx")
+    (folder / "student.onnx").write_bytes(write_onnx.to_onnx(module, inputs[:2]))
+    session = onnx_session.session(folder / "student.onnx")
     return np.concatenate([session.run(["logits"], {"inputs": inputs[rows].numpy()})[0] for rows in calls])
 
 
@@ -111,8 +112,8 @@ def test_an_encoder_s_file_answers_as_the_encoder_and_alone_as_in_a_batch(tmp_pa
     inputs = torch.randn(300, STEPS, 3)
     with torch.inference_mode():
         trained = module(inputs)["logits"].numpy()
-    (tmp_path / "student.onnx").write_bytes(onnx_file.to_onnx(module, inputs[:2]))
-    session = deployed.session(tmp_path / "student.onnx")
+    (tmp_path / "student.onnx").write_bytes(write_onnx.to_onnx(module, inputs[:2]))
+    session = onnx_session.session(tmp_path / "student.onnx")
     whole = session.run(["logits"], {"inputs": inputs.numpy()})[0]
     alone = np.concatenate([session.run(["logits"], {"inputs": row[None].numpy()})[0] for row in inputs])
     for found in (whole, alone):

@@ -11,18 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raykd import checks, phases, techniques
+from raykd import techniques
 from raykd.errors import DataError, RecipeError
-from raykd.loop import World
+from raykd.generation.own_rows import Text, Written, written
+from raykd.generation.sampling import Frozen, on_policy
+from raykd.generation.schedule import Schedule
+from raykd.losses.objective import Objective
 from raykd.models.llama import Llama
-from raykd.objective import Objective
-from raykd.quant.scheme import Quant
-from raykd.recipe import TermSpec
-from raykd.rollouts import Frozen, on_policy
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import TermSpec
+from raykd.recipe.source import Source
 from raykd.signals import Batch, Signals
-from raykd.source import Source
-from raykd.staleness import Schedule
-from raykd.written import Text, Written, written
+from raykd.stages.load import resolve
+from raykd.training import phases
+from raykd.training.loop import World
 
 techniques.load_terms()
 V, T, ROOM, ROWS = 16, 24, 36, 32
@@ -288,5 +290,5 @@ def test_a_source_that_can_not_be_is_said(name, tmp_path):
         (tmp_path / "_MANIFEST.json").touch()
         raw = raw | {"source": raw["source"] | {"log": str(tmp_path)}}
     with pytest.raises(RecipeError, match=words) as caught:
-        checks.resolve(raw)
+        resolve(raw)
     assert len(caught.value.problems) == 1

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raykd import onnx_decoder
-from raykd.decoder import Decoder
+from raykd.deploy.onnx import write_decoder
+from raykd.deploy.onnx.decoder import Decoder
 from raykd.errors import DataError, RecipeError
+from raykd.generation.reader import OnnxReader, TorchReader
+from raykd.generation.speculative import Text, draw, generate, judge, law, predicted, residual, speculate
 from raykd.models.llama import Llama
-from raykd.readers import OnnxReader, TorchReader
-from raykd.speculative import Text, draw, generate, judge, law, predicted, residual, speculate
 
 VOCAB, STEPS = 50, 96
 LEVEL = 1e-3  # of every chi-square test, whose seeds are fixed
@@ -297,7 +297,7 @@ def test_files_draft_and_verify_as_modules_do():
     """Every mixture of onnxruntime and torch, with other texts read in between."""
     teacher = llama()
     drafter = noisy(teacher)
-    written = [onnx_decoder.to_onnx(copy.deepcopy(m)) for m in (teacher, drafter)]
+    written = [write_decoder.to_onnx(copy.deepcopy(m)) for m in (teacher, drafter)]
     files = [OnnxReader(Decoder(file)) for file in written]
     modules = [TorchReader(m) for m in (teacher, drafter)]
     for i, prompt in enumerate(prompts(3)):

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from raykd import stats
-from raykd.stats import Hits
+from raykd.reports import bootstrap
+from raykd.reports.bootstrap import Hits
 
 ALL = ("student", "control", "teacher", "artefact")
 
@@ -48,9 +48,9 @@ def same(a, b):
 def test_constant_hits_have_no_width(right):
     n = 50
     hits = Hits(np.arange(n), np.full((3, n), right), range(3), teacher=np.ones(n, bool))
-    sample = stats.resample(hits)
-    assert stats.interval(sample.student, n) == stats.Interval(right, right, right, n)
-    kept = stats.retention(sample)
+    sample = bootstrap.resample(hits)
+    assert bootstrap.interval(sample.student, n) == bootstrap.Interval(right, right, right, n)
+    kept = bootstrap.retention(sample)
     assert kept
     assert (kept.value, kept.lo, kept.hi) == (right, right, right)
 
@@ -64,12 +64,12 @@ def test_the_interval_covers_the_truth():
     truths = [student, student / teacher, (student - control) / (teacher - control), student - control]
     covered = np.zeros(4)
     for seed in range(400):
-        sample = stats.resample(world(seed, spread=spread, training=training), num=400, seed=seed)
+        sample = bootstrap.resample(world(seed, spread=spread, training=training), num=400, seed=seed)
         found = [
-            stats.interval(sample.student, sample.n),
-            stats.retention(sample),
-            stats.gap_closed(sample),
-            stats.difference(sample),
+            bootstrap.interval(sample.student, sample.n),
+            bootstrap.retention(sample),
+            bootstrap.gap_closed(sample),
+            bootstrap.difference(sample),
         ]
         covered += [f is not None and f.lo <= t <= f.hi for f, t in zip(found, truths, strict=True)]
     assert np.all(np.abs(covered / 400 - 0.95) < 0.044), covered / 400
@@ -80,7 +80,7 @@ def test_independent_rows_are_groups_of_one():
     num, n = 300, 60
     rng = np.random.default_rng(0)
     hits = Hits(np.arange(n), rng.random((1, n)) < 0.7, [0], teacher=rng.random(n) < 0.9)
-    sample = stats.resample(hits, num=num, seed=5)
+    sample = bootstrap.resample(hits, num=num, seed=5)
     draws = np.random.Generator(np.random.Philox(5))
     draws.integers(1, size=(num, 1))  # the one seed
     rows = draws.integers(n, size=(num, n - 1))
@@ -99,35 +99,35 @@ def test_copies_of_rows_in_a_group_do_not_narrow_the_interval():
         teacher=hits.teacher.repeat(4),
         artefact=hits.artefact.repeat(4),
     )
-    assert same(stats.resample(hits), stats.resample(copied))
+    assert same(bootstrap.resample(hits), bootstrap.resample(copied))
 
 
 def test_a_row_bootstrap_would_be_too_narrow():
     hits = world(2, rows=20, spread=2.0)
     by_row = replace(hits, groups=np.arange(len(hits.groups)))
-    wide, narrow = (stats.interval(s.teacher, s.n) for s in map(stats.resample, (hits, by_row)))
+    wide, narrow = (bootstrap.interval(s.teacher, s.n) for s in map(bootstrap.resample, (hits, by_row)))
     assert width(wide) > 1.5 * width(narrow)
 
 
 def test_pairing_sharpens_a_difference():
     hits = world(3, spread=2.0)
-    sample, other = stats.resample(hits), stats.resample(hits, seed=1)
-    unpaired = stats.interval(sample.student - other.control, sample.n)
-    assert width(stats.difference(sample)) < 0.9 * width(unpaired)
+    sample, other = bootstrap.resample(hits), bootstrap.resample(hits, seed=1)
+    unpaired = bootstrap.interval(sample.student - other.control, sample.n)
+    assert width(bootstrap.difference(sample)) < 0.9 * width(unpaired)
 
 
 def test_a_student_like_the_teacher_closes_the_gap():
     hits = world(4)
-    sample = stats.resample(replace(hits, student=np.tile(hits.teacher, (3, 1))))
-    assert stats.gap_closed(sample) == stats.Interval(1, 1, 1, 200)
-    assert stats.retention(sample) == stats.Interval(1, 1, 1, 200)
-    assert stats.corrected_retention(sample, 0.2) == stats.Interval(1, 1, 1, 200)
+    sample = bootstrap.resample(replace(hits, student=np.tile(hits.teacher, (3, 1))))
+    assert bootstrap.gap_closed(sample) == bootstrap.Interval(1, 1, 1, 200)
+    assert bootstrap.retention(sample) == bootstrap.Interval(1, 1, 1, 200)
+    assert bootstrap.corrected_retention(sample, 0.2) == bootstrap.Interval(1, 1, 1, 200)
 
 
 def test_a_student_like_its_control_closes_nothing():
     hits = world(5)
-    sample = stats.resample(replace(hits, student=hits.control))
-    assert stats.gap_closed(sample) == stats.difference(sample) == stats.Interval(0, 0, 0, 200)
+    sample = bootstrap.resample(replace(hits, student=hits.control))
+    assert bootstrap.gap_closed(sample) == bootstrap.difference(sample) == bootstrap.Interval(0, 0, 0, 200)
 
 
 def test_order_of_rows_and_of_seeds_changes_nothing():
@@ -142,7 +142,7 @@ def test_order_of_rows_and_of_seeds_changes_nothing():
         teacher=hits.teacher[rows],
         artefact=hits.artefact[rows],
     )
-    assert same(stats.resample(hits), stats.resample(moved))
+    assert same(bootstrap.resample(hits), bootstrap.resample(moved))
 
 
 def test_a_part_of_the_rows_is_the_same_as_those_rows_alone():
@@ -156,19 +156,19 @@ def test_a_part_of_the_rows_is_the_same_as_those_rows_alone():
         teacher=hits.teacher[part],
         artefact=hits.artefact[part],
     )
-    assert same(stats.resample(replace(hits, rows=part)), stats.resample(alone))
+    assert same(bootstrap.resample(replace(hits, rows=part)), bootstrap.resample(alone))
 
 
 def test_blocks_do_not_change_the_draws(monkeypatch):
     hits = world(8)
-    whole = stats.resample(hits)
-    monkeypatch.setattr(stats, "BLOCK", 1000)
-    assert same(whole, stats.resample(hits))
+    whole = bootstrap.resample(hits)
+    monkeypatch.setattr(bootstrap, "BLOCK", 1000)
+    assert same(whole, bootstrap.resample(hits))
 
 
 def test_same_seed_same_numbers():
-    assert same(stats.resample(world(9), seed=3), stats.resample(world(9), seed=3))
-    assert not same(stats.resample(world(9), seed=3), stats.resample(world(9), seed=4))
+    assert same(bootstrap.resample(world(9), seed=3), bootstrap.resample(world(9), seed=3))
+    assert not same(bootstrap.resample(world(9), seed=3), bootstrap.resample(world(9), seed=4))
 
 
 def test_seeds_are_paired_where_both_arms_have_them():
@@ -177,14 +177,14 @@ def test_seeds_are_paired_where_both_arms_have_them():
     for seed in range(4):
         level[seed, : 8 * (seed + 1)] = True
     hits = Hits(np.zeros(40), level, [0, 1, 2, 3], control=level[::-1], control_seeds=[3, 2, 1, 0])
-    sample = stats.resample(hits)
-    assert width(stats.interval(sample.student, 40)) > 0.2
-    assert stats.difference(sample) == stats.Interval(0, 0, 0, 40)
+    sample = bootstrap.resample(hits)
+    assert width(bootstrap.interval(sample.student, 40)) > 0.2
+    assert bootstrap.difference(sample) == bootstrap.Interval(0, 0, 0, 40)
 
 
 def test_a_seed_that_one_arm_lacks_still_counts_for_the_other():
     hits = world(10)
-    sample = stats.resample(replace(hits, control=hits.control[:1], control_seeds=[0]))
+    sample = bootstrap.resample(replace(hits, control=hits.control[:1], control_seeds=[0]))
     assert sample.student[0] == pytest.approx(hits.student.mean())
     assert sample.control[0] == pytest.approx(hits.control[0].mean())
     assert np.isfinite(sample.control).all()
@@ -198,22 +198,22 @@ def test_no_gap_where_the_control_reaches_the_teacher(level):
         "noise": hits.teacher ^ (np.arange(200) == np.flatnonzero(hits.teacher)[0]),
         "above": np.ones(200, bool),
     }[level]
-    sample = stats.resample(replace(hits, control=np.tile(control, (3, 1))))
-    assert stats.gap_closed(sample) is None
+    sample = bootstrap.resample(replace(hits, control=np.tile(control, (3, 1))))
+    assert bootstrap.gap_closed(sample) is None
 
 
 def test_nothing_is_kept_of_a_teacher_at_chance_or_absent():
     hits = world(12)
-    sample = stats.resample(hits)
-    assert stats.corrected_retention(sample, float(sample.teacher[0])) is None
-    bare = stats.resample(replace(hits, teacher=None, control=None, control_seeds=(), artefact=None))
-    assert stats.retention(bare) is stats.gap_closed(bare) is stats.difference(bare) is None
+    sample = bootstrap.resample(hits)
+    assert bootstrap.corrected_retention(sample, float(sample.teacher[0])) is None
+    bare = bootstrap.resample(replace(hits, teacher=None, control=None, control_seeds=(), artefact=None))
+    assert bootstrap.retention(bare) is bootstrap.gap_closed(bare) is bootstrap.difference(bare) is None
 
 
 def test_chance_is_the_most_frequent_class():
     label = np.array([0, 0, 0, 1, 1, 2])
-    assert stats.chance(label) == 0.5
-    assert stats.chance(label, label > 0) == pytest.approx(2 / 3)
+    assert bootstrap.chance(label) == 0.5
+    assert bootstrap.chance(label, label > 0) == pytest.approx(2 / 3)
 
 
 def test_the_width_agrees_with_theory():
@@ -221,13 +221,13 @@ def test_the_width_agrees_with_theory():
     n = 1000
     hits = Hits(np.arange(n), (np.arange(n) < 800)[None], [0])
     expected = 2 * 1.96 * np.sqrt(0.8 * 0.2 / n)
-    sample = stats.resample(hits)
-    assert width(stats.interval(sample.student, n)) == pytest.approx(expected, rel=0.12)
+    sample = bootstrap.resample(hits)
+    assert width(bootstrap.interval(sample.student, n)) == pytest.approx(expected, rel=0.12)
 
 
 def test_seeds_spread_the_mean_by_their_unbiased_variance():
     """Var of the drawn mean is s^2 / S with s^2 over S - 1, which S of S draws would miss by (S - 1) / S."""
     n, rates = 1000, np.array([0.5, 0.6, 0.8])
     student = np.arange(n) < (rates * n)[:, None]
-    sample = stats.resample(Hits(np.zeros(n), student, range(3)), num=20_000)
+    sample = bootstrap.resample(Hits(np.zeros(n), student, range(3)), num=20_000)
     assert sample.student[1:].var() == pytest.approx(rates.var(ddof=1) / 3, rel=0.05)

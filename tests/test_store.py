@@ -21,17 +21,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raykd import checks, data, models
-from raykd.batches import to_device
+from raykd import data, models
 from raykd.errors import StoreError
-from raykd.files import read_json
-from raykd.identity import identity
+from raykd.files.atomic import read_json
+from raykd.losses.term import needs_of
 from raykd.models.adapter import Adapter
-from raykd.scorer import Scorer
-from raykd.store.codec import decode, encode, field
+from raykd.stages.load import resolve
+from raykd.store.columns import decode, encode, field
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
-from raykd.terms import needs_of
+from raykd.teacher.identity import identity
+from raykd.teacher.scorer import Scorer
+from raykd.training.device_rows import to_device
 
 ROWS = {"train": 50, "val": 10, "test": 9}
 SHARDS = plan_shards(ROWS, 16)
@@ -366,7 +367,7 @@ def raw(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_two_scorings_in_other_folders_orders_and_processes_are_one_manifest(raw, tmp_path):
-    found = checks.resolve(raw)
+    found = resolve(raw)
     other = start(by_hand.score_backwards, found, tmp_path / "there")
     here = by_hand.score(found, tmp_path / "here")
     assert wait([other]) == [0]
@@ -375,7 +376,7 @@ def test_two_scorings_in_other_folders_orders_and_processes_are_one_manifest(raw
 
 
 def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
-    found = checks.resolve(raw)
+    found = resolve(raw)
     store, dataset = Store(by_hand.score(found, tmp_path)), data.load(found.data)
     module = models.build(found.teacher, **dataset.shape, key="teacher").eval()
     for split, rows in dataset.splits.items():
@@ -393,7 +394,7 @@ def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
 
 def test_the_stored_signals_do_not_know_a_hidden_label(raw):
     """Training rows whose labels are hidden are stored alike, whatever the labels were."""
-    scorer = Scorer(checks.resolve(raw))
+    scorer = Scorer(resolve(raw))
     rows = scorer.dataset.splits["train"]
     hidden = np.flatnonzero(rows.label == data.UNLABELLED)
     assert 0 < len(hidden) < len(rows)
@@ -410,7 +411,7 @@ def test_the_stored_signals_do_not_know_a_hidden_label(raw):
 
 
 def id_of(raw: dict[str, Any]) -> str:
-    found = checks.resolve(raw)
+    found = resolve(raw)
     return store_id(identity(found, data.load(found.data)))
 
 

@@ -20,7 +20,7 @@ from child import start, wait
 from test_store import IDENTITY, flip, manifest_of, table_of
 
 from raykd.errors import InfraError, StoreError
-from raykd.files import read_json
+from raykd.files.atomic import read_json
 from raykd.store.commit import StoreWriter, plan_shards
 from raykd.store.reader import Store
 
@@ -118,7 +118,9 @@ def _victim(folder: Path, plan: Any, fired: Path, number: int) -> Any:
 
 
 def test_every_named_point_of_the_protocol_is_killed_at():
-    source = "".join((Path(__file__).parents[1] / "raykd" / f).read_text() for f in ("files.py", "store/commit.py"))
+    source = "".join(
+        (Path(__file__).parents[1] / "raykd" / f).read_text() for f in ("files/atomic.py", "store/commit.py")
+    )
     assert source.count("faults.point(") == len({p.partition("at=")[2] for p in POINTS})
 
 

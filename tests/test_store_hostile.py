@@ -20,9 +20,9 @@ import pytest
 from child import start, wait
 from test_store import IDENTITY, SHARDS, fill, table_of
 
-from raykd.digests import digest_of
 from raykd.errors import StoreError
-from raykd.files import read_json, to_json
+from raykd.files.atomic import read_json, to_json
+from raykd.recipe.digest import digest_of
 from raykd.store import bounds
 from raykd.store.commit import Shard, record_of, to_parquet
 from raykd.store.reader import Store, decoded

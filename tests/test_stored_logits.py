@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raykd import checks
-from raykd.arms import Workshop, arms_of, teacher_head
-from raykd.batches import to_device
 from raykd.errors import RecipeError
-from raykd.losses import kd
+from raykd.losses.shared_terms import kd
 from raykd.models.adapter import Adapter
-from raykd.scorer import Scorer
 from raykd.signals import Signals
+from raykd.stages.load import register, resolve
 from raykd.store.logits import taken
 from raykd.store.reader import Store
+from raykd.teacher.scorer import Scorer
+from raykd.training.device_rows import to_device
+from raykd.training.run_arms import Workshop, arms_of, teacher_head
 
 CLASSES, CPU = 7, torch.device("cpu")
 CODECS = {
@@ -64,7 +64,7 @@ def scored(folder: Path, codec: str, **changes):
         "store": CODECS[codec] | {"rows_per_shard": 64, "batch": 32},
         "optim": {"steps": 30, "batch": 32, "evaluate_every": 15},
     }
-    recipe = checks.resolve(raw | changes)
+    recipe = resolve(raw | changes)
     return recipe, Store(by_hand.score(recipe, folder / codec))
 
 
@@ -230,7 +230,7 @@ def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
 
 
 def test_a_term_that_needs_every_class_is_refused_by_name_before_the_teacher_runs(folder):
-    checks.register("examples.own.reverse")
+    register("examples.own.reverse")
     for codec in ("comb", "topk"):
         with pytest.raises(RecipeError, match=rf"terms.reverse: a '{codec}' store .* needs every class"):
             scored(folder, codec, technique="examples.own.reverse", terms={"reverse": {}, "kd": {"weight": 0}})

@@ -19,20 +19,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raykd import catalog, checks, losses, models, techniques
-from raykd.arms import run_arms
-from raykd.batches import DeviceRows
-from raykd.digests import digest
-from raykd.loop import Arm, World, train
+from raykd import models, techniques
+from raykd.losses import shared_terms
+from raykd.losses.objective import Objective
+from raykd.losses.term import TERMS, needs_of, wants_of
 from raykd.models.adapter import Adapter
-from raykd.models.series import SeriesEncoder
-from raykd.objective import Objective
-from raykd.recipe import Optim, Recipe, TermSpec
-from raykd.scorer import Scorer
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.digest import digest
+from raykd.recipe.recipe import Optim, Recipe, TermSpec
 from raykd.signals import UNLABELLED, Batch, Rollout, Signals
-from raykd.store import layers
+from raykd.stages.load import register, resolve
+from raykd.store import layer_signals
 from raykd.store.commit import Shard
-from raykd.terms import TERMS, needs_of, wants_of
+from raykd.teacher.scorer import Scorer
+from raykd.training.device_rows import DeviceRows
+from raykd.training.loop import Arm, World, train
+from raykd.training.run_arms import run_arms
 
 techniques.load_terms()
 ROOT = Path(__file__).parents[1]
@@ -42,8 +44,8 @@ OWN = [  # techniques of the examples' own, named by their modules
     if "\nRECIPE = {" in path.read_text(encoding="utf-8")
 ]
 for name in OWN:
-    checks.register(name)
-TECHNIQUES = {t.name: t for t in [*catalog.techniques(), *map(catalog.find, OWN)]}
+    register(name)
+TECHNIQUES = {t.name: t for t in [*techniques.all_techniques(), *map(techniques.find, OWN)]}
 B, T, C, D, H = 6, 5, 4, 6, 2
 SHAPES = {"hidden": (T, D), "embedding": (1, D), "attention": (T, H, T), "scores": (T, H, T)}
 KINKED = ("tvd", "lk", "hybrid")  # divergences whose gradient jumps where p = q
@@ -104,7 +106,7 @@ DIVERGENT = [
 ]
 DATA = [case for case in CASES if not is_own(case.values[0])]
 EVERY = [specs(case.values[0]) for case in CASES]
-LAYERS = sorted(filter(layers.is_signal, frozenset().union(*(wants_of(t) | needs_of(t) for t in EVERY))))
+LAYERS = sorted(filter(layer_signals.is_signal, frozenset().union(*(wants_of(t) | needs_of(t) for t in EVERY))))
 SPLITTABLE = [c for c in CASES if not any(TERMS[n].whole_batch or s.get("whiten") for n, s in c.values[0].items())]
 
 
@@ -403,7 +405,7 @@ TOKENIZER = Path(__file__).parents[1] / "examples" / "code_lm" / "tokenizer.json
 def resolved(name: str, teacher: dict[str, Any]) -> Recipe:
     """A technique's recipe over gestures; one that writes its own text is resolved over text, which it asks for."""
     text = {"tokenizer": str(TOKENIZER)} if "source" in TECHNIQUES[name].recipe else {}
-    found = checks.resolve({"technique": name, "teacher": teacher, "data": {"stride": 256} | text})
+    found = resolve({"technique": name, "teacher": teacher, "data": {"stride": 256} | text})
     return found.model_copy(update={"data": found.data.model_copy(update={"tokenizer": None})})
 
 
@@ -461,7 +463,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize("t_squared", [True, False])
 def test_kd_equals_the_formula(temperature, t_squared, student, batch):
-    value, mask = losses.kd(student, batch, temperature=temperature, t_squared=t_squared)
+    value, mask = shared_terms.kd(student, batch, temperature=temperature, t_squared=t_squared)
     expected = kl(batch.teacher.logits.numpy() / temperature, student.logits.numpy() / temperature)
     expected = expected * (temperature**2 if t_squared else 1)
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-5)  # float32: sums of C terms of size ~T
@@ -469,7 +471,7 @@ def test_kd_equals_the_formula(temperature, t_squared, student, batch):
 
 
 def test_kd_on_the_sequence_compares_mean_logits(student, batch):
-    value, mask = losses.kd(student, batch, temperature=2.0, on="sequence")
+    value, mask = shared_terms.kd(student, batch, temperature=2.0, on="sequence")
     assert mask.all()
     for row, steps in enumerate(student.mask.sum(1).tolist()):
         means = [z[row, :steps].numpy().mean(0) / 2 for z in (batch.teacher.logits, student.logits)]
@@ -478,8 +480,8 @@ def test_kd_on_the_sequence_compares_mean_logits(student, batch):
 
 def test_kd_with_a_teacher_that_answers_once_compares_sequences(student, batch):
     once = Signals(batch.teacher.sequence_logits().unsqueeze(1), torch.ones(B, 1, dtype=torch.bool))
-    value, mask = losses.kd(student, replace(batch, teacher=once))
-    expected, _ = losses.kd(student, batch, on="sequence")
+    value, mask = shared_terms.kd(student, replace(batch, teacher=once))
+    expected, _ = shared_terms.kd(student, batch, on="sequence")
     assert mask.shape == (B,)
     assert torch.equal(value, expected)
 
@@ -506,7 +508,7 @@ def test_kd_tends_to_matching_centred_logits_as_temperature_rises(student, batch
     limit = gap.square().sum(-1) / (2 * C)
     errors = []
     for temperature in (8.0, 32.0, 128.0):
-        value, _ = losses.kd(student, batch, temperature=temperature)
+        value, _ = shared_terms.kd(student, batch, temperature=temperature)
         errors.append(((value.double() - limit).abs() / limit).mean().item())
     # the next term of the series is of order 1 / T, so four times the temperature leaves about a quarter of the error
     assert errors[1] < 0.4 * errors[0]
@@ -519,14 +521,16 @@ def test_kd_runs_from_teacher_to_student():
     mask = torch.ones(1, 1, dtype=torch.bool)
     two_modes, one_mode = torch.tensor([[[5.0, 5.0, 0.0]]]), torch.tensor([[[12.0, 0.0, 0.0]]])
     batch = Batch(torch.zeros(1), torch.zeros(1, 1, 1), mask, torch.zeros(1, dtype=torch.int64), None)
-    value, _ = losses.kd(Signals(one_mode, mask), replace(batch, teacher=Signals(two_modes, mask)), temperature=1.0)
+    value, _ = shared_terms.kd(
+        Signals(one_mode, mask), replace(batch, teacher=Signals(two_modes, mask)), temperature=1.0
+    )
     forward, reverse = kl(two_modes.numpy(), one_mode.numpy()).item(), kl(one_mode.numpy(), two_modes.numpy()).item()
     assert forward > 5 * reverse
     assert value.item() == pytest.approx(forward, rel=1e-5)
 
 
 def test_ce_equals_the_formula(student, batch):
-    value, mask = losses.ce(student, batch)
+    value, mask = shared_terms.ce(student, batch)
     log_q = log_softmax(student.logits.numpy().astype(np.float64))
     for row, label in enumerate(batch.label.tolist()):
         if label == UNLABELLED:
@@ -537,7 +541,7 @@ def test_ce_equals_the_formula(student, batch):
 
 
 def test_ce_on_the_sequence_judges_mean_logits(student, batch):
-    value, mask = losses.ce(student, batch, on="sequence")
+    value, mask = shared_terms.ce(student, batch, on="sequence")
     assert torch.equal(mask, batch.label != UNLABELLED)
     for row, steps in enumerate(student.mask.sum(1).tolist()):
         if mask[row]:
@@ -584,7 +588,7 @@ def test_a_weight_of_0_for_ce_ignores_labels(student, batch):
 def test_the_loss_is_the_weighted_sum_of_means(student, batch):
     objective = objective_of({"ce": {"weight": 0.2}, "kd": {"weight": 0.8, "temperature": 3.0}})
     sums, counts, _ = evaluate(objective, student, batch)
-    parts = [losses.ce(student, batch), losses.kd(student, batch, temperature=3.0)]
+    parts = [shared_terms.ce(student, batch), shared_terms.kd(student, batch, temperature=3.0)]
     means = [value[mask].double().mean().item() for value, mask in parts]
     assert objective.total(sums, counts).item() == pytest.approx(0.2 * means[0] + 0.8 * means[1], rel=1e-6)
     assert counts.tolist() == [int(mask.sum()) for _, mask in parts]
@@ -595,7 +599,7 @@ def test_future_valence_is_the_squared_error_against_the_discounted_mean():
     guess = Signals(torch.zeros(1, 3, 2), mask, torch.tensor([[0.5, 0.0, -0.5]]))
     column = torch.tensor([[1.0, -0.5, 0.25]])
     row = Batch(torch.zeros(1), torch.zeros(1, 3, 1), mask, torch.zeros(1, dtype=torch.int64), column)
-    value, known = losses.future_valence(guess, row, discount=0.5)
+    value, known = shared_terms.future_valence(guess, row, discount=0.5)
     future = [(1 - 0.25 + 0.0625) / 1.75, (-0.5 + 0.125) / 1.5, 0.25]
     assert known.all()
     expected = [(g - f) ** 2 for g, f in zip([0.5, 0, -0.5], future, strict=True)]
@@ -606,7 +610,7 @@ def test_future_valence_falls_back_on_the_confidence_in_the_true_label():
     mask = torch.ones(1, 2, dtype=torch.bool)
     logits = torch.tensor([[[0.0, np.log(3.0)], [0.0, np.log(3.0)]]], dtype=torch.float32)
     row = Batch(torch.zeros(1), torch.zeros(1, 2, 1), mask, torch.tensor([1]), None)
-    value, _ = losses.future_valence(Signals(logits, mask, torch.zeros(1, 2)), row)
+    value, _ = shared_terms.future_valence(Signals(logits, mask, torch.zeros(1, 2)), row)
     np.testing.assert_allclose(value.numpy(), 0.25, rtol=1e-6)  # p = 3/4 throughout, so v = F = 1/2
 
 
@@ -618,7 +622,7 @@ def test_future_valence_leaves_the_logits_alone(student, batch):
 
 def test_a_model_without_a_value_head_is_told_what_is_missing(student, batch):
     with pytest.raises(ValueError, match="no value head"):
-        losses.future_valence(replace(student, valence=None), batch)
+        shared_terms.future_valence(replace(student, valence=None), batch)
 
 
 def stored(name: str) -> bool:
@@ -630,7 +634,7 @@ def stored(name: str) -> bool:
 def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypatch):
     """Scored once; then the teacher's weights are gone, and any attempt to build it fails the test."""
     weights = tmp_path / "teacher.safetensors"
-    recipe = checks.resolve(
+    recipe = resolve(
         {
             "technique": name,
             "teacher": by_hand.teacher(weights),

@@ -14,12 +14,13 @@ import pytest
 import test_stored_logits
 from click.testing import CliRunner
 
-from raykd import checks, plan
 from raykd.cli import cli
 from raykd.errors import StoreError
-from raykd.files import read_json, write_json
-from raykd.recipe import Recipe
-from raykd.store import tend
+from raykd.files.atomic import read_json, write_json
+from raykd.recipe.recipe import Recipe
+from raykd.stages import plan
+from raykd.stages.load import resolve
+from raykd.store import care
 from raykd.store.reader import Store
 
 folder = test_stored_logits.folder
@@ -72,14 +73,14 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_repaired_to_what_was(damage, store, made):
     before = content(store)
-    assert typed("verify", store) == (0, f"{len(tend.shards(store)[0])} shards, complete and sound\n")
+    assert typed("verify", store) == (0, f"{len(care.shards(store)[0])} shards, complete and sound\n")
     do, fault, name = DAMAGE[damage]
     do(store)
     code, text = typed("verify", store)
     assert code == 3
     assert fault in text
     assert f"type: raykd store repair {store}" in text
-    found = tend.verify(store)
+    found = care.verify(store)
     assert [d["file"].startswith(name) for d in found["damaged"]] == [True]
     assert not found["complete"]
     assert typed("show", store)[0] == 0
@@ -130,7 +131,7 @@ def test_gc_takes_only_old_files_that_no_record_names(store):
     for path in store.rglob("*"):
         os.utime(path, (old, old))
     spoil(store / "_commits/00002.json")  # its file is still the manifest's
-    assert sorted(tend.gc(store, older_than_s=3600)) == sorted(str(p.relative_to(store)) for p in left)
+    assert sorted(care.gc(store, older_than_s=3600)) == sorted(str(p.relative_to(store)) for p in left)
     spoil(store / "_commits/00002.json")
     assert content(store) == before
 
@@ -140,8 +141,8 @@ def test_a_record_that_names_a_file_elsewhere_is_not_followed(store, tmp_path):
     (store / "_MANIFEST.json").unlink()
     record = read_json(store / "_commits/00000.json")
     write_json(store / "_commits/00000.json", record | {"file": "../../mine"})
-    assert [d["file"] for d in tend.verify(store)["damaged"]] == ["_commits/00000.json"]
-    tend.repair(store)
+    assert [d["file"] for d in care.verify(store)["damaged"]] == ["_commits/00000.json"]
+    care.repair(store)
     assert (tmp_path / "mine").exists()
     with pytest.raises(StoreError, match="no shard's file"):
         list(Store.of_shards(store, [record | {"file": "../../mine"}]).shards(record["split"]))
@@ -150,8 +151,8 @@ def test_a_record_that_names_a_file_elsewhere_is_not_followed(store, tmp_path):
 def test_differences_name_each_field():
     ours, theirs = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "e": 5}
     told = ["a.c: 2 wanted, 3 stored", "d: [1] wanted, None stored", "e: None wanted, 5 stored"]
-    assert tend.differences(ours, theirs) == told
-    assert tend.differences(ours, ours) == []
+    assert care.differences(ours, theirs) == told
+    assert care.differences(ours, ours) == []
 
 
 def test_check_names_the_nearest_store_and_what_differs(made, tmp_path):
@@ -162,7 +163,7 @@ def test_check_names_the_nearest_store_and_what_differs(made, tmp_path):
     assert plan.plan(recipe, out)["nearest_store"] is None
     raw = recipe.model_dump(mode="json", exclude_none=True)
     raw["store"] |= {"batch": 16}
-    found = plan.plan(checks.resolve(raw), out)
+    found = plan.plan(resolve(raw), out)
     assert found["nearest_store"] == {
         "store": str((out / "stores" / stored.name).resolve()),
         "differences": ["store.batch: 16 wanted, 32 stored"],

@@ -15,20 +15,23 @@ from hypothesis import strategies as st
 from texts import END, STEPS, sentence
 from tokenizers import Tokenizer
 
-from raykd import checks, data, measure, predictions, stages
+from raykd import data
 from raykd import models as ours
-from raykd.batches import to_device
 from raykd.data import python_library, text
 from raykd.data.rows import UNLABELLED
-from raykd.digests import digest
+from raykd.data.vocabulary import check_digest
 from raykd.errors import DataError, RecipeError
+from raykd.losses.objective import Objective
+from raykd.losses.term import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
-from raykd.objective import Objective
-from raykd.recipe import DataRef, TermSpec
+from raykd.recipe.digest import digest
+from raykd.recipe.recipe import DataRef, TermSpec
+from raykd.stages import walk
+from raykd.stages.load import load
 from raykd.store.reader import Store
-from raykd.terms import wants_of
-from raykd.vocabulary import check_digest
+from raykd.training import measure, predictions
+from raykd.training.device_rows import to_device
 
 CPU = torch.device("cpu")
 
@@ -166,7 +169,7 @@ def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('technique = "none"\n[data]\nsource = "python_library"\ntokenizer = "none.json"\n')
     with pytest.raises(RecipeError, match=r"data\.tokenizer: no file"):
-        checks.load(recipe)
+        load(recipe)
 
 
 def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
@@ -186,8 +189,8 @@ def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
 def walked(cluster, tokenizer, tmp_path_factory):
     """(report, folder, recipe) of a small text recipe under a teacher of random weights."""
     home = tmp_path_factory.mktemp("text")
-    found = checks.load(texts.recipe(home, tokenizer))
-    report = stages.run(found, home / "out")
+    found = load(texts.recipe(home, tokenizer))
+    report = walk.run(found, home / "out")
     (folder,) = (home / "out").glob("text-*")
     return report, folder, found
 
@@ -213,13 +216,13 @@ def test_a_text_students_artefact_holds_gguf_where_it_is_asked_for(walked):
     _, folder, found = walked
     asked = found.model_copy(update={"export": found.export.model_copy(update={"gguf": True})})
     assert digest(asked) == digest(found)
-    stages.export(asked, folder.parent)
+    walk.export(asked, folder.parent)
     manifest = json.loads((folder / "artefact" / "manifest.json").read_text())
     assert manifest["files"]["student.gguf"]["bytes"] == (folder / "artefact" / "student.gguf").stat().st_size
     assert manifest["export"]["gguf"]
     series = found.model_copy(update={"export": found.export.model_copy(update={"packed": True})})
     with pytest.raises(RecipeError, match=r"export\.packed: is of rows of series"):
-        stages.export(series, folder.parent)
+        walk.export(series, folder.parent)
 
 
 def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
@@ -272,7 +275,7 @@ def test_what_is_reported_of_text_is_what_the_models_say(walked):
 
 def test_a_store_of_text_knows_its_tokeniser(walked, tokenizer):
     _, _, found = walked
-    place = stages.Place(found, walked[1].parent)
+    place = walk.Place(found, walked[1].parent)
     vocabulary = Store(place.store).manifest["statistics"]["vocabulary"]
     table = json.loads(tokenizer.read_text())["model"]["vocab"]
     assert check_digest(vocabulary["sha256"], vocabulary["size"], table) == len(table)

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raykd.quant.fake import LEAST, Activations, Blocks, codes_of, scale_of
-from raykd.quant.layers import QuantLinear
-from raykd.quant.scheme import LEVELS, Quant
+from raykd.quant.rounding import LEAST, Activations, Blocks, codes_of, scale_of
+from raykd.quant.swap import QuantLinear
+from raykd.recipe.quant import LEVELS, Quant
 
 pytest.importorskip("torchao", reason="pip install 'raykd[torchao]'")
 

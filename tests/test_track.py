@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from raykd import journal, replay, track
 from raykd.errors import StoreError
-from raykd.journal import Journal
+from raykd.tracking import journal, mlflow_mirror, sync_plan
+from raykd.tracking.journal import Journal
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +23,8 @@ def store(tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("out with space")
     folder = out / "first-00000000"
     Journal(folder / journal.NAME).run("run", "first")
-    assert track.sync(folder, uri=track.default_uri(out), experiment="first").done
-    return track.default_uri(out)
+    assert mlflow_mirror.sync(folder, uri=mlflow_mirror.default_uri(out), experiment="first").done
+    return mlflow_mirror.default_uri(out)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def recorded(uri: str, experiment: str) -> dict:
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
     runs = client.search_runs([found.experiment_id]) if found else []
-    keys = {run.info.run_id: run.data.tags[track.KEY_TAG] for run in runs}
+    keys = {run.info.run_id: run.data.tags[mlflow_mirror.KEY_TAG] for run in runs}
     assert len(set(keys.values())) == len(runs), "a run was recorded twice"
     return {keys[run.info.run_id]: _contents(client, run, keys) for run in runs}
 
@@ -79,8 +79,8 @@ def _contents(client, run, keys: dict[str, str]) -> dict:
 
 
 def test_everything_in_the_journal_is_in_mlflow(store, folder):
-    result = track.sync(folder, uri=store, experiment="all")
-    assert result == track.Synced(True, "", 0, result.runs)
+    result = mlflow_mirror.sync(folder, uri=store, experiment="all")
+    assert result == mlflow_mirror.Synced(True, "", 0, result.runs)
     assert set(result.runs) == {"run", "student/seed-0", "student/seed-1"}
     runs = recorded(store, "all")
     parent, child = runs["gesture-0a1b2c3d/run"], runs["gesture-0a1b2c3d/student/seed-1"]
@@ -98,11 +98,11 @@ def test_everything_in_the_journal_is_in_mlflow(store, folder):
 @pytest.mark.parametrize("keep_cursor", [True, False])
 def test_replaying_twice_is_replaying_once(store, folder, keep_cursor):
     experiment = f"twice-{keep_cursor}"
-    first = track.sync(folder, uri=store, experiment=experiment)
+    first = mlflow_mirror.sync(folder, uri=store, experiment=experiment)
     once = recorded(store, experiment)
     if not keep_cursor:
-        (folder / replay.CURSOR).unlink()
-    assert track.sync(folder, uri=store, experiment=experiment) == first
+        (folder / sync_plan.CURSOR).unlink()
+    assert mlflow_mirror.sync(folder, uri=store, experiment=experiment) == first
     assert recorded(store, experiment) == once
 
 
@@ -111,20 +111,20 @@ def test_a_crash_halfway_makes_no_duplicates(store, folder, cut):
     """As if killed after `cut` lines and before the cursor was saved."""
     whole = (folder / journal.NAME).read_bytes()
     (folder / journal.NAME).write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]))
-    assert track.sync(folder, uri=store, experiment=f"crash-{cut}").done
-    (folder / replay.CURSOR).unlink()
+    assert mlflow_mirror.sync(folder, uri=store, experiment=f"crash-{cut}").done
+    (folder / sync_plan.CURSOR).unlink()
     (folder / journal.NAME).write_bytes(whole)
-    assert track.sync(folder, uri=store, experiment=f"crash-{cut}").done
-    track.sync(folder, uri=store, experiment=f"whole-{cut}")
+    assert mlflow_mirror.sync(folder, uri=store, experiment=f"crash-{cut}").done
+    mlflow_mirror.sync(folder, uri=store, experiment=f"whole-{cut}")
     assert recorded(store, f"crash-{cut}") == recorded(store, f"whole-{cut}")
 
 
 def test_a_resumed_run_keeps_its_first_params(store, folder):
-    track.sync(folder, uri=store, experiment="resumed")
+    mlflow_mirror.sync(folder, uri=store, experiment="resumed")
     lines = Journal(folder / journal.NAME)
     lines.run("run", "gesture")
     lines.params("run", {"optim.steps": 99, "resumed": True})
-    assert track.sync(folder, uri=store, experiment="resumed").done
+    assert mlflow_mirror.sync(folder, uri=store, experiment="resumed").done
     params = recorded(store, "resumed")["gesture-0a1b2c3d/run"]["params"]
     assert (params["optim.steps"], params["resumed"]) == ("40", "true")
 
@@ -132,12 +132,12 @@ def test_a_resumed_run_keeps_its_first_params(store, folder):
 def test_a_dead_server_costs_little_and_loses_nothing(store, folder):
     uri = f"http://me:secret@127.0.0.1:{_closed_port()}"
     start = time.monotonic()
-    result = track.sync(folder, uri=uri, experiment="dead", limit_s=5)
+    result = mlflow_mirror.sync(folder, uri=uri, experiment="dead", limit_s=5)
     assert time.monotonic() - start < 5
     assert (result.done, result.pending) == (False, len(journal.read(folder / journal.NAME)))
     assert "refused" in result.reason
     assert "secret" not in result.reason
-    assert track.sync(folder, uri=store, experiment="dead").done
+    assert mlflow_mirror.sync(folder, uri=store, experiment="dead").done
     assert recorded(store, "dead")["gesture-0a1b2c3d/run"]["status"] == "FINISHED"
 
 
@@ -145,10 +145,10 @@ def test_a_server_that_never_answers_is_left_at_the_limit(folder):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        result = track.sync(folder, uri=uri, experiment="silent", limit_s=3)
+        result = mlflow_mirror.sync(folder, uri=uri, experiment="silent", limit_s=3)
         assert time.monotonic() - start < 4, "the limit, and the import of mlflow where it is the first"
     assert not result.done
-    assert track.pending(folder) == result.pending > 0
+    assert mlflow_mirror.pending(folder) == result.pending > 0
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 
 
@@ -158,16 +158,16 @@ def _closed_port() -> int:
 
 
 def test_pending_counts_the_lines_not_yet_told(store, folder):
-    assert track.pending(folder) == len(journal.read(folder / journal.NAME))
-    track.sync(folder, uri=store, experiment="pending")
-    assert track.pending(folder) == 0
+    assert mlflow_mirror.pending(folder) == len(journal.read(folder / journal.NAME))
+    mlflow_mirror.sync(folder, uri=store, experiment="pending")
+    assert mlflow_mirror.pending(folder) == 0
     Journal(folder / journal.NAME).metrics("run", [("late", 1.0, 0)])
-    assert track.pending(folder) == 1
+    assert mlflow_mirror.pending(folder) == 1
 
 
 def test_another_store_is_filled_from_the_start(store, folder):
-    track.sync(folder, uri=store, experiment="here")
-    assert track.sync(folder, uri=store, experiment="there").done
+    mlflow_mirror.sync(folder, uri=store, experiment="here")
+    assert mlflow_mirror.sync(folder, uri=store, experiment="there").done
     assert len(recorded(store, "there")) == 3
 
 
@@ -180,7 +180,7 @@ def test_odd_names_stay_apart_and_arrive(store, tmp_path):
     lines.run("run", "odd/name: %", tags=dict.fromkeys(ODD, "tag"))
     lines.params("run", {name: name for name in ODD})
     lines.metrics("run", [(name, 1.0, 0) for name in ODD])
-    result = track.sync(folder, uri=store, experiment="odd (names) %")
+    result = mlflow_mirror.sync(folder, uri=store, experiment="odd (names) %")
     assert result.done, result.reason
     run = recorded(store, "odd (names) %")["odd-0a1b2c3d/run"]
     assert len(run["params"]) == run["metrics"].total() == len(ODD)
@@ -193,14 +193,14 @@ def test_more_values_than_one_call_takes(store, tmp_path):
     lines.run("run", "many")
     lines.params("run", {f"p{i}": i for i in range(250)})
     lines.metrics("run", [("loss", i / 7, i) for i in range(2100)])
-    assert track.sync(folder, uri=store, experiment="many").done
+    assert mlflow_mirror.sync(folder, uri=store, experiment="many").done
     run = recorded(store, "many")["many-0a1b2c3d/run"]
     assert (len(run["params"]), run["metrics"].total()) == (250, 2100)
 
 
 def test_an_artefact_that_is_gone_is_named_and_holds_nothing_up(store, folder):
     (folder / "artefact" / "student.bin").unlink()
-    result = track.sync(folder, uri=store, experiment="gone")
+    result = mlflow_mirror.sync(folder, uri=store, experiment="gone")
     assert result.done
     assert "artefact/student.bin" in result.reason
 
@@ -244,13 +244,13 @@ def test_a_damaged_line_is_an_error_that_names_it(folder):
 
 def test_the_run_folder_holds_no_environment_and_no_password(store, folder, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "hunter2-hunter2")
-    track.sync(folder, uri=f"http://me:hunter3@127.0.0.1:{_closed_port()}", experiment="secrets", limit_s=2)
-    track.sync(folder, uri=store, experiment="secrets")
+    mlflow_mirror.sync(folder, uri=f"http://me:hunter3@127.0.0.1:{_closed_port()}", experiment="secrets", limit_s=2)
+    mlflow_mirror.sync(folder, uri=store, experiment="secrets")
     text = b"".join(path.read_bytes() for path in folder.glob("journal*"))
     assert b"hunter" not in text
-    assert json.loads((folder / replay.CURSOR).read_bytes())["uri"] == store
+    assert json.loads((folder / sync_plan.CURSOR).read_bytes())["uri"] == store
 
 
 def test_the_journal_needs_no_mlflow():
-    code = "import sys, raykd.journal, raykd.replay, raykd.track; sys.exit('mlflow' in sys.modules)"
+    code = "import sys; from raykd.tracking import journal, sync_plan, mlflow_mirror; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,14 +20,14 @@ from torch import nn
 
 from raykd import models
 from raykd.errors import DataError, RecipeError
+from raykd.generation.sampling import Frozen, on_policy
 from raykd.models import transformers_lm
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.models.transformers_lm import TransformersLM, parts
-from raykd.recipe import ModelRef
-from raykd.rollouts import Frozen, on_policy
-from raykd.scorer import Scorer
-from raykd.weights import CONFIG, WEIGHTS
+from raykd.recipe.recipe import ModelRef
+from raykd.recipe.weight_files import CONFIG, WEIGHTS
+from raykd.teacher.scorer import Scorer
 
 CLASSES, STEPS = 50, 24
 LENGTHS = ((7, 5, 8, 4), (24,), (1, 1, 16, 1, 5))  # of the documents in each row

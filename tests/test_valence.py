@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raykd.models.series import SeriesEncoder
-from raykd.recipe import Valence
+from raykd.losses.valence import coherence, future_valence, prefix_confidence, saliency
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.recipe import Valence
 from raykd.signals import UNLABELLED
-from raykd.valence import coherence, future_valence, prefix_confidence, saliency
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8))
 

@@ -13,8 +13,11 @@ import torch
 from conftest import SEARCH
 from mlflow import MlflowClient
 
-from raykd import answers, checks, compare, plan, predictions, schema, stages
-from raykd.arms import Workshop, arms_of
+from raykd.reports import answers, compare, schema
+from raykd.stages import plan, walk
+from raykd.stages.load import load
+from raykd.training import predictions
+from raykd.training.run_arms import Workshop, arms_of
 
 pytestmark = pytest.mark.ray
 KEPT = (
@@ -39,7 +42,7 @@ def recipe(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(recipe, scored) -> dict[str, Any]:
-    return stages.run(checks.load(recipe), scored)
+    return walk.run(load(recipe), scored)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_the_run_can_be_compared(folder, tmp_path):
 def test_a_run_reported_without_its_answers_is_reported_again(made, recipe, folder, scored):
     kept = (folder / answers.NAME).read_bytes()
     (folder / answers.NAME).unlink()
-    assert stages.report(checks.load(recipe), scored) == made
+    assert walk.report(load(recipe), scored) == made
     assert (folder / answers.NAME).read_bytes() == kept
 
 
@@ -88,7 +91,7 @@ def test_all_trials_are_there_over_one_store_without_a_look_at_test_rows(folder,
 
 
 def test_the_best_trial_is_a_recipe_that_runs(folder, scored):
-    best = checks.load(folder / "best.toml")
+    best = load(folder / "best.toml")
     table = json.loads((folder / "tune.json").read_bytes())
     assert best.optim.learning_rate == table["best"]["params"]["optim.learning_rate"]
     assert best.terms["kd"].settings["temperature"] == table["best"]["params"]["terms.kd.temperature"]
@@ -111,7 +114,7 @@ def times(folder: Path, out: Path) -> dict[Path, int]:
 
 
 def _walk_again(recipe: str, out: str, made: dict[str, Any]) -> None:
-    assert stages.run(checks.load(recipe), Path(out)) == made
+    assert walk.run(load(recipe), Path(out)) == made
     assert "ray" not in sys.modules
 
 
@@ -143,7 +146,7 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
 
 
 def test_control_and_student_start_from_equal_weights(recipe, scored):
-    found = checks.load(recipe)
+    found = load(recipe)
     store = next((scored / "stores").iterdir())
     shop = Workshop(found, store, torch.device("cpu"))
     control, student = (shop.student(arm).module.state_dict() for arm in arms_of(found))

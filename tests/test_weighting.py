@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from raykd.loop import World
-from raykd.objective import Objective
-from raykd.recipe import TermSpec, Weighting
+from raykd.losses.objective import Objective
+from raykd.losses.weighting import RowWeights, boost_of, ess, standardised, weights
+from raykd.recipe.recipe import TermSpec, Weighting
 from raykd.signals import Batch, Signals
-from raykd.weighting import RowWeights, boost_of, ess, standardised, weights
+from raykd.training.loop import World
 
 MODES = ["ess", "selfnorm", "capped", "raw", "snippet", "uniform"]
 SALIENCY = [0.1, 0.2, 0.6, -0.3]

@@ -12,21 +12,21 @@ import torch.distributed as dist
 from child import start, wait
 from safetensors.torch import load_file, save_file
 
-from raykd import catalog, techniques
-from raykd.batches import DeviceRows
-from raykd.everyone import everyone
-from raykd.loop import Arm, State, World, train
+from raykd import techniques
+from raykd.losses.all_rows import everyone
+from raykd.losses.term import needs_of, wants_of
 from raykd.models.adapter import Adapter
-from raykd.models.series import SeriesEncoder
-from raykd.phases import prepare
-from raykd.quant.layers import QuantLinear, quantised
-from raykd.recipe import Optim, Phase, TermSpec, Weighting
-from raykd.store.layers import is_signal
-from raykd.terms import needs_of, wants_of
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.quant.swap import QuantLinear, quantised
+from raykd.recipe.recipe import Optim, Phase, TermSpec, Weighting
+from raykd.store.layer_signals import is_signal
+from raykd.training.device_rows import DeviceRows
+from raykd.training.loop import Arm, State, World, train
+from raykd.training.phases import prepare
 
 techniques.load_terms()
 # Of text that the student writes, what workers draw together is tested in test_source.py.
-RECIPES = {t.name: t.recipe for t in catalog.techniques() if t.name != "none" and "source" not in t.recipe}
+RECIPES = {t.name: t.recipe for t in techniques.all_techniques() if t.name != "none" and "source" not in t.recipe}
 DRAWN = {"infonce": {"pairs": [["norm", "norm"]], "negatives": 16, "hard": 2.0}}
 RECIPES["infonce-drawn"] = {"terms": DRAWN, "weighting": {"mode": "ess", "statistics": "global_batch"}}
 OPTIM = Optim(steps=12, batch=12, learning_rate=1e-2, evaluate_every=1)

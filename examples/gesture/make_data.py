@@ -1,4 +1,4 @@
-"""Remake raykd/datasets/watch_gestures.npz from the wheel of seglearn 1.2.5.
+"""Remake raykd/data/shipped/watch_gestures.npz from the wheel of seglearn 1.2.5.
 
     pip download --no-deps seglearn==1.2.5
     python examples/gesture/make_data.py seglearn-1.2.5-py3-none-any.whl
@@ -19,7 +19,7 @@ import numpy as np
 
 WHEEL_SHA256 = "ec6b952c85c9627050102854b372d85951563d3b990df677d7c55547e87413dd"
 MEMBER = "seglearn/data/watch_dataset.npy"
-OUT = Path(__file__).parents[2] / "raykd" / "datasets" / "watch_gestures.npz"
+OUT = Path(__file__).parents[2] / "raykd" / "data" / "shipped" / "watch_gestures.npz"
 SCALE = 0.001
 
 

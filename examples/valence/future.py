@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from raykd import checks, data, models
-from raykd.recipe import Recipe
-from raykd.valence import future_valence
+from raykd import data, models
+from raykd.losses.valence import future_valence
+from raykd.recipe.recipe import Recipe
+from raykd.stages.load import load
 
 RECIPE = Path(__file__).parent / "recipe.toml"
 RESAMPLES = 2000
@@ -22,7 +23,7 @@ RESAMPLES = 2000
 def main() -> None:
     """Print r on reviews that no model has seen, with its 95 % interval; of students the mean over seeds."""
     torch.set_num_threads(1)
-    recipe = checks.load(RECIPE)
+    recipe = load(RECIPE)
     dataset = data.load(recipe.data)
     found = readers(recipe, dataset.shape, *map(Path, sys.argv[1:]))
     for split in ("val", "test"):

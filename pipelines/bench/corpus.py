@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from raykd.errors import RecipeError
-from raykd.files import write_bytes
+from raykd.files.atomic import write_bytes
 
 PACKAGES = (
     *("asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "email", "encodings", "ensurepip", "html"),

@@ -21,14 +21,18 @@ from torch import nn
 
 from pipelines.bench.edge_rivals import OURS, Row, cpu_seconds, rows_for, speed_ups
 from pipelines.bench.table import Figure, figure, show
-from raykd import data, deployed, models, onnx_decoder, onnx_file, phases
-from raykd.decoder import Decoder
-from raykd.files import read_json
-from raykd.latency import cpu_flags
+from raykd import data, models
+from raykd.deploy.latency import cpu_flags
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
+from raykd.deploy.onnx import write_decoder
+from raykd.deploy.onnx.decoder import Decoder
+from raykd.files.atomic import read_json
 from raykd.models.llama import Llama
-from raykd.models.series import SeriesEncoder
-from raykd.quant.scheme import Quant
-from raykd.recipe import Recipe
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import Recipe
+from raykd.training import phases
 
 STEPS, CHANNELS, CLASSES = 100, 9, 6
 PAST, TOKENS = 128, 16
@@ -79,7 +83,7 @@ def decoders() -> list[Row]:
     ternary = copy.deepcopy(module)
     phases.round_as(ternary, TERNARY)
     size = 4 * sum(p.numel() for p in module.parameters())
-    files = [onnx_decoder.to_onnx(copy.deepcopy(module)), onnx_decoder.to_onnx(ternary)]
+    files = [write_decoder.to_onnx(copy.deepcopy(module)), write_decoder.to_onnx(ternary)]
     calls = [_torch_decoding(module), _onnx_decoding(files[0]), _onnx_decoding(files[1], lut=True)]
     sizes = [size, *map(len, files)]
     return [Row(*row, None) for row in zip((EAGER, FP32, "ternary, onnxruntime"), sizes, calls, strict=True)]
@@ -174,7 +178,7 @@ def parity_figures() -> list[Figure]:
         phases.round_as(module, OURS[name])
         with torch.inference_mode():
             said = torch.cat([module(row[None])["logits"] for row in x]).numpy()
-        session = deployed.session(onnx_file.to_onnx(module, x[:2]))
+        session = onnx_session.session(write_onnx.to_onnx(module, x[:2]))
         answered = np.concatenate([session.run(["logits"], {"inputs": row[None].numpy()})[0] for row in x])
         each = np.abs(said - answered).reshape(len(x), -1).max(1) / np.abs(said).max()
         bar, tail = "<= 0.002" if width.startswith("int8") else "<= 0.02", np.array([np.quantile(each, 0.99)])

@@ -22,11 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raykd import deployed, onnx_file, phases, pte_file
 from raykd.data.rows import Rows
+from raykd.deploy import pte
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
 from raykd.models.adapter import field
-from raykd.predictions import of_logits
-from raykd.quant.scheme import GROUP, Quant
+from raykd.recipe.quant import GROUP, Quant
+from raykd.training import phases
+from raykd.training.predictions import of_logits
 
 Answer = Callable[[Tensor], Tensor]  # inputs (1, T, K) -> logits (1, T, C) or (1, C)
 Made = tuple[int, Answer]  # bytes of the file, and what it answers
@@ -147,12 +150,12 @@ def _dynamic(folder: Path, per_channel: bool, module: nn.Module, example: Tensor
 
 def _written(folder: Path, module: nn.Module, example: Tensor) -> Path:
     path = folder / "encoder.onnx"
-    path.write_bytes(onnx_file.to_onnx(module, example))
+    path.write_bytes(write_onnx.to_onnx(module, example))
     return path
 
 
 def _session(path: Path) -> Made:
-    session: Any = deployed.session(path)
+    session: Any = onnx_session.session(path)
 
     def answer(inputs: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"inputs": inputs.numpy()})[0])
@@ -180,6 +183,6 @@ def _program(module: nn.Module, example: Tensor) -> Made:
     from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
 
     portable_lib._unsafe_reset_threadpool(1)  # the only way to ask for it, and nothing runs yet
-    data = pte_file.lower(module, example)
-    answer = pte_file.load(data)
+    data = pte.lower(module, example)
+    answer = pte.load(data)
     return len(data), lambda inputs: answer(inputs)[0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.bench import rivals
-from raykd.codecs import Comb, Dense, TopK
+from raykd.store.codecs import Comb, Dense, TopK
 from raykd.store.commit import to_parquet
 from raykd.targets import SparseTargets
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.bench.table import Clock
-from raykd.fused import sparse_kl
+from raykd.losses.fused import sparse_kl
 from raykd.targets import SparseTargets
 
 VOCAB, WIDTH, PLACES, ENTRIES = 32768, 128, 2048, 32

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.bench.encodings import Encoding, Stored
 from pipelines.bench.language import Language
-from raykd.fused import sparse_kl
+from raykd.losses.fused import sparse_kl
 from raykd.targets import SparseTargets
 
 TOKENS = 1024

@@ -15,8 +15,10 @@ import torch
 
 from pipelines.bench import scoring, training
 from pipelines.bench.table import breakdown, figure, show
-from raykd import checks, data, stream
-from raykd.session import connect
+from raykd import data
+from raykd.orchestration import scoring as stream
+from raykd.orchestration.session import connect
+from raykd.stages.load import load
 
 RECIPE = "examples/gesture/few_labels.toml"
 ROUNDS = 12
@@ -24,7 +26,7 @@ ROUNDS = 12
 
 def main() -> None:
     torch.set_num_threads(1)
-    recipe = checks.load(RECIPE, ("scale.scorers=1", "control=false"))
+    recipe = load(RECIPE, ("scale.scorers=1", "control=false"))
     steps = recipe.optim.evaluate_every * (ROUNDS + 1)  # the first round warms up
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"steps": steps})})
     dense = recipe.model_copy(update={"data": recipe.data.model_copy(update={"stride": 1})})

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from pipelines.bench import corpus
 from pipelines.bench.language import Windows, fit
+from raykd.data.vocabulary import shared_tokens
 from raykd.errors import RecipeError
-from raykd.files import write_bytes
-from raykd.models import hf
+from raykd.files.atomic import write_bytes
+from raykd.models import hf_folder
 from raykd.models.llama import Llama
-from raykd.vocabulary import shared_tokens
 
 STEPS, PROMPT = 256, 16
 DRAFTER: dict[str, Any] = {"width": 64, "layers": 2, "heads": 2, "kv_heads": 2, "inner": 192}
@@ -85,7 +85,7 @@ def read(teacher: Path, student: Path, *, prompts: int) -> Pair:
             raise RecipeError(f"{folder}: no tokenizer.json in it; give the folder of a model with its tokeniser")
     ours, theirs = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (teacher, student))
     vocab = shared_tokens(ours.get_vocab(), theirs.get_vocab())
-    large, small = (hf.read(folder).eval() for folder in (teacher, student))
+    large, small = (hf_folder.read(folder).eval() for folder in (teacher, student))
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     starts = [ours.encode(path.read_text(encoding="utf-8", errors="replace")[:2000]).ids[:PROMPT] for path in files]
     known = [ids for ids in starts if len(ids) == PROMPT and max(ids) < vocab][:prompts]
@@ -150,9 +150,9 @@ def _drafter(text: corpus.Corpus, out: Path, steps: int) -> Llama:
             return F.cross_entropy(module(tokens)["logits"].flatten(0, 1), following.flatten())
 
         fit(module, loss, steps=steps, rate=3e-3)
-        write_bytes(path, save({k: v for k, v in module.state_dict().items() if k != hf.HEAD}))
+        write_bytes(path, save({k: v for k, v in module.state_dict().items() if k != hf_folder.HEAD}))
     tensors = load_file(path)
-    module.load_state_dict(tensors | {hf.HEAD: tensors[hf.TABLE]})
+    module.load_state_dict(tensors | {hf_folder.HEAD: tensors[hf_folder.TABLE]})
     return module.eval()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.bench.encodings import Encoding, Stored, stored
 from pipelines.bench.language import Language, fit
-from raykd.fused import dense_kl, sparse_kl
+from raykd.losses.fused import dense_kl, sparse_kl
 from raykd.targets import SparseTargets
 
 ROWS, RATE = 4, 1e-3  # rows a step: 512 tokens

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.codecs import Comb, TopK, layout
-from raykd.codecs.grid import chunks
-from raykd.codecs.layout import Column, Layout, Stream
+from raykd.store.codecs import Comb, TopK, layout
+from raykd.store.codecs.layout import Column, Layout, Stream
+from raykd.store.codecs.temperatures import chunks
 from raykd.targets import SparseTargets
 
 

@@ -13,17 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.bench.table import Clock
-from raykd import data, stream
-from raykd.files import put_once
-from raykd.recipe import Recipe
-from raykd.scorer import Scorer
+from raykd import data
+from raykd.files.atomic import put_once
+from raykd.orchestration import scoring
+from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
+from raykd.teacher.scorer import Scorer
 
 SHARDS_A_ROUND, ROUNDS = 4, 15
 
 
-class Paired(stream.ShardScorer):
+class Paired(scoring.ShardScorer):
     """A ShardScorer that, after each round of shards, scores their rows once more by a bare loop, into one file."""
 
     def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
@@ -69,11 +70,11 @@ class Paired(stream.ShardScorer):
 def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
     """(rounds, 6): CPU and wall seconds of raykd and of the bare loop; raykd's wall between shards, idle part of it."""
     dataset = data.load(recipe.data)
-    _, wanted = stream.locate(recipe, dataset, folder)
+    _, wanted = scoring.locate(recipe, dataset, folder)
     writer = StoreWriter(folder / "paired", wanted)
     shards = plan_shards({"train": len(dataset.splits["train"])}, recipe.store.rows_per_shard)
     taken = shards[: 1 + SHARDS_A_ROUND * ROUNDS]
-    spent = np.stack([row["spent"] for row in stream.scored(recipe, writer, taken, Paired).iter_rows()])
+    spent = np.stack([row["spent"] for row in scoring.scored(recipe, writer, taken, Paired).iter_rows()])
     return spent[np.isfinite(spent).all(1)]
 
 

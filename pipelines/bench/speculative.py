@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from pipelines.bench import pairs
 from pipelines.bench.table import Figure, figure, show
-from raykd import onnx_decoder
-from raykd.decoder import Decoder
+from raykd.deploy.onnx import write_decoder
+from raykd.deploy.onnx.decoder import Decoder
+from raykd.generation.reader import OnnxReader, Reader, TorchReader
+from raykd.generation.speculative import Text, generate, predicted, speculate
 from raykd.models.llama import Llama
-from raykd.readers import OnnxReader, Reader, TorchReader
-from raykd.speculative import Text, generate, predicted, speculate
 
 ACCEPTANCE, TRIAL = 0.8, 4  # of the built pair; drafts a call in the trial
 GAMMAS = tuple(range(1, 11))
@@ -167,7 +167,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
 
 
 def _file(module: Llama) -> OnnxReader:
-    return OnnxReader(Decoder(onnx_decoder.to_onnx(copy.deepcopy(module))))
+    return OnnxReader(Decoder(write_decoder.to_onnx(copy.deepcopy(module))))
 
 
 def _call(reader: Reader, past: Sequence[int], count: int, calls: int) -> float:

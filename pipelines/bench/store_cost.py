@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from pipelines.bench.encodings import BATCH, SHARD, shard
 from pipelines.bench.language import Language, next_token_loss
 from pipelines.bench.table import Clock
-from raykd.batches import DeviceRows, to_device
-from raykd.codecs import Comb
 from raykd.data import Rows
-from raykd.loop import Arm, Step, World
+from raykd.losses.objective import Objective
 from raykd.models.adapter import Adapter
-from raykd.objective import Objective
-from raykd.phases import spans
-from raykd.recipe import Optim, TermSpec
+from raykd.recipe.recipe import Optim, TermSpec
 from raykd.signals import Batch
-from raykd.state import Learner, State
+from raykd.store.codecs import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, to_parquet
 from raykd.store.logits import metadata
 from raykd.store.reader import Store
+from raykd.training.device_rows import DeviceRows, to_device
+from raykd.training.loop import Arm, Step, World
+from raykd.training.phases import spans
+from raykd.training.state import Learner, State
 
 ROWS = 4  # a step: 512 tokens
 LARGE = {"width": 512, "layers": 5, "heads": 8}  # 20 M parameters

@@ -27,16 +27,16 @@ import pyarrow as pa
 import torch
 
 from pipelines.bench.table import machine
-from raykd.ahead import Ahead
-from raykd.batches import Order, to_device
-from raykd.codecs.comb import Comb
 from raykd.data import Rows
-from raykd.loop import World
-from raykd.recipe import Optim
-from raykd.store import tend
+from raykd.recipe.recipe import Optim
+from raykd.store import care
+from raykd.store.codecs.comb import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.logits import metadata
 from raykd.store.reader import Store
+from raykd.training.device_rows import Order, to_device
+from raykd.training.loop import World
+from raykd.training.prefetch import Ahead
 
 VOCAB, POINTS, STEPS, ROWS_PER_SHARD, BATCH, PROCESSES = 8192, 12, 256, 256, 32, 2
 DRAWN = 384  # different rows: drawing ten million tokens is another bench's time
@@ -166,7 +166,7 @@ def run(tokens: int) -> dict[str, dict[str, float]]:
         shards = plan_shards({"train": count}, ROWS_PER_SHARD)
         phases = {"write": together(*((write, store, shards[i::PROCESSES]) for i in range(PROCESSES)))}
         manifest = StoreWriter(store, IDENTITY).finish(shards, {})
-        phases["verify"] = together((tend.verify, store))
+        phases["verify"] = together((care.verify, store))
         assert phases["verify"][0][0]["complete"]
         middle = count // BATCH // 2
         phases["read"] = together(*((read, folder, store, count, rank, 0) for rank in range(PROCESSES)))

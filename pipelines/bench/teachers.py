@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipelines.bench.corpus import CONTEXT, STEPS, VOCAB, Corpus
 from pipelines.bench.language import Language, Windows, fit_text
-from raykd.codecs.layout import ragged
-from raykd.files import write_bytes
+from raykd.files.atomic import write_bytes
+from raykd.store.codecs.layout import ragged
 
 FLAT_BITS, SHARP_BITS = 4.9, 1.84
 TEACHER = {"width": 192, "layers": 3, "heads": 3}

@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 
 import raykd
 from pipelines.bench.table import Clock, Figure, figure, show
-from raykd import catalog, checks, raw
-from raykd.arms import Workshop, student_arm
-from raykd.loop import Step, World, objective_of
-from raykd.phases import spans
-from raykd.recipe import Recipe
-from raykd.state import Learner, State
-from raykd.store import layers, place
+from raykd import techniques
+from raykd.files import place
+from raykd.losses.term import needs_of
+from raykd.recipe import toml
+from raykd.recipe.recipe import Recipe
+from raykd.stages.load import resolve
+from raykd.store import layer_signals
 from raykd.store.reader import Store
-from raykd.terms import needs_of
+from raykd.training.loop import Step, World, objective_of
+from raykd.training.phases import spans
+from raykd.training.run_arms import Workshop, student_arm
+from raykd.training.state import Learner, State
 
 RECIPE = Path(__file__).parents[2] / "examples" / "gesture" / "few_labels.toml"
 ATTENTION = [["blocks.0.attention", "blocks.2.attention"]]
@@ -40,8 +43,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where the store goes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = raw.resolve_paths(raw.read(RECIPE), RECIPE.parent)
-    recipes = {name: checks.resolve(raw.merge(base, change)) for name, change in cases().items()}
+    base = toml.resolve_paths(toml.read(RECIPE), RECIPE.parent)
+    recipes = {name: resolve(toml.merge(base, change)) for name, change in cases().items()}
     stores = {name: scored(recipe, options.out) for name, recipe in recipes.items()}
     steps = {name: fresh_step(recipe, stores[name]) for name, recipe in recipes.items()}
     seconds = turns(steps, rounds=4 if options.quick else 40)
@@ -51,7 +54,7 @@ def main() -> None:
 def cases() -> dict[str, dict[str, Any]]:
     """What each case changes in the vanilla recipe: one more term, or the weighting."""
     found: dict[str, dict[str, Any]] = {"vanilla": {}}
-    for technique in catalog.techniques():
+    for technique in techniques.all_techniques():
         for name, spec in technique.recipe["terms"].items():
             if name not in ("ce", "kd"):
                 found.setdefault(name, {"terms": {name: spec}})
@@ -105,7 +108,9 @@ def byte_figures(recipes: dict[str, Recipe], stores: dict[str, place.Place]) -> 
     """Bytes a row of each layer that a case reads, compressed; of vanilla, those of the answers and the valence."""
     found = []
     for name, recipe in recipes.items():
-        places = [layers.place_of(stores[name], signal) for signal in sorted(needs_of(recipe.terms)) if "." in signal]
+        places = [
+            layer_signals.place_of(stores[name], signal) for signal in sorted(needs_of(recipe.terms)) if "." in signal
+        ]
         if name == "vanilla":
             places = [stores[name]]
         manifests = [Store(p).manifest for p in places]

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bench.table import Clock
-from raykd import fit
-from raykd.arms import Workshop, arms_of
-from raykd.batches import DeviceRows
-from raykd.checkpoints import Checkpoints
-from raykd.loop import Arm, Step, World
-from raykd.objective import Objective
-from raykd.phases import spans
-from raykd.recipe import Optim, Recipe
-from raykd.state import Learner, State
-from raykd.store.place import Address
+from raykd.files.place import Address
+from raykd.losses.objective import Objective
+from raykd.orchestration import training
+from raykd.recipe.recipe import Optim, Recipe
+from raykd.training.checkpoints import Checkpoints
+from raykd.training.device_rows import DeviceRows
+from raykd.training.loop import Arm, Step, World
+from raykd.training.phases import spans
+from raykd.training.run_arms import Workshop, arms_of
+from raykd.training.state import Learner, State
 
 TURN = 25
 
@@ -28,7 +28,7 @@ TURN = 25
 def run(recipe: Recipe, store: Address, folder: Path) -> dict[str, Any]:
     """CPU and wall seconds of each round of both loops, and the parts of a step, from one real worker."""
     config = {"recipe": recipe.model_dump(mode="json"), "store": str(store), "folder": str(folder)}
-    return fit.group(recipe, worker, config, folder, num_workers=1).fit().return_value
+    return training.group(recipe, worker, config, folder, num_workers=1).fit().return_value
 
 
 class Plain:

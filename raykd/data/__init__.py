@@ -4,10 +4,10 @@ import numpy as np
 
 from raykd.data import python_library, tables, watch_gestures
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows, checked, hide_labels
-from raykd.digests import is_path
 from raykd.errors import DataError
-from raykd.recipe import DataRef
-from raykd.validation import suggestion
+from raykd.recipe.digest import is_path
+from raykd.recipe.recipe import DataRef
+from raykd.recipe.validation import suggestion
 
 BUILT_IN = {"watch_gestures": watch_gestures.load, "python_library": python_library.load}
 

@@ -1,6 +1,6 @@
 """The Python standard library's own source, as text that every installation brings along (PSF licence, see NOTICE).
 
-Files differ between Python versions, so the data set is a list of them with digests, `datasets/python_library.txt`. A
+Files differ between Python versions, so the data set is a list of them with digests, `shipped/python_library.txt`. A
 file is of one split, told by its name's digest: of 100, 94 are of training, 5 of test and 1 of val.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from raykd.data import text
 from raykd.data.rows import SPLITS, Dataset
 from raykd.errors import DataError, RecipeError
-from raykd.recipe import DataRef
+from raykd.recipe.recipe import DataRef
 
 MADE_WITH = "3.11.7"
 SETTINGS = {"share": 1.0, "pinned": True}
@@ -63,5 +63,5 @@ def _place(name: str, at: int) -> int:
 
 def listed() -> dict[str, str]:
     """The digest of each file by its name."""
-    lines = (resources.files("raykd") / "datasets" / "python_library.txt").read_text().splitlines()
+    lines = (resources.files("raykd.data") / "shipped" / "python_library.txt").read_text().splitlines()
     return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raykd import imports
 from raykd.data import text
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
 from raykd.errors import DataError
-from raykd.recipe import DataRef
-from raykd.validation import suggestion
+from raykd.recipe import imports
+from raykd.recipe.recipe import DataRef
+from raykd.recipe.validation import suggestion
 
 SERIES = ("inputs", "label", "split", "group", "valence")
 

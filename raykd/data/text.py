@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
 from raykd.errors import DataError, RecipeError
-from raykd.recipe import DataRef
-from raykd.validation import suggestion
+from raykd.recipe.recipe import DataRef
+from raykd.recipe.validation import suggestion
 
 PARTS = ("prompt", "completion")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from raykd.data.rows import Dataset, Rows
 from raykd.errors import DataError
-from raykd.recipe import DataRef
+from raykd.recipe.recipe import DataRef
 
 TIME_SHARES = {"train": (0.0, 0.60), "val": (0.60, 0.72), "test": (0.72, 1.0)}
 SUBJECT_SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
@@ -21,7 +21,7 @@ def load(ref: DataRef) -> Dataset:
 
     The time split leaves a gap of one window between parts, so that no test window shares a step with training.
     """
-    with (resources.files("raykd") / "datasets" / "watch_gestures.npz").open("rb") as file:
+    with (resources.files("raykd.data") / "shipped" / "watch_gestures.npz").open("rb") as file:
         raw = dict(np.load(file, allow_pickle=False))
     signal = raw["signal"] * raw["scale"] + raw["offset"]
     parts = {name: _windows(raw, name, ref) for name in TIME_SHARES}

@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raykd import imports
 from raykd.errors import RecipeError
 from raykd.models.llama import Llama
-from raykd.models.series import SeriesEncoder
-from raykd.quant.rest import plain, plain_name
-from raykd.recipe import ModelRef
-from raykd.validation import suggestion
-from raykd.weights import TRANSFORMERS
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.quant.other_parameters import plain, plain_name
+from raykd.recipe import imports
+from raykd.recipe.recipe import ModelRef
+from raykd.recipe.validation import suggestion
+from raykd.recipe.weight_files import TRANSFORMERS
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder, "llama": Llama}
 

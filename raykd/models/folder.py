@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from raykd.errors import RecipeError
-from raykd.models import hf, transformers_lm
-from raykd.recipe import ModelRef
-from raykd.weights import LLAMA, TRANSFORMERS
+from raykd.models import hf_folder, transformers_lm
+from raykd.recipe.recipe import ModelRef
+from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
 
-READERS = {LLAMA: hf.read, TRANSFORMERS: transformers_lm.read}
+READERS = {LLAMA: hf_folder.read, TRANSFORMERS: transformers_lm.read}
 
 
 def build(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:

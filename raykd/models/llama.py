@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raykd.errors import DataError
-from raykd.models.cache import Cache, Past
+from raykd.models.kv_cache import Cache, Past
 
 DEVIATION = 0.02  # of initial weights
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from raykd.errors import DataError, RecipeError
-from raykd.weights import config_of, tensor_files
+from raykd.recipe.weight_files import config_of, tensor_files
 
 PROBE = 8  # tokens, of which the first half must not depend on the others
 NEAR = 1e-3  # of the largest logit

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from raykd.quant.fake import Rounded, check_finite, codes_of, scale_of
-from raykd.quant.scheme import LEVELS, SCALES, Quant
+from raykd.quant.rounding import Rounded, check_finite, codes_of, scale_of
+from raykd.recipe.quant import LEVELS, SCALES, Quant
 
 
 class QuantEmbedding(nn.Embedding):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.quant.fake import Learned, Rounded, as_multiplied, check_finite, codes_of, learnt, scale_of
-from raykd.quant.scheme import LEVELS, Quant
+from raykd.quant.rounding import Learned, Rounded, as_multiplied, check_finite, codes_of, learnt, scale_of
+from raykd.recipe.quant import LEVELS, Quant
 
 
 def be_called(_module: nn.Module, _inputs: Any) -> None:

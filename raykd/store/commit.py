@@ -18,12 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykd import faults
-from raykd.digests import digest_of
 from raykd.errors import StoreError
-from raykd.files import to_json
+from raykd.files import faults
+from raykd.files.atomic import to_json
+from raykd.files.place import Address, Place, at, read_json
+from raykd.recipe.digest import digest_of
 from raykd.store import bounds
-from raykd.store.place import Address, Place, at, read_json
 
 SCHEMA = 1
 

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.codecs import CODECS, Codec, default_codec
-from raykd.codecs.comb import Comb
-from raykd.codecs.dense import Dense
-from raykd.codecs.layout import Layout
-from raykd.codecs.topk import TopK
 from raykd.errors import StoreError
-from raykd.recipe import StoreSettings
+from raykd.recipe.recipe import StoreSettings
+from raykd.store.codecs import CODECS, Codec, default_codec
+from raykd.store.codecs.comb import Comb
+from raykd.store.codecs.dense import Dense
+from raykd.store.codecs.layout import Layout
+from raykd.store.codecs.topk import TopK
 from raykd.targets import SparseTargets
 
 SPARSE = frozenset({"comb", "topk"})

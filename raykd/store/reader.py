@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raykd.digests import digest_of
 from raykd.errors import StoreError
-from raykd.store import bounds, hot, layers
-from raykd.store.codec import decode
+from raykd.files.place import Address, Place, at, read_json
+from raykd.recipe.digest import digest_of
+from raykd.store import bounds, layer_signals, node_copy
+from raykd.store.columns import decode
 from raykd.store.logits import StoredLogits, from_metadata, plain
-from raykd.store.place import Address, Place, at, read_json
 
 PART = re.compile(r"data/part-\d{5,}-[0-9a-f]{16}\.parquet")
 
@@ -76,7 +76,7 @@ class Store:
     def table(self, split: str) -> pa.Table:
         """All rows of one split, memory mapped from this node's copy; ids are in the plain layout."""
         if split not in self._splits:
-            self._splits[split] = hot.mapped(self.manifest["sha256"], split, map(plain, self.shards(split)))
+            self._splits[split] = node_copy.mapped(self.manifest["sha256"], split, map(plain, self.shards(split)))
         return self._splits[split]
 
     def row_id(self, split: str) -> NDArray[np.int64]:
@@ -116,9 +116,9 @@ class Store:
 
     def _layer(self, name: str, split: str) -> "Store":
         """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""
-        place = layers.place_of(self.place, name)
+        place = layer_signals.place_of(self.place, name)
         if place.get("_MANIFEST.json") is None:
-            held = [*self.table(split).column_names, *(layer.name for layer in layers.stored(self.place))]
+            held = [*self.table(split).column_names, *(layer.name for layer in layer_signals.stored(self.place))]
             raise StoreError(
                 f"store {self.place.name} holds no {name!r}; it has {', '.join(held)}; `raykd score RECIPE` adds it"
             )

@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
+from raykd.losses.term import Pairs, Places, mean_places, term
 from raykd.signals import Batch, Signals, aligned
-from raykd.terms import Pairs, Places, mean_places, term
 
 RECIPE = {
     "terms": {

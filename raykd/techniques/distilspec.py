@@ -10,9 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.divergences import Kind, from_teacher, spread
+from raykd.losses.divergences import Kind, from_teacher, spread
+from raykd.losses.term import Places, term
 from raykd.signals import Batch, Signals
-from raykd.terms import Places, term
 
 RECIPE = {
     "source": {"kind": "on_policy", "share": 0.5},

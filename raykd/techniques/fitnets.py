@@ -8,8 +8,8 @@ with the student and never exported. Pair a middle layer: a late one leaves the 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raykd.losses.term import Pairs, Places, mean_places, term
 from raykd.signals import Batch, Signals, aligned
-from raykd.terms import Pairs, Places, mean_places, term
 
 RECIPE = {
     "terms": {

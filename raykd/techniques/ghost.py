@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from raykd.divergences import Kind, both, chosen, from_teacher, own, spread
 from raykd.errors import RecipeError
-from raykd.returns import following, through
+from raykd.losses.divergences import Kind, both, chosen, from_teacher, own, spread
+from raykd.losses.returns import following, through
+from raykd.losses.term import Places, term
 from raykd.signals import Batch, Signals
-from raykd.terms import Places, term
 
 RECIPE = {
     "source": {"kind": "drafts", "share": 1.0, "length": 6},

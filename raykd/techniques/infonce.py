@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raykd.everyone import everyone
+from raykd.losses.all_rows import everyone
+from raykd.losses.term import Pairs, Places, term
 from raykd.signals import UNLABELLED, Batch, Signals
-from raykd.terms import Pairs, Places, term
 
 RECIPE = {
     "terms": {

@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from raykd.divergences import both, chosen, divergence, spread
-from raykd.returns import following, through, whitened
+from raykd.losses.divergences import both, chosen, divergence, spread
+from raykd.losses.returns import following, through, whitened
+from raykd.losses.term import Places, term
 from raykd.signals import Batch, Signals
-from raykd.terms import Places, term
 
 RECIPE = {
     "source": {"kind": "on_policy", "share": 0.5, "mixed": 0.2, "passes": 4},

@@ -1,0 +1,210 @@
+"""The deployable student: a folder that is whole or absent, with what it takes to run it and proof that it does.
+
+artefact/student.safetensors   the best seed's weights, by validation accuracy; or, where it was trained rounded,
+         student.onnx          its codes and scales, for stock onnxruntime
+         model.json            the model's name and settings, channels, steps and class names
+         run.py                loads both and classifies a .npy file
+         student.*             the other forms that `[export]` asks for, each held against the trained student
+         README.md             a model card to fill in
+         manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency that were measured,
+                               and what is computed with in float32, with the reason
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from raykd import models
+from raykd.data import Dataset
+from raykd.deploy import forms, latency, packed
+from raykd.deploy import sizes as anatomy
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
+from raykd.deploy.parity import bar_of, gate, refusal
+from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
+from raykd.models.adapter import Adapter
+from raykd.quant import swap
+from raykd.recipe.digest import file_sha256
+from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import Export, ModelRef, Recipe
+from raykd.training import measure, phases, predictions
+from raykd.training.device_rows import to_device
+from raykd.training.predictions import Predictions, of_logits
+from raykd.training.run_arms import arms_of
+
+FORMAT = "safetensors fp32"
+LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
+WEIGHTS, ONNX = "student.safetensors", "student.onnx"
+ALONE = 512  # test rows that are answered one by one, too
+
+
+def best_seed(recipe: Recipe, folder: Path) -> int:
+    """The student's seed with the highest validation accuracy, the first of equals."""
+    records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(recipe) if arm.name == "student"]
+    return max(records, key=lambda record: record["val"]["val_accuracy"])["seed"]
+
+
+def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+    """Write `artefact/` in a run folder, and give its manifest. GateError, and no folder, if it answers otherwise."""
+    seed = best_seed(recipe, folder)
+    arm = folder / "arms" / f"student-{seed}"
+    with whole_folder(folder / "artefact") as staged:
+        write_json(staged / "model.json", _model(recipe, dataset))
+        (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
+        quant = recipe.phases[-1].quant if recipe.phases else None
+        measured = _rounded(recipe, dataset, staged, quant) if quant else {}
+        copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py")
+        parity = _parity(staged, dataset, arm, quant)
+        forms = _forms(recipe, dataset, staged, arm)
+        manifest = _manifest(staged, seed, quant, parity) | measured | {"export": recipe.export.model_dump()}
+        for name, found in forms.items():
+            manifest["files"][name] |= {"parity": found}
+        write_json(staged / "manifest.json", manifest)
+    write_bytes(folder / "student.safetensors", (arm / "weights.safetensors").read_bytes())
+    return manifest
+
+
+def is_whole(folder: Path, asked: Export) -> bool:
+    """Whether an artefact stands in a folder, in just the forms that are asked for, and none of its files is gone."""
+    manifest = read_json(folder / "manifest.json")
+    if manifest is None or manifest.get("export", Export().model_dump()) != asked.model_dump():
+        return False
+    return all((folder / name).is_file() for name in manifest["files"])
+
+
+def _forms(recipe: Recipe, dataset: Dataset, staged: Path, arm: Path) -> dict[str, forms.Parity]:
+    """Write what `[export]` asks for; the parity of each file by its name."""
+    if not forms.asked(recipe.export):
+        return {}
+    described = json.loads((staged / "model.json").read_bytes())
+
+    def student() -> nn.Module:
+        return _student(described, arm / "weights.safetensors").eval()
+
+    def plain() -> nn.Module:
+        return _built(described).eval()
+
+    quant = recipe.phases[-1].quant if recipe.phases else None
+    rows, trained = dataset.splits["test"], predictions.read(arm / "predictions.parquet").logits
+    assert trained is not None, "forms of text are refused before any work"
+    return forms.write(recipe.export, staged, rows, trained, quant, student, plain)
+
+
+def copy_cards(folder: Path, title: str, *, run: str, readme: str = "README.md") -> None:
+    """Write run.py and README.md of a student called `title`, from the cards of these names."""
+    for name, card in (("run.py", run), ("README.md", readme)):
+        text = (resources.files("raykd.deploy") / "card" / card).read_text()
+        (folder / name).write_text(text.replace("STUDENT", title))
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: bytes and sha256} of every file of a folder."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
+
+
+def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
+    """Write the ONNX file in place of the weights; its anatomy and latency."""
+    rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
+    module = load(staged).module
+    tensors = anatomy.tensors_of(module)
+    file = write_onnx.to_onnx(module, rows)
+    (staged / ONNX).write_bytes(file)
+    (staged / WEIGHTS).unlink()
+    refs = {"teacher": recipe.teacher, "fp32 student": recipe.student.bare}
+    others = {name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref}
+    measured = latency.latency(file, others, rows[:1])
+    float32 = [each._asdict() for each in swap.left(others["fp32 student"], quant)]
+    sizes = anatomy.bytes_of(file, tensors)
+    return {"tensors": tensors, "bytes_by_kind": sizes, "latency": measured, "computed_in_float32": float32}
+
+
+def load(folder: Path) -> Adapter:
+    """The model of an artefact folder, ready to answer."""
+    return Adapter(_student(json.loads((folder / "model.json").read_bytes()), folder / WEIGHTS)).eval()
+
+
+def unpack(folder: Path) -> Adapter:
+    """The rounded student of an artefact folder with a packed file, ready to answer. StoreError if it is damaged."""
+    module = _built(json.loads((folder / "model.json").read_bytes()))
+    packed.read((folder / forms.FILES["packed"]).read_bytes(), module)
+    return Adapter(module).eval()
+
+
+def _built(described: Mapping[str, Any]) -> nn.Module:
+    """The module that a model.json describes, in full precision and untrained."""
+    ref = ModelRef(model=described["model"], settings=described["settings"])
+    shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
+    return models.build(ref, **shape, key="artefact")
+
+
+def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
+    """The module that a model.json describes, with trained weights, rounding as its last phase does."""
+    module, quant = _built(described), described.get("quant")
+    if quant:
+        phases.round_as(module, Quant.model_validate(quant))
+    models.load_weights(module, weights, "artefact")
+    return module
+
+
+def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:
+    """The test predictions of a student trained in full precision, rounded as the artefact is without training."""
+    module, quant = models.build(recipe.student.bare, **dataset.shape, key="student"), recipe.phases[-1].quant
+    assert quant is not None
+    models.load_weights(module, weights, "student")
+    phases.round_as(module, quant)
+    return _by_torch(Adapter(module), dataset)
+
+
+def predict(folder: Path, dataset: Dataset) -> Predictions:
+    """The artefact's predictions of the test split."""
+    if (folder / ONNX).exists():
+        split = dataset.splits["test"]
+        return of_logits(split, onnx_session.sequence_logits(folder / ONNX, split, measure.EVAL_BATCH))
+    return _by_torch(load(folder), dataset)
+
+
+def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
+    split = dataset.splits["test"]
+    return measure.predictions(student, split, to_device(split, "test", None, frozenset(), torch.device("cpu")))
+
+
+def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    quant = recipe.phases[-1].quant if recipe.phases else None
+    described = {"model": recipe.student.model, "settings": recipe.student.settings}
+    described |= {"quant": quant.model_dump(mode="json") if quant else None}
+    return described | dataset.shape | {"classes": list(dataset.classes)}
+
+
+def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> dict[str, float]:
+    """How far the artefact's answers are from the trained student's on the test split. GateError if too far."""
+    trained, answered = predictions.read(arm / "predictions.parquet").logits, predict(staged, dataset).logits
+    assert trained is not None
+    assert answered is not None
+    worst = float(np.abs(trained - answered).max())
+    found = {"max_abs_diff": worst, "agreement": float((trained.argmax(1) == answered.argmax(1)).mean())}
+    where = f"{len(trained)} test rows"
+    if quant is None:
+        if not worst <= LARGEST_DIFFERENCE:
+            raise refusal(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", where)
+        return found
+    each = np.abs(trained - answered).max(1) / float(np.abs(trained).max())
+    gate(each, found["agreement"], bar_of(quant), where)
+    few = dataset.splits["test"].take(slice(0, ALONE))
+    alone = onnx_session.sequence_logits(staged / ONNX, few, 1).argmax(1)
+    return found | {
+        "relative": float(each.max()),
+        "alone_agreement": float((alone == answered[: len(alone)].argmax(1)).mean()),
+    }
+
+
+def _manifest(staged: Path, seed: int, quant: Quant | None, parity: dict[str, float]) -> dict[str, Any]:
+    files = files_of(staged)
+    size = files[ONNX if quant else WEIGHTS]["bytes"]
+    name = f"onnx {quant.weights}" if quant else FORMAT
+    return {"schema": 1, "format": name, "seed": seed, "bytes": size, "parity": parity, "files": files}

@@ -1,0 +1,1 @@
+"""GGUF: language models written for llama.cpp, and read back."""

@@ -1,0 +1,85 @@
+"""How long one row takes: an artefact beside its teacher and its full-precision student, in one run, on one thread.
+
+Times are medians of interleaved rounds of this process's CPU time, which neighbours on the machine disturb least.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raykd.deploy.onnx import session as onnx_session
+from raykd.deploy.onnx import write as write_onnx
+from raykd.errors import RecipeError
+
+ROUNDS, LEAST_S = 25, 2e-3  # of a round: many calls of a quick model
+TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")  # for int8 products
+
+
+def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> dict[str, Any]:
+    """{rows, threads, flags}: each model's time over the artefact's, for one `row` (1, T, K).
+
+    The others are taken over. Each stands there twice, as torch executes it and, where it can be written as ONNX, as
+    onnxruntime does: rows are {model, runtime, ratio}, above 1 where the artefact is quicker.
+    """
+    inputs = {"inputs": row.numpy()}
+    runs = {("artefact", "onnxruntime"): _session(artefact, inputs)}
+    for name, module in others.items():
+        runs[name, "torch"] = _eager(module.eval(), row)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, module in others.items():
+            try:
+                runs[name, "onnxruntime"] = _session(write_onnx.to_onnx(module, row), inputs)
+            except RecipeError:  # such a module has its torch row
+                continue
+        times = medians(runs)
+    finally:
+        torch.set_num_threads(threads)
+    own = times.pop(("artefact", "onnxruntime"))
+    rows = [{"model": name, "runtime": runtime, "ratio": spent / own} for (name, runtime), spent in times.items()]
+    return {"rows": rows, "threads": 1, "flags": cpu_flags()}
+
+
+def medians(runs: Mapping[Any, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Any, float]:
+    """Seconds of CPU time of one call of each, the median over rounds that take turns."""
+    counts = {key: max(1, round(LEAST_S / max(_spent(call, 3), 1e-7))) for key, call in runs.items()}
+    found: dict[Any, list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, call in runs.items():
+            found[key].append(_spent(call, counts[key]))
+    return {key: median(times) for key, times in found.items()}
+
+
+def cpu_flags() -> str:
+    """The instructions of this processor that decide how fast integers are multiplied."""
+    path = Path("/proc/cpuinfo")
+    words = set(path.read_text().split()) if path.exists() else set()
+    return " ".join([platform.machine(), *(flag for flag in TELLING if flag in words)])
+
+
+def _spent(call: Callable[[], Any], count: int) -> float:
+    call()
+    started = time.process_time()
+    for _ in range(count):
+        call()
+    return (time.process_time() - started) / count
+
+
+def _session(data: bytes, inputs: dict[str, Any]) -> Callable[[], Any]:
+    session = onnx_session.session(data)
+    return lambda: session.run(["logits"], inputs)
+
+
+def _eager(module: nn.Module, row: Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        with torch.inference_mode():
+            module(row)
+
+    return call

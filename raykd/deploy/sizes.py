@@ -1,0 +1,61 @@
+"""What the bytes of an ONNX student are, and what rounding did to each of its tensors."""
+
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from raykd.deploy.onnx.write import operators
+from raykd.quant.embedding import QuantEmbedding
+from raykd.quant.other_parameters import Stored, stored
+from raykd.quant.swap import QuantLayer, roundable
+
+CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+
+
+def tensors_of(module: nn.Module) -> list[dict[str, Any]]:
+    """One row for each rounded tensor: its name, shape, kind, bytes of codes and scales, and error.
+
+    error = |W - Q(W)| / |W|, Frobenius norms, W being the weights that training kept in full precision.
+    """
+    operator, values, found = operators(module), {held: value for value, held in stored(module)}, []
+    told: set[nn.Module] = set()
+    for name, layer in roundable(module):
+        if layer.quant is None or operator[layer] in told:  # a tied parameter is stored once
+            continue
+        told.add(operator[layer])
+        if isinstance(layer, Stored):
+            value, rounded, kind = values[layer], layer(values[layer]), "int8, stored"
+        else:
+            value, rounded, kind = layer.weight, layer.rounded(), _kind(layer)
+        sizes = {buffer: held.nbytes for buffer, held in operator[layer].named_buffers() if buffer != "bias"}
+        row = {"name": name.replace("parametrizations.", "").removesuffix(".0"), "shape": list(value.shape)}
+        found.append(row | {"kind": kind, "bytes": sizes, "error": _error(value, rounded)})
+    return found
+
+
+def bytes_of(data: bytes, tensors: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes of a file by kind: codes, scales, float32 (biases, norms, whatever is not rounded) and graph."""
+    proto = onnx.ModelProto.FromString(data)
+    held = [(tensor.data_type, len(tensor.raw_data)) for tensor in proto.graph.initializer]
+    codes = sum(size for kind, size in held if kind in CODES)
+    scales = sum(row["bytes"]["scales"] for row in tensors)
+    floats = sum(size for kind, size in held if kind == onnx.TensorProto.FLOAT) - scales
+    return {"codes": codes, "scales": scales, "float32": floats, "graph": len(data) - codes - scales - floats}
+
+
+def _kind(layer: QuantLayer) -> str:
+    """What a layer is rounded to, and how many weights share a scale."""
+    quant = layer.quant
+    assert quant is not None
+    is_table = isinstance(layer, QuantEmbedding)
+    whole = quant.per == "tensor" and not is_table
+    shared = layer.weight.numel() if whole else quant.columns(layer.weight.shape[1])
+    return f"{quant.embeddings if is_table else quant.weights}, a scale for {shared:,}"
+
+
+@torch.no_grad()
+def _error(value: Tensor, rounded: Tensor) -> float:
+    size = float(value.float().norm())
+    return float((value - rounded).float().norm()) / size if size else 0.0

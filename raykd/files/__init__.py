@@ -1,0 +1,1 @@
+"""Bytes that are whole or absent, in a folder or a bucket."""

@@ -1,0 +1,103 @@
+"""Files that are whole or absent: written aside, synced, then renamed or linked into place."""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raykd.errors import InfraError, StoreError
+from raykd.files import faults
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = _stage(path, data)
+    os.replace(staged, path)
+    _sync_folder(path.parent)
+
+
+def put_once(path: Path, data: bytes) -> bool:
+    """Create `path` with `data` unless it exists; True if this call created it (one winner under a race)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = _stage(path, data)
+    where = {"folder": path.parent.name, "name": path.name}
+    faults.point("file", **where, at="staged")
+    try:
+        os.link(staged, path)
+        faults.point("file", **where, at="linked")
+        created = True
+    except FileExistsError:
+        created = False
+    finally:
+        staged.unlink()
+    _sync_folder(path.parent)
+    return created
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `path` afterwards; if what fills it fails, `path` stays."""
+    staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON with sorted keys."""
+    write_bytes(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys; NaN is refused, because JSON has none."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`, or None where there is no such file. StoreError if it is not JSON."""
+    try:
+        return from_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None
+
+
+def from_json(data: bytes | None, name: str) -> Any:
+    """The JSON value in a file's bytes, or None where there is no file. StoreError if they are not JSON."""
+    try:
+        return None if data is None else json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{name} is damaged: not JSON ({error}); delete it and run again") from None
+
+
+def _stage(path: Path, data: bytes) -> Path:
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = f"{path.parent}: {error.strerror}, {len(data):,} bytes could not be written"
+            raise InfraError(f"{full}; free that disk and give the same command, which continues from here") from None
+        raise
+    return staged
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

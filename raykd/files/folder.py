@@ -1,0 +1,71 @@
+"""A folder of this machine, or one that all nodes mount, as a store's place: a link creates a name once."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raykd.files import atomic
+from raykd.files.place import Found
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files below a path."""
+
+    address: Path
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    def below(self, name: str) -> "Folder":
+        return Folder(self.address / name)
+
+    def put_once(self, name: str, data: bytes) -> bool:
+        return atomic.put_once(self.address / name, data)
+
+    def put(self, name: str, data: bytes) -> None:
+        atomic.write_bytes(self.address / name, data)
+
+    def get(self, name: str, *, last: int | None = None) -> bytes | None:
+        try:
+            with (self.address / name).open("rb") as file:
+                if last is not None:
+                    file.seek(-min(last, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, name: str) -> None:
+        (self.address / name).unlink(missing_ok=True)
+
+    def listed(self, below: str = "") -> dict[str, Found]:
+        found = {}
+        for path in sorted((self.address / below).rglob("*")):
+            try:
+                told = path.stat()
+            except FileNotFoundError:  # a writer's, put in place or removed meanwhile
+                continue
+            if path.is_file():
+                found[path.relative_to(self.address).as_posix()] = Found(told.st_size, told.st_mtime)
+        return found
+
+    def folders(self, below: str = "") -> list[str]:
+        return sorted(path.name for path in (self.address / below).glob("*") if path.is_dir())
+
+    def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether every file has the bytes that its record says: a disk is near, so they are read."""
+        return all(self._sha256(record["file"]) == record["sha256"] for record in records)
+
+    def _sha256(self, name: str) -> str | None:
+        try:
+            with (self.address / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None

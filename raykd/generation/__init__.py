@@ -1,0 +1,1 @@
+"""Text that models write: the student's own rows, and drafts that the teacher tests."""

@@ -1,0 +1,204 @@
+"""Distillation losses fused with the student's output head: logits exist for one chunk of places at a time.
+
+    z = hidden weight^T + bias        q = softmax(z / T)        value (P,)        never (P, V) in memory
+
+Each chunk's gradient takes the place of its logits during the forward pass (the idea of Liger-Kernel's fused linear
+cross-entropy, linkedin/Liger-Kernel chunked_loss), so memory is one chunk and the gradients of the inputs, whatever
+P. That needs the upstream gradient beforehand: it is taken as proportional to `place_weight` (ones unless given),
+which masks, row weights and any mean are. A backward pass that meets another upstream gradient computes the chunks
+once more with it: exact always, and cheaper when told. Values carry no factor T^2; the caller multiplies.
+
+Columns of `weight` beyond the real vocabulary are padding: outside the softmax, with zero gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raykd.errors import RecipeError
+from raykd.losses.fused_chunks import Divergence, compiled_chunk, dense_chunk, sparse_chunk
+from raykd.targets import SparseTargets
+
+CHUNK_BYTES, CHUNK_ROWS = 16 << 20, 64  # a chunk of logits that stays in cache; fewer rows starve the matrix products
+
+
+class Head(NamedTuple):
+    """A frozen output head over its own hidden states: logits = hidden weight^T + bias."""
+
+    hidden: Tensor  # (P, D_t)
+    weight: Tensor  # (V_t, D_t)
+    bias: Tensor | None = None  # (V_t,)
+
+
+Chunk = Callable[[Tensor, Tensor, slice], Tensor]  # z, scale and places, as in raykd.losses.fused_chunks
+
+
+def sparse_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: SparseTargets,
+    *,
+    temperature: float = 1.0,
+    place_weight: Tensor | None = None,
+    chunk: int | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """(P,): the forward KL of sparse targets against softmax((hidden weight^T + bias) / temperature).
+
+    hidden (P, D), weight (V, D), bias (V,) or None, V >= targets.vocab. `chunk` places at a time (default: 16 MiB of
+    logits, 64 at least). `compiled` runs each chunk through torch.compile: faster after a first call of many seconds.
+    """
+    if weight.shape[0] < targets.vocab:
+        raise RecipeError(
+            f"the store's targets name {targets.vocab} classes, the student's head has {weight.shape[0]}; "
+            "give the student a head of at least as many"
+        )
+    assert len(hidden) == len(targets)
+    row, start, kernel = targets.rows(), targets.start.tolist(), compiled_chunk() if compiled else sparse_chunk
+
+    def apply(z: Tensor, scale: Tensor, at: slice) -> Tensor:
+        entries = slice(start[at.start], start[at.stop])
+        tail = None if targets.tail is None else targets.tail[at].to(z.dtype)
+        ids, w = targets.ids[entries], targets.weight[entries].to(z.dtype)
+        value = kernel(z, scale, row[entries] - at.start, ids, w, tail)
+        return value if targets.entropy is None else value - targets.entropy[at]
+
+    return _fused(hidden, weight, bias, apply, targets.vocab, temperature, place_weight, chunk)
+
+
+def dense_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | Head,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    vocab: int | None = None,
+    place_weight: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """(P,): a divergence between the teacher's p and the student's q at one temperature, over all classes.
+
+    `teacher` is its logits (P, V_t), or its hidden states with their frozen head. forward: KL(p || q); reverse:
+    KL(q || p); js: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, whose ends beta = 0 and 1 are
+    forward and reverse (Agarwal et al. 2024, arXiv 2306.13649, eq. 1). `vocab` real columns, where heads are padded.
+    """
+    width = teacher.weight.shape[0] if isinstance(teacher, Head) else teacher.shape[1]
+    vocab = shared_vocab(width, weight.shape[0], vocab)
+    if divergence == "js" and beta in (0, 1):
+        divergence = "reverse" if beta else "forward"
+    assert len(hidden) == len(teacher.hidden if isinstance(teacher, Head) else teacher)
+
+    def apply(z: Tensor, scale: Tensor, at: slice) -> Tensor:
+        if isinstance(teacher, Head):
+            y = _logits(teacher.hidden[at], teacher.weight, teacher.bias, vocab, temperature)
+        else:
+            y = teacher[at, :vocab].to(z.dtype) / temperature
+        return dense_chunk(z, y.log_softmax(1), scale, divergence, beta)
+
+    return _fused(hidden, weight, bias, apply, vocab, temperature, place_weight, chunk)
+
+
+def shared_vocab(teacher: int, student: int, vocab: int | None) -> int:
+    """The number of real columns, given two heads' widths. Unequal widths are refused unless `vocab` is told."""
+    if vocab is None and teacher != student:
+        raise RecipeError(
+            f"the teacher's head has {teacher} columns and the student's {student}; if the extra ones are padding of "
+            f"one tokeniser, give vocab = its number of tokens (at most {min(teacher, student)})"
+        )
+    if vocab is not None and not 0 < vocab <= min(teacher, student):
+        raise RecipeError(
+            f"vocab = {vocab}, but the teacher's head has {teacher} columns and the student's {student}; "
+            f"give 1 to {min(teacher, student)}"
+        )
+    return teacher if vocab is None else vocab
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, temperature: float) -> Tensor:
+    """(c, vocab): logits / T, in fp32 at least."""
+    z = hidden @ weight[:vocab].T
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if bias is not None:
+        z = z + bias[:vocab]
+    return z if temperature == 1 else z.div_(temperature)
+
+
+def _fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    apply: Chunk,
+    vocab: int,
+    temperature: float,
+    place_weight: Tensor | None,
+    chunk: int | None,
+) -> Tensor:
+    assert place_weight is None or place_weight.shape == hidden.shape[:1]
+    size = chunk or max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab))
+    value: Any = _Fused.apply(hidden, weight, bias, place_weight, apply, vocab, temperature, size)
+    return value
+
+
+class _Fused(torch.autograd.Function):
+    """Chunks of logits, each turned into its gradient where it stands."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, place_weight, apply, vocab, temperature, size):  # type: ignore[override]
+        scale = hidden.new_ones(len(hidden)) if place_weight is None else place_weight.detach()
+        wanted = ctx.needs_input_grad[:3]
+        value, gradients = _walk(hidden, weight, bias, scale, apply, vocab, temperature, size, wanted)
+        ctx.save_for_backward(hidden, weight, bias, scale, *gradients)
+        ctx.settings = (apply, vocab, temperature, size, wanted)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
+        hidden, weight, bias, scale, *gradients = ctx.saved_tensors
+        scale = scale.to(upstream.dtype)
+        factor = (upstream * scale).sum() / scale.square().sum().clamp(min=torch.finfo(scale.dtype).tiny)
+        if not torch.allclose(upstream, factor * scale, rtol=16 * torch.finfo(scale.dtype).eps, atol=0.0):
+            apply, vocab, temperature, size, wanted = ctx.settings
+            gradients = _walk(hidden, weight, bias, upstream, apply, vocab, temperature, size, wanted)[1]
+            factor = torch.ones_like(factor)
+        return *(None if g is None else g.mul(factor.to(g.dtype)) for g in gradients), *(None,) * 5
+
+
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    apply: Chunk,
+    vocab: int,
+    temperature: float,
+    size: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Values (P,), and the gradients of sum(scale * value) with respect to hidden, weight and bias where wanted."""
+    with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        inputs = (hidden, weight, bias)
+        out = [
+            torch.zeros_like(x, dtype=exact) if w and x is not None else None
+            for x, w in zip(inputs, wanted, strict=True)
+        ]
+        value = hidden.new_empty(len(hidden), dtype=exact)
+        step = scale.to(exact) / temperature
+        for first in range(0, len(hidden), size):
+            at = slice(first, min(first + size, len(hidden)))
+            z = _logits(hidden[at], weight, bias, vocab, temperature)
+            value[at] = apply(z, step[at], at)
+            gradient = z.to(weight.dtype)
+            if out[0] is not None:
+                out[0][at] = gradient @ weight[:vocab]
+            if out[1] is not None:
+                out[1][:vocab].addmm_(gradient.T.to(exact), hidden[at].to(exact))
+            if out[2] is not None:
+                out[2][:vocab] += z.sum(0)
+        return value, [None if g is None or x is None else g.to(x.dtype) for g, x in zip(out, inputs, strict=True)]

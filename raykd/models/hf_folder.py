@@ -1,0 +1,90 @@
+"""A Llama in Hugging Face's folder: config.json and model.safetensors, which its transformers library reads and writes.
+
+Parameters have their names there by construction. A model with `sub_norm` is a BitNetForCausalLM whose activation is
+silu, any other a LlamaForCausalLM.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from raykd.errors import RecipeError
+from raykd.files.atomic import write_bytes, write_json
+from raykd.models import fill, read_tensors, weights_of
+from raykd.models.llama import Llama
+from raykd.recipe.weight_files import CONFIG, WEIGHTS, config_of, tensor_files
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+KEYS = {  # ours: theirs
+    "classes": "vocab_size",
+    "steps": "max_position_embeddings",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "inner": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+KINDS = {"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM"}
+ABSENT = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False}
+
+
+def read(folder: Path) -> Llama:
+    """The model of a folder, in float32. RecipeError if it is of another kind, or its tensors do not fit.
+
+    Nothing in the folder is executed; one file of weights or several with an index will do.
+    """
+    module = Llama(**_settings(config_of(folder), folder / CONFIG))
+    files = [read_tensors(path, "weights") for path in tensor_files(folder)]
+    tensors = {k: v for each in files for k, v in each.items() if not k.endswith("rotary_emb.inv_freq")}
+    if module.settings["tied"] and TABLE in tensors:
+        tensors.pop(HEAD, None)
+    fill(module, tensors, f"{folder}: its tensors")
+    return module
+
+
+def write(module: Llama, folder: Path) -> None:
+    """Write a model as its weights are, without rounding. RecipeError where it has parameters that the layout lacks."""
+    plain_names = Llama(**module.settings).state_dict().keys()
+    tensors = weights_of(module)
+    if extra := sorted(tensors.keys() - plain_names):
+        raise RecipeError(
+            f"{folder}: Hugging Face's layout has no place for {', '.join(extra[:3])}; "
+            'write a model without learned scales: scale = "absmax" or "absmean"'
+        )
+    kind = "bitnet" if module.settings["sub_norm"] else "llama"
+    config = {theirs: module.settings[ours] for ours, theirs in KEYS.items()}
+    config |= {"model_type": kind, "architectures": [KINDS[kind]], "hidden_act": "silu", "torch_dtype": "float32"}
+    config |= {"bos_token_id": None, "eos_token_id": None}  # the tokeniser's, which a model does not know
+    write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    write_json(folder / CONFIG, config)
+
+
+def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A Llama's settings from a config.json. RecipeError names what it can not be."""
+    kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    known: dict[str, Any] = ABSENT | {"num_key_value_heads": config.get("num_attention_heads")} | dict(config)
+    known |= {"rope_theta": rope.get("rope_theta", known["rope_theta"])}
+    missing = sorted(set(KEYS.values()) - known.keys())
+    if missing:
+        raise RecipeError(f"{path}: no {', '.join(missing)} in it; name the folder of a Llama")
+    width = known["hidden_size"] // known["num_attention_heads"]
+    plain = {  # key: what is found, what a Llama here has
+        "model_type": (kind, tuple(KINDS)),
+        "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), ("default",)),
+        "head_dim": (config.get("head_dim") or width, (width,)),
+        "attention_bias": (config.get("attention_bias", False), (False,)),
+        "mlp_bias": (config.get("mlp_bias", False), (False,)),
+    }
+    for key, (value, may) in plain.items():
+        if value not in may:
+            raise RecipeError(
+                f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, may))}, and a teacher of another "
+                'kind is read by model = "transformers"'
+            )
+    return {ours: known[theirs] for ours, theirs in KEYS.items()} | {"sub_norm": kind == "bitnet"}

@@ -1,0 +1,1 @@
+"""Ray: scoring, training, tuning and teachers on a cluster. The only folder that imports ray."""

@@ -1,0 +1,92 @@
+"""Ray: teachers as actors beside the workers that train, for students that write their own text."""
+
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raykd import data, models
+from raykd.errors import InfraError
+from raykd.files import faults
+from raykd.generation.sampling import Frozen
+from raykd.recipe.recipe import Recipe
+from raykd.teacher.scorer import device_of
+
+
+class TeacherActor:
+    """A teacher, loaded once, that scores the texts it is sent in turn."""
+
+    def __init__(self, recipe: Recipe, shape: dict[str, int]):
+        assert recipe.teacher is not None
+        torch.set_num_threads(1)
+        self.device, self.calls = device_of(recipe), 0
+        module = models.build(recipe.teacher, **shape, key="teacher").to(self.device)
+        self.teacher = Frozen(module.requires_grad_(False))
+
+    def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Rows (B, T, 2) -> logits (B, T, V)."""
+        self.calls += 1
+        faults.point("teach", call=self.calls)
+        return self.teacher.logits(torch.from_numpy(inputs.copy()).to(self.device)).float().cpu().numpy()
+
+
+class Served:
+    """A teacher in an actor, as one worker asks it: at most `most` texts wait at once, the next waits for the oldest.
+
+    A call that is not answered within `wait_s`, restarts of the actor included, is an InfraError.
+    """
+
+    def __init__(self, name: str, *, most: int, wait_s: float):
+        import ray
+
+        self.actor, self.most, self.wait_s = ray.get_actor(name), most, wait_s
+        self.waiting: deque[Any] = deque()
+
+    def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
+        while len(self.waiting) >= self.most:
+            self._answer(self.waiting[0])
+        call = self.actor.logits.remote(inputs.cpu().numpy())
+        self.waiting.append(call)
+        return lambda: torch.from_numpy(self._answer(call).copy()).to(inputs.device)
+
+    def _answer(self, call: Any) -> NDArray[np.float32]:
+        import ray
+        import ray.exceptions
+
+        try:
+            found: Any = ray.get(call, timeout=self.wait_s)
+        except ray.exceptions.GetTimeoutError:
+            raise InfraError(f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?") from None
+        if call in self.waiting:
+            self.waiting.remove(call)
+        return found
+
+
+@contextmanager
+def teachers(recipe: Recipe) -> Iterator[list[str]]:
+    """The names of teacher actors that live as long as this: `scale.scorers`, of which a lost one is started again.
+
+    They take no CPU of Ray's accounts, because the workers that wait for them hold those.
+    """
+    import ray
+
+    shape, retries = data.load(recipe.data).shape, recipe.scale.retries
+    actor = ray.remote(
+        num_cpus=0,
+        num_gpus=1 if device_of(recipe).type == "cuda" else 0,
+        max_restarts=retries,
+        max_task_retries=retries,
+    )(TeacherActor)
+    names = [f"raykd-teacher-{uuid.uuid4().hex[:12]}" for _ in range(recipe.scale.scorers[0])]
+    started: list[Any] = [actor.options(name=name).remote(recipe, shape) for name in names]
+    try:
+        yield names
+    finally:
+        for each in started:
+            ray.kill(each)

@@ -1,0 +1,232 @@
+"""Ray Tune: trials over one shared store.
+
+Each trial leaves `trials/<id>/`: `history.jsonl` as it goes, `weights.safetensors` if it runs to its end. Test
+rows are not looked at here.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+from raykd import models
+from raykd.console import Progress
+from raykd.errors import InfraError
+from raykd.files.atomic import write_bytes
+from raykd.files.place import Address
+from raykd.orchestration.session import plain_error
+from raykd.orchestration.training import group
+from raykd.recipe.recipe import Range, Recipe
+from raykd.stages.load import apply_trial
+from raykd.teacher.scorer import device_of
+from raykd.training import phases
+from raykd.training.loop import World
+from raykd.training.run_arms import Workshop, student_arm
+
+METRIC = "val_accuracy"
+TRIAL_CPU, WORKER_CPU = 0.05, 0.9  # a nested trial and its N workers fit N cores
+
+
+def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
+    """Run the recipe's trials; their table, and the best by validation accuracy. Needs a Ray session.
+
+    A trial that fits one worker runs the plain loop under Tune; one of several workers nests a Ray Train group.
+    InfraError if no trial ran to its end.
+    """
+    from ray import tune
+
+    assert recipe.search is not None
+    settings, steps = recipe.search, recipe.optim.steps
+    nested = recipe.scale.workers[1] > 1
+    shared = {
+        "recipe": recipe.model_dump(mode="json"),
+        "store": str(store.resolve() if isinstance(store, Path) else store) if store else None,
+        "folder": str(folder.resolve()),
+    }
+    function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails a trial is told once, by us
+    tuner = tune.Tuner(
+        tune.with_resources(function, _resources(recipe, nested)),
+        param_space={key: _domain(span) for key, span in settings.space.items()},
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            num_samples=settings.trials,
+            max_concurrent_trials=min(settings.concurrent, _fitting(recipe)),
+            search_alg=_searcher(settings.searcher, settings.seed),
+            scheduler=_scheduler(steps, settings.grace),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder.resolve() / "ray"),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=recipe.scale.retries),
+            callbacks=[_progress(settings.trials, steps)],
+        ),
+    )
+    try:
+        grid = tuner.fit()
+    except Exception as error:  # Ray raises its own kinds and ours, wrapped
+        raise plain_error(error, "tune") from error
+    results = [grid[i] for i in range(len(grid))]
+    rows = [_row(number, result, steps) for number, result in enumerate(results)]
+    return _ranked(rows, [result.error for result in results if result.error])
+
+
+def _ranked(trials: list[dict[str, Any]], errors: list[BaseException]) -> dict[str, Any]:
+    done = [t for t in trials if t["state"] == "finished"]
+    if not done:
+        raise plain_error(errors[0], "tune") if errors else InfraError("no trial ran to its end; raise search.trials")
+    return {"metric": METRIC, "trials": trials, "best": max(done, key=lambda t: t[METRIC])}
+
+
+def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
+    """One point of the space, trained by the plain loop in this process."""
+    from ray import tune
+
+    _train_trial(config, shared | {"trial": tune.get_context().get_trial_id()}, World(), tune.report)
+
+
+def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
+    """One point of the space, trained by a Ray Train group of its own."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    shared = shared | {"trial": tune.get_context().get_trial_id()}
+    loop_config = {"config": config, "shared": shared}
+    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
+    group(recipe, trial_worker, loop_config, folder, cpus=WORKER_CPU, callbacks=[TuneReportCallback()]).fit()
+
+
+def trial_worker(config: dict[str, Any]) -> None:
+    """What every worker of a nested trial runs."""
+    import ray.train
+
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    _train_trial(config["config"], config["shared"], world, ray.train.report)
+
+
+def _train_trial(
+    config: dict[str, Any], shared: dict[str, Any], world: World, report: Callable[[dict[str, Any]], Any]
+) -> None:
+    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
+    shop = Workshop(recipe, shared["store"], device_of(recipe))
+    arm = student_arm(recipe, recipe.seeds[0])
+    student = shop.student(arm)
+
+    def tell(step: int, metrics: dict[str, Any]) -> None:
+        if world.rank == 0:
+            _note(folder, metrics)
+            if step == recipe.optim.steps:  # before the report: the scheduler may end this process there
+                _save(student.module, folder / "weights.safetensors")
+        report({"step": step, METRIC: metrics[METRIC]})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "history.jsonl").unlink(missing_ok=True)
+    shop.train_arm(arm, student, world=world, report=tell)
+
+
+def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
+    """Metrics of a trial's weights on the test split; for the best trial, once the search is over."""
+    shop = Workshop(recipe, None, device_of(recipe))
+    student = shop.student(student_arm(recipe, recipe.seeds[0])).to(shop.device)
+    if recipe.phases:
+        phases.enter(student.module, recipe.phases[-1])
+    models.load_weights(student.module, weights, "trial")
+    return shop.test(student).metrics()
+
+
+def _recipe_of(config: dict[str, Any], shared: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(apply_trial(shared["recipe"], config))
+
+
+def _note(folder: Path, metrics: dict[str, Any]) -> None:
+    with (folder / "history.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    write_bytes(path, save(models.weights_of(module)))
+
+
+def _resources(recipe: Recipe, nested: bool) -> dict[str, float]:
+    if nested:
+        return {"CPU": TRIAL_CPU}
+    return {"CPU": 1, **({"GPU": 1} if device_of(recipe).type == "cuda" else {})}
+
+
+def _fitting(recipe: Recipe) -> int:
+    """How many trials have room at once; more would wait for each other's workers for ever."""
+    import ray
+
+    have, kind = ray.cluster_resources(), "GPU" if device_of(recipe).type == "cuda" else "CPU"
+    return max(1, int(have.get(kind, 1)) // recipe.scale.workers[1])
+
+
+def _domain(span: Range) -> Any:
+    from ray import tune
+
+    if span.uniform:
+        return tune.uniform(*span.uniform)
+    if span.loguniform:
+        return tune.loguniform(*span.loguniform)
+    if span.integer:
+        return tune.randint(span.integer[0], span.integer[1] + 1)
+    return tune.choice(span.choice or [])
+
+
+def _searcher(name: str, seed: int) -> Any:
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    if name == "random":
+        return BasicVariantGenerator(random_state=seed)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSearch(seed=seed)
+
+
+def _scheduler(steps: int, grace: int) -> Any:
+    from ray.tune.schedulers import ASHAScheduler
+
+    return ASHAScheduler(time_attr="step", max_t=steps, grace_period=min(grace, steps), reduction_factor=2)
+
+
+def _row(number: int, result: Any, steps: int) -> dict[str, Any]:
+    """A trial as the report shows it; one whose metric is not a number has failed, and is never the best."""
+    metrics = result.metrics or {}
+    value, step = metrics.get(METRIC), metrics.get("step")
+    sound = not result.error and value is not None and math.isfinite(value)
+    state = "failed" if not sound else "finished" if step == steps else "stopped"
+    row = {"number": number, "id": metrics.get("trial_id"), "params": dict(result.config or {}), "steps": step}
+    return row | {"state": state, METRIC: value if sound else None}
+
+
+def _progress(trials: int, steps: int) -> Any:
+    """Steps of all trials as they are reported; a stopped trial counts as whole."""
+    from ray import tune
+
+    class Shown(tune.Callback):
+        def __init__(self) -> None:
+            self.progress = Progress("tune", trials * steps, "steps")
+            self.reached: dict[str, int] = {}
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            self.reached[trial.trial_id] = result["step"]
+            note = f"trial {list(self.reached).index(trial.trial_id)}: validation accuracy {result[METRIC]:.3f}"
+            self.progress.advance(sum(self.reached.values()), note)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self.reached[trial.trial_id] = steps
+
+        def on_experiment_end(self, trials: Any, **info: Any) -> None:
+            self.progress.finish()
+
+    return Shown()

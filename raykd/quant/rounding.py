@@ -1,0 +1,142 @@
+"""Rounding in the forward pass, the identity in the backward one: what a runtime will compute, and yet trainable.
+
+Everything is float32. Gradients are straight through (Bengio et al. 2013, arXiv 1308.3432).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raykd.errors import RecipeError
+from raykd.recipe.quant import Quant
+
+LEAST = 1e-8  # of a scale: a group of zeros has codes of zero, whatever divides them
+
+
+def scale_of(weight: Tensor, rule: str, largest: int) -> Tensor:
+    """(N, G, 1): the scale of each group of weights (N, G, K / G).
+
+    absmax: max|W| / largest. absmean: mean|W| (BitNet b1.58, arXiv 2402.17764). twn: the mean of |W| above
+    0.7 mean|W| (arXiv 1605.04711). learned starts at 2 mean|W| / sqrt(largest) (LSQ, arXiv 1902.08153, section 2.1).
+    """
+    size = weight.float().abs()
+    mean = size.mean(-1, keepdim=True)
+    if rule == "absmax":
+        return (size.amax(-1, keepdim=True) / largest).clamp(min=LEAST)
+    if rule == "twn":
+        above = size > 0.7 * mean
+        return ((size * above).sum(-1, keepdim=True) / above.sum(-1, keepdim=True).clamp(min=1)).clamp(min=LEAST)
+    return (mean if rule == "absmean" else 2 * mean / largest**0.5).clamp(min=LEAST)
+
+
+def codes_of(weight: Tensor, scale: Tensor, rule: str, largest: int) -> Tensor:
+    """Integers in -largest..largest as float32, of groups (N, G, K / G) with their scales (N, G, 1)."""
+    if rule == "twn":
+        return weight.float().sign() * (weight.float().abs() > 0.7 * weight.float().abs().mean(-1, keepdim=True))
+    return (weight.float() / scale).round_().clamp_(-largest, largest)
+
+
+def learnt(scale: Tensor) -> Tensor:
+    """A learned scale as it is multiplied with: LEAST at least. RecipeError if it is NaN or infinite."""
+    check_finite(scale, "scales")
+    return scale.detach().clamp(min=LEAST)
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """RecipeError if any is NaN or infinite; `what` names them."""
+    if not torch.isfinite(values).all():
+        raise RecipeError(
+            f"quant: a layer's {what} are NaN or infinite, and can not be rounded; lower optim.learning_rate"
+        )
+
+
+def as_multiplied(x: Tensor, quant: Quant) -> Tensor:
+    """Activations (..., K) as the operator of a Quant multiplies them, float32."""
+    if quant.activations == "none":
+        return x.float()
+    if quant.over_the_call:
+        return Activations.apply(x)  # type: ignore[return-value]
+    inputs = x.shape[-1]
+    return Blocks.apply(x, inputs if quant.weights == "int8" else quant.block(inputs))  # type: ignore[return-value]
+
+
+class Rounded(torch.autograd.Function):
+    """scale * codes(weight), the gradient the upstream one; the scale follows the weights and takes none.
+
+    No weight is out of range under absmax, and under absmean and twn the outer codes stand for all that is beyond.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, rule: str, largest: int) -> Tensor:
+        return codes_of(weight, scale, rule, largest).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
+
+
+class Learned(torch.autograd.Function):
+    """LSQ: round(clip(w / s)) s with a gradient for s too (arXiv 1902.08153, eq. 1-5).
+
+    d/ds = round(w / s) - w / s inside the range, -largest or largest outside, times 1 / sqrt(n largest) with n the
+    weights that share s. A step of the optimiser may take s below 0, which would flip every sign: such an s counts as
+    LEAST, and takes only a gradient that raises it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+        least = scale.clamp(min=LEAST)
+        ratio = weight.float() / least
+        ctx.save_for_backward(ratio, scale)
+        ctx.largest = largest
+        return ratio.clamp(-largest, largest).round_().mul_(least)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        ratio, scale = ctx.saved_tensors
+        upstream, largest = gradients[0], ctx.largest
+        inside = ratio.abs() <= largest
+        slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(-largest, largest))
+        share = (ratio.shape[-1] * largest) ** -0.5
+        rise = share * (upstream * slope).sum(-1, keepdim=True)
+        return upstream * inside, torch.where(scale > LEAST, rise, rise.clamp(max=0)), None
+
+
+class Activations(torch.autograd.Function):
+    """Activations as ONNX's DynamicQuantizeLinear rounds them: uint8 over the tensor's own range, zero included.
+
+    scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale) in 0..255; every value is in the range, so
+    the gradient is the upstream one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        low, high = x.amin().clamp(max=0).float(), x.amax().clamp(min=0).float()
+        scale = ((high - low) / 255).clamp(min=LEAST)
+        zero = (-low / scale).round_().clamp_(0, 255)
+        return (x.float() / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Blocks(torch.autograd.Function):
+    """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over each block of a row's inputs.
+
+    scale = max|x| / 127, no zero point; a block as long as the row is a token's own int8 (arXiv 2208.07339, section
+    3.1). Every value is in the range, so the gradient is the upstream one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
+        inputs = x.shape[-1]
+        blocks = F.pad(x.float(), (0, -inputs % block)).unflatten(-1, (-1, block))
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(min=LEAST)
+        return blocks.div(scale).round_().mul_(scale).flatten(-2)[..., :inputs]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

@@ -1,0 +1,1 @@
+"""What is asked for, as checked tables. No torch, no Ray."""

@@ -1,0 +1,63 @@
+"""A recipe before it is checked: plain values read from TOML, laid over each other, set key by key."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from raykd.errors import RecipeError
+from raykd.files.place import is_url
+from raykd.recipe.digest import is_path
+
+PATHS = (("teacher", "weights"), ("student", "weights"), ("data", "tokenizer"), ("scale", "store"), ("source", "log"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; RecipeError if it can not be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} can not be read: {error.strerror}; name an existing TOML file") from None
+    except ValueError as error:  # not UTF-8, not TOML, or a number too long for Python
+        raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top; tables merge key by key, everything else is replaced whole."""
+    tables = {k: merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | over | tables
+
+
+def set_key(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """`raw` with one dotted key set; `search` keeps its dotted keys whole."""
+    keys = dotted.split(".")
+    if keys[0] == "search" and len(keys) > 2:
+        keys = ["search", ".".join(keys[1:])]
+    for key in reversed(keys):
+        value = {key: value}
+    return merge(raw, value)
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`a.b=value` as ("a.b", value); the value is TOML where it parses, else a string."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"--set {text!r}: write --set table.key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`raw` with file paths, but not URLs, made absolute against the recipe's folder."""
+
+    def absolute(value: Any) -> Any:
+        return str((folder / value).resolve()) if isinstance(value, str) and not is_url(value) else value
+
+    for table, key in PATHS:
+        if isinstance(raw.get(table), dict) and key in raw[table]:
+            raw = merge(raw, {table: {key: absolute(raw[table][key])}})
+    source = raw.get("data", {}).get("source") if isinstance(raw.get("data"), dict) else None
+    if isinstance(source, str) and is_path(source):
+        raw = merge(raw, {"data": {"source": absolute(source)}})
+    return raw

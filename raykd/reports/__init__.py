@@ -1,0 +1,1 @@
+"""What was measured, with control, seeds and interval; runs compared."""

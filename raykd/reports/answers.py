@@ -1,0 +1,73 @@
+"""answers.parquet: what each model of a run said on each test row, so that runs can be compared row by row.
+
+Columns: row_id, label, group (the recording), thriving, teacher, artefact, and `<arm>-<seed>` for each training; a
+model's is the class it gave. A run keeps it beside report.json, whose figures it is the ground of.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raykd.errors import StoreError
+from raykd.files.atomic import write_bytes
+from raykd.reports.evidence import Evidence
+
+NAME = "answers.parquet"
+STUDENT = re.compile(r"student-(\d+)")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The labelled test rows of a run, and what its students said of them."""
+
+    row_id: NDArray[np.integer]  # (n,)
+    label: NDArray[np.integer]  # (n,)
+    group: NDArray[np.integer]  # (n,) the recording of each row
+    thriving: NDArray[np.bool_] | None  # (n,)
+    student: Mapping[int, NDArray[np.integer]]  # by seed, ascending
+
+    @property
+    def hits(self) -> NDArray[np.bool_]:
+        """(S, n): which rows each seed's student is right on."""
+        return np.stack(list(self.student.values())) == self.label
+
+
+def write(evidence: Evidence, folder: Path) -> None:
+    """Write the answers that `evidence` holds into a run folder, whole or not at all."""
+    e, sink = evidence, pa.BufferOutputStream()
+    rows = np.arange(len(e.label)) if e.row_id is None else e.row_id
+    columns: dict[str, Any] = {"row_id": rows, "label": e.label, "group": e.group}
+    columns |= {name: getattr(e, name) for name in ("thriving", "teacher", "artefact")}
+    trained = {"student": e.student, "control": e.control, **e.beside}
+    columns |= {f"{name}-{seed}": said for name, arm in trained.items() for seed, said in sorted(arm.items())}
+    pq.write_table(pa.table({name: v for name, v in columns.items() if v is not None}), sink)
+    write_bytes(folder / NAME, sink.getvalue().to_pybytes())
+
+
+def read(folder: Path) -> Answers:
+    """The answers of a run folder. StoreError if they are not there, or damaged."""
+    path = folder / NAME
+    if not path.exists():
+        raise StoreError(f"{folder} was reported without {NAME}; type: raykd report RECIPE --out {folder.parent}")
+    try:
+        columns = _columns(path)
+        known = columns["label"] >= 0
+        found = {name: values[known] for name, values in columns.items()}
+        rows = {name: found[name] for name in ("row_id", "label", "group")}
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise StoreError(f"{path} is damaged: {error}; delete it and type: raykd report RECIPE") from None
+    student = {int(match[1]): found[match[0]] for name in found if (match := STUDENT.fullmatch(name))}
+    return Answers(**rows, thriving=found.get("thriving"), student=dict(sorted(student.items())))
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    kinds = {name: pa.bool_() if name == "thriving" else pa.int64() for name in table.column_names}
+    return {name: table.column(name).cast(kind).to_numpy() for name, kind in kinds.items()}

@@ -1,0 +1,35 @@
+"""What one recipe sets otherwise than another, key by key."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from raykd.recipe.digest import NOT_HASHED, file_sha256, weights_sha256
+from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.reports.compare.table import Change
+
+UNSAID = {name: field.default for name, field in TermSpec.model_fields.items() if name != "weight"}
+PATHS = ("data.source", "teacher.weights", "student.weights")
+
+
+def changes(first: Recipe, here: Recipe) -> list[Change]:
+    """The dotted keys that decide a result and differ, in the recipe's order; of files, those of other content."""
+    a, b = (dict(_flat(recipe.model_dump(mode="json", exclude=NOT_HASHED))) for recipe in (first, here))
+    differing = [key for key in {**a, **b} if a.get(key) != b.get(key) and not _same_file(key, a.get(key), b.get(key))]
+    return [Change(key=key, first=a.get(key), here=b.get(key)) for key in differing]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key that is set; of a term that its weight stands for, none that says nothing."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None and not (prefix.startswith("terms.") and value == UNSAID.get(key)):
+            yield f"{prefix}{key}", value
+
+
+def _same_file(key: str, first: Any, here: Any) -> bool:
+    if key not in PATHS or first is None or here is None:
+        return False
+    sha256 = file_sha256 if key == "data.source" else weights_sha256
+    return all(Path(path).exists() for path in (first, here)) and sha256(first) == sha256(here)

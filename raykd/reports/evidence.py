@@ -1,0 +1,254 @@
+"""report.json from what was predicted: every figure with its control, its seeds and its interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raykd.reports import bootstrap, schema, sentences
+from raykd.reports.bootstrap import Hits, Sample
+from raykd.reports.intervals import Predicted, beside, metrics, plain, ratio
+from raykd.reports.text_measures import Measure
+
+BINS = 24
+MOST_CLASSES = 64  # told one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything a report is made of. Arrays follow the test split; rows with a negative label are left out.
+
+    `best_seed` names the student that was exported, chosen on validation rows; the confusion table is of it.
+    """
+
+    recipe_digest: str
+    technique: str
+    setting: str = ""
+    seeds: Sequence[int]
+    data_name: str
+    data_rows: Mapping[str, int]  # train, val, test
+    test_digest: str = ""
+    classes: Sequence[str]
+    row_id: NDArray[np.integer] | None = None  # (n,) counted from 0 where rows have none
+    label: NDArray[np.integer]  # (n,)
+    group: NDArray[np.integer]  # (n,) the recording of each row
+    student: Mapping[int, Predicted]  # by seed
+    control: Mapping[int, Predicted] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[int, Predicted]] = field(default_factory=dict)  # other trainings, by name and seed
+    teacher: Predicted | None = None
+    artefact: Predicted | None = None
+    measures: Mapping[str, Measure] = field(default_factory=dict)  # beside accuracy, by name; of labelled places alone
+    thriving: NDArray[np.bool_] | None = None  # (n,)
+    saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
+    best_seed: int | None = None
+    student_params: int | None = None
+    control_params: int | None = None
+    teacher_info: Mapping[str, Any] = field(default_factory=dict)  # params, bytes, dtype
+    artefact_info: Mapping[str, Any] = field(default_factory=dict)  # path, format, bytes, parity, latency
+    training_cost: float | None = None
+    store: Mapping[str, Any] = field(default_factory=dict)  # id, rows, bytes, bytes_per_row, codec
+    mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id
+    history: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)  # arm
+    search: Mapping[str, Any] | None = None  # metric, trials, best
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def build(evidence: Evidence) -> dict[str, Any]:
+    """The report as plain JSON values, checked against its schema."""
+    e = _labelled(evidence)
+    report = schema.Report(**_described(e), **_measured(e))
+    return report.model_dump(mode="json", by_alias=True)
+
+
+def _described(e: Evidence) -> dict[str, Any]:
+    """The parts that are passed through."""
+    return {
+        "recipe_digest": e.recipe_digest,
+        "technique": e.technique,
+        "setting": e.setting,
+        "data": _data(e),
+        "classes": list(e.classes) if _tells_classes(e) else [],
+        "seeds": list(e.seeds),
+        "compression": _compression(e.teacher_info, e.student_params, e.artefact_info.get("bytes")),
+        "training_cost": schema.Cost(ratio=plain(e.training_cost)),
+        "store": schema.Store(**plain(e.store)),
+        "mlflow": schema.Tracking(**plain(e.mlflow)),
+        "curves": plain(e.history),
+        "valence": _histogram(e.saliency),
+        "search": None if e.search is None else schema.Search(**plain(e.search)),
+        "machine": plain(e.machine),
+        "versions": plain(e.versions),
+    }
+
+
+def _measured(e: Evidence) -> dict[str, Any]:
+    """The parts that are computed from predictions."""
+    sample, seed = bootstrap.resample(_hits(e)), _exported(e)
+    others = {name: measure.sample() for name, measure in e.measures.items()}
+    closed, gain = ratio(bootstrap.gap_closed(sample)), ratio(bootstrap.difference(sample))
+    why = sentences.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
+    verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
+    return {
+        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics("teacher", sample, others)),
+        "control": schema.Model(params=e.control_params, metrics=_metrics("control", sample, others)),
+        "student": schema.Model(params=e.student_params, metrics=_metrics("student", sample, others)),
+        "beside": {name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()},
+        "artefact": _artefact(e, sample, others, seed),
+        "retention": _retentions(e, sample),
+        "gap_closed": closed,
+        "gap_words": why,
+        "gain": gain,
+        "gains": {name: ratio(bootstrap.difference(found)) for name, found in others.items()},
+        "warnings": [w for w in (why, verdict, *_cautions(e), *e.warnings) if w],
+        "per_class": _per_class(e) if _tells_classes(e) else [],
+        "confusion": _confusion(e.label, e.student[seed], len(e.classes)) if _tells_classes(e) else [],
+        "confusion_seed": seed,
+    }
+
+
+def _tells_classes(e: Evidence) -> bool:
+    return len(e.classes) <= MOST_CLASSES
+
+
+def _metrics(model: str, sample: Sample, others: Mapping[str, Sample]) -> schema.Metrics:
+    """A model's accuracy and what else was measured of it."""
+    found = metrics(getattr(sample, model), sample.n)
+    for name, other in others.items():
+        found |= metrics(getattr(other, model), other.n, name)
+    return found
+
+
+def _data(e: Evidence) -> schema.Data:
+    groups = len(np.unique(e.group))
+    return schema.Data(name=e.data_name, rows=plain(e.data_rows), groups=groups, test_sha256=e.test_digest)
+
+
+def _exported(e: Evidence) -> int:
+    return min(e.student) if e.best_seed is None else e.best_seed
+
+
+def _labelled(e: Evidence) -> Evidence:
+    """`e` without the test rows that have no label."""
+    known = e.label >= 0
+    assert known.any(), "a report needs labelled test rows"
+    assert e.student, "a report needs a student"
+    arrays = {k: getattr(e, k) for k in ("row_id", "label", "group", "teacher", "artefact", "thriving")}
+    return replace(
+        e,
+        **{k: None if v is None else np.asarray(v)[known] for k, v in arrays.items()},
+        student=_rows(e.student, known),
+        control=_rows(e.control, known),
+        beside={name: _rows(arm, known) for name, arm in e.beside.items()},
+    )
+
+
+def _rows(arm: Mapping[int, Predicted], known: NDArray[np.bool_]) -> dict[int, Predicted]:
+    return {seed: np.asarray(predicted)[known] for seed, predicted in sorted(arm.items())}
+
+
+def _hits(e: Evidence, rows: NDArray[np.bool_] | None = None) -> Hits:
+    return Hits(
+        groups=e.group,
+        student=np.stack(list(e.student.values())) == e.label,
+        student_seeds=list(e.student),
+        control=np.stack(list(e.control.values())) == e.label if e.control else None,
+        control_seeds=list(e.control),
+        teacher=None if e.teacher is None else e.teacher == e.label,
+        artefact=None if e.artefact is None else e.artefact == e.label,
+        rows=rows,
+    )
+
+
+def _first(values: bootstrap.Values | None) -> float | None:
+    return None if values is None else float(values[0])
+
+
+def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
+    parts = {"all": _retention(e, sample, None)}
+    for name, rows in parts_of(e.thriving).items():
+        parts[name] = _retention(e, bootstrap.resample(_hits(e, rows)), rows)
+    return schema.Retentions(**parts)
+
+
+def parts_of(thriving: NDArray[np.bool_] | None) -> dict[str, NDArray[np.bool_]]:
+    """The test rows by part, none of them empty: thriving, the rest, and as many as thrive drawn at random.
+
+    What holds on thriving rows and on the random ones alike is no effect of thriving, but of how few rows they are.
+    """
+    if thriving is None or not thriving.any():
+        return {}
+    random = np.zeros_like(thriving)
+    random[np.random.default_rng(0).permutation(len(thriving))[: int(thriving.sum())]] = True
+    return {
+        name: rows for name, rows in (("thriving", thriving), ("rest", ~thriving), ("random", random)) if rows.any()
+    }
+
+
+def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> schema.Retention:
+    guess = bootstrap.chance(e.label, rows)
+    corrected = bootstrap.corrected_retention(sample, guess)
+    return schema.Retention(
+        **ratio(bootstrap.retention(sample)).model_dump(),
+        chance_corrected=corrected and corrected.value,
+        chance_corrected_lo=corrected and corrected.lo,
+        chance_corrected_hi=corrected and corrected.hi,
+        chance=guess,
+        n=sample.n,
+    )
+
+
+def _artefact(e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: int) -> schema.Artefact:
+    return schema.Artefact(
+        **plain(e.artefact_info),
+        seed=seed if e.artefact_info else None,
+        metrics=_metrics("artefact", sample, others),
+        retention=ratio(bootstrap.retention(sample, "artefact")),
+    )
+
+
+def _compression(teacher: Mapping[str, Any], params: int | None, size: int | None) -> schema.Compression:
+    whole = teacher["bytes"] / size if teacher.get("bytes") and size else None
+    shape = teacher["params"] / params if teacher.get("params") and params else None
+    bits = whole / shape if whole and shape else None
+    return schema.Compression(ratio=whole, architecture=shape, bits=bits)
+
+
+def _cautions(e: Evidence) -> list[str]:
+    missing = {
+        "teacher": e.teacher is None,
+        "control": not e.control,
+        "artefact": e.artefact is None,
+        "store": not e.store,
+        "thriving": e.thriving is None or not e.thriving.any(),
+    }
+    named = enumerate(e.classes) if _tells_classes(e) else ()
+    absent = [name for i, name in named if not (e.label == i).any()]
+    return sentences.cautions(seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing)
+
+
+def _per_class(e: Evidence) -> list[schema.ClassRow]:
+    hits, found = _hits(e), []
+    arms = {name: getattr(hits, name) for name in ("teacher", "control", "student", "artefact")}
+    for i, name in enumerate(e.classes):
+        rows = e.label == i
+        known = {k: v[..., rows].mean() for k, v in arms.items() if v is not None and rows.any()}
+        share = {k: float(known[k]) if k in known else None for k in arms}
+        found.append(schema.ClassRow(name=name, rows=int(rows.sum()), **share))
+    return found
+
+
+def _confusion(label: NDArray, predicted: Predicted, classes: int) -> list[list[int]]:
+    """(C, C) counts: rows are true classes, columns predicted ones."""
+    return np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes).tolist()
+
+
+def _histogram(saliency: NDArray[np.floating] | None) -> schema.Histogram | None:
+    known = np.array([]) if saliency is None else saliency[np.isfinite(saliency)]
+    if not len(known):
+        return None
+    counts, edges = np.histogram(known, BINS)
+    return schema.Histogram(counts=counts.tolist(), edges=edges.tolist(), q75=float(np.quantile(known, 0.75)))

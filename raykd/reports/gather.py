@@ -1,0 +1,239 @@
+"""A run folder and its store, read into the Evidence that a report is made of."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from raykd.data import Dataset
+from raykd.deploy import artefact, text_artefact
+from raykd.files import place
+from raykd.files.atomic import read_json
+from raykd.generation import acceptance
+from raykd.losses.term import needs_of
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.weight_files import tensor_files
+from raykd.reports import text_measures
+from raykd.reports.evidence import Evidence
+from raykd.reports.intervals import Predicted
+from raykd.reports.text_measures import Measure
+from raykd.store import layer_signals
+from raykd.store.reader import Store
+from raykd.teacher.identity import run_digest
+from raykd.training import predictions
+from raykd.training.predictions import Places, Predictions
+from raykd.training.run_arms import ROUNDED_CONTROL, UNROUNDED, arms_of
+
+LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
+PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
+
+
+def gather(
+    found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None, mlflow: dict[str, Any]
+) -> Evidence:
+    """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
+    records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
+    test, opened = Places.of(dataset.splits["test"]), Store(where) if where else None
+    manifest = read_json(folder / "artefact" / "manifest.json")
+    saliency = _saliency(opened, dataset, test) if opened else None
+    predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
+    deployed = _deployed(dataset).predict(folder / "artefact", dataset) if manifest else None
+    every = predicted | ({"artefact": {0: deployed}} if deployed else {})
+    return Evidence(
+        recipe_digest=run_digest(found, dataset),
+        technique=found.technique,
+        setting=found.setting,
+        seeds=found.seeds,
+        data_name=dataset.name,
+        data_rows={name: len(rows) for name, rows in dataset.splits.items()},
+        test_digest=dataset.test_digest,
+        classes=dataset.classes,
+        row_id=test.place,
+        label=test.label,
+        group=test.group,
+        **{name: {seed: said.answer for seed, said in arm.items()} for name, arm in predicted.items()},
+        measures=_measures(found, folder, records, every, opened, dataset) if dataset.is_text else {},
+        beside=_beside(found, dataset, folder, records),
+        teacher=_teacher(opened, dataset) if opened else None,
+        artefact=deployed.answer if deployed else None,
+        thriving=_thriving(opened, saliency),
+        saliency=opened.column("saliency", "train").values if opened else None,
+        best_seed=artefact.best_seed(found, folder),
+        student_params=_params(records, "student"),
+        control_params=_params(records, "control"),
+        teacher_info=_weights(found.teacher.weights) if found.teacher and found.teacher.weights else {},
+        artefact_info=_artefact_info(manifest),
+        training_cost=_cost(records, opened),
+        store=_store(found, opened),
+        mlflow=mlflow,
+        history=_history(records),
+        search=read_json(folder / "tune.json"),
+        machine={"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        warnings=_warnings(dataset, opened, records),
+    )
+
+
+def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predictions]:
+    own = _seeds(folder, records, name)
+    return {seed: predictions.read(arm / "predictions.parquet") for seed, arm in own.items()}
+
+
+def _deployed(dataset: Dataset) -> Any:
+    return text_artefact if dataset.is_text else artefact
+
+
+def _teacher(store: Store, dataset: Dataset) -> Predicted:
+    """(n,): the teacher's answer at each place of the test split, -1 where it has none."""
+    test = dataset.splits["test"]
+    if test.is_text:
+        return store.stepwise("answer", "test", test.row_id, test.mask.sum(1))
+    return store.aligned("answer", "test", test.row_id, -1)
+
+
+def _measures(
+    recipe: Recipe,
+    folder: Path,
+    records: dict[str, Any],
+    predicted: dict[str, dict[int, Predictions]],
+    store: Store | None,
+    dataset: Dataset,
+) -> dict[str, Measure]:
+    """Losses of each model, of which the teacher's is nll alone; and how students and artefact did as drafters."""
+    test = dataset.splits["test"]
+    places = Places.of(test)
+    known = places.label >= 0
+    found = text_measures.of_predictions(predicted, places.group[known])
+    if store and not store.unscored("test"):
+        nll = -store.stepwise("log_p", "test", test.row_id, test.mask.sum(1)).astype(np.float32)
+        found["nll"] = replace(found["nll"], top={**found["nll"].top, "teacher": {0: nll[known]}})
+    if recipe.drafter is None:
+        return found
+    drafts = {
+        name: {seed: acceptance.read(arm / acceptance.NAME) for seed, arm in own.items()}
+        for name, own in ((name, _seeds(folder, records, name)) for name in predicted)
+    }
+    deployed = folder / acceptance.NAME
+    return found | text_measures.of_drafts(
+        drafts | ({"artefact": {0: acceptance.read(deployed)}} if deployed.exists() else {})
+    )
+
+
+def _saliency(store: Store, dataset: Dataset, test: Places) -> NDArray[np.floating]:
+    """(n,): the saliency of each place's row, NaN where it is unknown."""
+    return store.aligned("saliency", "test", dataset.splits["test"].row_id, np.nan)[test.row]
+
+
+def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
+    return {record["seed"]: folder / "arms" / key for key, record in records.items() if record["arm"] == name}
+
+
+def _beside(recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
+    """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it stands."""
+    arms = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
+    found = {name: {seed: said.answer for seed, said in arm.items()} for name, arm in arms.items()}
+    if recipe.phases and recipe.phases[-1].quant:
+        weights = {seed: arm / "weights.safetensors" for seed, arm in _seeds(folder, records, UNROUNDED).items()}
+        said = {seed: artefact.rounded_afterwards(recipe, dataset, path) for seed, path in weights.items()}
+        found["post_training"] = {seed: each.answer for seed, each in said.items()}
+    return {name: arm for name, arm in found.items() if arm}
+
+
+def _thriving(store: Store | None, saliency: NDArray[np.floating] | None) -> NDArray[np.bool_] | None:
+    """The test rows at or above the training split's 75th percentile of saliency."""
+    if store is None or saliency is None:
+        return None
+    quantiles = store.manifest["statistics"]["saliency"]["quantiles"]
+    return None if quantiles is None else saliency >= quantiles[3]
+
+
+def _params(records: dict[str, Any], name: str) -> int | None:
+    return next((record["params"] for record in records.values() if record["arm"] == name), None)
+
+
+def _weights(path: str) -> dict[str, Any]:
+    """Parameters, bytes and dtypes of the safetensors files that are read of a path, from their headers."""
+    params, size, dtypes = 0, 0, set()
+    for each in tensor_files(Path(path)):
+        with safe_open(each, framework="np") as file:
+            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - not a dict
+            params += sum(int(np.prod(s.get_shape(), dtype=np.int64)) for s in slices)
+            dtypes |= {str(s.get_dtype()) for s in slices}
+        size += each.stat().st_size
+    return {"params": params, "bytes": size, "dtype": ", ".join(sorted(dtypes))}
+
+
+def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    if manifest is None:
+        return {}
+    kept = ("format", "bytes", "parity", "bytes_by_kind", "tensors")
+    found = {"path": "artefact"} | {key: manifest[key] for key in kept if key in manifest}
+    return found | ({"latency": _latency(manifest["latency"])} if "latency" in manifest else {})
+
+
+def _latency(measured: dict[str, Any]) -> dict[str, Any]:
+    """With the two ratios that a script relies on: the artefact's time over the other's."""
+    times = {(row["model"], row["runtime"]): row["ratio"] for row in measured["rows"]}
+    found = dict(measured)
+    for key, name in (("ratio_vs_teacher", "teacher"), ("ratio_vs_fp32_student", "fp32 student")):
+        other = times.get((name, "onnxruntime"), times.get((name, "torch")))
+        found[key] = 1 / other if other else None
+    return found
+
+
+def _cost(records: dict[str, Any], store: Store | None) -> float | None:
+    """A student's seconds with all of the teacher's, over a control's; means over seeds."""
+    seconds = {n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")}
+    timing = place.read_json(store.place, "_TIMING.json") if store else None
+    if not seconds["control"] or (store and timing is None):
+        return None
+    teacher = timing["seconds"] if timing else 0.0
+    return float((np.mean(seconds["student"]) + teacher) / np.mean(seconds["control"]))
+
+
+def _store(recipe: Recipe, store: Store | None) -> dict[str, Any]:
+    """What the run reads of its store: the answers, and the inner layers of its own terms."""
+    if store is None:
+        return {}
+    manifest = store.manifest
+    rows = sum(record["rows"] for record in manifest["shards"])
+    inner = [
+        Store(layer_signals.place_of(store.place, name))
+        for name in needs_of(recipe.terms)
+        if layer_signals.is_signal(name)
+    ]
+    size = sum(s.manifest["bytes"] for s in (store, *inner))
+    codec = manifest["identity"]["store"]["codec"]
+    return {"id": manifest["store_id"], "rows": rows, "bytes": size, "bytes_per_row": size / rows, "codec": codec}
+
+
+def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for record in records.values():
+        curves.setdefault(record["arm"], {})[record["seed"]] = record["history"]
+    return curves
+
+
+def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
+    found, labelled = [], dataset.splits["train"].labelled
+    if store and dataset.is_text and not (store.logits("test").tells(1.0) and not store.unscored("test")):
+        found.append("no KL to the teacher: its store does not tell it at temperature 1, or not of every test row")
+    hidden = int((~labelled).sum())
+    if hidden:
+        found.append(f"{hidden} of {len(labelled)} training rows were used without their label")
+    gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
+    if gate is not None and gate < 0.2:
+        found.append(f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise")
+    shares = [p["weights"]["ess"] for record in records.values() for p in record["history"] if "weights" in p]
+    if shares and min(shares) < LEAST_ESS:
+        found.append(
+            f"row weights leave {min(shares):.1%} of a batch as its effective sample, so a few rows are all that is "
+            'learnt; set weighting.mode = "ess" or lower weighting.boost'
+        )
+    return found

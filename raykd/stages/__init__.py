@@ -1,0 +1,1 @@
+"""The verbs: load, plan, score, train, tune, export, report, doctor."""

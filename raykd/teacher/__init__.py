@@ -1,0 +1,1 @@
+"""One pass of the teacher: which signals it gives, and under which identity they are stored."""

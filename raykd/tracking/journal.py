@@ -1,0 +1,127 @@
+"""The run's journal: each param, metric, data set and artefact as a JSON line, before MLflow hears of it.
+
+`journal.jsonl` in the run folder is the truth; `mlflow_mirror` fills MLflow from it, now or after an outage.
+A line is whole or ignored: what a killed process left half written is dropped by the next writer.
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from raykd.errors import StoreError
+
+NAME = "journal.jsonl"
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+EMPTY: Mapping[str, Any] = {}
+Metric = tuple[str, float, int]  # name, value, step
+
+
+class Journal:
+    """Appends to one journal file. `key` names a run of the folder: "run", "student/seed-0", "trial/3"."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._end = 0  # bytes known to be whole lines
+        self._seq = 0
+        self._keys: set[str] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(self, key: str, name: str, parent: str | None = None, tags: Mapping[str, Any] = EMPTY) -> None:
+        """Declare a run. A key that the journal already holds is resumed: nothing is written."""
+        assert re.fullmatch(r"[\w./:=+-]+", key), f"run key {key!r}: letters, digits and ./:=+-_ only"
+        self._append("run", key, name=name, parent=parent, tags={k: _text(v) for k, v in tags.items()})
+
+    def params(self, key: str, values: Mapping[str, Any]) -> None:
+        """Settings of a run; anything but a string is kept as JSON. The first value of a name stands."""
+        self._append("params", key, values={name: _text(value) for name, value in values.items()})
+
+    def metrics(self, key: str, values: Iterable[Metric]) -> None:
+        """Measured values; NaN and infinities are kept as the strings nan, inf and -inf."""
+        rows = [[name, _number(value), int(step)] for name, value, step in values]
+        self._append("metrics", key, values=rows)
+
+    def dataset(self, key: str, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """A data set or teacher store that the run read, with the digest of its manifest."""
+        self._append("dataset", key, name=name, digest=digest, source=source, profile=dict(profile))
+
+    def artefact(self, key: str, path: Path, folder: str = "") -> None:
+        """A file or folder in the run folder, `path` absolute or relative to it; StoreError if outside."""
+        whole = inside(self.path.parent, path)
+        inside(self.path.parent, Path(folder))
+        relative = whole.relative_to(self.path.parent.resolve())
+        self._append("artefact", key, path=relative.as_posix(), folder=folder)
+
+    def end(self, key: str, status: str) -> None:
+        """The run's end, on disk when this returns."""
+        assert status in STATUSES, f"status {status!r}: one of {', '.join(STATUSES)}"
+        self._append("end", key, status=status)
+
+    def _append(self, kind: str, key: str, **fields: Any) -> None:
+        self.path.touch()
+        with self.path.open("r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a trial in another process may write too
+            self._catch_up(file)
+            if kind == "run" and key in self._keys:
+                return
+            assert kind == "run" or key in self._keys, f"run {key!r} has not been declared"
+            assert fields.get("parent") in self._keys | {None}, "the parent has not been declared"
+            head = {"seq": self._seq, "time_ms": time.time_ns() // 1_000_000, "kind": kind, "run": key}
+            line = json.dumps(head | fields, allow_nan=False).encode() + b"\n"
+            if file.write(line) != len(line):
+                raise OSError(f"{self.path}: the disk took only part of a line; free some space")
+            if kind == "end":
+                os.fsync(file.fileno())
+            self._keys.add(key)
+            self._seq += 1
+            self._end += len(line)
+
+    def _catch_up(self, file: BinaryIO) -> None:
+        """Read what others appended, drop a torn last line, and stand at the end."""
+        file.seek(self._end)
+        data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in _parse(whole, self.path):
+            self._keys.add(line["run"])
+            self._seq = line["seq"] + 1
+        self._end += len(whole)
+        file.truncate(self._end)
+        file.seek(self._end)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a journal, in order; none where there is no file. StoreError if it was damaged."""
+    data = path.read_bytes() if path.exists() else b""
+    return _parse(data[: data.rfind(b"\n") + 1], path)
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path` made absolute against `folder`, links followed; StoreError if it leads out of the folder."""
+    whole = (folder / path).resolve()
+    if not whole.is_relative_to(folder.resolve()):
+        raise StoreError(f"{path} lies outside the run folder {folder}; copy it in first")
+    return whole
+
+
+def _parse(data: bytes, path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, raw in enumerate(data.splitlines(), 1):
+        try:
+            lines.append(json.loads(raw))
+        except ValueError:
+            raise StoreError(f"{path}: line {number} of those read is not JSON; remove that line") from None
+    return lines
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _number(value: float) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)

@@ -1,0 +1,240 @@
+"""MLflow, filled from the run's journal. The only file that knows MLflow.
+
+Replaying is idempotent. A run is found again by its tag `raykd.key`, so neither a lost cursor nor a crash
+halfway makes a second one; a metric replayed with the journal's own time is the row that is already there. A
+server that is dead or slow costs at most `limit_s`, and nothing is lost: the journal keeps it.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from raykd.files.waiting import bounded, knock, locked
+from raykd.tracking import journal, sync_plan
+from raykd.tracking.sync_plan import Cursor, Line, Step, legal_name, legal_value
+
+KEY_TAG = "raykd.key"
+DIGEST_CHARS = 36  # MLflow's limit; the whole digest is a tag of the input
+METRICS_A_CALL, PARAMS_A_CALL = 900, 100  # MLflow takes 100 params, and 1000 entries in all
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+SETTINGS = {
+    TIMEOUT: "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What one `sync` reached: `pending` lines are left, for `reason`; `runs` are MLflow's ids by key."""
+
+    done: bool
+    reason: str = ""
+    pending: int = 0
+    runs: dict[str, str] = field(default_factory=dict)
+
+
+def default_uri(out: Path) -> str:
+    """The store used where no server is named: one sqlite file for everything under `out`."""
+    return f"sqlite:///{out.resolve() / 'mlflow.db'}"
+
+
+def public_uri(uri: str) -> str:
+    """`uri` without the user and password it may hold."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def pending(folder: Path) -> int:
+    """Journal lines of a run folder that no tracker has been told."""
+    return sum(map(sync_plan.load(folder).lacks, journal.read(folder / journal.NAME)))
+
+
+def sync(folder: Path, *, uri: str, experiment: str, limit_s: float = 10.0) -> Synced:
+    """Bring MLflow up to the journal. Never raises for a server that is down, slow or refusing.
+
+    `limit_s` bounds the waiting for a server, not the work on a local sqlite file; below 1 it does nothing.
+    """
+    folder = folder.resolve()
+    lines = journal.read(folder / journal.NAME)
+    cursor = _cursor(folder, uri, experiment)
+    reason = ""
+    if any(map(cursor.lacks, lines)):
+        reason = _attempt(_Mirror(folder, cursor, uri), lines, limit_s)
+        cursor = _cursor(folder, uri, experiment)
+    left = sum(map(cursor.lacks, lines))
+    return Synced(left == 0, reason, left, {key: run["id"] for key, run in cursor.runs.items()})
+
+
+def _cursor(folder: Path, uri: str, experiment: str) -> Cursor:
+    """The saved cursor, unless it speaks of another store or of one that was deleted."""
+    saved, file = sync_plan.load(folder), _sqlite_file(uri)
+    moved = (saved.uri, saved.experiment) != (public_uri(uri), experiment)
+    return Cursor(public_uri(uri), experiment) if moved or (file and not file.exists()) else saved
+
+
+def _attempt(mirror: "_Mirror", lines: list[Line], limit_s: float) -> str:
+    """Record what is new; why something was not, or nothing."""
+    start, uri = time.monotonic(), mirror.uri
+    remote = urlsplit(uri).hostname is not None
+    try:
+        if remote:
+            bounded(lambda: knock(uri, limit_s), limit_s)  # before the import of MLflow, which takes seconds
+        with _quiet():
+            left_s = start + limit_s - time.monotonic()
+            return bounded(lambda: mirror.record(lines, left_s), left_s) if remote else mirror.record(lines)
+    except OSError as error:
+        text = str(error).replace(uri, public_uri(uri)).split("\n")[0].split("(Caused by ")[-1]
+        return f"MLflow at {public_uri(uri)}: {text[:300] or 'no answer in time'}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow without telemetry, printed lines, its own deprecations and four minutes of retries.
+
+    What it raises, comes out as OSError.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with warnings.catch_warnings(), _environment(SETTINGS):
+        warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        except (MlflowException, SQLAlchemyError) as error:
+            raise OSError(str(error)) from error
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Environment variables set, and put back afterwards."""
+    before = {name: os.environ.get(name) for name in settings}
+    try:
+        os.environ.update(settings)
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+class _Mirror:
+    """One pass over a journal: holds the client, the deadline and the ids of the runs that exist."""
+
+    def __init__(self, folder: Path, cursor: Cursor, uri: str):
+        self.folder, self.cursor, self.uri = folder, cursor, uri
+        self.ids: dict[str, str] = {}
+        self.gone: list[str] = []
+
+    @property
+    def client(self) -> Any:
+        """The client, while there is time; its next request can not outlast the deadline."""
+        left_s = self.deadline - time.monotonic()
+        if left_s < 1:
+            raise TimeoutError("too slow; what is left waits in the journal")
+        if left_s < float("inf"):
+            os.environ[TIMEOUT] = str(int(left_s))
+        return self._client
+
+    def record(self, lines: list[Line], limit_s: float = float("inf")) -> str:
+        """Take every step that is left; a note on artefacts that are gone, or nothing."""
+        self.deadline = time.monotonic() + limit_s
+        with locked(self.folder):
+            self._open()
+            try:
+                for declared, steps in sync_plan.steps(lines, self.cursor):
+                    run_id = self.ids.get(declared["run"]) or self._create(declared)
+                    for step in steps:
+                        self._take(step, run_id)
+                        self.cursor.runs[declared["run"]] = {"id": run_id, "seq": step.seq}
+            finally:
+                self.cursor.save(self.folder)
+        return f"gone before they were recorded: {', '.join(self.gone)}" if self.gone else ""
+
+    def _open(self) -> None:
+        from mlflow import MlflowClient
+
+        file = _sqlite_file(self.uri)
+        with locked(file.parent, wait=True) if file else nullcontext():  # MLflow builds its tables unguarded
+            self._client = MlflowClient(tracking_uri=self.uri)
+            self.experiment_id = self._experiment((file.parent / "mlruns").as_uri() if file else None)
+        mine = f"tags.`{KEY_TAG}` LIKE '{self.folder.name}/%'"
+        for run in self.client.search_runs([self.experiment_id], mine, max_results=50_000):
+            self.ids[run.data.tags[KEY_TAG].removeprefix(f"{self.folder.name}/")] = run.info.run_id
+        saved = self.cursor.runs.items()
+        self.cursor.runs = {key: run for key, run in saved if self.ids.get(key) == run["id"]}
+
+    def _experiment(self, artefacts: str | None) -> str:
+        name = self.cursor.experiment
+        found = self.client.get_experiment_by_name(name)
+        return found.experiment_id if found else self.client.create_experiment(name, artefacts)
+
+    def _create(self, line: Line) -> str:
+        tags = {legal_name(name): legal_value(value) for name, value in line["tags"].items()}
+        tags[KEY_TAG] = f"{self.folder.name}/{line['run']}"
+        if line["parent"] is not None:
+            tags["mlflow.parentRunId"] = self.ids[line["parent"]]
+        made = self.client.create_run(self.experiment_id, line["time_ms"], tags, line["name"])
+        self.ids[line["run"]] = made.info.run_id
+        return made.info.run_id
+
+    def _take(self, step: Step, run_id: str) -> None:
+        line = step.lines[-1]
+        match step.kind:
+            case "values":
+                self._values(step, run_id)
+            case "dataset":
+                self.client.log_inputs(run_id, [_dataset(line)])
+            case "artefact":
+                self._artefact(line, run_id)
+            case "end":
+                self.client.set_terminated(run_id, line["status"], line["time_ms"])
+
+    def _values(self, step: Step, run_id: str) -> None:
+        from mlflow.entities import Metric, Param
+
+        metrics = _split([Metric(*metric) for metric in step.metrics], METRICS_A_CALL)
+        params = _split([Param(*param) for param in step.params.items()], PARAMS_A_CALL)
+        for some, others in zip_longest(metrics, params, fillvalue=()):
+            self.client.log_batch(run_id, metrics=some, params=others)
+
+    def _artefact(self, line: Line, run_id: str) -> None:
+        path = journal.inside(self.folder, Path(line["path"]))
+        if path.exists():
+            self.client.log_artifact(run_id, str(path), line["folder"] or None)
+        else:
+            self.gone.append(line["path"])
+
+
+def _dataset(line: Line) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source, profile = json.dumps({"uri": line["source"]}), json.dumps(line["profile"])
+    entity = Dataset(line["name"], line["digest"][:DIGEST_CHARS], "local", source, profile=profile)
+    return DatasetInput(entity, [InputTag("raykd.digest", line["digest"])])
+
+
+def _split(values: list[T], size: int) -> list[list[T]]:
+    return [values[at : at + size] for at in range(0, len(values), size)]
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None

@@ -1,0 +1,98 @@
+"""What of a journal a tracker still lacks: steps to be taken in order, under names the tracker allows."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from raykd.files.atomic import read_json, write_json
+from raykd.tracking import journal
+
+Line = dict[str, Any]
+CURSOR = "journal.synced.json"
+VALUE_CHARS, NAME_CHARS = 6000, 250  # MLflow's limits
+LINES_A_STEP = 400
+
+
+@dataclass
+class Cursor:
+    """How far each run has been recorded: {key: {"id", "seq"}}, for one server and experiment."""
+
+    uri: str = ""
+    experiment: str = ""
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def lacks(self, line: Line) -> bool:
+        return line["run"] not in self.runs or line["seq"] > self.runs[line["run"]]["seq"]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / CURSOR, vars(self))
+
+
+def load(folder: Path) -> Cursor:
+    """The cursor left in a run folder, or one that has recorded nothing."""
+    return Cursor(**(read_json(folder / CURSOR) or {}))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Lines of one run that one call records: `values` (params and metrics), or one line of its own kind."""
+
+    kind: str
+    lines: list[Line]
+    params: dict[str, str]
+    metrics: list[tuple[str, float, int, int]]  # name, value, time_ms, step
+
+    @property
+    def seq(self) -> int:
+        return self.lines[-1]["seq"]
+
+
+def steps(lines: list[Line], cursor: Cursor) -> Iterator[tuple[Line, list[Step]]]:
+    """For each run that lacks something: the line that declared it, and the steps left."""
+    for key in dict.fromkeys(line["run"] for line in lines):
+        own = [line for line in lines if line["run"] == key]
+        first = _first(own)
+        new = [line for line in own if cursor.lacks(line)]
+        if new:
+            yield own[0], [_step(kind, list(group), first) for (kind, _), group in groupby(new, _call)]
+
+
+def legal_name(name: str) -> str:
+    """`name` as MLflow allows it. A changed name ends in a digest of the old, so that no two become one."""
+    legal = re.sub(r"[^\w./ -]", "_", name)
+    legal = "/".join(part for part in legal.split("/") if part.strip(".")).lstrip(".")[: NAME_CHARS - 7]
+    return name if name and legal == name else f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def legal_value(value: str) -> str:
+    """`value`, cut where MLflow would refuse it; the cut says where the whole is."""
+    note = f"... [{len(value)} characters; the whole is in {journal.NAME}]"
+    return value if len(value) <= VALUE_CHARS else value[: VALUE_CHARS - len(note)] + note
+
+
+def _first(lines: list[Line]) -> dict[str, int]:
+    """Where each param was first set: MLflow holds a param once, and a resumed run sets it again."""
+    params = [(name, line["seq"]) for line in lines if line["kind"] == "params" for name in line["values"]]
+    return dict(reversed(params))
+
+
+def _call(line: Line) -> tuple[str, int]:
+    """Equal for lines recorded together: a few hundred lines of values, or one line of anything else."""
+    kind, seq = line["kind"], line["seq"]
+    return ("values", seq // LINES_A_STEP) if kind in ("params", "metrics") else (kind, seq)
+
+
+def _step(kind: str, lines: list[Line], first: dict[str, int]) -> Step:
+    params: dict[str, str] = {}
+    metrics: list[tuple[str, float, int, int]] = []
+    for line in lines:
+        if line["kind"] == "params":
+            named = {name: value for name, value in line["values"].items() if first[name] == line["seq"]}
+            params |= {legal_name(name): legal_value(value) for name, value in named.items()}
+        if line["kind"] == "metrics":
+            metrics += [(legal_name(name), float(v), line["time_ms"], at) for name, v, at in line["values"]]
+    return Step(kind, lines, params, metrics)

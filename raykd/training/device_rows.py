@@ -1,0 +1,213 @@
+"""Which rows a step sees, and their tensors: a pure function of (seed, step), for any number of workers."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raykd.data import UNLABELLED, Rows
+from raykd.errors import StoreError
+from raykd.recipe.recipe import Optim
+from raykd.signals import Batch, Signals, tensor
+from raykd.store.logits import StoredLogits
+from raykd.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless shuffled reading of a pool: one permutation after the other, each drawn by (seed, tag, epoch)."""
+
+    pool: NDArray[np.int64]
+    seed: int
+    tag: int
+
+    def take(self, start: int, count: int) -> NDArray[np.int64]:
+        """Entries [start, start + count) of the stream."""
+        size, end, parts = len(self.pool), start + count, []
+        while start < end:
+            epoch, at = divmod(start, size)
+            part = _permutation(size, self.seed, self.tag, epoch)[at : at + end - start]
+            parts.append(part)
+            start += len(part)
+        return self.pool[np.concatenate(parts)]
+
+
+@lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, tag: int, epoch: int) -> NDArray[np.int64]:
+    key = np.array([seed, (tag << 32) + epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(size)
+
+
+class Order:
+    """The rows of every global batch. With hidden labels, a fixed share of each batch comes from the labelled rows."""
+
+    def __init__(self, is_labelled: NDArray[np.bool_], optim: Optim, seed: int):
+        every, labelled = np.arange(len(is_labelled)), np.flatnonzero(is_labelled)
+        from_labelled = round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
+        sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
+        self.parts = [(Stream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n]
+        place = np.concatenate([(np.arange(n) + 0.5) / n for _, n in self.parts])
+        self.deal = np.argsort(place, kind="stable")
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """(batch,) positions in the split, for one step. The two parts are dealt out evenly to contiguous shares."""
+        return np.concatenate([stream.take(step * count, count) for stream, count in self.parts])[self.deal]
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """One split as tensors on the device that trains, teacher signals beside the rows they belong to."""
+
+    row_id: Tensor
+    inputs: Tensor
+    mask: Tensor
+    label: Tensor
+    valence: Tensor | None
+    teacher: dict[str, Tensor]
+    teacher_mask: Tensor | None
+    stored: StoredLogits | None = None  # where `teacher` holds no dense logits
+    head: tuple[Tensor, Tensor | None] | None = None  # of hidden states that are stored in their place
+    place: Tensor | None = None  # of each row in `inputs`, where rows that could not be scored are left out
+    saliency: Tensor | None = None  # (N,) NaN where unknown
+    answer: Tensor | None = None  # (N,) the teacher's classes
+    mapped: bool = False  # a batch is gathered from files in memory maps, which is worth a thread of its own
+
+    @property
+    def device(self) -> torch.device:
+        return self.label.device
+
+    @property
+    def teaches_logits(self) -> bool:
+        """Whether the teacher's answers can be told at temperature 1."""
+        if self.teacher_mask is None:
+            return False
+        return "logits" in self.teacher or self.head is not None or (self.stored is not None and self.stored.tells(1.0))
+
+    @property
+    def labelled(self) -> Tensor:
+        """(N,) bool: the rows with a label at any step."""
+        return (self.label != UNLABELLED).reshape(len(self.label), -1).any(1)
+
+    def batch(self, index: Tensor, noise: Tensor | None = None) -> Batch:
+        """The rows at `index` (B,), with `noise` (B, T, K) added to valid inputs."""
+        place = (index if self.place is None else self.place[index]).to(self.inputs.device)
+        inputs = self.inputs.index_select(0, place).to(self.device)
+        mask = self.mask.index_select(0, index)
+        if noise is not None:
+            inputs = inputs + noise * mask.unsqueeze(-1)
+        valence = None if self.valence is None else self.valence.index_select(0, index)
+        row_id, label = self.row_id.index_select(0, index), self.label.index_select(0, index)
+        stored = self.stored.take(index.cpu().numpy()) if self.stored else None
+        targets = stored.targets(inputs.device) if stored and stored.is_sparse else None
+        saliency, answer = (None if v is None else v.index_select(0, index) for v in (self.saliency, self.answer))
+        teacher = self._signals(index, stored)
+        return Batch(row_id, inputs, mask, label, valence, teacher, targets, saliency, answer, split=self)
+
+    def _signals(self, index: Tensor, stored: StoredLogits | None) -> Signals | None:
+        if self.teacher_mask is None:
+            return None
+        at = {k: v.index_select(0, index) for k, v in self.teacher.items()}
+        mask = self.teacher_mask.index_select(0, index)
+        return Signals(
+            at["logits"] if stored is None else self._logits(stored, mask),
+            mask,
+            at.get("trajectory"),
+            {k: v for k, v in at.items() if "." in k},
+        )
+
+    def _logits(self, stored: StoredLogits, mask: Tensor) -> Tensor:
+        """(B, T, C): logits again from stored hidden states and their head; (B, T, 0) of a sparse store."""
+        if self.head is None:
+            return mask.new_zeros((*mask.shape, 0), dtype=torch.float32)
+        hidden = stored.at()
+        assert isinstance(hidden, Tensor)
+        weight, bias = self.head
+        z = torch.nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
+        return z.new_zeros((*mask.shape, len(weight))).index_put((mask,), z)
+
+
+def to_device(
+    rows: Rows,
+    split: str,
+    store: Store | None,
+    needs: frozenset[str],
+    device: torch.device,
+    head: tuple[Tensor, Tensor | None] | None = None,
+) -> DeviceRows:
+    """A split's tensors; the store's signals are matched by row id and must be there for every row.
+
+    `head` is the teacher's, for a store of its inputs.
+    """
+    teacher, mask, stored, saliency, answer = {}, None, None, None, None
+    mapped = isinstance(rows.inputs, np.memmap)
+    place = None
+    if store is not None:
+        kept = _scored(store, split, rows)
+        if not kept.all():  # inputs stay whole: they may be a memory map
+            place = torch.from_numpy(np.flatnonzero(kept))
+            rest: dict[str, Any] = {k: v for k, v in vars(rows).items() if k != "inputs" and v is not None}
+            rows = replace(rows, **{k: v[kept] for k, v in rest.items()})
+        stored = store.logits(split)
+        is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1 and not rows.is_text
+        valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
+        if not np.array_equal(stored.steps, valid.sum(1)):
+            raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
+        mask = tensor(valid)
+        if stored.codec.name == "dense":
+            flat = stored.at()
+            assert isinstance(flat, Tensor)
+            teacher["logits"] = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
+            stored = None
+        saliency = _of_rows(store, split, "saliency", device)
+        answer = None if rows.is_text else _of_rows(store, split, "answer", device)
+        for name in sorted(needs - {"logits"}):
+            teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
+    return DeviceRows(
+        tensor(rows.row_id).to(device),
+        tensor(rows.inputs).to("cpu" if mapped else device),
+        tensor(rows.mask).to(device),
+        tensor(rows.label).to(device),
+        None if rows.valence is None else tensor(rows.valence).to(device),
+        teacher,
+        None if mask is None else mask.to(device),
+        stored,
+        None if head is None else (head[0].to(device), None if head[1] is None else head[1].to(device)),
+        None if place is None else place.to(device),
+        saliency,
+        answer,
+        mapped or stored is not None,
+    )
+
+
+def _of_rows(store: Store, split: str, name: str, device: torch.device) -> Tensor | None:
+    """(N,): a signal of one value a row; None in a store that was written without it."""
+    if name not in store.table(split).column_names:
+        return None
+    values = store.column(name, split).values
+    return tensor(values.astype(np.int64) if values.dtype == np.int32 else values).to(device)
+
+
+def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
+    """(N,): which rows the store holds. StoreError unless they are all of them but those that could not be scored."""
+    ids = store.row_id(split)
+    kept = np.isin(rows.row_id, ids)
+    if len(rows) - len(ids) != store.unscored(split) or not np.array_equal(rows.row_id[kept], ids):
+        raise StoreError("the store holds other rows than the data")
+    return kept
+
+
+def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:
+    """(batch, T, K) Gaussian noise for a global batch, drawn by `seed`; None where the recipe has none."""
+    if optim.input_noise == 0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((optim.batch, *shape), generator=generator).mul_(optim.input_noise)
+
+
+def mixed(*parts: int) -> int:
+    """One 63-bit seed from several integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

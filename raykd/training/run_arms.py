@@ -1,0 +1,238 @@
+"""All the trainings of a recipe: every seed of the student and of its control, in one process group.
+
+Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet` (the test split),
+`drafts.parquet` where it is judged as a drafter, and last `arm.json`: its presence means the arm is done, and a later
+attempt does not train it again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from raykd import data, models
+from raykd.data import Dataset
+from raykd.files.atomic import read_json, write_bytes, write_json
+from raykd.files.place import Address
+from raykd.generation import acceptance, judge_drafter
+from raykd.generation.acceptance import Drafts
+from raykd.generation.draft_log import Kept, Replay, kept
+from raykd.generation.own_rows import Live, Text
+from raykd.generation.sampling import Frozen, Teacher
+from raykd.losses.term import needs_of, wants_of
+from raykd.models.adapter import Adapter
+from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.stages.load import register
+from raykd.store.codecs.hidden import Hidden
+from raykd.store.reader import Store
+from raykd.teacher.identity import run_digest, store_table
+from raykd.training import measure, phases
+from raykd.training.checkpoints import Checkpoints
+from raykd.training.device_rows import to_device
+from raykd.training.loop import Arm, State, World, train
+from raykd.training.predictions import Predictions
+
+UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
+DRAFTERS = ("student", "control")
+Tell = Callable[[str, int, dict[str, Any]], None]
+
+
+def arms_of(recipe: Recipe) -> list[Arm]:
+    """The arms in the order they are trained: for each seed the control, what stands beside, then the student."""
+    labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
+    rounds, found = any(phase.quant for phase in recipe.phases), []
+    for seed in recipe.seeds:
+        student = student_arm(recipe, seed)
+        if recipe.control:
+            found.append(Arm("control", seed, labels_only))
+        if rounds and recipe.rounded_control:
+            found.append(Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases))
+        if rounds and recipe.unrounded:
+            found.append(replace(student, name=UNROUNDED, phases=()))
+        found.append(student)
+    return found
+
+
+def student_arm(recipe: Recipe, seed: int) -> Arm:
+    """The recipe's own terms, row weights and phases."""
+    source = recipe.source and recipe.source.model_copy(update={"log": recipe.source.log_of(seed)})
+    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), source)
+
+
+def _ce_settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.terms["ce"].settings if "ce" in recipe.terms else {}
+
+
+def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> Kept | None:
+    """Where an arm's drafts are kept, in the run's folder; None where they are not. RecipeError as in `kept`."""
+    if arm.source is None or not arm.source.keep:
+        return None
+    stored, run = store_table(recipe, len(dataset.classes)), f"{run_digest(recipe, dataset)}/{arm.key}"
+    return kept(folder / "drafts" / arm.key, run, dataset.classes, arm.source.temperature, stored)
+
+
+def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None:
+    """The log of drafts that an arm learns from, if it does. Errors as in Replay and its `check`."""
+    if arm.source is None or arm.source.log is None:
+        return None
+    found = Replay(arm.source.log, dataset.classes, dataset.shape["steps"], device)
+    found.check(arm.terms, arm.source.temperature)
+    return found
+
+
+class Workshop:
+    """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
+
+    def __init__(self, recipe: Recipe, store: Address | None, device: torch.device, teacher: Teacher | None = None):
+        torch.set_num_threads(1)
+        register(recipe.technique)
+        self.recipe, self.device, self.teacher = recipe, device, teacher
+        self.dataset: Dataset = data.load(recipe.data)
+        self.store = Store(store) if store else None
+        needs = needs_of(recipe.terms)
+        self.head = teacher_head(recipe, self.store, self.dataset) if self.store else None
+        taught = self.store if needs else None
+        self.train = to_device(self.dataset.splits["train"], "train", taught, needs, device, self.head)
+        self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
+
+    def student(self, arm: Arm) -> Adapter:
+        """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
+        torch.manual_seed(arm.seed)
+        module = models.build(self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student")
+        phases.prepare(module, arm.phases)
+        return Adapter(module, want=wants_of(arm.terms))
+
+    def validate(self, student: nn.Module) -> dict[str, float]:
+        """Validation metrics, prefixed val_."""
+        found = measure.predictions(student, self.dataset.splits["val"], self.val).metrics()
+        return {f"val_{k}": v for k, v in found.items()}
+
+    def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
+        """One arm's training of `student`; keywords go to `train`."""
+        live = (replay_of(arm, self.dataset, self.device) or self.live) if arm.source else None
+        return train(arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords)
+
+    @cached_property
+    def live(self) -> Live:
+        """The teacher for students that write, and what a text is to both."""
+        return Live(self.teacher or Frozen(self.frozen), self.text)
+
+    @cached_property
+    def text(self) -> Text:
+        """What a text is to student and teacher."""
+        classes = self.dataset.classes
+        return Text(self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes))
+
+    @cached_property
+    def frozen(self) -> nn.Module:
+        """The teacher in this process."""
+        assert self.recipe.teacher is not None
+        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(self.device)
+        return module.requires_grad_(False).eval()
+
+    @cached_property
+    def texts(self) -> dict[int, list[int]]:
+        """What the teacher writes by itself where drafts are judged, once for all arms."""
+        assert self.recipe.drafter is not None
+        teacher = judge_drafter.reader(self.frozen, "teacher")
+        return judge_drafter.alone(teacher, self.dataset.splits["test"], self.recipe.drafter, self.text)
+
+    def drafts(self, student: nn.Module) -> Drafts:
+        """How the student does as the teacher's drafter on the test split."""
+        assert self.recipe.drafter is not None
+        drafter, teacher = judge_drafter.reader(student.eval(), "student"), judge_drafter.reader(self.frozen, "teacher")
+        test = self.dataset.splits["test"]
+        return judge_drafter.judge(teacher, drafter, test, self.recipe.drafter, self.text, self.texts)
+
+    def test(self, student: nn.Module) -> Predictions:
+        """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
+        split = self.dataset.splits["test"]
+        whole = self.store is not None and split.is_text and not self.store.unscored("test")
+        store = self.store if whole and self.train.teaches_logits else None
+        rows = to_device(split, "test", store, frozenset(), self.device, self.head)
+        return measure.predictions(student, split, rows)
+
+
+def teacher_head(recipe: Recipe, store: Store, dataset: Dataset) -> tuple[Tensor, Tensor | None] | None:
+    """The frozen head that a store of its inputs needs, of the data's classes; None for any other store."""
+    codec = store.logits("train").codec
+    if not isinstance(codec, Hidden):
+        return None
+    assert recipe.teacher is not None
+    head: Any = models.build(recipe.teacher, **dataset.shape, key="teacher").get_submodule(recipe.store.head)
+    weight, bias = (None if value is None else value.detach().float() for value in (head.weight, head.bias))
+    assert weight is not None
+    codec.check_head(weight, bias)
+    classes = len(dataset.classes)
+    return weight[:classes], None if bias is None else bias[:classes]
+
+
+def run_arms(
+    recipe: Recipe,
+    store: Address | None,
+    folder: Path,
+    *,
+    world: World,
+    device: torch.device,
+    tell: Tell,
+    teacher: Teacher | None = None,
+) -> None:
+    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`.
+
+    `teacher` scores what students write; without, it is loaded here.
+    """
+    shop = Workshop(recipe, store, device, teacher)
+    for arm in arms_of(recipe):
+        target = folder / "arms" / arm.key
+        if _agreed(world, read_json(target / "arm.json") is not None, device):
+            continue
+        saved = Checkpoints(folder / "checkpoints" / arm.key)
+        state = shop.train_arm(
+            arm,
+            shop.student(arm),
+            world=world,
+            checkpoints=saved,
+            checkpoint_every=recipe.scale.checkpoint_every,
+            report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
+            kept=kept_of(recipe, shop.dataset, arm, folder),
+        )
+        if world.rank == 0:
+            _write_arm(shop, arm, state, target)
+            saved.clear()
+        if world.size > 1:
+            dist.barrier()
+
+
+def _agreed(world: World, value: bool, device: torch.device) -> bool:
+    """Rank 0's answer on every rank, so that all of them skip or train together."""
+    if world.size == 1:
+        return value
+    answer = torch.tensor([float(value and world.rank == 0)], device=device)
+    return bool(world.sum(answer) > 0)
+
+
+def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
+    student = state.learner.student
+    weights = save(models.weights_of(student.module))
+    write_bytes(target / "weights.safetensors", weights)
+    shop.test(student).write(target / "predictions.parquet")
+    if shop.recipe.drafter and arm.name in DRAFTERS:
+        shop.drafts(student.module).write(target / acceptance.NAME)
+    record = {
+        "arm": arm.name,
+        "seed": arm.seed,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "params": sum(p.numel() for p in student.module.parameters()),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "history": state.history,
+        "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
+    }
+    write_json(target / "arm.json", record)

@@ -1,0 +1,98 @@
+"""A training in progress: the student with its objective, the optimiser, and the best student of a phase."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raykd.losses.objective import Objective
+from raykd.models.adapter import Adapter
+from raykd.signals import Batch
+from raykd.training import phases
+from raykd.training.checkpoints import Checkpoints
+from raykd.training.phases import Span
+
+
+class Learner(nn.Module):
+    """Student and objective as one module, so that DDP sees every parameter and one forward."""
+
+    def __init__(self, student: Adapter, objective: Objective):
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(self, *batches: Batch) -> tuple[Tensor, Tensor]:
+        """The objective's sums and counts over all of the batches."""
+        found = [self.objective(self.student(batch.inputs, batch.mask), batch) for batch in batches]
+        sums, counts = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
+        return sums, counts
+
+
+@dataclass(frozen=True)
+class Best:
+    """The student of a phase with the highest validation accuracy so far, as it was validated."""
+
+    value: float
+    tensors: dict[str, Tensor]
+
+
+@dataclass
+class State:
+    """A training in progress: everything that a checkpoint carries."""
+
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        tensors = {f"model.{k}": v for k, v in self.learner.state_dict().items()}
+        for number, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optim.{number}.{slot}": v for slot, v in slots.items()}
+        if self.best:
+            tensors |= {f"best.{k}": v for k, v in self.best.tensors.items()}
+        best = self.best.value if self.best else None
+        checkpoints.save(self.step, tensors, {"seconds": self.seconds, "history": self.history, "best": best})
+
+    def restore(self, checkpoints: Checkpoints) -> None:
+        """Continue from the newest sound checkpoint, if there is one."""
+        found = checkpoints.newest()
+        if found is None:
+            return
+        self.step, tensors, meta = found
+        self.seconds, self.history = meta["seconds"], meta["history"]
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        self.learner.load_state_dict(model)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optim."):
+                _, number, slot = key.split(".", 2)
+                slots.setdefault(int(number), {})[slot] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        if meta["best"] is not None:
+            kept = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
+            self.best = Best(meta["best"], kept)
+
+    def begin(self, span: Span) -> None:
+        """Enter a phase; scales that are learned join the optimiser, without weight decay."""
+        before = set(self.learner.parameters())
+        phases.enter(self.learner.student.module, span.phase)
+        scales = [p for p in self.learner.parameters() if p not in before]
+        if scales:
+            self.optimizer.add_param_group({"params": scales, "weight_decay": 0.0})
+        self.best = None
+
+    def judge(self, span: Span) -> None:
+        """Keep the student if it is its phase's best, fully rounded, by the last validation."""
+        value = self.history[-1].get("val_accuracy")
+        if value is None or span.blend(self.step - 1) < 1 or (self.best and value <= self.best.value):
+            return
+        tensors = self.learner.student.module.state_dict()
+        self.best = Best(value, {k: v.detach().clone() for k, v in tensors.items()})
+
+    def end(self) -> None:
+        """Go back to the phase's best student."""
+        if self.best:
+            self.learner.student.module.load_state_dict(self.best.tensors)
