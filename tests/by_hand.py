@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from raykd.cli import cli
+from raykd.errors import StoreError
 from raykd.files.place import Address, within
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Recipe
@@ -47,3 +50,10 @@ def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
 def score_backwards(found: Recipe, out: Path) -> None:
     """The same, last shard first."""
     score(found, out, backwards=True)
+
+
+def typed(*argv: object) -> tuple[int, str]:
+    """(exit code, what is said) of `raykd store ...`; a user's error is what `main` would print."""
+    done = CliRunner().invoke(cli, ["store", *map(str, argv)])
+    error = done.exception
+    return getattr(error, "exit_code", done.exit_code), str(error) if isinstance(error, StoreError) else done.output

@@ -16,7 +16,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes share the cores
 RAY = {"test_forms", "test_jobs", "test_readme"}  # start it by other means
-TOGETHER = {"test_alone": "apart", "test_decoder_artefact": "apart"}  # ask for one new environment
+TOGETHER = {"test_alone": "apart", "test_text_artefact": "apart"}  # ask for one new environment
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gesture"
 TINY = f"""
 name = "tiny"

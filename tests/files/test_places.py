@@ -17,10 +17,10 @@ import by_hand
 import objects
 import pytest
 import test_stored_logits
+from by_hand import typed
 from child import CONTEXT, start, wait
 from command import raykd
 from test_store import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
-from test_tend import typed
 
 from raykd.errors import InfraError, RecipeError, StoreError
 from raykd.files import bucket

@@ -14,7 +14,7 @@ import pytest
 
 from raykd.errors import DataError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REVIEWS = "".join(
     f"{d}_{s}\t{(d % 5 - 2) + s / 10}\tsentence {s} of {d} is good!\r\n" for s in (10, 2, 1) for d in range(40)
 )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from language import END, HELD_OUT, bpe, text
-from test_gguf import EACH, SCHEMES, STEPS, gguf, llama
+from test_gguf_write import EACH, SCHEMES, STEPS, gguf, llama
 from tokenizers import Tokenizer
 
 from raykd.deploy.gguf import read as read_gguf

@@ -37,7 +37,7 @@ from raykd.training.loop import Arm, World, train
 from raykd.training.run_arms import run_arms
 
 techniques.load_terms()
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OWN = [  # techniques of the examples' own, named by their modules
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "examples").rglob("*.py"))
@@ -399,7 +399,7 @@ def teacher(tmp_path_factory) -> dict[str, Any]:
     return by_hand.teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", seed=7)
 
 
-TOKENIZER = Path(__file__).parents[1] / "examples" / "code_lm" / "tokenizer.json"
+TOKENIZER = Path(__file__).parents[2] / "examples" / "code_lm" / "tokenizer.json"
 
 
 def resolved(name: str, teacher: dict[str, Any]) -> Recipe:

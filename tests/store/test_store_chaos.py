@@ -119,7 +119,7 @@ def _victim(folder: Path, plan: Any, fired: Path, number: int) -> Any:
 
 def test_every_named_point_of_the_protocol_is_killed_at():
     source = "".join(
-        (Path(__file__).parents[1] / "raykd" / f).read_text() for f in ("files/atomic.py", "store/commit.py")
+        (Path(__file__).parents[2] / "raykd" / f).read_text() for f in ("files/atomic.py", "store/commit.py")
     )
     assert source.count("faults.point(") == len({p.partition("at=")[2] for p in POINTS})
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import by_hand
 import pytest
 import test_stored_logits
-from click.testing import CliRunner
+from by_hand import typed
 
-from raykd.cli import cli
 from raykd.errors import StoreError
 from raykd.files.atomic import read_json, write_json
 from raykd.recipe.recipe import Recipe
@@ -41,13 +40,6 @@ def store(made, tmp_path) -> Path:
 
 def content(store: Path) -> dict[str, bytes]:
     return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
-
-
-def typed(*argv: object) -> tuple[int, str]:
-    """(exit code, what is said) of `raykd store ...`; a user's error is what `main` would print."""
-    done = CliRunner().invoke(cli, ["store", *map(str, argv)])
-    error = done.exception
-    return getattr(error, "exit_code", done.exit_code), str(error) if isinstance(error, StoreError) else done.output
 
 
 def spoil(path: Path) -> None:

@@ -25,7 +25,7 @@ from raykd.training.loop import Arm, State, World, train
 from raykd.training.phases import prepare
 
 techniques.load_terms()
-# Of text that the student writes, what workers draw together is tested in test_source.py.
+# Of text that the student writes, what workers draw together is tested in tests/generation.
 RECIPES = {t.name: t.recipe for t in techniques.all_techniques() if t.name != "none" and "source" not in t.recipe}
 DRAWN = {"infonce": {"pairs": [["norm", "norm"]], "negatives": 16, "hard": 2.0}}
 RECIPES["infonce-drawn"] = {"terms": DRAWN, "weighting": {"mode": "ess", "statistics": "global_batch"}}

@@ -20,7 +20,7 @@ from raykd.recipe.digest import digest
 from raykd.recipe.recipe import Range, Recipe
 from raykd.stages.load import SMOKE, apply_trial, load, resolve
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for folder in ("examples", "pipelines") for path in (ROOT / folder).glob("**/*.toml"))
 FREE = {"name", "setting", "scale", "track", "export"}  # how a run is called, where it runs, is told, and its forms
 SEARCH = '[search]\n"terms.kd.temperature" = { uniform = [1, 4] }\n'

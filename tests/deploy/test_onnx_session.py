@@ -80,5 +80,5 @@ def test_products_of_large_codes_do_not_overflow():
 
 
 def test_the_version_that_is_named_is_the_one_that_is_installed_with_raykd():
-    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
     assert f"onnxruntime>={ONNXRUNTIME},<2" in declared
