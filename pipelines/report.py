@@ -1,4 +1,6 @@
-"""`python -m pipelines.report RECIPE`, or RUN RUN: the same as `raykd report`, for `ray job submit`."""
+"""`python -m pipelines.report RECIPE`, or RUN RUN: the same as `raykd report`, for `ray job
+submit`.
+"""
 
 from raykd.cli import main
 

@@ -3,8 +3,8 @@
     import raykd
     run = raykd.run(raykd.load("recipe.toml"))
 
-The verbs are the command line's; `term`, `Signals`, `Batch` and `Places` are for those who write techniques. Nothing
-heavy is imported until a name is used.
+The verbs are the command line's; `term`, `Signals`, `Batch` and `Places` are for those who write
+techniques. Nothing heavy is imported until a name is used.
 """
 
 import importlib

@@ -18,7 +18,9 @@ from raykd.store.commands import show, store
 EXITS = "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, 130/143 signals."
 
 
-@click.group(epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__)
 def cli() -> None:
     """Distil a large PyTorch teacher into a small student.
@@ -29,13 +31,16 @@ def cli() -> None:
 
 
 def main(*verb: str) -> None:
-    """The `raykd` script, or one verb of it: a user's mistake ends in one message and its exit code."""
+    """The `raykd` script, or one verb of it: a user's mistake ends in one message and its exit
+    code.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, os.getcwd())  # users' own modules, as under python -m
     try:
         cli.main([*verb, *sys.argv[1:]], standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt, SystemExit) as error:
-        # only a signal raises SystemExit: our handler says 143, Ray's say 15 for SIGTERM and 0 for SIGINT
+        # only a signal raises SystemExit: our handler says 143, Ray's say 15 for SIGTERM and 0 for
+        # SIGINT
         click.echo("raykd: interrupted; the same command continues from here", err=True)
         code = 143 if isinstance(error, SystemExit) and error.code in (143, signal.SIGTERM) else 130
     except click.ClickException as error:
@@ -56,14 +61,32 @@ def main(*verb: str) -> None:
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that all verbs over a recipe share."""
     options = [
-        click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand."),
         click.option(
-            "--set", "sets", metavar="A.B=VALUE", multiple=True, help="Set one key of the recipe; repeatable."
+            "--out",
+            type=click.Path(path_type=Path),
+            default=Path("runs"),
+            help="Where results stand.",
+        ),
+        click.option(
+            "--set",
+            "sets",
+            metavar="A.B=VALUE",
+            multiple=True,
+            help="Set one key of the recipe; repeatable.",
         ),
         click.option("--smoke", is_flag=True, help="The fewest steps that still run every stage."),
-        click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value."),
-        click.option("--address", help="A Ray cluster; else RAY_ADDRESS, else one inside this process."),
-        click.option("--allow-import", multiple=True, metavar="PACKAGE", help="Let the recipe import this package."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="The result on stdout as one JSON value."
+        ),
+        click.option(
+            "--address", help="A Ray cluster; else RAY_ADDRESS, else one inside this process."
+        ),
+        click.option(
+            "--allow-import",
+            multiple=True,
+            metavar="PACKAGE",
+            help="Let the recipe import this package.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -145,8 +168,14 @@ def tune(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 
     table = walk.tune(recipe, out, address=address)
     best = table["best"]
-    values = ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in best["params"].items())
-    return table, f"best of {len(table['trials'])} trials: {values}: {table['metric']} {best[table['metric']]:.4f}"
+    values = ", ".join(
+        f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}"
+        for k, v in best["params"].items()
+    )
+    return (
+        table,
+        f"best of {len(table['trials'])} trials: {values}: {table['metric']} {best[table['metric']]:.4f}",
+    )
 
 
 @recipe_command
@@ -159,7 +188,9 @@ def export(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 
 
 @cli.command()
-@click.argument("paths", metavar="RECIPE | RUN RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument(
+    "paths", metavar="RECIPE | RUN RUN...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 @recipe_options
 def report(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) -> None:
     """report.json and report.html of a recipe, with control, seeds and intervals.
@@ -185,10 +216,17 @@ def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, s
     from raykd.reports.compare import compare, words
 
     if len(paths) == 1:
-        raise RecipeError(f"{paths[0]} is a folder: name a recipe to report on, or more run folders to compare it with")
+        raise RecipeError(
+            f"{paths[0]} is a folder: name a recipe to report on, or more run folders to compare it with"
+        )
     if given := [name for name, value in options.items() if value]:
-        names = ", ".join({"sets": "--set", "allow_import": "--allow-import"}.get(name, f"--{name}") for name in given)
-        raise RecipeError(f"{names}: of a recipe, and several run folders are compared as they are; leave it out")
+        names = ", ".join(
+            {"sets": "--set", "allow_import": "--allow-import"}.get(name, f"--{name}")
+            for name in given
+        )
+        raise RecipeError(
+            f"{names}: of a recipe, and several run folders are compared as they are; leave it out"
+        )
     made = compare(paths, out)
     return made, words.table(made)
 
@@ -205,11 +243,16 @@ def techniques(as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand."
+)
 @click.option("--uri", help="The MLflow server to knock at; else the sqlite file under --out.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def doctor(out: Path, uri: str | None, as_json: bool) -> None:
-    """Versions, Ray, memory, disk, MLflow: what is wrong and what to type. Exit code 5 if something is."""
+    """Versions, Ray, memory, disk, MLflow: what is wrong and what to type.
+
+    Exit code 5 if something is.
+    """
     from raykd.errors import InfraError
     from raykd.stages import doctor as checkup
 
@@ -228,7 +271,9 @@ def track() -> None:
 
 
 @track.command("sync")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument(
+    "folder", metavar="RUN", type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
 @click.option("--uri", help="The MLflow server; else the one of the run's recipe.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
@@ -245,7 +290,11 @@ def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
     synced = mlflow_mirror.sync(folder, uri=where, experiment=table["experiment"])
     if not synced.done:
         raise InfraError(f"{synced.reason}; {synced.pending} lines still wait")
-    show(vars(synced), f"{len(synced.runs)} runs are recorded in {mlflow_mirror.public_uri(where)}", as_json)
+    show(
+        vars(synced),
+        f"{len(synced.runs)} runs are recorded in {mlflow_mirror.public_uri(where)}",
+        as_json,
+    )
 
 
 if __name__ == "__main__":

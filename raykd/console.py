@@ -1,11 +1,15 @@
-"""Progress on stderr: stage, done/total, rate, time left; one rewritten line on a terminal, plain lines elsewhere."""
+"""Progress on stderr: stage, done/total, rate, time left; one rewritten line on a terminal, plain
+lines elsewhere.
+"""
 
 import sys
 import time
 
 
 class Progress:
-    """Counts one stage; says something at once, then at most every `every_s` seconds, and when done."""
+    """Counts one stage; says something at once, then at most every `every_s` seconds, and when
+    done.
+    """
 
     def __init__(self, stage: str, total: int, unit: str, *, every_s: float | None = None):
         self.stage, self.total, self.unit = stage, total, unit

@@ -1,4 +1,6 @@
-"""Errors a user can act on: each says what was found, where, and what to type; each has its exit code."""
+"""Errors a user can act on: each says what was found, where, and what to type; each has its exit
+code.
+"""
 
 from dataclasses import dataclass
 
@@ -43,13 +45,17 @@ def _rebuild(problems: list[Problem], text: str) -> RecipeError:
 
 
 class DataError(RaykdError):
-    """Rows that can not be used: a missing column, a label outside the classes, an empty split (exit code 3)."""
+    """Rows that can not be used: a missing column, a label outside the classes, an empty split
+    (exit code 3).
+    """
 
     exit_code = 3
 
 
 class Diverged(DataError):
-    """A training whose gradient is no longer finite; on every worker at the same step (exit code 3)."""
+    """A training whose gradient is no longer finite; on every worker at the same step (exit code
+    3).
+    """
 
 
 class StoreError(RaykdError):

@@ -1,12 +1,13 @@
 """Sparse teacher targets: for each place, some classes and their weights, as flat arrays.
 
-A place is one valid step of one sequence. With weights w_i on the classes i of a place and q the student's
-softmax(z / T), the forward divergence and its gradient are
+A place is one valid step of one sequence. With weights w_i on the classes i of a place and q the
+student's softmax(z / T), the forward divergence and its gradient are
 
     KL = sum_i w_i log p_i - sum_i w_i log q_i = -entropy - sum_i w_i log q_i
     dKL/dz = (W q - w) / T,  W = sum_i w_i
 
-With a tail bucket, one more outcome stands for every class that is not listed: p_tail = `tail`, q_tail = 1 - sum q_i.
+With a tail bucket, one more outcome stands for every class that is not listed: p_tail = `tail`,
+q_tail = 1 - sum q_i.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """CSR over P places: the entries of place p are [start[p], start[p + 1]). No class twice in a place."""
+    """CSR over P places: the entries of place p are [start[p], start[p + 1]).
+
+    No class twice in a place.
+    """
 
     ids: Tensor  # (M,) int64, below `vocab`
     start: Tensor  # (P + 1,) int64, start[0] = 0
@@ -26,7 +30,9 @@ class SparseTargets:
     entropy: Tensor | None = (
         None  # (P,) fp32, -sum_i w_i log p_i (tail included); None: the KL's value is cross-entropy
     )
-    tail: Tensor | None = None  # (P,) fp32, the mass of all other classes; None: there is no tail bucket
+    tail: Tensor | None = (
+        None  # (P,) fp32, the mass of all other classes; None: there is no tail bucket
+    )
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -59,17 +65,25 @@ class SparseTargets:
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """The same on another device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def dense(self) -> Tensor:
-        """(P, vocab) fp32: the weights as a matrix, zeros elsewhere; for tests and small vocabularies."""
+        """(P, vocab) fp32: the weights as a matrix, zeros elsewhere; for tests and small
+        vocabularies.
+        """
         out = torch.zeros(len(self), self.vocab, dtype=self.weight.dtype, device=self.weight.device)
         return out.index_put_((self.rows(), self.ids), self.weight, accumulate=True)
 
 
 def cross_entropy(log_q: Tensor, targets: SparseTargets) -> Tensor:
-    """(P,): -sum_i w_i log q_i of log_q (P, V), the tail's bucket included, less the entropy where it is stored."""
+    """(P,): -sum_i w_i log q_i of log_q (P, V), the tail's bucket included, less the entropy where
+    it is stored.
+    """
     rows = targets.rows()
     picked = log_q[rows, targets.ids]
     value = log_q.new_zeros(len(targets)).index_add(0, rows, -targets.weight * picked)

@@ -1,4 +1,6 @@
-"""A small teacher with random weights, and its store scored by hand: what Ray schedules, without Ray."""
+"""A small teacher with random weights, and its store scored by hand: what Ray schedules, without
+Ray.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,26 @@ SETTINGS = {"steps": 16, "width": 8, "layers": 3, "heads": 2}
 
 
 def teacher(path: Path, seed: int = 0) -> dict[str, Any]:
-    """The `[teacher]` table of an encoder for the gestures, its weights drawn by `seed` and saved at `path`."""
+    """The `[teacher]` table of an encoder for the gestures, its weights drawn by `seed` and saved
+    at `path`.
+    """
     torch.manual_seed(seed)
     save_file(SeriesEncoder(channels=6, classes=7, **SETTINGS).state_dict(), path)
     return {"weights": str(path), "settings": SETTINGS}
 
 
 def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
-    """The address of a recipe's store, scored shard by shard on one thread, as each actor of the pool does."""
+    """The address of a recipe's store, scored shard by shard on one thread, as each actor of the
+    pool does.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     scorer = Scorer(found)
     wanted = identity(found, scorer.dataset)
     folder = within(out, store_id(wanted))
-    shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard)
+    shards = plan_shards(
+        {n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard
+    )
     writers = layer_signals.writers(folder, wanted, signals_of(found))
     for shard in shards[::-1] if backwards else shards:
         for name, part in layer_signals.split(scorer.table(shard)).items():
@@ -56,4 +64,6 @@ def typed(*argv: object) -> tuple[int, str]:
     """(exit code, what is said) of `raykd store ...`; a user's error is what `main` would print."""
     done = CliRunner().invoke(cli, ["store", *map(str, argv)])
     error = done.exception
-    return getattr(error, "exit_code", done.exit_code), str(error) if isinstance(error, StoreError) else done.output
+    return getattr(error, "exit_code", done.exit_code), str(error) if isinstance(
+        error, StoreError
+    ) else done.output

@@ -1,4 +1,6 @@
-"""Processes of a test's own: forked from a server that has imported torch once, so that each starts at once."""
+"""Processes of a test's own: forked from a server that has imported torch once, so that each starts
+at once.
+"""
 
 import multiprocessing
 import os

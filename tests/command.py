@@ -1,4 +1,6 @@
-"""The command line in processes of its own, forked from a server that has imported torch: each starts at once."""
+"""The command line in processes of its own, forked from a server that has imported torch: each
+starts at once.
+"""
 
 import os
 import signal
@@ -13,7 +15,15 @@ from typing import Any
 import child
 
 ROOT = Path(__file__).parents[1]
-TRUSTED = ("_MANIFEST.json", "arm.json", "tune.json", "manifest.json", "report.json", "*.parquet", "*.safetensors")
+TRUSTED = (
+    "_MANIFEST.json",
+    "arm.json",
+    "tune.json",
+    "manifest.json",
+    "report.json",
+    "*.parquet",
+    "*.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,9 @@ class Running:
         self.process.join(limit_s)
         ended = not self.process.is_alive()
         self.process.kill()
-        done = Done(self.process.exitcode, *((self.folder / name).read_text() for name in ("out", "err")))
+        done = Done(
+            self.process.exitcode, *((self.folder / name).read_text() for name in ("out", "err"))
+        )
         assert ended, f"still running after {limit_s} s:\n{done.err}"
         return done
 
@@ -50,7 +62,9 @@ def start(folder: Path, *argv: object, cwd: Path = ROOT, **environment: str) -> 
     """`raykd ARGV` in a process that writes what it says into a new folder below `folder`."""
     own = folder / f"command-{time.monotonic_ns()}"
     own.mkdir(parents=True)
-    return Running(child.start(_main, [str(a) for a in argv], str(own), str(cwd), **environment), own)
+    return Running(
+        child.start(_main, [str(a) for a in argv], str(own), str(cwd), **environment), own
+    )
 
 
 def raykd(folder: Path, *argv: object, cwd: Path = ROOT, **environment: str) -> Done:
@@ -72,7 +86,9 @@ def left_in(out: Path) -> list[str]:
 
 
 def _main(argv: list[str], folder: str, cwd: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and so would this
     from raykd.cli import main
 
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):

@@ -1,4 +1,6 @@
-"""What tests share: a local Ray cluster for the whole run, a recipe over the shipped gestures, an environment apart."""
+"""What tests share: a local Ray cluster for the whole run, a recipe over the shipped gestures, an
+environment apart.
+"""
 
 import os
 import re
@@ -14,7 +16,9 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes share the cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: two processes share the cores
 RAY = {"test_forms", "test_jobs", "test_readme"}  # start it by other means
 TOGETHER = {"test_alone": "apart", "test_text_artefact": "apart"}  # ask for one new environment
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gesture"
@@ -50,7 +54,9 @@ grace = 20
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest -n and --dist loadgroup a module's tests stay together, and all that start Ray in one process."""
+    """With pytest -n and --dist loadgroup a module's tests stay together, and all that start Ray in
+    one process.
+    """
     rays = {name for name, own in groupby(items, key=_module) if any(map(_starts_ray, own))}
     for item in items:
         group = "ray" if _module(item) in rays else TOGETHER.get(_module(item), _module(item))
@@ -69,7 +75,8 @@ def _starts_ray(item: Any) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory) -> None:
-    """For every process of the tests: a cache of their own, and Ray's token before anything imports Ray.
+    """For every process of the tests: a cache of their own, and Ray's token before anything imports
+    Ray.
 
     Ray settles on a way to authenticate when it is first imported.
     """
@@ -79,7 +86,9 @@ def _own_environment(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    """The address of the run's one Ray cluster: on loopback, behind a token, in and with this process."""
+    """The address of the run's one Ray cluster: on loopback, behind a token, in and with this
+    process.
+    """
     import ray
 
     from raykd.orchestration.session import connect
@@ -111,7 +120,9 @@ def scored(cluster, tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stocked(scored, tmp_path) -> Callable[[str], Path]:
-    """New --out folders by name, each with a copy of the store: equal recipes are trained apart in them."""
+    """New --out folders by name, each with a copy of the store: equal recipes are trained apart in
+    them.
+    """
 
     def new(name: str) -> Path:
         return Path(shutil.copytree(scored, tmp_path / name))
@@ -121,7 +132,9 @@ def stocked(scored, tmp_path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory) -> Path:
-    """The interpreter of a new environment with numpy, onnxruntime and nothing of ours, in the versions of this one."""
+    """The interpreter of a new environment with numpy, onnxruntime and nothing of ours, in the
+    versions of this one.
+    """
     where = tmp_path_factory.mktemp("alone") / "venv"
     venv.create(where, with_pip=True)
     wanted = [f"{name}=={metadata.version(name)}" for name in ("numpy", "onnxruntime")]

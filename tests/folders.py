@@ -31,15 +31,24 @@ def llama(classes: int, **settings) -> Llama:
 
 
 def home(folder: Path) -> Path:
-    """A recipe whose teacher is the folder `wide`; `narrow.safetensors` has the same weights without its padding."""
+    """A recipe whose teacher is the folder `wide`; `narrow.safetensors` has the same weights
+    without its padding.
+    """
     path = texts.recipe(folder, texts.tokenizer(folder))
     classes = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     wide = llama(classes + PADDING, steps=texts.STEPS + 9, layers=1, heads=2, kv_heads=1)
     hf_folder.write(wide, folder / "wide")
-    narrow = {k: v[:classes] if k == hf_folder.TABLE else v for k, v in load_file(folder / "wide" / WEIGHTS).items()}
+    narrow = {
+        k: v[:classes] if k == hf_folder.TABLE else v
+        for k, v in load_file(folder / "wide" / WEIGHTS).items()
+    }
     save_file({k: v.contiguous() for k, v in narrow.items()}, folder / "narrow.safetensors")
-    bare = path.read_text().replace("settings = { width = 32, layers = 1, heads = 2, kv_heads = 1 }\n", "", 1)
-    path.write_text(bare.replace("teacher.safetensors", "wide").replace("[store]", '[store]\ncodec = "dense"'))
+    bare = path.read_text().replace(
+        "settings = { width = 32, layers = 1, heads = 2, kv_heads = 1 }\n", "", 1
+    )
+    path.write_text(
+        bare.replace("teacher.safetensors", "wide").replace("[store]", '[store]\ncodec = "dense"')
+    )
     return folder
 
 
@@ -50,8 +59,13 @@ def load(home: Path, *sets: str) -> Recipe:
 def stored(recipe: Recipe) -> dict[str, np.ndarray]:
     """Every column of what a recipe's store holds of 20 rows, as one array."""
     found = Scorer(recipe).table(Shard(0, "test", 0, 20)).to_pydict()
-    halves = {k: [np.frombuffer(x, "<f2") if isinstance(x, bytes) else x for x in v] for k, v in found.items()}
-    return {k: np.concatenate([np.ravel(x) for x in v]).astype(np.float64) for k, v in halves.items()}
+    halves = {
+        k: [np.frombuffer(x, "<f2") if isinstance(x, bytes) else x for x in v]
+        for k, v in found.items()
+    }
+    return {
+        k: np.concatenate([np.ravel(x) for x in v]).astype(np.float64) for k, v in halves.items()
+    }
 
 
 def split(folder: Path, to: Path) -> None:
@@ -61,5 +75,7 @@ def split(folder: Path, to: Path) -> None:
     to.mkdir()
     shutil.copy(folder / CONFIG, to)
     for file in set(places.values()):
-        save_file({n: tensors[n] for n in tensors if places[n] == file}, to / file, {"format": "pt"})
+        save_file(
+            {n: tensors[n] for n in tensors if places[n] == file}, to / file, {"format": "pt"}
+        )
     (to / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))

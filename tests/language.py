@@ -1,4 +1,6 @@
-"""A small language for tests: the standard library's sources under a byte-level BPE that is trained on them."""
+"""A small language for tests: the standard library's sources under a byte-level BPE that is trained
+on them.
+"""
 
 import textwrap
 from pathlib import Path
@@ -22,14 +24,18 @@ def bpe(path: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     settings = {"special_tokens": [END], "initial_alphabet": letters, "show_progress": False}
-    tokenizer.train([str(SOURCES / name) for name in READ], trainers.BpeTrainer(vocab_size=TOKENS, **settings))
+    tokenizer.train(
+        [str(SOURCES / name) for name in READ], trainers.BpeTrainer(vocab_size=TOKENS, **settings)
+    )
     tokenizer.save(str(path))
     return tokenizer
 
 
 def text(tokenizer: Tokenizer, *names: str) -> Tensor:
     """(N,) int64: the tokens of some sources."""
-    return torch.tensor(tokenizer.encode("".join((SOURCES / name).read_text() for name in names)).ids)
+    return torch.tensor(
+        tokenizer.encode("".join((SOURCES / name).read_text() for name in names)).ids
+    )
 
 
 def train(module: Llama, ids: Tensor, steps: int, rate: float) -> Llama:

@@ -1,7 +1,9 @@
-"""An S3 server on loopback, for tests alone: moto's, one request at a time, so that a conditional PUT is one step.
+"""An S3 server on loopback, for tests alone: moto's, one request at a time, so that a conditional
+PUT is one step.
 
-moto looks for an object and then writes it; answered on threads, two creators of one name might both win. Names ask
-for faults: a bucket `forgetful` drops If-None-Match, and the first creation of an object named *collided* answers 409.
+moto looks for an object and then writes it; answered on threads, two creators of one name might
+both win. Names ask for faults: a bucket `forgetful` drops If-None-Match, and the first creation of
+an object named *collided* answers 409.
 """
 
 import os
@@ -21,13 +23,19 @@ KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REG
 def served() -> Iterator[dict[str, str]]:
     """The environment that leads to a server with empty buckets, which ends with the block."""
     process = subprocess.Popen(
-        [sys.executable, __file__], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
+        [sys.executable, __file__],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ,
     )
     assert process.stdout is not None
     try:
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
         for name in BUCKETS:
-            urllib.request.urlopen(urllib.request.Request(f"{url}/{name}", b"", method="PUT"), timeout=30).close()
+            urllib.request.urlopen(
+                urllib.request.Request(f"{url}/{name}", b"", method="PUT"), timeout=30
+            ).close()
         yield KEYS | {"AWS_ENDPOINT_URL": url, "NO_PROXY": "127.0.0.1"}
     finally:
         process.kill()
@@ -54,7 +62,11 @@ def faulty(app: Any) -> Any:
 
 
 def main() -> None:
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
     from werkzeug.serving import make_server
 
     app = faulty(DomainDispatcherApplication(create_backend_app))

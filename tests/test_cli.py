@@ -1,4 +1,5 @@
-"""The command line's contract: a mistake is one screen with its exit code, stdout is JSON alone, signals lose no work.
+"""The command line's contract: a mistake is one screen with its exit code, stdout is JSON alone,
+signals lose no work.
 
 Each command runs in a process of its own, with its real exit code and its real stdout and stderr.
 """
@@ -56,7 +57,10 @@ def spoilt(name: str) -> list[dict[str, Any]]:
         case "outside":
             found[5]["label"] = "c"
         case "column":
-            found = [{"features": row["inputs"], "label": row["label"], "split": row["split"]} for row in found]
+            found = [
+                {"features": row["inputs"], "label": row["label"], "split": row["split"]}
+                for row in found
+            ]
         case "empty":
             found = [row for row in found if row["split"] != "val"]
         case "absent":
@@ -66,7 +70,9 @@ def spoilt(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """A folder with a sound recipe over Parquet rows, rows with one fault each, and weights that are a pickle."""
+    """A folder with a sound recipe over Parquet rows, rows with one fault each, and weights that
+    are a pickle.
+    """
     folder = tmp_path_factory.mktemp("user")
     (folder / "recipe.toml").write_text(OWN)
     for name in ("rows", "nan", "outside", "column", "empty", "absent"):
@@ -92,7 +98,11 @@ BAD = {
 BAD_TEACHER = {
     "weights do not fit": (2, "do not fit the module", ["teacher.settings.width=64"]),
     "a pickle": (2, "not a .safetensors file", ["teacher.weights=pickle.pt"]),
-    "a renamed pickle": (2, "not a readable safetensors file", ["teacher.weights=pickle.safetensors"]),
+    "a renamed pickle": (
+        2,
+        "not a readable safetensors file",
+        ["teacher.weights=pickle.safetensors"],
+    ),
 }
 
 
@@ -101,7 +111,9 @@ def is_one_screen(err: str) -> bool:
 
 
 @pytest.mark.parametrize("fault", [*BAD, *BAD_TEACHER])
-def test_a_mistake_is_one_screen_with_its_exit_code_and_leaves_nothing_to_trust(here, tiny, tmp_path, fault):
+def test_a_mistake_is_one_screen_with_its_exit_code_and_leaves_nothing_to_trust(
+    here, tiny, tmp_path, fault
+):
     code, words, sets = (BAD | BAD_TEACHER)[fault]
     recipe = tiny if fault in BAD_TEACHER else "recipe.toml"
     options = [part for text in sets for part in ("--set", text)]
@@ -125,14 +137,18 @@ def test_a_recipe_that_is_not_there_is_a_usage_error_of_the_pipelines_too(tmp_pa
 def test_help_comes_at_once_without_torch_ray_or_mlflow_and_documents_the_exit_codes():
     def seconds() -> float:
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "raykd.cli", "--help"], check=True, capture_output=True, cwd=ROOT)
+        subprocess.run(
+            [sys.executable, "-m", "raykd.cli", "--help"], check=True, capture_output=True, cwd=ROOT
+        )
         return time.perf_counter() - began
 
     medians = (statistics.median(seconds() for _ in range(3)) for _ in range(3))
     assert any(median < 1 for median in medians)  # the machine may be busy for one round or two
     code = "import sys; sys.argv = ['raykd', '--help']; from raykd.cli import main\ntry: main()\n"
     code += "finally: print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    asked = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert asked.stdout.endswith("[]\n")
     for number in ("2 usage", "3 data", "4 quality", "5 infrastructure", "130/143"):
         assert number in " ".join(asked.stdout.split())
@@ -153,7 +169,9 @@ def test_the_doctor_says_what_to_type_for_a_server_that_is_down():
         port = server.getsockname()[1]
     asked = [sys.executable, "-m", "raykd.cli", "doctor", "--uri", f"http://127.0.0.1:{port}"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        asked, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 5
     assert f"start the server at 127.0.0.1:{port}" in done.stdout
     assert is_one_screen(done.stderr)
@@ -190,7 +208,15 @@ def test_a_second_process_on_a_run_says_so(here, tmp_path):
 
 def test_a_training_that_diverges_names_its_arm_and_terms(tmp_path):
     sets = ("--set", "optim.learning_rate=1e30", "--set", "optim.clip=1e30")
-    done = raykd(tmp_path, "train", "examples/gesture/teacher.toml", "--smoke", *sets, "--out", tmp_path / "runs")
+    done = raykd(
+        tmp_path,
+        "train",
+        "examples/gesture/teacher.toml",
+        "--smoke",
+        *sets,
+        "--out",
+        tmp_path / "runs",
+    )
     assert done.code == 3
     assert "arm student-0: the gradient is not finite at step" in done.err
     assert "lower optim.learning_rate" in done.err

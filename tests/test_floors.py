@@ -1,4 +1,6 @@
-"""Laws of the layout, read from the source: who imports what, what a light import leaves alone, how long files are."""
+"""Laws of the layout, read from the source: who imports what, what a light import leaves alone, how
+long files are.
+"""
 
 import ast
 import subprocess
@@ -12,10 +14,14 @@ import pytest
 import raykd
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(p for p in (ROOT / "raykd").rglob("*.py") if p.parent.name != "card")  # its scripts run elsewhere
+FILES = sorted(
+    p for p in (ROOT / "raykd").rglob("*.py") if p.parent.name != "card"
+)  # its scripts run elsewhere
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 ALLOWED = {
-    "ray": {f"orchestration.{name}" for name in ("session", "scoring", "training", "tuning", "teachers")},
+    "ray": {
+        f"orchestration.{name}" for name in ("session", "scoring", "training", "tuning", "teachers")
+    },
     "mlflow": {"tracking.mlflow_mirror"},
     "sqlalchemy": {"tracking.mlflow_mirror"},
     "onnxruntime": {"deploy.onnx.session"},
@@ -63,7 +69,11 @@ def packages(names: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_a_service_is_imported_only_on_its_own_floor(package):
-    found = {dotted(path) for path, tree in TREES.items() if package in packages(imported(ast.walk(tree)))}
+    found = {
+        dotted(path)
+        for path, tree in TREES.items()
+        if package in packages(imported(ast.walk(tree)))
+    }
     assert found == {f"raykd.{name}" for name in ALLOWED[package]}
 
 
@@ -74,10 +84,14 @@ def test_no_module_imports_a_service_before_it_is_needed(module):
 
 def test_the_imports_of_the_package_have_no_circle():
     graph = {
-        module: {name for name in imported(TREES[path].body) if name in MODULES and name != "raykd"} - {module}
+        module: {name for name in imported(TREES[path].body) if name in MODULES and name != "raykd"}
+        - {module}
         for module, path in MODULES.items()
     }
-    for module, needs in graph.items():  # `from raykd.data import tables` needs tables, not the package around it
+    for (
+        module,
+        needs,
+    ) in graph.items():  # `from raykd.data import tables` needs tables, not the package around it
         needs -= {name for name in needs if any(other.startswith(f"{name}.") for other in needs)}
         assert all(need in graph for need in needs), module
     order = list(TopologicalSorter(graph).static_order())
@@ -91,7 +105,9 @@ def test_the_imports_of_the_package_have_no_circle():
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_import_loads_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""
 
 
@@ -105,8 +121,15 @@ def test_a_public_name_can_be_imported(name):
 
 def test_the_public_names_are_told_once_in_each_place():
     homes = [name for names in raykd.HOMES.values() for name in names]
-    guard = next(node for node in TREES[ROOT / "raykd" / "__init__.py"].body if isinstance(node, ast.If))
-    typed = {alias.name for node in guard.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    guard = next(
+        node for node in TREES[ROOT / "raykd" / "__init__.py"].body if isinstance(node, ast.If)
+    )
+    typed = {
+        alias.name
+        for node in guard.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert sorted(homes) == sorted(typed) == sorted(raykd.__all__) == sorted(dir(raykd))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         raykd.nothing  # noqa: B018
@@ -114,7 +137,9 @@ def test_the_public_names_are_told_once_in_each_place():
 
 def test_no_module_hides_a_public_name():
     """`import raykd.x` sets raykd.x, so a module x would replace a function x."""
-    assert not {module.rpartition(".")[2] for module in MODULES if module.count(".") == 1} & set(raykd.__all__)
+    assert not {module.rpartition(".")[2] for module in MODULES if module.count(".") == 1} & set(
+        raykd.__all__
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=dotted)
@@ -131,5 +156,10 @@ def test_nothing_is_caught_in_silence(path):
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}: a bare except"
-            silent = isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
-            assert not (silent and all(isinstance(n, ast.Pass) for n in node.body)), f"line {node.lineno}"
+            silent = isinstance(node.type, ast.Name) and node.type.id in (
+                "Exception",
+                "BaseException",
+            )
+            assert not (silent and all(isinstance(n, ast.Pass) for n in node.body)), (
+                f"line {node.lineno}"
+            )

@@ -1,4 +1,6 @@
-"""A small language for tests: sentences, a tokeniser of their bytes, and a recipe over them with a random teacher."""
+"""A small language for tests: sentences, a tokeniser of their bytes, and a recipe over them with a
+random teacher.
+"""
 
 import json
 from pathlib import Path
@@ -13,7 +15,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from raykd.models.llama import Llama
 
 END, STEPS = "<end>", 40
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "it", "while", "sun", "set", "over", "sea"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "dog",
+    "ran",
+    "to",
+    "it",
+    "while",
+    "sun",
+    "set",
+    "over",
+    "sea",
+]
 RECIPE = """
 name = "text"
 technique = "vanilla"
@@ -61,7 +80,9 @@ def tokenizer(folder: Path) -> Path:
 
 
 def recipe(home: Path, tokens: Path) -> Path:
-    """A recipe over sentences that lie beside it, under a teacher of random weights that is far from uniform."""
+    """A recipe over sentences that lie beside it, under a teacher of random weights that is far
+    from uniform.
+    """
     splits = ["train"] * 30 + ["val"] * 4 + ["test"] * 30
     rows = [{"split": s, "group": i, "text": sentence(i, 50)} for i, s in enumerate(splits)]
     (home / "rows").mkdir()
@@ -70,6 +91,9 @@ def recipe(home: Path, tokens: Path) -> Path:
     torch.manual_seed(1)
     teacher = Llama(classes=vocab, steps=STEPS, width=32, layers=1, heads=2, kv_heads=1)
     teacher.lm_head.weight.data.mul_(30)
-    save_file({k: v for k, v in teacher.state_dict().items() if k != "lm_head.weight"}, home / "teacher.safetensors")
+    save_file(
+        {k: v for k, v in teacher.state_dict().items() if k != "lm_head.weight"},
+        home / "teacher.safetensors",
+    )
     (home / "recipe.toml").write_text(RECIPE.format(tokenizer=tokens, end=END, steps=STEPS))
     return home / "recipe.toml"

@@ -1,4 +1,5 @@
-"""Train the example's tokeniser: a byte-level BPE of 2,048 tokens, on the training files of `python_library`.
+"""Train the example's tokeniser: a byte-level BPE of 2,048 tokens, on the training files of
+`python_library`.
 
 python -m examples.code_lm.make_tokenizer
 """
@@ -23,7 +24,8 @@ def main() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet)
+        texts,
+        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet),
     )
     tokenizer.save(str(HERE / "tokenizer.json"), pretty=False)
 

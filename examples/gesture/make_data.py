@@ -3,9 +3,9 @@
     pip download --no-deps seglearn==1.2.5
     python examples/gesture/make_data.py seglearn-1.2.5-py3-none-any.whl
 
-The recordings go from 50 Hz to 25 Hz (each pair of samples averaged), are standardised per channel over all
-recordings and rounded to thousandths, so that they fit int16: value = signal * scale + offset has mean 0 and
-standard deviation 1, and value * sd + mean is in seglearn's units.
+The recordings go from 50 Hz to 25 Hz (each pair of samples averaged), are standardised per channel
+over all recordings and rounded to thousandths, so that they fit int16: value = signal * scale +
+offset has mean 0 and standard deviation 1, and value * sd + mean is in seglearn's units.
 """
 
 import argparse
@@ -27,10 +27,13 @@ def main() -> None:
     """Read the arguments, write the file, say what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("wheel", type=Path, help="seglearn-1.2.5-py3-none-any.whl")
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="the file to write (default: %(default)s)"
+    )
     args = parser.parse_args()
     arrays = convert(read_wheel(args.wheel))
-    # numpy gives every member of the zip the same fixed date, so equal arrays are equal bytes (for one zlib)
+    # numpy gives every member of the zip the same fixed date, so equal arrays are equal bytes (for
+    # one zlib)
     np.savez_compressed(args.out, allow_pickle=False, **arrays)
     print(f"rows     {len(arrays['signal'])} steps of {len(arrays['label'])} recordings")
     print(f"classes  {' '.join(arrays['classes'])}")

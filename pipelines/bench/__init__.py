@@ -1,1 +1,3 @@
-"""Benchmarks: ratios to baselines written as a competent user would write them, `python -m pipelines.bench.NAME`."""
+"""Benchmarks: ratios to baselines written as a competent user would write them, `python -m
+pipelines.bench.NAME`.
+"""

@@ -1,6 +1,8 @@
-"""Text that every Python brings along: the standard library's own files without tests, as tokens of a byte-level BPE.
+"""Text that every Python brings along: the standard library's own files without tests, as tokens of
+a byte-level BPE.
 
-The files differ between Python versions, so the digest of what was read is printed with every figure.
+The files differ between Python versions, so the digest of what was read is printed with every
+figure.
 """
 
 import hashlib
@@ -18,9 +20,41 @@ from raykd.errors import RecipeError
 from raykd.files.atomic import write_bytes
 
 PACKAGES = (
-    *("asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "email", "encodings", "ensurepip", "html"),
-    *("http", "idlelib", "importlib", "json", "logging", "multiprocessing", "pydoc_data", "re", "sqlite3", "tkinter"),
-    *("tomllib", "turtledemo", "unittest", "urllib", "venv", "wsgiref", "xml", "xmlrpc", "zoneinfo"),
+    *(
+        "asyncio",
+        "collections",
+        "concurrent",
+        "ctypes",
+        "curses",
+        "dbm",
+        "email",
+        "encodings",
+        "ensurepip",
+        "html",
+    ),
+    *(
+        "http",
+        "idlelib",
+        "importlib",
+        "json",
+        "logging",
+        "multiprocessing",
+        "pydoc_data",
+        "re",
+        "sqlite3",
+        "tkinter",
+    ),
+    *(
+        "tomllib",
+        "turtledemo",
+        "unittest",
+        "urllib",
+        "venv",
+        "wsgiref",
+        "xml",
+        "xmlrpc",
+        "zoneinfo",
+    ),
 )  # and every module that is one file
 TESTS = {"test", "tests", "idle_test"}
 PUBLISHED = ("3.11.7", "e76df2fed108f1f7")  # the version and digest of README's figures
@@ -30,7 +64,9 @@ CONTEXT = 2  # tokens before a row that an n-gram sees
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens for the teacher, and rows (R, CONTEXT + STEPS + 1) from other files: to distil on, to be judged by."""
+    """Tokens for the teacher, and rows (R, CONTEXT + STEPS + 1) from other files: to distil on, to
+    be judged by.
+    """
 
     described: str
     digest: str
@@ -40,10 +76,14 @@ class Corpus:
 
 
 def load(out: Path, *, rows: int, held: int) -> Corpus:
-    """The corpus with `rows` rows to distil on and `held` to judge by, tokenised once into the folder `out`."""
+    """The corpus with `rows` rows to distil on and `held` to judge by, tokenised once into the
+    folder `out`.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     texts = {path.relative_to(root).as_posix(): path.read_bytes() for path in _files(root)}
-    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + text for name, text in texts.items())).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(name.encode() + b"\0" + text for name, text in texts.items())
+    ).hexdigest()
     size, version = sum(map(len, texts.values())), platform.python_version()
     same = "the text" if digest.startswith(PUBLISHED[1]) else "not the text"
     described = (
@@ -54,14 +94,20 @@ def load(out: Path, *, rows: int, held: int) -> Corpus:
     if not path.exists():
         write_bytes(path, save(_tokens(texts)))
     tokens = load_file(path)
-    parts = [tokens["train"].astype(np.int64), _rows(tokens["distil"], rows), _rows(tokens["held"], held)]
+    parts = [
+        tokens["train"].astype(np.int64),
+        _rows(tokens["distil"], rows),
+        _rows(tokens["held"], held),
+    ]
     return Corpus(described, digest[:16], *parts)
 
 
 def _files(root: Path) -> Iterator[Path]:
     modules = [path for path in root.glob("*.py") if not path.name.startswith("_sysconfigdata")]
     inside = [path for name in PACKAGES for path in (root / name).rglob("*.py")]
-    yield from sorted(path for path in modules + inside if not TESTS & set(path.relative_to(root).parts))
+    yield from sorted(
+        path for path in modules + inside if not TESTS & set(path.relative_to(root).parts)
+    )
 
 
 def _tokens(texts: dict[str, bytes]) -> dict[str, NDArray[np.uint16]]:
@@ -69,7 +115,9 @@ def _tokens(texts: dict[str, bytes]) -> dict[str, NDArray[np.uint16]]:
     try:
         from tokenizers import ByteLevelBPETokenizer
     except ImportError:
-        raise RecipeError("this bench needs the tokenizers library: pip install 'raykd[lm]'") from None
+        raise RecipeError(
+            "this bench needs the tokenizers library: pip install 'raykd[lm]'"
+        ) from None
 
     files = {name: text.decode("utf-8", "replace") for name, text in texts.items()}
     parts: dict[str, list[str]] = {"train": [], "distil": [], "held": []}

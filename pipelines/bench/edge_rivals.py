@@ -1,8 +1,9 @@
-"""Ways to run an encoder on one thread of a CPU, others' and ours: their files, answers at batch 1, and CPU time.
+"""Ways to run an encoder on one thread of a CPU, others' and ours: their files, answers at batch 1,
+and CPU time.
 
-All start from the same float32 weights, and none trains after rounding them: accuracies are what rounding alone leaves.
-torchao and ExecuTorch have their own scales and leave out the layers that ours leave out; onnxruntime's own quantiser
-takes every product with constant weights.
+All start from the same float32 weights, and none trains after rounding them: accuracies are what
+rounding alone leaves. torchao and ExecuTorch have their own scales and leave out the layers that
+ours leave out; onnxruntime's own quantiser takes every product with constant weights.
 """
 
 import copy
@@ -43,7 +44,9 @@ OURS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One way: its file's bytes, a call that answers the example, and its accuracy if there are test rows."""
+    """One way: its file's bytes, a call that answers the example, and its accuracy if there are
+    test rows.
+    """
 
     name: str
     bytes: int
@@ -52,7 +55,8 @@ class Row:
 
 
 def rows_for(encoder: nn.Module, example: Tensor, test: Rows | None = None) -> list[Row]:
-    """A row for every way whose package is installed, float32 in eager torch first; `example` is (1, T, K).
+    """A row for every way whose package is installed, float32 in eager torch first; `example` is
+    (1, T, K).
 
     Test rows are answered one by one. What is left out is printed with the package that it needs.
     """
@@ -70,10 +74,11 @@ def rows_for(encoder: nn.Module, example: Tensor, test: Rows | None = None) -> l
 
 
 def cpu_seconds(rows: Sequence[Row], rounds: int = 30, calls: int = 20) -> NDArray[np.float64]:
-    """(rounds, rows): CPU seconds of a call, the rows taking turns of `calls` calls, after a round to warm up.
+    """(rounds, rows): CPU seconds of a call, the rows taking turns of `calls` calls, after a round
+    to warm up.
 
-    CPU time of the whole process, which neighbours on a busy machine stretch less than wall time. Torch's threads are
-    the caller's to set.
+    CPU time of the whole process, which neighbours on a busy machine stretch less than wall time.
+    Torch's threads are the caller's to set.
     """
     spent = np.empty((rounds + 1, len(rows)))
     for turn in spent:
@@ -104,14 +109,29 @@ def _ways(folder: Path) -> list[tuple[str, str, Callable[[nn.Module, Tensor], Ma
     return [
         ("fp32, torch eager", "torch", lambda module, _: _eager(module)),
         ("fp32, onnxruntime", "onnxruntime", partial(_onnx, folder)),
-        ("quantize_dynamic per tensor, onnxruntime", "onnxruntime", partial(_dynamic, folder, False)),
-        ("quantize_dynamic per channel, onnxruntime", "onnxruntime", partial(_dynamic, folder, True)),
+        (
+            "quantize_dynamic per tensor, onnxruntime",
+            "onnxruntime",
+            partial(_dynamic, folder, False),
+        ),
+        (
+            "quantize_dynamic per channel, onnxruntime",
+            "onnxruntime",
+            partial(_dynamic, folder, True),
+        ),
         ("8da8w, torchao eager", "torchao", lambda module, _: _eager(_converted(module, 8))),
         ("8da4w g32, torchao eager", "torchao", lambda module, _: _eager(_converted(module, 4))),
         ("fp32, ExecuTorch", "executorch", _program),
         ("8da8w, ExecuTorch", "executorch", lambda module, x: _program(_converted(module, 8), x)),
-        ("8da4w g32, ExecuTorch", "executorch", lambda module, x: _program(_converted(module, 4), x)),
-        *((f"ours {name}, onnxruntime", "onnxruntime", partial(_ours, folder, quant)) for name, quant in OURS.items()),
+        (
+            "8da4w g32, ExecuTorch",
+            "executorch",
+            lambda module, x: _program(_converted(module, 4), x),
+        ),
+        *(
+            (f"ours {name}, onnxruntime", "onnxruntime", partial(_ours, folder, quant))
+            for name, quant in OURS.items()
+        ),
     ]
 
 
@@ -143,7 +163,10 @@ def _dynamic(folder: Path, per_channel: bool, module: nn.Module, example: Tensor
 
     path = folder / "quantised.onnx"
     written = _written(folder, module, example)
-    products = ["MatMul", "Gemm"]  # by default Attention too, of which it makes an operator that refuses its attributes
+    products = [
+        "MatMul",
+        "Gemm",
+    ]  # by default Attention too, of which it makes an operator that refuses its attributes
     quantize_dynamic(written, path, products, per_channel=per_channel, weight_type=QuantType.QInt8)
     return _session(path)
 
@@ -173,8 +196,14 @@ def _converted(module: nn.Module, bits: int) -> nn.Module:
     )
 
     dtype, granularity = getattr(torch, f"int{bits}"), PerAxis(0) if bits == 8 else PerGroup(GROUP)
-    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
-    quantize_(module, config, filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and not Quant().skips(name))
+    config = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=dtype, weight_granularity=granularity
+    )
+    quantize_(
+        module,
+        config,
+        filter_fn=lambda layer, name: isinstance(layer, nn.Linear) and not Quant().skips(name),
+    )
     return module
 
 

@@ -34,7 +34,9 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """What an encoding leaves: bytes of its column chunk a token, for each shard, and the targets read back."""
+    """What an encoding leaves: bytes of its column chunk a token, for each shard, and the targets
+    read back.
+    """
 
     bytes_per_token: NDArray[np.float64]
     targets: SparseTargets | Tensor  # of every token in turn
@@ -69,7 +71,9 @@ def stored(encoding: Encoding, logits: Tensor, *, factor: float = 1.0, key: int 
         table, laid_out = shard(encoding.codec, logits[first : first + SHARD], first, factor, key)
         data = to_parquet(table)
         steps = table["steps"].to_numpy()
-        sizes.append((chunk_bytes(data) + 4 / 3 * len(laid_out)) / steps.sum())  # metadata is base64 in the file
+        sizes.append(
+            (chunk_bytes(data) + 4 / 3 * len(laid_out)) / steps.sum()
+        )  # metadata is base64 in the file
         column = pq.read_table(io.BytesIO(data))["logits"]
         parts.append(encoding.codec.decode(column, steps, 1.0, laid_out))
     return Stored(np.array(sizes), joined(parts))
@@ -80,17 +84,25 @@ def shard(codec: Any, logits: Tensor, first: int, factor: float, key: int) -> tu
     columns = []
     for i in range(0, len(logits), BATCH):
         z = logits[i : i + BATCH].float() * factor
-        columns.append(codec.encode(z, torch.ones(z.shape[:2], dtype=torch.bool), first + i + np.arange(len(z)), key))
+        columns.append(
+            codec.encode(
+                z, torch.ones(z.shape[:2], dtype=torch.bool), first + i + np.arange(len(z)), key
+            )
+        )
     steps = np.full(len(logits), logits.shape[1], np.int32)
     packed, laid_out = codec.pack(pa.concat_arrays(columns), steps)
-    return pa.table({"row_id": first + np.arange(len(logits)), "steps": steps, "logits": packed}), laid_out
+    return pa.table(
+        {"row_id": first + np.arange(len(logits)), "steps": steps, "logits": packed}
+    ), laid_out
 
 
 def chunk_bytes(data: bytes) -> int:
     """Bytes of the logits column's chunks in a Parquet file."""
     group = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
-    return sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] == "logits")
+    return sum(
+        c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] == "logits"
+    )
 
 
 def joined(parts: Sequence[SparseTargets | Tensor]) -> SparseTargets | Tensor:
@@ -99,7 +111,14 @@ def joined(parts: Sequence[SparseTargets | Tensor]) -> SparseTargets | Tensor:
         return torch.cat([p for p in parts if isinstance(p, Tensor)])
     sparse = [p for p in parts if isinstance(p, SparseTargets)]
     shift = np.cumsum([0] + [len(p.ids) for p in sparse])
-    start = torch.cat([p.start[:-1] + int(s) for p, s in zip(sparse, shift, strict=False)] + [torch.tensor(shift[-1:])])
+    start = torch.cat(
+        [p.start[:-1] + int(s) for p, s in zip(sparse, shift, strict=False)]
+        + [torch.tensor(shift[-1:])]
+    )
     ids, weight = torch.cat([p.ids for p in sparse]), torch.cat([p.weight for p in sparse])
-    tail = torch.cat([p.tail for p in sparse if p.tail is not None]) if sparse[0].tail is not None else None
+    tail = (
+        torch.cat([p.tail for p in sparse if p.tail is not None])
+        if sparse[0].tail is not None
+        else None
+    )
     return replace(sparse[0], ids=ids, start=start, weight=weight, tail=tail, entropy=None)

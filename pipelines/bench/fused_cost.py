@@ -1,10 +1,13 @@
-"""The sparse fused loss against plain PyTorch: CPU time in turns, peak memory each in a process of its own.
+"""The sparse fused loss against plain PyTorch: CPU time in turns, peak memory each in a process of
+its own.
 
-    python -m pipelines.bench.fused_cost LOSS PLACES      prints the bytes by which the peak grows in one step
+    python -m pipelines.bench.fused_cost LOSS PLACES      prints the bytes by which the peak grows
+    in one step
 
-One step is the loss of PLACES places over 32768 classes, H = 128, from the hidden states on, and its gradients. The
-naive loss is what one writes with a teacher at hand: its head's product, two log_softmax, kl_div; cross-entropy has
-labels alone. The sparse targets name 32 classes a place, more than a comb of 50 points leaves of a flat teacher.
+One step is the loss of PLACES places over 32768 classes, H = 128, from the hidden states on, and
+its gradients. The naive loss is what one writes with a teacher at hand: its head's product, two
+log_softmax, kl_div; cross-entropy has labels alone. The sparse targets name 32 classes a place,
+more than a comb of 50 points leaves of a flat teacher.
 """
 
 import subprocess
@@ -36,9 +39,13 @@ class Step:
         self.teacher_weight = torch.randn(VOCAB, WIDTH, generator=draws).mul_(3 * WIDTH**-0.5)
         self.label = torch.randint(VOCAB, (places,), generator=draws)
         stride = VOCAB // ENTRIES
-        ids = torch.arange(0, VOCAB, stride) + torch.randint(stride, (places, ENTRIES), generator=draws)
+        ids = torch.arange(0, VOCAB, stride) + torch.randint(
+            stride, (places, ENTRIES), generator=draws
+        )
         weight = torch.full((ids.numel(),), 1 / ENTRIES)
-        self.targets = SparseTargets(ids.flatten(), torch.arange(places + 1) * ENTRIES, weight, VOCAB)
+        self.targets = SparseTargets(
+            ids.flatten(), torch.arange(places + 1) * ENTRIES, weight, VOCAB
+        )
 
     def __call__(self, loss: str) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -49,7 +56,9 @@ class Step:
 
     @torch.no_grad()
     def products(self, rows: int = 128) -> None:
-        """The three products that no loss of all classes can do without, `rows` places at a time: the floor."""
+        """The three products that no loss of all classes can do without, `rows` places at a time:
+        the floor.
+        """
         gradient = torch.zeros_like(self.weight)
         for hidden in self.hidden.split(rows):
             z = hidden @ self.weight.T
@@ -84,7 +93,10 @@ def seconds(rounds: int) -> dict[str, NDArray[np.float64]]:
 def growths(losses: tuple[str, ...], places: int, times: int) -> NDArray[np.float64]:
     """(times, losses): bytes by which each loss's peak grows."""
     command = [sys.executable, "-m", "pipelines.bench.fused_cost"]
-    runs = [[subprocess.check_output([*command, loss, str(places)]) for loss in losses] for _ in range(times)]
+    runs = [
+        [subprocess.check_output([*command, loss, str(places)]) for loss in losses]
+        for _ in range(times)
+    ]
     return np.array([[float(text) for text in row] for row in runs])
 
 

@@ -17,12 +17,20 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_in, self.norm_out = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        self.up, self.down = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(4 * width, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm_in(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         return x + self.down(F.gelu(self.up(self.norm_out(x))))
 
 
@@ -60,17 +68,23 @@ class Windows:
 
     def __call__(self, _number: int) -> tuple[Tensor, Tensor]:
         """(B, T) tokens and the tokens after them."""
-        first = torch.randint(len(self.tokens) - self.steps - 1, (self.batch, 1), generator=self.draws)
+        first = torch.randint(
+            len(self.tokens) - self.steps - 1, (self.batch, 1), generator=self.draws
+        )
         window = self.tokens[first + torch.arange(self.steps + 1)]
         return window[:, :-1], window[:, 1:]
 
 
 def fit(model: nn.Module, loss: Callable[[int], Tensor], *, steps: int, rate: float) -> None:
     """Minimise `loss(step)` by AdamW: a short warm-up, then a decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / (0.1 * steps), 0.05 + math.cos(math.pi * step / steps / 2))
+            group["lr"] = rate * min(
+                1.0, (step + 1) / (0.1 * steps), 0.05 + math.cos(math.pi * step / steps / 2)
+            )
         optimizer.zero_grad()
         loss(step).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,10 +1,12 @@
-"""What raykd costs over plain PyTorch: a training step in a Ray Train worker, a scored row in a Ray Data actor.
+"""What raykd costs over plain PyTorch: a training step in a Ray Train worker, a scored row in a Ray
+Data actor.
 
     python -m pipelines.bench.overhead
 
-Both are compared with loops written by hand that take turns with raykd's in the same process, so that a busy machine
-slows both alike. The two ratios count CPU time of the whole process, Ray's threads included, and for scoring the
-idle time between shards too; the `_wall` ones count wall time. Evaluation is left out on both sides.
+Both are compared with loops written by hand that take turns with raykd's in the same process, so
+that a busy machine slows both alike. The two ratios count CPU time of the whole process, Ray's
+threads included, and for scoring the idle time between shards too; the `_wall` ones count wall
+time. Evaluation is left out on both sides.
 """
 
 import tempfile

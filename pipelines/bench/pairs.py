@@ -1,10 +1,12 @@
-"""A large teacher and a small drafter to decode with: built, or read from two of Hugging Face's folders.
+"""A large teacher and a small drafter to decode with: built, or read from two of Hugging Face's
+folders.
 
-The drafter learns text. To train 20 M parameters takes longer than a bench may, so the built teacher holds the drafter:
-its first coordinates, heads and hidden units are the drafter's, and all others have random weights. What those write to
-the stream is multiplied by one scale. At 0 the teacher answers as the drafter does, at the cost of its own size; the
-scale is set by bisection so that the mean of sum min(p, q) over text that the drafter drew is what is wanted. All
-products are dense, so the cost is that of any teacher of this shape.
+The drafter learns text. To train 20 M parameters takes longer than a bench may, so the built
+teacher holds the drafter: its first coordinates, heads and hidden units are the drafter's, and all
+others have random weights. What those write to the stream is multiplied by one scale. At 0 the
+teacher answers as the drafter does, at the cost of its own size; the scale is set by bisection so
+that the mean of sum min(p, q) over text that the drafter drew is what is wanted. All products are
+dense, so the cost is that of any teacher of this shape.
 """
 
 import hashlib
@@ -30,7 +32,14 @@ from raykd.models.llama import Llama
 
 STEPS, PROMPT = 256, 16
 DRAFTER: dict[str, Any] = {"width": 64, "layers": 2, "heads": 2, "kv_heads": 2, "inner": 192}
-TEACHER: dict[str, Any] = {"width": 384, "layers": 8, "heads": 12, "kv_heads": 12, "inner": 1152, "tied": False}
+TEACHER: dict[str, Any] = {
+    "width": 384,
+    "layers": 8,
+    "heads": 12,
+    "kv_heads": 12,
+    "inner": 1152,
+    "tied": False,
+}
 WRITING = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # what adds to the stream
 LEAST, MOST, HALVINGS = 1e-4, 10.0, 12  # of the scale
 
@@ -47,7 +56,9 @@ class Pair:
 
 
 def built(out: Path, *, acceptance: float, steps: int, prompts: int) -> Pair:
-    """A drafter after `steps` steps of text, kept in the folder `out`, and a teacher of that overlap with it."""
+    """A drafter after `steps` steps of text, kept in the folder `out`, and a teacher of that
+    overlap with it.
+    """
     text = corpus.load(out, rows=16, held=prompts)
     drafter = _drafter(text, out, steps)
     teacher, noise = _large(drafter)
@@ -74,20 +85,31 @@ def built(out: Path, *, acceptance: float, steps: int, prompts: int) -> Pair:
 
 
 def read(teacher: Path, student: Path, *, prompts: int) -> Pair:
-    """The models of two folders with a tokenizer.json each; prompts are how files of the standard library begin."""
+    """The models of two folders with a tokenizer.json each; prompts are how files of the standard
+    library begin.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise RecipeError("this bench needs the tokenizers library: pip install 'raykd[lm]'") from None
+        raise RecipeError(
+            "this bench needs the tokenizers library: pip install 'raykd[lm]'"
+        ) from None
 
     for folder in (teacher, student):
         if not (folder / "tokenizer.json").exists():
-            raise RecipeError(f"{folder}: no tokenizer.json in it; give the folder of a model with its tokeniser")
-    ours, theirs = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (teacher, student))
+            raise RecipeError(
+                f"{folder}: no tokenizer.json in it; give the folder of a model with its tokeniser"
+            )
+    ours, theirs = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (teacher, student)
+    )
     vocab = shared_tokens(ours.get_vocab(), theirs.get_vocab())
     large, small = (hf_folder.read(folder).eval() for folder in (teacher, student))
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    starts = [ours.encode(path.read_text(encoding="utf-8", errors="replace")[:2000]).ids[:PROMPT] for path in files]
+    starts = [
+        ours.encode(path.read_text(encoding="utf-8", errors="replace")[:2000]).ids[:PROMPT]
+        for path in files
+    ]
     known = [ids for ids in starts if len(ids) == PROMPT and max(ids) < vocab][:prompts]
     described = f"{teacher} of {_count(large)} parameters, {student} of {_count(small)}, {vocab} tokens alike"
     return Pair(large, small, known, vocab, described)
@@ -96,7 +118,8 @@ def read(teacher: Path, student: Path, *, prompts: int) -> Pair:
 def embed(small: Llama, large: Llama, noise: Mapping[str, Tensor], scale: float) -> None:
     """Write the small model into the large one's first coordinates, and noise everywhere else.
 
-    RMSNorm over D coordinates of which d are not 0 gives sqrt(D / d) times that over d, so weights of norms shrink.
+    RMSNorm over D coordinates of which d are not 0 gives sqrt(D / d) times that over d, so weights
+    of norms shrink.
     """
     parts, shrink = small.state_dict(), (small.settings["width"] / large.settings["width"]) ** 0.5
     with torch.no_grad():
@@ -125,12 +148,17 @@ def overlap(teacher: Llama, drafter: Llama, tokens: Tensor) -> Tensor:
 
 
 def _large(small: Llama) -> tuple[Llama, dict[str, Tensor]]:
-    """A teacher whose weights are not set, and the noise for each: a product's outputs have the size of its inputs."""
+    """A teacher whose weights are not set, and the noise for each: a product's outputs have the
+    size of its inputs.
+    """
     torch.manual_seed(0)
     settings = small.settings | TEACHER
     settings["norm_eps"] *= small.settings["width"] / settings["width"]
     module = Llama(**settings).eval()
-    noise = {k: torch.ones_like(v) if v.dim() == 1 else torch.randn_like(v) for k, v in module.state_dict().items()}
+    noise = {
+        k: torch.ones_like(v) if v.dim() == 1 else torch.randn_like(v)
+        for k, v in module.state_dict().items()
+    }
     for name, value in noise.items():
         if value.dim() == 2 and not name.endswith("embed_tokens.weight"):
             value /= value.shape[1] ** 0.5
@@ -150,7 +178,9 @@ def _drafter(text: corpus.Corpus, out: Path, steps: int) -> Llama:
             return F.cross_entropy(module(tokens)["logits"].flatten(0, 1), following.flatten())
 
         fit(module, loss, steps=steps, rate=3e-3)
-        write_bytes(path, save({k: v for k, v in module.state_dict().items() if k != hf_folder.HEAD}))
+        write_bytes(
+            path, save({k: v for k, v in module.state_dict().items() if k != hf_folder.HEAD})
+        )
     tensors = load_file(path)
     module.load_state_dict(tensors | {hf_folder.HEAD: tensors[hf_folder.TABLE]})
     return module.eval()

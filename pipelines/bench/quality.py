@@ -17,18 +17,37 @@ ROWS, RATE = 4, 1e-3  # rows a step: 512 tokens
 
 
 class School:
-    """A warm student, rows to distil on with their teacher's logits, and held-out rows to be judged by."""
+    """A warm student, rows to distil on with their teacher's logits, and held-out rows to be judged
+    by.
+    """
 
-    def __init__(self, warm: Language, tokens: Tensor, logits: Tensor, held: tuple[Tensor, Tensor], steps: int):
-        self.warm, self.tokens, self.logits, self.held, self.steps = warm, tokens, logits, held, steps
+    def __init__(
+        self,
+        warm: Language,
+        tokens: Tensor,
+        logits: Tensor,
+        held: tuple[Tensor, Tensor],
+        steps: int,
+    ):
+        self.warm, self.tokens, self.logits, self.held, self.steps = (
+            warm,
+            tokens,
+            logits,
+            held,
+            steps,
+        )
         self.start = self.divergence(warm)
 
     def taught(self, encoding: Encoding | None, seed: int) -> float:
-        """The held-out KL of a student that learns from an encoding, None: from every class, in the seed's order."""
+        """The held-out KL of a student that learns from an encoding, None: from every class, in the
+        seed's order.
+        """
         kept = None if encoding is None else stored(encoding, self.logits, key=seed)
         student, draws = copy.deepcopy(self.warm), torch.Generator().manual_seed(seed)
         passes = -(-self.steps * ROWS // len(self.tokens))
-        order = torch.cat([torch.randperm(len(self.tokens), generator=draws) for _ in range(passes)])
+        order = torch.cat(
+            [torch.randperm(len(self.tokens), generator=draws) for _ in range(passes)]
+        )
 
         def loss(step: int) -> Tensor:
             rows = order[step * ROWS : (step + 1) * ROWS]
@@ -41,7 +60,9 @@ class School:
         return self.divergence(student)
 
     def shares(self, encoding: Encoding, full: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(seeds,): the share of full distillation's gain in held-out KL, `full` (seeds,) being its KL."""
+        """(seeds,): the share of full distillation's gain in held-out KL, `full` (seeds,) being its
+        KL.
+        """
         reached = np.array([self.taught(encoding, seed) for seed in range(len(full))])
         return (self.start - reached) / (self.start - full)
 

@@ -1,6 +1,8 @@
-"""What others store, as codecs of the same form: random-sampling KD, DistillKit's compressed top-k, top-k renormalised.
+"""What others store, as codecs of the same form: random-sampling KD, DistillKit's compressed top-k,
+top-k renormalised.
 
-Written from their definitions, with our streams, zstd and checks around them, so that bytes compare like with like.
+Written from their definitions, with our streams, zstd and checks around them, so that bytes compare
+like with like.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +22,10 @@ from raykd.targets import SparseTargets
 
 @dataclass(frozen=True)
 class RandomSampling:
-    """RS-KD (Anshumann et al. 2025, arXiv 2503.16870): `points` independent draws from p, unique ids with counts."""
+    """RS-KD (Anshumann et al. 2025, arXiv 2503.16870):
+
+    `points` independent draws from p, unique ids with counts.
+    """
 
     vocab: int
     points: int
@@ -30,18 +35,25 @@ class RandomSampling:
         return Comb(self.vocab, points=self.points, entropy=False)
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.StructArray:
+    def encode(
+        self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
+    ) -> pa.StructArray:
         steps = mask.sum(1).numpy()
         draws = torch.Generator().manual_seed(key + int(row_id[0]))
         parts = [
-            torch.multinomial(z.softmax(1), self.points, replacement=True, generator=draws).sort(1).values
+            torch.multinomial(z.softmax(1), self.points, replacement=True, generator=draws)
+            .sort(1)
+            .values
             for _, z in chunks(logits, mask, self.vocab)
         ]
         drawn = torch.cat(parts).numpy()
         new = np.ones_like(drawn, bool)
         new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         first, found = np.flatnonzero(new), new.sum(1)
-        count, entries = np.diff(first, append=drawn.size).astype(np.uint8), layout.sums(found, steps)
+        count, entries = (
+            np.diff(first, append=drawn.size).astype(np.uint8),
+            layout.sums(found, steps),
+        )
         start = np.concatenate([[0], np.cumsum(found)])
         ids = layout.put_ids(drawn.reshape(-1)[first], start, entries, self.vocab, "plain")
         return layout.struct({"ids": ids, "counts": Stream(count, entries)})
@@ -50,7 +62,11 @@ class RandomSampling:
         return self.stored.pack(column, steps)
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> SparseTargets:
         return self.stored.decode(column, steps, temperature, laid_out)
 
@@ -59,20 +75,28 @@ class Renormalised(TopK):
     """The k likeliest classes, their probabilities scaled to a sum of one; nothing of the tail."""
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> SparseTargets:
         found = super().decode(column, steps, temperature, laid_out)
         p = found.weight.view(-1, self.k)
-        return replace(found, weight=(p / p.sum(1, keepdim=True)).reshape(-1), entropy=None, tail=None)
+        return replace(
+            found, weight=(p / p.sum(1, keepdim=True)).reshape(-1), entropy=None, tail=None
+        )
 
 
 @dataclass(frozen=True)
 class DistillKit:
-    """The k likeliest log-probs: the first `exact` as bf16, the others as a curve over their rank, 4 bytes a term.
+    """The k likeliest log-probs: the first `exact` as bf16, the others as a curve over their rank,
+    4 bytes a term.
 
-    The curve is the least-squares sum of the powers in `powers` (0.5: the square root) over ranks 0, 1, .. Without
-    residuals, as both published settings are. The loss renormalises the k (missing_probability_handling: zero).
-    Ids stay u16 in the order of rank: packed into 13 bits, as published, zstd would leave them larger.
+    The curve is the least-squares sum of the powers in `powers` (0.5: the square root) over ranks
+    0, 1, .. Without residuals, as both published settings are. The loss renormalises the k
+    (missing_probability_handling: zero). Ids stay u16 in the order of rank: packed into 13 bits, as
+    published, zstd would leave them larger.
     """
 
     vocab: int
@@ -86,7 +110,9 @@ class DistillKit:
         return torch.stack([rank**power for power in self.powers], 1)
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.StructArray:
+    def encode(
+        self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
+    ) -> pa.StructArray:
         steps, solve = mask.sum(1).numpy(), torch.linalg.pinv(self._terms())
         parts = []
         for _, z in chunks(logits, mask, self.vocab):
@@ -96,17 +122,29 @@ class DistillKit:
             parts.append((top.indices.numpy().astype("<u2"), exact.numpy(), curve.numpy()))
         arrays = [np.concatenate(p) for p in zip(*parts, strict=True)]
         sizes = (2 * self.k, 2 * self.exact, 4 * len(self.powers))
-        streams = [Stream(a.reshape(-1).view(np.uint8), steps * n) for a, n in zip(arrays, sizes, strict=True)]
+        streams = [
+            Stream(a.reshape(-1).view(np.uint8), steps * n)
+            for a, n in zip(arrays, sizes, strict=True)
+        ]
         return layout.struct(dict(zip(("ids", "exact", "curve"), streams, strict=True)))
 
     def pack(self, column: pa.StructArray, steps: NDArray[Any]) -> tuple[pa.StructArray, Layout]:
         return column, "plain"
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> SparseTargets:
         data = {k: s.data for k, s in layout.streams_of(column, ["ids", "exact", "curve"]).items()}
-        exact = torch.from_numpy(data["exact"].view("<i2").copy()).view(torch.bfloat16).view(-1, self.exact).float()
+        exact = (
+            torch.from_numpy(data["exact"].view("<i2").copy())
+            .view(torch.bfloat16)
+            .view(-1, self.exact)
+            .float()
+        )
         curve = torch.from_numpy(data["curve"].view("<f4").copy()).view(-1, len(self.powers))
         log_p = torch.cat([exact, (curve.double() @ self._terms().T).float()], 1)
         ids = torch.from_numpy(data["ids"].view("<u2").astype(np.int64))

@@ -25,7 +25,9 @@ SHARDS_A_ROUND, ROUNDS = 4, 15
 
 
 class Paired(scoring.ShardScorer):
-    """A ShardScorer that, after each round of shards, scores their rows once more by a bare loop, into one file."""
+    """A ShardScorer that, after each round of shards, scores their rows once more by a bare loop,
+    into one file.
+    """
 
     def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
         super().__init__(recipe, folder, wanted)
@@ -62,19 +64,27 @@ class Paired(scoring.ShardScorer):
             z = torch.cat(parts).flatten(1).numpy()
             logits = pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), z.shape[1])
             table = pa.table({"row_id": rows.row_id[shard.first : shard.last], "logits": logits})
-            self.bare_file = self.bare_file or pq.ParquetWriter(self.bare_path, table.schema, compression="zstd")
+            self.bare_file = self.bare_file or pq.ParquetWriter(
+                self.bare_path, table.schema, compression="zstd"
+            )
             self.bare_file.write_table(table)
         return self.clock.read()
 
 
 def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
-    """(rounds, 6): CPU and wall seconds of raykd and of the bare loop; raykd's wall between shards, idle part of it."""
+    """(rounds, 6):
+
+    CPU and wall seconds of raykd and of the bare loop; raykd's wall between shards, idle part of
+    it.
+    """
     dataset = data.load(recipe.data)
     _, wanted = scoring.locate(recipe, dataset, folder)
     writer = StoreWriter(folder / "paired", wanted)
     shards = plan_shards({"train": len(dataset.splits["train"])}, recipe.store.rows_per_shard)
     taken = shards[: 1 + SHARDS_A_ROUND * ROUNDS]
-    spent = np.stack([row["spent"] for row in scoring.scored(recipe, writer, taken, Paired).iter_rows()])
+    spent = np.stack(
+        [row["spent"] for row in scoring.scored(recipe, writer, taken, Paired).iter_rows()]
+    )
     return spent[np.isfinite(spent).all(1)]
 
 
@@ -88,7 +98,9 @@ def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
     content = to_parquet(table)
 
     def forward() -> list[Signals]:
-        return [scorer.teacher(torch.from_numpy(b.inputs), torch.from_numpy(b.mask)) for b in batches]
+        return [
+            scorer.teacher(torch.from_numpy(b.inputs), torch.from_numpy(b.mask)) for b in batches
+        ]
 
     def write() -> None:
         number = next(fresh)
@@ -99,7 +111,9 @@ def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
         signals = forward()
         acts: dict[str, Callable[[], Any]] = {
             "forward": forward,
-            "valence signals": lambda: [scorer._valence(b, s) for b, s in zip(batches, signals, strict=True)],
+            "valence signals": lambda: [
+                scorer._valence(b, s) for b, s in zip(batches, signals, strict=True)
+            ],
             "codec": lambda: [
                 scorer.codec.encode(s.logits, s.mask, b.row_id, scorer.key)
                 for b, s in zip(batches, signals, strict=True)

@@ -1,11 +1,13 @@
-"""What speculative decoding buys on one thread at batch 1: real drafts, a teacher of 20 M parameters.
+"""What speculative decoding buys on one thread at batch 1: real drafts, a teacher of 20 M
+parameters.
 
     python -m pipelines.bench.speculative [--quick] [--out runs/bench] [--teacher DIR --student DIR]
 
-Plain decoding with the teacher's cache is 1. The pair is built for an acceptance of 0.8 (pairs.py says how), or read
-from two of Hugging Face's folders. The number of drafts is that of the largest predicted speed-up, by the acceptance of
-a trial and by costs of the models' calls alone: a drafter's for one token (c) and a teacher's for gamma + 1 (v), over a
-teacher's for one. Speed-ups are of CPU time with all that decoding does, in turns, one prompt a round.
+Plain decoding with the teacher's cache is 1. The pair is built for an acceptance of 0.8 (pairs.py
+says how), or read from two of Hugging Face's folders. The number of drafts is that of the largest
+predicted speed-up, by the acceptance of a trial and by costs of the models' calls alone: a
+drafter's for one token (c) and a teacher's for gamma + 1 (v), over a teacher's for one. Speed-ups
+are of CPU time with all that decoding does, in turns, one prompt a round.
 """
 
 import argparse
@@ -47,7 +49,9 @@ QUICK = Size(steps=20, prompts=2, tokens=16, rounds=2)
 
 @dataclass(frozen=True)
 class Costs:
-    """The drafter's call for a token, and the teacher's by number of tokens, over the teacher's for one."""
+    """The drafter's call for a token, and the teacher's by number of tokens, over the teacher's for
+    one.
+    """
 
     draft: float
     verify: dict[int, float]
@@ -58,7 +62,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Row:
-    """A pair that has decoded every prompt plainly and by drafts: CPU seconds (rounds,) a token, and the texts."""
+    """A pair that has decoded every prompt plainly and by drafts:
+
+    CPU seconds (rounds,) a token, and the texts.
+    """
 
     name: str
     plain: NDArray[np.float64]
@@ -71,8 +78,12 @@ class Row:
     def text(self) -> Text:
         """All rounds as one."""
         rounds = tuple(done for text in self.texts for done in text.rounds)
-        calls, drafts = (sum(getattr(t, f"{side}_calls") for t in self.texts) for side in ("teacher", "drafter"))
-        return Text([token for t in self.texts for token in t.tokens], "count", calls, drafts, rounds)
+        calls, drafts = (
+            sum(getattr(t, f"{side}_calls") for t in self.texts) for side in ("teacher", "drafter")
+        )
+        return Text(
+            [token for t in self.texts for token in t.tokens], "count", calls, drafts, rounds
+        )
 
     @property
     def predicted(self) -> float:
@@ -80,9 +91,13 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where corpus and drafter are kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="where corpus and drafter are kept"
+    )
     parser.add_argument("--teacher", type=Path, help="a Hugging Face folder, with --student")
     parser.add_argument("--student", type=Path, help="a Hugging Face folder, with --teacher")
     options = parser.parse_args()
@@ -93,8 +108,12 @@ def main() -> None:
     if options.teacher:
         pair = pairs.read(options.teacher, options.student, prompts=size.prompts)
     else:
-        pair = pairs.built(options.out, acceptance=ACCEPTANCE, steps=size.steps, prompts=size.prompts)
-    print(f"{pair.described}\n1 thread, torch {torch.__version__}, {size.prompts} prompts, {size.tokens} tokens each")
+        pair = pairs.built(
+            options.out, acceptance=ACCEPTANCE, steps=size.steps, prompts=size.prompts
+        )
+    print(
+        f"{pair.described}\n1 thread, torch {torch.__version__}, {size.prompts} prompts, {size.tokens} tokens each"
+    )
     teacher, drafter = TorchReader(pair.teacher), TorchReader(pair.drafter)
     rows = [decoded("both in torch", teacher, drafter, pair, size)]
     rows += [decoded("both in torch, greedy", teacher, drafter, pair, size, temperature=0.0)]
@@ -106,19 +125,31 @@ def main() -> None:
 
 
 def decoded(
-    name: str, teacher: Reader, drafter: Reader, pair: pairs.Pair, size: Size, *, temperature: float = 1.0
+    name: str,
+    teacher: Reader,
+    drafter: Reader,
+    pair: pairs.Pair,
+    size: Size,
+    *,
+    temperature: float = 1.0,
 ) -> Row:
     """Every prompt plainly and by drafts in turns, by the best number of drafts for this pair."""
     costs = costs_of(teacher, drafter, pair.prompts[0], size.rounds)
     more = {"temperature": temperature, "vocab": pair.vocab}
-    trial = speculate(teacher, drafter, pair.prompts[-1], 2 * size.tokens, gamma=TRIAL, seed=1000, **more)
+    trial = speculate(
+        teacher, drafter, pair.prompts[-1], 2 * size.tokens, gamma=TRIAL, seed=1000, **more
+    )
     gamma = max(GAMMAS, key=lambda g: costs.speed_up(trial.acceptance, g))
     plain, drafted, texts = [], [], []
     for seed, prompt in enumerate(pair.prompts):
-        spent, text = _timed(lambda p=prompt, s=seed: generate(teacher, p, size.tokens, seed=s, **more))
+        spent, text = _timed(
+            lambda p=prompt, s=seed: generate(teacher, p, size.tokens, seed=s, **more)
+        )
         plain.append(spent / len(text.tokens))
         spent, text = _timed(
-            lambda p=prompt, s=seed: speculate(teacher, drafter, p, size.tokens, gamma=gamma, seed=s, **more)
+            lambda p=prompt, s=seed: speculate(
+                teacher, drafter, p, size.tokens, gamma=gamma, seed=s, **more
+            )
         )
         drafted.append(spent / len(text.tokens))
         texts.append(text)
@@ -127,7 +158,9 @@ def decoded(
 
 @torch.inference_mode()
 def costs_of(teacher: Reader, drafter: Reader, prompt: Sequence[int], rounds: int) -> Costs:
-    """Medians of CPU time over rounds in which every call takes its turn, so that each finds the others' caches."""
+    """Medians of CPU time over rounds in which every call takes its turn, so that each finds the
+    others' caches.
+    """
     past = (list(prompt) * PAST)[:PAST]
     counts = [1, *(g + 1 for g in GAMMAS)]
     spent = np.empty((rounds + 1, len(counts) + 1))
@@ -136,19 +169,47 @@ def costs_of(teacher: Reader, drafter: Reader, prompt: Sequence[int], rounds: in
             turn[i] = _call(teacher, past, count, 1)
         turn[-1] = _call(drafter, past, 1, DRAFTED) / DRAFTED
     *teachers, drafters = np.median(spent[1:], axis=0)
-    return Costs(drafters / teachers[0], {n: t / teachers[0] for n, t in zip(counts, teachers, strict=True)})
+    return Costs(
+        drafters / teachers[0], {n: t / teachers[0] for n, t in zip(counts, teachers, strict=True)}
+    )
 
 
 def told(rows: Sequence[Row]) -> None:
     """Print each way's speed, what it took and what was predicted."""
-    head = ("", "tokens/s", "plain", "speed-up", "acceptance", "stayed", "tokens/call", "gamma", "c", "v", "predicted")
+    head = (
+        "",
+        "tokens/s",
+        "plain",
+        "speed-up",
+        "acceptance",
+        "stayed",
+        "tokens/call",
+        "gamma",
+        "c",
+        "v",
+        "predicted",
+    )
     print("\n" + f"{head[0]:<24}" + "".join(f"{name:>12}" for name in head[1:]))
     for row in rows:
         text, rates = row.text, [1 / np.median(spent) for spent in (row.drafted, row.plain)]
-        cells = [*rates, float(np.median(row.plain / row.drafted)), text.acceptance, text.accepted_share]
-        cells += [text.block_efficiency, row.gamma, row.costs.draft, row.costs.verify[row.gamma + 1], row.predicted]
+        cells = [
+            *rates,
+            float(np.median(row.plain / row.drafted)),
+            text.acceptance,
+            text.accepted_share,
+        ]
+        cells += [
+            text.block_efficiency,
+            row.gamma,
+            row.costs.draft,
+            row.costs.verify[row.gamma + 1],
+            row.predicted,
+        ]
         print(f"{row.name:<24}" + "".join(f"{cell:>12.3f}" for cell in cells))
-    print(f"v for 2 to {GAMMAS[-1] + 1} tokens: " + ", ".join(f"{rows[0].costs.verify[g + 1]:.2f}" for g in GAMMAS))
+    print(
+        f"v for 2 to {GAMMAS[-1] + 1} tokens: "
+        + ", ".join(f"{rows[0].costs.verify[g + 1]:.2f}" for g in GAMMAS)
+    )
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
@@ -160,9 +221,19 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         ratios, bar = row.plain / row.drafted, bars.get(name, ("", ""))
         baseline = f"plain decoding, acceptance {row.text.acceptance:.3f}"
         found.append(
-            figure(f"spec_speedup{name}", baseline, ratios, bar=bar[0], floor=f"{row.predicted:.2f} predicted")
+            figure(
+                f"spec_speedup{name}",
+                baseline,
+                ratios,
+                bar=bar[0],
+                floor=f"{row.predicted:.2f} predicted",
+            )
         )
-        found.append(figure(f"spec_model{name}", "the formula's", ratios / row.predicted, bar=bar[1], floor="1"))
+        found.append(
+            figure(
+                f"spec_model{name}", "the formula's", ratios / row.predicted, bar=bar[1], floor="1"
+            )
+        )
     return found
 
 

@@ -1,4 +1,6 @@
-"""What the store costs: writing beside the bare teacher's forward pass, reading beside a student's step."""
+"""What the store costs: writing beside the bare teacher's forward pass, reading beside a student's
+step.
+"""
 
 import io
 import math
@@ -37,15 +39,21 @@ SPREAD = 3.35  # of a teacher's Gaussian logits, whose 8192 classes then have 4.
 
 
 @torch.inference_mode()
-def writing(tokens: Tensor, vocab: int, folder: Path, *, rounds: int, rows: int = SHARD) -> NDArray[np.float64]:
-    """(rounds, 4) CPU seconds of a shard: bare forward; forward in turns with encoding; encoding; packing and commit.
+def writing(
+    tokens: Tensor, vocab: int, folder: Path, *, rounds: int, rows: int = SHARD
+) -> NDArray[np.float64]:
+    """(rounds, 4) CPU seconds of a shard: bare forward; forward in turns with encoding; encoding;
+    packing and commit.
 
-    The teacher has 20 M random parameters, its logits scaled to the flat teacher's entropy: that is what decides how
-    many ids there are to write.
+    The teacher has 20 M random parameters, its logits scaled to the flat teacher's entropy: that is
+    what decides how many ids there are to write.
     """
     teacher, codec = Language(vocab, tokens.shape[1], **LARGE).eval(), Comb(vocab)
     teacher.norm_out.weight.mul_(SPREAD / (0.02 * math.sqrt(LARGE["width"])))
-    writer, steps = StoreWriter(folder, {"bench": "writing"}), np.full(rows, tokens.shape[1], np.int32)
+    writer, steps = (
+        StoreWriter(folder, {"bench": "writing"}),
+        np.full(rows, tokens.shape[1], np.int32),
+    )
     spent, clock = [], Clock()
     for number in range(rounds + 1):
         bare, forward, encode, columns = 0.0, 0.0, 0.0, []
@@ -56,18 +64,25 @@ def writing(tokens: Tensor, vocab: int, folder: Path, *, rounds: int, rows: int 
             bare += clock.read()[0]
             z = teacher(x)
             forward += clock.read()[0]
-            columns.append(codec.encode(z, torch.ones(x.shape, dtype=torch.bool), np.arange(i, i + len(x)), 1))
+            columns.append(
+                codec.encode(z, torch.ones(x.shape, dtype=torch.bool), np.arange(i, i + len(x)), 1)
+            )
             encode += clock.read()[0]
         packed, laid_out = codec.pack(pa.concat_arrays(columns), steps)
-        table = _described(pa.table({"row_id": np.arange(rows), "steps": steps, "logits": packed}), codec, laid_out)
+        table = _described(
+            pa.table({"row_id": np.arange(rows), "steps": steps, "logits": packed}), codec, laid_out
+        )
         writer.commit(Shard(number, "train", number * rows, (number + 1) * rows), table)
         spent.append((bare, forward, encode, clock.read()[0]))
     return np.array(spent[1:])
 
 
-def decoding(student: Language, tokens: Tensor, logits: Tensor, *, rounds: int) -> NDArray[np.float64]:
-    """(rounds, 3) CPU seconds a token: a shard read from Parquet and decoded; decoded as a node's mapped copy has it,
-    which is all that a training step does; a student's step on labels."""
+def decoding(
+    student: Language, tokens: Tensor, logits: Tensor, *, rounds: int
+) -> NDArray[np.float64]:
+    """(rounds, 3) CPU seconds a token: a shard read from Parquet and decoded; decoded as a node's
+    mapped copy has it, which is all that a training step does; a student's step on labels.
+    """
     codec, clock, rows = Comb(logits.shape[2]), Clock(), logits[:SHARD]
     table, laid_out = shard(codec, rows, 0, 1.0, 1)
     data, optimizer = to_parquet(table), torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
@@ -90,20 +105,33 @@ def decoding(student: Language, tokens: Tensor, logits: Tensor, *, rounds: int) 
     return np.array(spent[1:])
 
 
-def ingest(student: Language, tokens: Tensor, logits: Tensor, folder: Path, *, rounds: int) -> NDArray[np.float64]:
-    """(rounds, 2) CPU seconds of raykd's step: rows ordered, gathered and decoded by its loader; one batch held."""
+def ingest(
+    student: Language, tokens: Tensor, logits: Tensor, folder: Path, *, rounds: int
+) -> NDArray[np.float64]:
+    """(rounds, 2) CPU seconds of raykd's step: rows ordered, gathered and decoded by its loader;
+    one batch held.
+    """
     store, codec = StoreWriter(folder, {"bench": "ingest"}), Comb(logits.shape[2])
     shards = plan_shards({"train": len(logits)}, SHARD)
     for part in shards:
         table, laid_out = shard(codec, logits[part.first : part.last], part.first, 1.0, 1)
         table = _described(table, codec, laid_out)
-        for name, kind in (("saliency", pa.float32()), ("answer", pa.int32())):  # a row's, which every store has
+        for name, kind in (
+            ("saliency", pa.float32()),
+            ("answer", pa.int32()),
+        ):  # a row's, which every store has
             table = table.append_column(name, pa.array(np.zeros(table.num_rows), kind))
         store.commit(part, table)
     store.finish(shards, {})
     count, mask = len(tokens), np.ones(tokens.shape, bool)
     labels = np.zeros(count, np.int64)
-    rows = Rows(np.arange(count), tokens.numpy().astype(np.float32)[..., None], mask, labels, np.arange(count))
+    rows = Rows(
+        np.arange(count),
+        tokens.numpy().astype(np.float32)[..., None],
+        mask,
+        labels,
+        np.arange(count),
+    )
     device = torch.device("cpu")
     read = to_device(rows, "train", Store(folder), frozenset({"logits"}), device)
     loaded, held = _step(student, read, Step), _step(student, read, Held)
@@ -139,7 +167,10 @@ class Reads(nn.Module):
 
 
 def _step(student: Language, rows: DeviceRows, kind: type[Step]) -> Step:
-    terms, optim = {"kd": TermSpec.model_validate({"temperature": 1.0})}, Optim(batch=ROWS, steps=10_000)
+    terms, optim = (
+        {"kd": TermSpec.model_validate({"temperature": 1.0})},
+        Optim(batch=ROWS, steps=10_000),
+    )
     learner = Learner(Adapter(Reads(student)), Objective(terms))
     state = State(learner, torch.optim.AdamW(learner.parameters(), 1e-4, fused=True))
     step = kind(Arm("student", 0, terms), optim, rows, World(), state)
@@ -155,5 +186,7 @@ def _cost(clock: Clock, step: Callable[[], Any]) -> float:
 
 def _described(table: pa.Table, codec: Comb, laid_out: Any) -> pa.Table:
     """The table with what a reader must know of its logits column."""
-    field = pa.field("logits", table["logits"].type, nullable=False, metadata=metadata(codec, laid_out))
+    field = pa.field(
+        "logits", table["logits"].type, nullable=False, metadata=metadata(codec, laid_out)
+    )
     return table.set_column(table.schema.get_field_index("logits"), field, table["logits"])

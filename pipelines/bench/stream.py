@@ -1,10 +1,12 @@
-"""A store of ten million tokens in the memory of one of a million: written, verified, read and resumed.
+"""A store of ten million tokens in the memory of one of a million: written, verified, read and
+resumed.
 
     python -m pipelines.bench.stream
 
-Synthetic answers over 8,192 classes go through the comb of 12 points and the commit protocol in two processes; two
-readers then take global batches from the node's mapped copy, as training does, straight through an epoch and once
-more from its middle. The peak is that of anonymous memory in any process: mapped files are shared and can be dropped.
+Synthetic answers over 8,192 classes go through the comb of 12 points and the commit protocol in two
+processes; two readers then take global batches from the node's mapped copy, as training does,
+straight through an epoch and once more from its middle. The peak is that of anonymous memory in any
+process: mapped files are shared and can be dropped.
 """
 
 import argparse
@@ -65,14 +67,19 @@ def anonymous() -> int:
 
 
 def answers(seed: int) -> torch.Tensor:
-    """(STEPS, VOCAB): logits of one made-up sequence, a few classes likely and the rest a long tail."""
+    """(STEPS, VOCAB): logits of one made-up sequence, a few classes likely and the rest a long
+    tail.
+    """
     draw = torch.Generator().manual_seed(seed)
     rank = torch.rand(STEPS, VOCAB, generator=draw).argsort(1).float()
     return -1.5 * (rank + 1).log()
 
 
 def write(folder: Path, shards: list[Shard]) -> None:
-    """Commit these shards. Their rows are combs drawn from four sequences of answers, in another order in each."""
+    """Commit these shards.
+
+    Their rows are combs drawn from four sequences of answers, in another order in each.
+    """
     codec, writer = Comb(VOCAB, points=POINTS), StoreWriter(folder, IDENTITY)
     teacher, mask = [answers(i) for i in range(4)], torch.ones(1, STEPS, dtype=torch.bool)
     drawn = [codec.encode(teacher[i % 4][None], mask, np.array([i]), 7) for i in range(DRAWN)]
@@ -104,9 +111,13 @@ def make_rows(folder: Path, count: int) -> None:
 
 
 def read(folder: Path, store: Path, count: int, rank: int, first: int) -> list[str]:
-    """A digest of what each step's batch holds on one of the readers, from step `first` to the epoch's end."""
+    """A digest of what each step's batch holds on one of the readers, from step `first` to the
+    epoch's end.
+    """
     os.environ["RAYKD_CACHE"] = str(folder / "cache")
-    kept = to_device(rows_of(folder, count), "train", Store(store), frozenset({"logits"}), torch.device("cpu"))
+    kept = to_device(
+        rows_of(folder, count), "train", Store(store), frozenset({"logits"}), torch.device("cpu")
+    )
     order = Order(kept.label.numpy(), Optim(batch=BATCH), seed=0)
     share, last = World(rank, PROCESSES).share(BATCH), count // BATCH
 
@@ -122,7 +133,9 @@ def read(folder: Path, store: Path, count: int, rank: int, first: int) -> list[s
         targets = batch.targets(1.0)
         assert torch.equal(batch.inputs[:, 0, 0].long(), batch.row_id)
         parts = (batch.row_id, targets.ids, targets.weight)
-        digests.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+        digests.append(
+            hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        )
     ahead.close()
     return digests
 
@@ -137,7 +150,9 @@ def _measured(queue: Any, number: int, work: Callable[..., Any], args: tuple[Any
 
 
 def together(*jobs: tuple[Any, ...]) -> tuple[list[Any], int, float]:
-    """(what each (work, *args) gives, the largest peak in bytes, wall seconds), each in a process of its own."""
+    """(what each (work, *args) gives, the largest peak in bytes, wall seconds), each in a process
+    of its own.
+    """
     queue, started = SPAWN.Queue(), time.perf_counter()
     processes = [
         SPAWN.Process(target=_measured, args=(queue, i, work, args), daemon=True)
@@ -164,19 +179,28 @@ def run(tokens: int) -> dict[str, dict[str, float]]:
         make_rows(folder, count)
         store = folder / store_id(IDENTITY)
         shards = plan_shards({"train": count}, ROWS_PER_SHARD)
-        phases = {"write": together(*((write, store, shards[i::PROCESSES]) for i in range(PROCESSES)))}
+        phases = {
+            "write": together(*((write, store, shards[i::PROCESSES]) for i in range(PROCESSES)))
+        }
         manifest = StoreWriter(store, IDENTITY).finish(shards, {})
         phases["verify"] = together((care.verify, store))
         assert phases["verify"][0][0]["complete"]
         middle = count // BATCH // 2
-        phases["read"] = together(*((read, folder, store, count, rank, 0) for rank in range(PROCESSES)))
-        phases["resume"] = together(*((read, folder, store, count, rank, middle) for rank in range(PROCESSES)))
+        phases["read"] = together(
+            *((read, folder, store, count, rank, 0) for rank in range(PROCESSES))
+        )
+        phases["resume"] = together(
+            *((read, folder, store, count, rank, middle) for rank in range(PROCESSES))
+        )
         for straight, resumed in zip(phases["read"][0], phases["resume"][0], strict=True):
             assert straight[middle:] == resumed, "resumed in mid-epoch, a reader sees other batches"
     print(
         f"{tokens:,} tokens: {count} rows, {len(shards)} shards, {manifest['bytes'] / count / STEPS:.2f} bytes a token"
     )
-    return {name: {"peak_mb": peak / 1e6, "seconds": seconds} for name, (_, peak, seconds) in phases.items()}
+    return {
+        name: {"peak_mb": peak / 1e6, "seconds": seconds}
+        for name, (_, peak, seconds) in phases.items()
+    }
 
 
 def main() -> None:
@@ -188,12 +212,20 @@ def main() -> None:
     for name in small:
         print(
             f"{name:<8}",
-            *(f"{r[name]['peak_mb']:8.1f} MB anonymous {r[name]['seconds']:7.1f} s" for r in (small, large)),
+            *(
+                f"{r[name]['peak_mb']:8.1f} MB anonymous {r[name]['seconds']:7.1f} s"
+                for r in (small, large)
+            ),
         )
     peaks = [max(phase["peak_mb"] for phase in found.values()) for found in (small, large)]
     print(f"peaks: {peaks[0]:.1f} MB at 1 M tokens, {peaks[1]:.1f} MB at 10 M")
     seconds = sum(phase["seconds"] for phase in large.values())
-    figures = {"peak_mb_1m": peaks[0], "peak_mb_10m": peaks[1], "ratio": peaks[1] / peaks[0], "seconds_10m": seconds}
+    figures = {
+        "peak_mb_1m": peaks[0],
+        "peak_mb_10m": peaks[1],
+        "ratio": peaks[1] / peaks[0],
+        "seconds_10m": seconds,
+    }
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 

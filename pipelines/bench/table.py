@@ -26,7 +26,9 @@ class Clock:
 
 
 class Figure(NamedTuple):
-    """One ratio: what it is measured against, its median and spread over rounds, what it should reach, what it can."""
+    """One ratio: what it is measured against, its median and spread over rounds, what it should
+    reach, what it can.
+    """
 
     name: str
     baseline: str
@@ -36,7 +38,9 @@ class Figure(NamedTuple):
     floor: str
 
 
-def figure(name: str, baseline: str, ratios: NDArray[np.float64], *, bar: str, floor: str) -> Figure:
+def figure(
+    name: str, baseline: str, ratios: NDArray[np.float64], *, bar: str, floor: str
+) -> Figure:
     """The median of one ratio a round; the spread is the distance between the quartiles."""
     low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
     return Figure(name, baseline, float(median), float(high - low), bar, floor)
@@ -45,11 +49,15 @@ def figure(name: str, baseline: str, ratios: NDArray[np.float64], *, bar: str, f
 def show(figures: Sequence[Figure]) -> None:
     """Print the machine's class, the table, and {name: reached} as the last line."""
     print(machine())
-    cells = [(f.name, f.baseline, f"{f.reached:.3f}", f"{f.spread:.3f}", f.bar, f.floor) for f in figures]
+    cells = [
+        (f.name, f.baseline, f"{f.reached:.3f}", f"{f.spread:.3f}", f.bar, f.floor) for f in figures
+    ]
     rows = [("figure", "baseline", "reached", "spread", "bar", "floor"), *cells]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     print(json.dumps({f.name: round(f.reached, 4) for f in figures}))
 
 
@@ -64,6 +72,9 @@ def machine() -> str:
     """One line: the processor, how many of its cores are ours, and the load that others put on it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        "unknown CPU",
+    )
     load = os.getloadavg()[0]
     return f"{platform.machine()}, {name}, {len(os.sched_getaffinity(0))} cores, load {load:.1f}, {platform.system()}"

@@ -1,4 +1,6 @@
-"""A teacher like a language model: a small neural one mixed with Witten-Bell 4-grams, and a sharpened version of it."""
+"""A teacher like a language model: a small neural one mixed with Witten-Bell 4-grams, and a
+sharpened version of it.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,9 @@ STUDENT = {"width": 64, "layers": 2, "heads": 2}
 
 
 class NGrams:
-    """Witten-Bell: p_n(w | h) = (count(h w) + kinds(h) p_{n-1}(w | h')) / (count(h) + kinds(h)), down to 1 / V."""
+    """Witten-Bell: p_n(w | h) = (count(h w) + kinds(h) p_{n-1}(w | h')) / (count(h) + kinds(h)),
+    down to 1 / V.
+    """
 
     def __init__(self, tokens: NDArray[np.int64], order: int = CONTEXT + 2):
         self.order, self.keys, self.counts = order, [], []
@@ -54,14 +58,28 @@ def neural(corpus: Corpus, out: Path, *, steps: int) -> Language:
     """The neural teacher after `steps` steps of 1024 tokens, trained once into the folder `out`."""
     model = Language(VOCAB, STEPS, **TEACHER)
     text = Windows(corpus.train, STEPS, batch=8, seed=0)
-    return _once(model, out, f"teacher-{corpus.digest}", steps, lambda: fit_text(model, text, steps=steps, rate=3e-3))
+    return _once(
+        model,
+        out,
+        f"teacher-{corpus.digest}",
+        steps,
+        lambda: fit_text(model, text, steps=steps, rate=3e-3),
+    )
 
 
 def warm_student(corpus: Corpus, out: Path, *, steps: int) -> Language:
-    """The student that every distillation starts from, after `steps` steps of 512 tokens of plain text."""
+    """The student that every distillation starts from, after `steps` steps of 512 tokens of plain
+    text.
+    """
     model = Language(VOCAB, STEPS, **STUDENT)
     text = Windows(corpus.train, STEPS, batch=4, seed=1)
-    return _once(model, out, f"student-{corpus.digest}", steps, lambda: fit_text(model, text, steps=steps, rate=3e-3))
+    return _once(
+        model,
+        out,
+        f"student-{corpus.digest}",
+        steps,
+        lambda: fit_text(model, text, steps=steps, rate=3e-3),
+    )
 
 
 def _once(model: Language, out: Path, name: str, steps: int, fit: Callable[[], None]) -> Language:
@@ -80,7 +98,8 @@ def _once(model: Language, out: Path, name: str, steps: int, fit: Callable[[], N
 
 
 class Mixture:
-    """share p_neural + (1 - share) p_n-gram, whose share gives it FLAT_BITS bits of entropy on the rows it is tuned on.
+    """share p_neural + (1 - share) p_n-gram, whose share gives it FLAT_BITS bits of entropy on the
+    rows it is tuned on.
 
     `sharpening` is the factor on its log-probabilities that leaves SHARP_BITS.
     """
@@ -90,7 +109,9 @@ class Mixture:
         p, q = self._parts(rows)
         self.share = _bisect(lambda share: _bits(torch.lerp(p, q, share)), FLAT_BITS, 0.0, 1.0)
         log_p = torch.lerp(p, q, self.share).log()
-        self.sharpening = _bisect(lambda factor: -_bits((log_p * factor).softmax(2)), -SHARP_BITS, 1.0, 8.0)
+        self.sharpening = _bisect(
+            lambda factor: -_bits((log_p * factor).softmax(2)), -SHARP_BITS, 1.0, 8.0
+        )
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64]) -> Tensor:
@@ -105,7 +126,9 @@ class Mixture:
         """What the n-grams and what the network say, each (R, T, V)."""
         windows = np.lib.stride_tricks.sliding_window_view(rows, CONTEXT + 1, axis=1)[:, :STEPS]
         q = self.model(torch.from_numpy(rows[:, CONTEXT:-1])).softmax(2)
-        return torch.from_numpy(self.grams.probabilities(windows.reshape(-1, CONTEXT + 1))).view_as(q), q
+        return torch.from_numpy(self.grams.probabilities(windows.reshape(-1, CONTEXT + 1))).view_as(
+            q
+        ), q
 
 
 def _bits(p: Tensor) -> float:

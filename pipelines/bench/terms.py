@@ -1,8 +1,10 @@
-"""What each term costs: a training step's CPU time against `vanilla`'s, and the bytes a row that the store grows by.
+"""What each term costs: a training step's CPU time against `vanilla`'s, and the bytes a row that
+the store grows by.
 
     python -m pipelines.bench.terms [--quick] [--out DIR]
 
-The student and teacher are the gesture quickstart's; every term of every technique is added to labels and kd alone.
+The student and teacher are the gesture quickstart's; every term of every technique is added to
+labels and kd alone.
 """
 
 import argparse
@@ -38,7 +40,9 @@ TURN = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where the store goes")
     options = parser.parse_args()
@@ -62,7 +66,9 @@ def cases() -> dict[str, dict[str, Any]]:
             found["weighting"] = {"weighting": technique.recipe["weighting"]}
     plain = found["attention"]["terms"]["attention"]
     found |= {name: {"terms": {"attention": plain | mode}} for name, mode in MODES.items()}
-    found["attention_scores"]["student"] = {"settings": {"heads": 4}}  # scores need the teacher's number of heads
+    found["attention_scores"]["student"] = {
+        "settings": {"heads": 4}
+    }  # scores need the teacher's number of heads
     return found
 
 
@@ -79,7 +85,9 @@ def fresh_step(recipe: Recipe, store: place.Place) -> Step:
     arm, optim = student_arm(recipe, 0), recipe.optim
     student = shop.student(arm)
     learner = Learner(student, objective_of(arm, student, shop.train)).train()
-    adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(
+        learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+    )
     step = Step(arm, optim, shop.train, World(), State(learner, adamw))
     step.enter(spans((), optim.steps)[0])
     return step
@@ -101,22 +109,35 @@ def turns(steps: dict[str, Step], rounds: int) -> dict[str, NDArray[np.float64]]
 
 def time_figures(seconds: dict[str, NDArray[np.float64]]) -> list[Figure]:
     vanilla = seconds.pop("vanilla")
-    return [figure(f"step_ratio.{n}", "vanilla's step", s / vanilla, bar="", floor="1") for n, s in seconds.items()]
+    return [
+        figure(f"step_ratio.{n}", "vanilla's step", s / vanilla, bar="", floor="1")
+        for n, s in seconds.items()
+    ]
 
 
 def byte_figures(recipes: dict[str, Recipe], stores: dict[str, place.Place]) -> list[Figure]:
-    """Bytes a row of each layer that a case reads, compressed; of vanilla, those of the answers and the valence."""
+    """Bytes a row of each layer that a case reads, compressed; of vanilla, those of the answers and
+    the valence.
+    """
     found = []
     for name, recipe in recipes.items():
         places = [
-            layer_signals.place_of(stores[name], signal) for signal in sorted(needs_of(recipe.terms)) if "." in signal
+            layer_signals.place_of(stores[name], signal)
+            for signal in sorted(needs_of(recipe.terms))
+            if "." in signal
         ]
         if name == "vanilla":
             places = [stores[name]]
         manifests = [Store(p).manifest for p in places]
         sizes = [m["bytes"] / sum(record["rows"] for record in m["shards"]) for m in manifests]
-        base = "the store's answers, trajectories and saliency" if name == "vanilla" else "added to vanilla's store"
-        found.append(figure(f"bytes_per_row.{name}", base, np.array([sum(sizes)]), bar="", floor=""))
+        base = (
+            "the store's answers, trajectories and saliency"
+            if name == "vanilla"
+            else "added to vanilla's store"
+        )
+        found.append(
+            figure(f"bytes_per_row.{name}", base, np.array([sum(sizes)]), bar="", floor="")
+        )
     return found
 
 

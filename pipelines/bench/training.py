@@ -1,4 +1,6 @@
-"""A training step: raykd's loop in a Ray Train worker, and a loop written by hand that takes turns with it."""
+"""A training step: raykd's loop in a Ray Train worker, and a loop written by hand that takes turns
+with it.
+"""
 
 import time
 from collections.abc import Iterator
@@ -26,13 +28,17 @@ TURN = 25
 
 
 def run(recipe: Recipe, store: Address, folder: Path) -> dict[str, Any]:
-    """CPU and wall seconds of each round of both loops, and the parts of a step, from one real worker."""
+    """CPU and wall seconds of each round of both loops, and the parts of a step, from one real
+    worker.
+    """
     config = {"recipe": recipe.model_dump(mode="json"), "store": str(store), "folder": str(folder)}
     return training.group(recipe, worker, config, folder, num_workers=1).fit().return_value
 
 
 class Plain:
-    """Distillation by hand: this recipe's terms, noise, clip, AdamW and schedule, for rows without padding."""
+    """Distillation by hand: this recipe's terms, noise, clip, AdamW and schedule, for rows without
+    padding.
+    """
 
     def __init__(self, optim: Optim, arm: Arm, module: nn.Module, rows: DeviceRows):
         self.optim, self.module, self.inputs, self.label = optim, module, rows.inputs, rows.label
@@ -49,7 +55,9 @@ class Plain:
 
     def loss(self, x: Tensor, y: Tensor, z_teacher: Tensor) -> Tensor:
         z, t = self.module(x)["logits"], self.temperature
-        ce = F.cross_entropy(z.transpose(1, 2), y.unsqueeze(1).expand(z.shape[:2]), ignore_index=-100)
+        ce = F.cross_entropy(
+            z.transpose(1, 2), y.unsqueeze(1).expand(z.shape[:2]), ignore_index=-100
+        )
         log_q, log_p = F.log_softmax(z / t, -1), F.log_softmax(z_teacher / t, -1)
         kd = t * t * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / z.shape[:2].numel()
         return self.ce * ce + self.kd * kd
@@ -78,7 +86,9 @@ def endless(pool: Tensor, size: int) -> Iterator[Tensor]:
 
 
 class Alternating(Workshop):
-    """A Workshop whose student, every TURN steps, lets the hand-written loop train as many; it does not validate."""
+    """A Workshop whose student, every TURN steps, lets the hand-written loop train as many; it does
+    not validate.
+    """
 
     def __init__(self, recipe: Recipe, store: Address):
         super().__init__(recipe, store, torch.device("cpu"))
@@ -101,7 +111,9 @@ class Alternating(Workshop):
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """In a worker: both loops in turn, a round from one report to the next, and where a step's time goes."""
+    """In a worker: both loops in turn, a round from one report to the next, and where a step's time
+    goes.
+    """
     import ray.train
 
     recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
@@ -121,14 +133,19 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     shop.train_arm(shop.arm, student, checkpoints=kept, report=report)
     parts = step_parts(shop) | {"report": float(np.median(reports)) / recipe.optim.evaluate_every}
     every = recipe.optim.evaluate_every // TURN
-    rounds = {k: np.array(getattr(shop, k)).reshape(-1, every, 2).sum(1).tolist() for k in ("raykd", "by_hand")}
+    rounds = {
+        k: np.array(getattr(shop, k)).reshape(-1, every, 2).sum(1).tolist()
+        for k in ("raykd", "by_hand")
+    }
     return rounds | {"parts": parts}
 
 
 def fresh_step(shop: Alternating) -> tuple[Learner, Step]:
     optim = shop.recipe.optim
     learner = Learner(shop.student(shop.arm), Objective(shop.arm.terms))
-    adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(
+        learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+    )
     step = Step(shop.arm, optim, shop.train, World(), State(learner, adamw))
     step.enter(spans((), optim.steps)[0])
     return learner, step

@@ -15,7 +15,10 @@ __all__ = ["BUILT_IN", "SPLITS", "UNLABELLED", "Dataset", "Rows", "load"]
 
 
 def load(ref: DataRef) -> Dataset:
-    """The checked data set of a recipe, its training labels hidden down to `label_fraction`. DataError if unusable."""
+    """The checked data set of a recipe, its training labels hidden down to `label_fraction`.
+
+    DataError if unusable.
+    """
     if is_path(ref.source):
         dataset = tables.load_parquet(ref)
     elif ":" in ref.source:
@@ -27,9 +30,15 @@ def load(ref: DataRef) -> Dataset:
     elif ref.source in BUILT_IN:
         dataset = BUILT_IN[ref.source](ref)
     else:
-        raise DataError(f"data.source {ref.source!r}: no such data set.{suggestion(ref.source, BUILT_IN)}")
+        raise DataError(
+            f"data.source {ref.source!r}: no such data set.{suggestion(ref.source, BUILT_IN)}"
+        )
     if ref.limit:
-        dataset = Dataset(dataset.name, dataset.classes, {n: _few(r, ref.limit) for n, r in dataset.splits.items()})
+        dataset = Dataset(
+            dataset.name,
+            dataset.classes,
+            {n: _few(r, ref.limit) for n, r in dataset.splits.items()},
+        )
     dataset = checked(dataset)
     hidden = hide_labels(dataset.splits["train"], ref.label_fraction, ref.label_seed)
     return Dataset(dataset.name, dataset.classes, dataset.splits | {"train": hidden})

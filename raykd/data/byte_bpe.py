@@ -1,8 +1,10 @@
-"""A byte-level BPE tokeniser (GPT-2's) as the data in its tokenizer.json, or refused where that file says more.
+"""A byte-level BPE tokeniser (GPT-2's) as the data in its tokenizer.json, or refused where that
+file says more.
 
-What is accepted, an artefact's run.py tokenises exactly and llama.cpp knows as "gpt2": no normaliser, the ByteLevel
-pre-tokeniser with its own pattern, or after one that cuts out every digit, merges over bytes, of which one that is no
-token is left out of any text, and special tokens that no plain text contains.
+What is accepted, an artefact's run.py tokenises exactly and llama.cpp knows as "gpt2": no
+normaliser, the ByteLevel pre-tokeniser with its own pattern, or after one that cuts out every
+digit, merges over bytes, of which one that is no token is left out of any text, and special tokens
+that no plain text contains.
 """
 
 import json
@@ -14,7 +16,14 @@ from raykd.errors import RecipeError
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-ABSENT = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+ABSENT = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+    "ignore_merges",
+)
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,23 @@ class Vocabulary:
 
 
 def read(path: Path) -> Vocabulary:
-    """The vocabulary of a tokenizer.json. RecipeError names the first key under which it is of another kind."""
+    """The vocabulary of a tokenizer.json.
+
+    RecipeError names the first key under which it is of another kind.
+    """
     try:
         held = json.loads(path.read_bytes())
         model, added = held["model"], held.get("added_tokens") or []
         ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"tokenizer {path}: not a tokenizer.json of BPE ({error!r}); name one") from None
-    first, second = held.get("pre_tokenizer") or {}, held.get("post_processor") or {"type": "ByteLevel"}
+        raise RecipeError(
+            f"tokenizer {path}: not a tokenizer.json of BPE ({error!r}); name one"
+        ) from None
+    first, second = (
+        held.get("pre_tokenizer") or {},
+        held.get("post_processor") or {"type": "ByteLevel"},
+    )
     parts = first.get("pretokenizers") or []
     digits = first.get("type") == "Sequence" and len(parts) == 2 and parts[0] == DIGITS
     first = parts[1] if digits else first
@@ -53,7 +70,10 @@ def read(path: Path) -> Vocabulary:
         **{f"model.{key}": (model.get(key) or None, None) for key in ABSENT},
         "added_tokens: not special": ([t["content"] for t in added if not t.get("special")], []),
         "model.vocab: ids": (sorted(ids.values()) == list(range(len(ids))), True),
-        "model.merges: no token": ([m for m in merges if len(m) != 2 or "".join(m) not in ids][:3], []),
+        "model.merges: no token": (
+            [m for m in merges if len(m) != 2 or "".join(m) not in ids][:3],
+            [],
+        ),
     }
     for key, (found, read_as) in asked.items():
         if found != read_as:
@@ -67,7 +87,11 @@ def read(path: Path) -> Vocabulary:
 
 
 def letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it prints, one from 256 on where not (arXiv 2005.14165's code)."""
+    """GPT-2's letter for each byte: itself where it prints, one from 256 on where not (arXiv
+    2005.14165's code).
+    """
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
-    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printed} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }

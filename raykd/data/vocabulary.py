@@ -1,7 +1,9 @@
-"""Whether two tokenisers mean the same by a number: a teacher's classes are the student's only if they do.
+"""Whether two tokenisers mean the same by a number: a teacher's classes are the student's only if
+they do.
 
-Tables of equal size may be permuted, and nothing but their content tells. A table that is a prefix of another is
-sound: the columns beyond it are padding, or tokens that only one side knows, and stay outside the softmax.
+Tables of equal size may be permuted, and nothing but their content tells. A table that is a prefix
+of another is sound: the columns beyond it are padding, or tokens that only one side knows, and stay
+outside the softmax.
 """
 
 import hashlib
@@ -15,13 +17,18 @@ Table = Mapping[str, int] | Sequence[str]
 
 
 def tokens_by_id(table: Table) -> list[str | None]:
-    """The token of each id from 0; None where an id has none. DataError where two tokens have one id."""
+    """The token of each id from 0; None where an id has none.
+
+    DataError where two tokens have one id.
+    """
     if not isinstance(table, Mapping):
         return list(table)
     out: list[str | None] = [None] * (max(table.values(), default=-1) + 1)
     for token, number in table.items():
         if number < 0 or out[number] is not None:
-            raise DataError(f"token id {number} stands for {token!r} and for {out[number]!r}: not a tokeniser's table")
+            raise DataError(
+                f"token id {number} stands for {token!r} and for {out[number]!r}: not a tokeniser's table"
+            )
         out[number] = token
     return out
 
@@ -33,14 +40,18 @@ def table_digest(table: Table, size: int | None = None) -> str:
 
 
 def shared_tokens(teacher: Table, student: Table) -> int:
-    """How many ids, from 0, mean the same on both sides: the smaller table's number. DataError names those that differ.
+    """How many ids, from 0, mean the same on both sides: the smaller table's number. DataError
+    names those that differ.
 
     It is the `vocab` of the losses: columns beyond it are padding on at least one side.
     """
     ours, theirs = tokens_by_id(teacher), tokens_by_id(student)
     size = min(len(ours), len(theirs))
     differ = (i for i in range(size) if ours[i] != theirs[i])
-    first = [f"id {i} is {ours[i]!r} to the teacher and {theirs[i]!r} to the student" for i in islice(differ, 3)]
+    first = [
+        f"id {i} is {ours[i]!r} to the teacher and {theirs[i]!r} to the student"
+        for i in islice(differ, 3)
+    ]
     if first:
         raise DataError(
             f"teacher ({len(ours)} tokens) and student ({len(theirs)}) have different tokenisers: {'; '.join(first)}. "
@@ -50,7 +61,10 @@ def shared_tokens(teacher: Table, student: Table) -> int:
 
 
 def check_digest(digest: str, size: int, student: Table) -> int:
-    """The same against a stored teacher's table of which only its digest and size are known: `size`, or DataError."""
+    """The same against a stored teacher's table of which only its digest and size are known:
+
+    `size`, or DataError.
+    """
     tokens = tokens_by_id(student)
     if len(tokens) < size:
         raise DataError(

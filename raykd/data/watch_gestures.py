@@ -1,4 +1,5 @@
-"""Wrist-worn arm-exercise gestures: 140 recordings, 7 classes, 10 subjects, 6 channels at 25 Hz, shipped.
+"""Wrist-worn arm-exercise gestures: 140 recordings, 7 classes, 10 subjects, 6 channels at 25 Hz,
+shipped.
 
 Source and licence: see NOTICE. `examples/gesture/make_data.py` remakes the file.
 """
@@ -19,7 +20,8 @@ SUBJECT_SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
 def load(ref: DataRef) -> Dataset:
     """Windows of `ref.window` steps, split by time inside each recording or by subject.
 
-    The time split leaves a gap of one window between parts, so that no test window shares a step with training.
+    The time split leaves a gap of one window between parts, so that no test window shares a step
+    with training.
     """
     with (resources.files("raykd.data") / "shipped" / "watch_gestures.npz").open("rb") as file:
         raw = dict(np.load(file, allow_pickle=False))
@@ -28,7 +30,9 @@ def load(ref: DataRef) -> Dataset:
     splits, first = {}, 0
     for name, (start, recording) in parts.items():
         if not len(start):
-            raise DataError(f"watch_gestures: no window of {ref.window} steps fits split {name!r}; lower data.window")
+            raise DataError(
+                f"watch_gestures: no window of {ref.window} steps fits split {name!r}; lower data.window"
+            )
         steps = start[:, None] + np.arange(ref.window)
         splits[name] = Rows(
             row_id=np.arange(first, first + len(start)),

@@ -1,12 +1,14 @@
-"""The deployable student: a folder that is whole or absent, with what it takes to run it and proof that it does.
+"""The deployable student: a folder that is whole or absent, with what it takes to run it and proof
+that it does.
 
-artefact/student.safetensors   the best seed's weights, by validation accuracy; or, where it was trained rounded,
-         student.onnx          its codes and scales, for stock onnxruntime
-         model.json            the model's name and settings, channels, steps and class names
-         run.py                loads both and classifies a .npy file
-         student.*             the other forms that `[export]` asks for, each held against the trained student
-         README.md             a model card to fill in
-         manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency that were measured,
+artefact/student.safetensors   the best seed's weights, by validation accuracy; or, where it was
+trained rounded,
+         student.onnx          its codes and scales, for stock onnxruntime model.json            the
+         model's name and settings, channels, steps and class names run.py                loads both
+         and classifies a .npy file student.*             the other forms that `[export]` asks for,
+         each held against the trained student README.md             a model card to fill in
+         manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency
+         that were measured,
                                and what is computed with in float32, with the reason
 """
 
@@ -46,12 +48,19 @@ ALONE = 512  # test rows that are answered one by one, too
 
 def best_seed(recipe: Recipe, folder: Path) -> int:
     """The student's seed with the highest validation accuracy, the first of equals."""
-    records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(recipe) if arm.name == "student"]
+    records = [
+        read_json(folder / "arms" / arm.key / "arm.json")
+        for arm in arms_of(recipe)
+        if arm.name == "student"
+    ]
     return max(records, key=lambda record: record["val"]["val_accuracy"])["seed"]
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` in a run folder, and give its manifest. GateError, and no folder, if it answers otherwise."""
+    """Write `artefact/` in a run folder, and give its manifest.
+
+    GateError, and no folder, if it answers otherwise.
+    """
     seed = best_seed(recipe, folder)
     arm = folder / "arms" / f"student-{seed}"
     with whole_folder(folder / "artefact") as staged:
@@ -59,10 +68,16 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
         quant = recipe.phases[-1].quant if recipe.phases else None
         measured = _rounded(recipe, dataset, staged, quant) if quant else {}
-        copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py")
+        copy_cards(
+            staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py"
+        )
         parity = _parity(staged, dataset, arm, quant)
         forms = _forms(recipe, dataset, staged, arm)
-        manifest = _manifest(staged, seed, quant, parity) | measured | {"export": recipe.export.model_dump()}
+        manifest = (
+            _manifest(staged, seed, quant, parity)
+            | measured
+            | {"export": recipe.export.model_dump()}
+        )
         for name, found in forms.items():
             manifest["files"][name] |= {"parity": found}
         write_json(staged / "manifest.json", manifest)
@@ -71,7 +86,9 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 
 
 def is_whole(folder: Path, asked: Export) -> bool:
-    """Whether an artefact stands in a folder, in just the forms that are asked for, and none of its files is gone."""
+    """Whether an artefact stands in a folder, in just the forms that are asked for, and none of its
+    files is gone.
+    """
     manifest = read_json(folder / "manifest.json")
     if manifest is None or manifest.get("export", Export().model_dump()) != asked.model_dump():
         return False
@@ -105,7 +122,10 @@ def copy_cards(folder: Path, title: str, *, run: str, readme: str = "README.md")
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     """{name: bytes and sha256} of every file of a folder."""
-    return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
+    return {
+        p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
+        for p in sorted(folder.iterdir())
+    }
 
 
 def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
@@ -117,20 +137,32 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
     (staged / ONNX).write_bytes(file)
     (staged / WEIGHTS).unlink()
     refs = {"teacher": recipe.teacher, "fp32 student": recipe.student.bare}
-    others = {name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref}
+    others = {
+        name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref
+    }
     measured = latency.latency(file, others, rows[:1])
     float32 = [each._asdict() for each in swap.left(others["fp32 student"], quant)]
     sizes = anatomy.bytes_of(file, tensors)
-    return {"tensors": tensors, "bytes_by_kind": sizes, "latency": measured, "computed_in_float32": float32}
+    return {
+        "tensors": tensors,
+        "bytes_by_kind": sizes,
+        "latency": measured,
+        "computed_in_float32": float32,
+    }
 
 
 def load(folder: Path) -> Adapter:
     """The model of an artefact folder, ready to answer."""
-    return Adapter(_student(json.loads((folder / "model.json").read_bytes()), folder / WEIGHTS)).eval()
+    return Adapter(
+        _student(json.loads((folder / "model.json").read_bytes()), folder / WEIGHTS)
+    ).eval()
 
 
 def unpack(folder: Path) -> Adapter:
-    """The rounded student of an artefact folder with a packed file, ready to answer. StoreError if it is damaged."""
+    """The rounded student of an artefact folder with a packed file, ready to answer.
+
+    StoreError if it is damaged.
+    """
     module = _built(json.loads((folder / "model.json").read_bytes()))
     packed.read((folder / forms.FILES["packed"]).read_bytes(), module)
     return Adapter(module).eval()
@@ -139,12 +171,16 @@ def unpack(folder: Path) -> Adapter:
 def _built(described: Mapping[str, Any]) -> nn.Module:
     """The module that a model.json describes, in full precision and untrained."""
     ref = ModelRef(model=described["model"], settings=described["settings"])
-    shape = {key: described[key] for key in ("channels", "steps")} | {"classes": len(described["classes"])}
+    shape = {key: described[key] for key in ("channels", "steps")} | {
+        "classes": len(described["classes"])
+    }
     return models.build(ref, **shape, key="artefact")
 
 
 def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
-    """The module that a model.json describes, with trained weights, rounding as its last phase does."""
+    """The module that a model.json describes, with trained weights, rounding as its last phase
+    does.
+    """
     module, quant = _built(described), described.get("quant")
     if quant:
         phases.round_as(module, Quant.model_validate(quant))
@@ -153,8 +189,13 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
 
 
 def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:
-    """The test predictions of a student trained in full precision, rounded as the artefact is without training."""
-    module, quant = models.build(recipe.student.bare, **dataset.shape, key="student"), recipe.phases[-1].quant
+    """The test predictions of a student trained in full precision, rounded as the artefact is
+    without training.
+    """
+    module, quant = (
+        models.build(recipe.student.bare, **dataset.shape, key="student"),
+        recipe.phases[-1].quant,
+    )
     assert quant is not None
     models.load_weights(module, weights, "student")
     phases.round_as(module, quant)
@@ -165,13 +206,17 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
     """The artefact's predictions of the test split."""
     if (folder / ONNX).exists():
         split = dataset.splits["test"]
-        return of_logits(split, onnx_session.sequence_logits(folder / ONNX, split, measure.EVAL_BATCH))
+        return of_logits(
+            split, onnx_session.sequence_logits(folder / ONNX, split, measure.EVAL_BATCH)
+        )
     return _by_torch(load(folder), dataset)
 
 
 def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
     split = dataset.splits["test"]
-    return measure.predictions(student, split, to_device(split, "test", None, frozenset(), torch.device("cpu")))
+    return measure.predictions(
+        student, split, to_device(split, "test", None, frozenset(), torch.device("cpu"))
+    )
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -182,12 +227,21 @@ def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> dict[str, float]:
-    """How far the artefact's answers are from the trained student's on the test split. GateError if too far."""
-    trained, answered = predictions.read(arm / "predictions.parquet").logits, predict(staged, dataset).logits
+    """How far the artefact's answers are from the trained student's on the test split.
+
+    GateError if too far.
+    """
+    trained, answered = (
+        predictions.read(arm / "predictions.parquet").logits,
+        predict(staged, dataset).logits,
+    )
     assert trained is not None
     assert answered is not None
     worst = float(np.abs(trained - answered).max())
-    found = {"max_abs_diff": worst, "agreement": float((trained.argmax(1) == answered.argmax(1)).mean())}
+    found = {
+        "max_abs_diff": worst,
+        "agreement": float((trained.argmax(1) == answered.argmax(1)).mean()),
+    }
     where = f"{len(trained)} test rows"
     if quant is None:
         if not worst <= LARGEST_DIFFERENCE:
@@ -203,8 +257,17 @@ def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> d
     }
 
 
-def _manifest(staged: Path, seed: int, quant: Quant | None, parity: dict[str, float]) -> dict[str, Any]:
+def _manifest(
+    staged: Path, seed: int, quant: Quant | None, parity: dict[str, float]
+) -> dict[str, Any]:
     files = files_of(staged)
     size = files[ONNX if quant else WEIGHTS]["bytes"]
     name = f"onnx {quant.weights}" if quant else FORMAT
-    return {"schema": 1, "format": name, "seed": seed, "bytes": size, "parity": parity, "files": files}
+    return {
+        "schema": 1,
+        "format": name,
+        "seed": seed,
+        "bytes": size,
+        "parity": parity,
+        "files": files,
+    }

@@ -1,11 +1,13 @@
-"""The other forms of a student that a recipe's `[export]` asks for, each held against the trained student's answers.
+"""The other forms of a student that a recipe's `[export]` asks for, each held against the trained
+student's answers.
 
-    stream   student.stream.onnx          `onnx.write_stream`: a window step by step
-    packed   student.packed.safetensors   `packed`: a rounded student in the fewest bytes, for storage
-    pte      student.pte                  `pte`: an ExecuTorch program, one window to a call
-    gguf     student.gguf                 `gguf.write`: a language model for llama.cpp (`text_artefact`)
+    stream   student.stream.onnx          `onnx.write_stream`: a window step by step packed
+    student.packed.safetensors   `packed`: a rounded student in the fewest bytes, for storage pte
+    student.pte                  `pte`: an ExecuTorch program, one window to a call gguf
+    student.gguf                 `gguf.write`: a language model for llama.cpp (`text_artefact`)
 
-Each of the first three is opened again and asked all test rows. GateError if it misses the bar of its arithmetic.
+Each of the first three is opened again and asked all test rows. GateError if it misses the bar of
+its arithmetic.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,11 @@ from raykd.recipe.recipe import Export
 from raykd.training import measure
 from raykd.training.device_rows import to_device
 
-FILES = {"stream": "student.stream.onnx", "packed": "student.packed.safetensors", "pte": "student.pte"}
+FILES = {
+    "stream": "student.stream.onnx",
+    "packed": "student.packed.safetensors",
+    "pte": "student.pte",
+}
 FILES |= {"gguf": "student.gguf"}
 OF_TEXT = {"gguf"}
 
@@ -46,7 +52,9 @@ def asked(export: Export) -> list[str]:
 
 
 def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bool = False) -> None:
-    """RecipeError, each fault with its key, if a student of this kind and last Quant has no such form."""
+    """RecipeError, each fault with its key, if a student of this kind and last Quant has no such
+    form.
+    """
     wrong = [form for form in asked(export) if (form in OF_TEXT) != is_text]
     kind = "series" if is_text else "text"
     problems = [Problem(f"export.{form}", f"is of rows of {kind}; write false") for form in wrong]
@@ -62,18 +70,27 @@ def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bo
     if export.pte and quant is not None:
         problems += _refused("pte", lambda: pte.check(quant))
     if export.pte and find_spec("executorch") is None:
-        problems.append(Problem("export.pte", "needs executorch; type: pip install 'raykd[executorch]'"))
+        problems.append(
+            Problem("export.pte", "needs executorch; type: pip install 'raykd[executorch]'")
+        )
     if problems:
         raise RecipeError(problems)
 
 
 def write(
-    export: Export, folder: Path, rows: Rows, trained: Logits, quant: Quant | None, student: Module, plain: Module
+    export: Export,
+    folder: Path,
+    rows: Rows,
+    trained: Logits,
+    quant: Quant | None,
+    student: Module,
+    plain: Module,
 ) -> dict[str, Parity]:
-    """Write each form into a folder, and how to use it into README.md there; their parity by the file's name.
+    """Write each form into a folder, and how to use it into README.md there; their parity by the
+    file's name.
 
-    `trained` (N, C) are the sequence logits of the test `rows`. `student` gives the trained module, rounding as its
-    last phase does, and `plain` the module as its model builds it.
+    `trained` (N, C) are the sequence logits of the test `rows`. `student` gives the trained module,
+    rounding as its last phase does, and `plain` the module as its model builds it.
     """
     found = {}
     for form in asked(export):
@@ -83,10 +100,13 @@ def write(
             found[path.name] = _stream_parity(path, rows, trained, quant, student)
         elif form == "packed":
             path.write_bytes(packed.write(student()))
-            found[path.name] = held(trained, _unpacked(path, rows, plain()), bar_of(quant), path.name)
+            found[path.name] = held(
+                trained, _unpacked(path, rows, plain()), bar_of(quant), path.name
+            )
         else:
             path.write_bytes(_program(student(), torch.from_numpy(rows.inputs[:1].copy()), quant))
-            # XNNPACK rounds activations in a way of its own, those of students trained with float ones too
+            # XNNPACK rounds activations in a way of its own, those of students trained with float
+            # ones too
             bar = BLOCKS if quant else bar_of(None)
             found[path.name] = held(trained, _executed(path, rows), bar, path.name)
         with (folder / "README.md").open("a") as card:
@@ -95,23 +115,38 @@ def write(
 
 
 def held(trained: Logits, answered: Logits, bar: Bar, name: str) -> Parity:
-    """How far answers (N, C) are from the trained student's. GateError if they miss the bar; `name` says whose."""
+    """How far answers (N, C) are from the trained student's.
+
+    GateError if they miss the bar; `name` says whose.
+    """
     apart = np.abs(trained - answered).max(1)
     each = apart / float(np.abs(trained).max())
     agreement = float((trained.argmax(1) == answered.argmax(1)).mean())
     gate(each, agreement, bar, f"{len(trained)} test rows, as {name} answers them")
-    return {"max_abs_diff": float(apart.max()), "relative": float(each.max()), "agreement": agreement}
+    return {
+        "max_abs_diff": float(apart.max()),
+        "relative": float(each.max()),
+        "agreement": agreement,
+    }
 
 
-def _stream_parity(path: Path, rows: Rows, trained: Logits, quant: Quant | None, student: Module) -> Parity:
-    """Of whole windows; and step by step, `step_agreement`, where activations of one call share no range with others.
+def _stream_parity(
+    path: Path, rows: Rows, trained: Logits, quant: Quant | None, student: Module
+) -> Parity:
+    """Of whole windows; and step by step, `step_agreement`, where activations of one call share no
+    range with others.
 
     Where they do, a step by itself is held against the module that reads the same steps.
     """
     bar, steps = bar_of(quant), rows.inputs.shape[1]
     found = held(trained, _read(path, rows, steps), bar, path.name)
     apart, by_step = quant is not None and quant.over_the_call, _read(path, rows, 1)
-    held(_read_by_torch(_encoder(student()), rows) if apart else trained, by_step, bar, f"{path.name}, step by step,")
+    held(
+        _read_by_torch(_encoder(student()), rows) if apart else trained,
+        by_step,
+        bar,
+        f"{path.name}, step by step,",
+    )
     return found | {"step_agreement": float((trained.argmax(1) == by_step.argmax(1)).mean())}
 
 
@@ -120,7 +155,10 @@ def _read(path: Path, rows: Rows, count: int) -> Logits:
     found = []
     for part in _parts(rows):
         stream = Stream(path, rows=len(part))
-        said = [stream.step(part.inputs[:, i : i + count])["logits"] for i in range(0, part.inputs.shape[1], count)]
+        said = [
+            stream.step(part.inputs[:, i : i + count])["logits"]
+            for i in range(0, part.inputs.shape[1], count)
+        ]
         found.append(onnx_session.mean_over(np.concatenate(said, 1), part.mask))
     return np.concatenate(found)
 
@@ -130,7 +168,11 @@ def _read_by_torch(module: write_stream.SeriesEncoder, rows: Rows) -> Logits:
     """(N, C): what the module says of all rows, one step to a call."""
     step, found = write_stream.Step(module), []
     for part in _parts(rows):
-        inputs, state, said = torch.from_numpy(part.inputs.copy()), write_stream.empty(module, len(part)), []
+        inputs, state, said = (
+            torch.from_numpy(part.inputs.copy()),
+            write_stream.empty(module, len(part)),
+            [],
+        )
         for i in range(inputs.shape[1]):
             logits, _, tail, *kept = step(inputs[:, i : i + 1], *state)
             state = (tail, kept[: len(kept) // 2], kept[len(kept) // 2 :])
@@ -140,8 +182,12 @@ def _read_by_torch(module: write_stream.SeriesEncoder, rows: Rows) -> Logits:
 
 
 def _parts(rows: Rows) -> list[Rows]:
-    """As many rows at a time as everyone who measures a student asks it, for a range of activations may be theirs."""
-    return [rows.take(slice(i, i + measure.EVAL_BATCH)) for i in range(0, len(rows), measure.EVAL_BATCH)]
+    """As many rows at a time as everyone who measures a student asks it, for a range of activations
+    may be theirs.
+    """
+    return [
+        rows.take(slice(i, i + measure.EVAL_BATCH)) for i in range(0, len(rows), measure.EVAL_BATCH)
+    ]
 
 
 def _unpacked(path: Path, rows: Rows, module: nn.Module) -> Logits:
@@ -157,7 +203,9 @@ def _program(module: nn.Module, example: Tensor, quant: Quant | None) -> bytes:
 def _executed(path: Path, rows: Rows) -> Logits:
     """(N, C): what a program says of each row by itself."""
     answers = pte.load(path.read_bytes())
-    said = np.concatenate([answers(torch.from_numpy(row[None].copy()))[0].numpy() for row in rows.inputs])
+    said = np.concatenate(
+        [answers(torch.from_numpy(row[None].copy()))[0].numpy() for row in rows.inputs]
+    )
     return onnx_session.mean_over(said, rows.mask)
 
 
@@ -173,5 +221,7 @@ def _refused(form: str, checked: Callable[[], None]) -> list[Problem]:
     try:
         checked()
     except RecipeError as error:
-        return [problem if problem.key else Problem(key, problem.message) for problem in error.problems]
+        return [
+            problem if problem.key else Problem(key, problem.message) for problem in error.problems
+        ]
     return []

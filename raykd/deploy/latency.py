@@ -1,6 +1,8 @@
-"""How long one row takes: an artefact beside its teacher and its full-precision student, in one run, on one thread.
+"""How long one row takes: an artefact beside its teacher and its full-precision student, in one
+run, on one thread.
 
-Times are medians of interleaved rounds of this process's CPU time, which neighbours on the machine disturb least.
+Times are medians of interleaved rounds of this process's CPU time, which neighbours on the machine
+disturb least.
 """
 
 import platform
@@ -18,14 +20,24 @@ from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import RecipeError
 
 ROUNDS, LEAST_S = 25, 2e-3  # of a round: many calls of a quick model
-TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")  # for int8 products
+TELLING = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+)  # for int8 products
 
 
 def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> dict[str, Any]:
     """{rows, threads, flags}: each model's time over the artefact's, for one `row` (1, T, K).
 
-    The others are taken over. Each stands there twice, as torch executes it and, where it can be written as ONNX, as
-    onnxruntime does: rows are {model, runtime, ratio}, above 1 where the artefact is quicker.
+    The others are taken over. Each stands there twice, as torch executes it and, where it can be
+    written as ONNX, as onnxruntime does: rows are {model, runtime, ratio}, above 1 where the
+    artefact is quicker.
     """
     inputs = {"inputs": row.numpy()}
     runs = {("artefact", "onnxruntime"): _session(artefact, inputs)}
@@ -43,13 +55,18 @@ def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> di
     finally:
         torch.set_num_threads(threads)
     own = times.pop(("artefact", "onnxruntime"))
-    rows = [{"model": name, "runtime": runtime, "ratio": spent / own} for (name, runtime), spent in times.items()]
+    rows = [
+        {"model": name, "runtime": runtime, "ratio": spent / own}
+        for (name, runtime), spent in times.items()
+    ]
     return {"rows": rows, "threads": 1, "flags": cpu_flags()}
 
 
 def medians(runs: Mapping[Any, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Any, float]:
     """Seconds of CPU time of one call of each, the median over rounds that take turns."""
-    counts = {key: max(1, round(LEAST_S / max(_spent(call, 3), 1e-7))) for key, call in runs.items()}
+    counts = {
+        key: max(1, round(LEAST_S / max(_spent(call, 3), 1e-7))) for key, call in runs.items()
+    }
     found: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, call in runs.items():

@@ -1,13 +1,14 @@
-"""A rounded student as a safetensors file for storage: codes packed, scales as trained, everything else as it is.
+"""A rounded student as a safetensors file for storage: codes packed, scales as trained, everything
+else as it is.
 
-    <layer>.codes     int8: I8 (N, K). int4: U8 (ceil(N K / 2),), two a byte. ternary: U8 (ceil(N K / 5),), five a byte
-    <layer>.scales    F32 (N, G)
-    <tensor>.codes    I8 (N, ...), of what no layer rounds and rest = "int8" does, with <tensor>.scales F32 (N,)
-    anything else     by its name in the module's state; a parameter with several names, by the first of them
+    <layer>.codes     int8: I8 (N, K). int4: U8 (ceil(N K / 2),), two a byte. ternary: U8 (ceil(N K
+    / 5),), five a byte <layer>.scales    F32 (N, G) <tensor>.codes    I8 (N, ...), of what no layer
+    rounds and rest = "int8" does, with <tensor>.scales F32 (N,) anything else     by its name in
+    the module's state; a parameter with several names, by the first of them
 
-Its metadata `layers` is the sha256 of what follows and of the tensors, a space, and the Quant of every rounded layer as
-JSON. The same student gives the same bytes.
-Scales are carried and never found again: those of ternary weights would be smaller at each rounding.
+Its metadata `layers` is the sha256 of what follows and of the tensors, a space, and the Quant of
+every rounded layer as JSON. The same student gives the same bytes. Scales are carried and never
+found again: those of ternary weights would be smaller at each rounding.
 """
 
 import hashlib
@@ -34,13 +35,20 @@ QUANTS = TypeAdapter(dict[str, Quant])
 
 
 def write(module: nn.Module) -> bytes:
-    """The file of a module whose layers have their Quants, as `quantised` finds them. It is not changed."""
-    layers = [(name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None]
+    """The file of a module whose layers have their Quants, as `quantised` finds them.
+
+    It is not changed.
+    """
+    layers = [
+        (name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None
+    ]
     stored = {id(value) for value, held in other_parameters.stored(module) if held.quant}
     tensors: dict[str, Tensor] = {}
     for name, value in _others(module, [layer for _, layer, _ in layers]).items():
         if id(value) in stored:
-            tensors[f"{name}.codes"], tensors[f"{name}.scales"] = other_parameters.codes_and_scales(value)
+            tensors[f"{name}.codes"], tensors[f"{name}.scales"] = other_parameters.codes_and_scales(
+                value
+            )
         else:
             tensors[name] = value.detach()
     for name, layer, quant in layers:
@@ -49,7 +57,9 @@ def write(module: nn.Module) -> bytes:
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias.detach()
     assert all(layer.blend == 1 for _, layer, _ in layers), "rounding is still fading in"
-    quants = QUANTS.dump_json({name: quant for name, _, quant in layers}, exclude={"__all__": {"skip"}})
+    quants = QUANTS.dump_json(
+        {name: quant for name, _, quant in layers}, exclude={"__all__": {"skip"}}
+    )
     return sealed(quants.decode(), tensors)
 
 
@@ -60,10 +70,11 @@ def sealed(layers: str, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read(data: bytes, module: nn.Module) -> None:
-    """Fill a module, as its model builds it, with the student in a file; its rounded layers come to hold their codes.
+    """Fill a module, as its model builds it, with the student in a file; its rounded layers come to
+    hold their codes.
 
-    It then answers bit for bit as the module that was written. StoreError, and an unchanged module, if the file is
-    damaged or of another model.
+    It then answers bit for bit as the module that was written. StoreError, and an unchanged module,
+    if the file is damaged or of another model.
     """
     layers, tensors = _opened(data)
     swaps: dict[nn.Module, nn.Module] = {}
@@ -71,7 +82,9 @@ def read(data: bytes, module: nn.Module) -> None:
     for name, quant in layers.items():
         layer = owned.get(name)
         if not isinstance(layer, ROUNDABLE) or not name:
-            raise StoreError(_unfit(f"{name}: the module has no linear layer or embedding of this name"))
+            raise StoreError(
+                _unfit(f"{name}: the module has no linear layer or embedding of this name")
+            )
         swaps[layer] = _fixed(name, layer, quant, tensors)
     others = _others(module, swaps)
     found = {name: _whole(tensors, name, value) for name, value in others.items()}
@@ -128,12 +141,18 @@ def _unpacked(tensors: dict[str, Tensor], name: str, kind: str, shape: tuple[int
     return codes
 
 
-def _fixed(name: str, layer: nn.Linear | nn.Embedding, quant: Quant, tensors: dict[str, Tensor]) -> nn.Module:
+def _fixed(
+    name: str, layer: nn.Linear | nn.Embedding, quant: Quant, tensors: dict[str, Tensor]
+) -> nn.Module:
     """What takes a layer's place; its tensors are taken out."""
     kind, (rows, width) = _kind(layer, quant), layer.weight.shape
     if kind == "none":
         raise StoreError(_unfit(f'{name}: an embedding, but its Quant has embeddings = "none"'))
-    groups = 1 if isinstance(layer, nn.Linear) and quant.per == "tensor" else width // quant.columns(width)
+    groups = (
+        1
+        if isinstance(layer, nn.Linear) and quant.per == "tensor"
+        else width // quant.columns(width)
+    )
     codes = _unpacked(tensors, f"{name}.codes", kind, (rows, width))
     scales = _scales(tensors, name, (rows, groups))
     if isinstance(layer, nn.Embedding):
@@ -144,7 +163,9 @@ def _fixed(name: str, layer: nn.Linear | nn.Embedding, quant: Quant, tensors: di
 
 
 def _whole(tensors: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
-    """What takes the place of a tensor outside the rounded layers, from its codes where the file has those."""
+    """What takes the place of a tensor outside the rounded layers, from its codes where the file
+    has those.
+    """
     shape = tuple(value.shape)
     if f"{name}.codes" not in tensors or len(shape) < 2:
         return _taken(tensors, name, value.dtype, shape)
@@ -159,13 +180,17 @@ def _scales(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Te
     return found
 
 
-def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _taken(
+    tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
     """A tensor, taken out, if it is what the module asks."""
     if name not in tensors:
         raise StoreError(_unfit(f"{name}: missing"))
     found = tensors.pop(name)
     if found.dtype != dtype or tuple(found.shape) != shape:
-        raise StoreError(_unfit(f"{name}: {found.dtype} {tuple(found.shape)}, the module asks {dtype} {shape}"))
+        raise StoreError(
+            _unfit(f"{name}: {found.dtype} {tuple(found.shape)}, the module asks {dtype} {shape}")
+        )
     return found
 
 
@@ -179,12 +204,17 @@ def _opened(data: bytes) -> tuple[dict[str, Quant], dict[str, Tensor]]:
             raise ValueError("its digest is not the one it states")
         return QUANTS.validate_python(_json(layers)), tensors
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        reason = (
+            f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        )
         raise StoreError(f"the packed student is damaged: {reason}; write it again") from None
 
 
 def _json(text: str | bytes) -> Any:
-    """A JSON value. ValueError if a key stands twice in one object, of which parsers would take either."""
+    """A JSON value.
+
+    ValueError if a key stands twice in one object, of which parsers would take either.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

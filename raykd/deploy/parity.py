@@ -1,4 +1,6 @@
-"""How alike an artefact and the student it was made of must answer, and what is said where they do not."""
+"""How alike an artefact and the student it was made of must answer, and what is said where they do
+not.
+"""
 
 from typing import NamedTuple
 
@@ -10,10 +12,11 @@ from raykd.recipe.quant import Quant
 
 
 class Bar(NamedTuple):
-    """What an artefact must reach beside its student: differences over the largest logit, share of equal decisions.
+    """What an artefact must reach beside its student: differences over the largest logit, share of
+    equal decisions.
 
-    `relative` is of 99 rows in 100, `largest` of all: where activations are rounded, a sum in another order flips a
-    rounding at a tie now and then, by a whole level.
+    `relative` is of 99 rows in 100, `largest` of all: where activations are rounded, a sum in
+    another order flips a rounding at a tie now and then, by a whole level.
     """
 
     relative: float
@@ -23,7 +26,9 @@ class Bar(NamedTuple):
 
 EXACT = Bar(1e-5, 1e-5, 1.0)  # float activations, the same integers
 INTEGER = Bar(2e-3, 2e-2, 0.99)  # activations rounded alike
-BLOCKS = Bar(2e-2, 5e-2, 0.98)  # activations rounded block by block as on x86; other kernels may do otherwise
+BLOCKS = Bar(
+    2e-2, 5e-2, 0.98
+)  # activations rounded block by block as on x86; other kernels may do otherwise
 
 
 def bar_of(quant: Quant | None) -> Bar:
@@ -34,11 +39,18 @@ def bar_of(quant: Quant | None) -> Bar:
 
 
 def gate(each: NDArray[np.floating], agreement: float, bar: Bar, where: str) -> None:
-    """GateError where an artefact misses its bar: `each` (N,) is an answer's difference over the largest logit."""
+    """GateError where an artefact misses its bar:
+
+    `each` (N,) is an answer's difference over the largest logit.
+    """
     most, relative = float(np.quantile(each, 0.99)), float(each.max())
     if not (most <= bar.relative and relative <= bar.largest and agreement >= bar.agreement):
-        said = f"by {relative:.3g} of the largest, 99 % by {most:.3g}, {agreement:.2%} decided alike"
-        asked = f"at most {bar.largest:g}, {bar.relative:g} and at least {bar.agreement:.0%} are asked"
+        said = (
+            f"by {relative:.3g} of the largest, 99 % by {most:.3g}, {agreement:.2%} decided alike"
+        )
+        asked = (
+            f"at most {bar.largest:g}, {bar.relative:g} and at least {bar.agreement:.0%} are asked"
+        )
         raise refusal(f"{said}; {asked}", where)
 
 

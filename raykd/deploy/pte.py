@@ -1,12 +1,13 @@
 """A student as one ExecuTorch program for XNNPACK: the trained codes, never rounded again.
 
-    int8             codes of 8 bits, a float32 scale an output
-    int4             codes of 4 bits, a bfloat16 scale a group; of 8 bits where 32 does not divide a layer's inputs
-    everything else  float32, rounded where the student reads it rounded
+    int8             codes of 8 bits, a float32 scale an output int4             codes of 4 bits, a
+    bfloat16 scale a group; of 8 bits where 32 does not divide a layer's inputs everything else
+    float32, rounded where the student reads it rounded
 
-XNNPACK rounds activations itself, to int8 over the range of each step of each row, zero included. That is finer than
-what int8 students train with, a range for the whole call, and it happens to those that train with float activations,
-too. Scales of 4-bit codes lose up to 1 part in 256 as bfloat16. So answers are alike, not equal.
+XNNPACK rounds activations itself, to int8 over the range of each step of each row, zero included.
+That is finer than what int8 students train with, a range for the whole call, and it happens to
+those that train with float activations, too. Scales of 4-bit codes lose up to 1 part in 256 as
+bfloat16. So answers are alike, not equal.
 """
 
 import warnings
@@ -26,11 +27,12 @@ ROUNDING = "int8_asym_per_token"  # torchao's name for how XNNPACK rounds activa
 
 
 def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
-    """The program of a module with QuantLinears under `quant`, for inputs of the shape of `example` (B, T, K).
+    """The program of a module with QuantLinears under `quant`, for inputs of the shape of `example`
+    (B, T, K).
 
-    It answers with the logits, and with the valence if the module has a value head. The module is taken over: its
-    layers become what the exporter reads. RecipeError where the Quant has no kernel, executorch is missing or the
-    module can not be exported.
+    It answers with the logits, and with the valence if the module has a value head. The module is
+    taken over: its layers become what the exporter reads. RecipeError where the Quant has no
+    kernel, executorch is missing or the module can not be exported.
     """
     check(quant)
     with warnings.catch_warnings():
@@ -43,7 +45,10 @@ def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
 
 
 def lower(module: nn.Module, example: Tensor) -> bytes:
-    """The program of a module whose layers hold torchao's weights, or none that are rounded. Errors as of `to_pte`."""
+    """The program of a module whose layers hold torchao's weights, or none that are rounded.
+
+    Errors as of `to_pte`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -63,7 +68,11 @@ def lower(module: nn.Module, example: Tensor) -> bytes:
                 f"export: {type(module).__name__} can not be written as an ExecuTorch program: {reason(error)}; "
                 "write that part of it with operations that torch.export knows"
             ) from error
-    calls = {str(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function"}
+    calls = {
+        str(node.target)
+        for node in edge.exported_program().graph.nodes
+        if node.op == "call_function"
+    }
     left = [name for name in calls if "quantize" in name or "choose_qparams" in name]
     assert not left, f"XNNPACK left {left} to slower kernels"
     return program.buffer
@@ -80,7 +89,9 @@ def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
         program = Runtime.get().load_program(data)
 
     def answers(inputs: Tensor) -> list[Tensor]:
-        method = program.load_method("forward")  # the program's own; alone it would outlive the bytes that it reads
+        method = program.load_method(
+            "forward"
+        )  # the program's own; alone it would outlive the bytes that it reads
         assert method is not None
         return list(method.execute([inputs]))
 
@@ -88,7 +99,9 @@ def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
 
 
 def _missing() -> RecipeError:
-    return RecipeError("export: an ExecuTorch program needs executorch; type: pip install 'raykd[executorch]'")
+    return RecipeError(
+        "export: an ExecuTorch program needs executorch; type: pip install 'raykd[executorch]'"
+    )
 
 
 def check(quant: Quant) -> None:
@@ -109,7 +122,9 @@ def check(quant: Quant) -> None:
 
 
 def _hold(module: nn.Module, quant: Quant) -> None:
-    """Replace every layer that is rounded by one with torchao's weights; what is stored as int8 is float32 here."""
+    """Replace every layer that is rounded by one with torchao's weights; what is stored as int8 is
+    float32 here.
+    """
     other_parameters.bake(module)
     swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
@@ -126,10 +141,14 @@ def _held(layer: QuantLinear, quant: Quant) -> nn.Linear:
 
     codes, scales = layer.codes(), layer.scales()
     block = layer.in_features // scales.shape[1]
-    codes *= scales.sign().to(torch.int8).repeat_interleave(block, 1)  # XNNPACK takes scales above zero
+    codes *= (
+        scales.sign().to(torch.int8).repeat_interleave(block, 1)
+    )  # XNNPACK takes scales above zero
     held = torch.int4 if quant.weights == "int4" and block % BLOCK == 0 else torch.int8  # type: ignore[attr-defined]
     zeros = torch.zeros_like(scales, dtype=torch.int8)
-    weight = IntxUnpackedToInt8Tensor(codes, scales.abs(), zeros, held, (1, block), torch.float32, ROUNDING)
+    weight = IntxUnpackedToInt8Tensor(
+        codes, scales.abs(), zeros, held, (1, block), torch.float32, ROUNDING
+    )
     made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
     return made

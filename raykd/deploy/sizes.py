@@ -17,7 +17,8 @@ CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 def tensors_of(module: nn.Module) -> list[dict[str, Any]]:
     """One row for each rounded tensor: its name, shape, kind, bytes of codes and scales, and error.
 
-    error = |W - Q(W)| / |W|, Frobenius norms, W being the weights that training kept in full precision.
+    error = |W - Q(W)| / |W|, Frobenius norms, W being the weights that training kept in full
+    precision.
     """
     operator, values, found = operators(module), {held: value for value, held in stored(module)}, []
     told: set[nn.Module] = set()
@@ -29,20 +30,34 @@ def tensors_of(module: nn.Module) -> list[dict[str, Any]]:
             value, rounded, kind = values[layer], layer(values[layer]), "int8, stored"
         else:
             value, rounded, kind = layer.weight, layer.rounded(), _kind(layer)
-        sizes = {buffer: held.nbytes for buffer, held in operator[layer].named_buffers() if buffer != "bias"}
-        row = {"name": name.replace("parametrizations.", "").removesuffix(".0"), "shape": list(value.shape)}
+        sizes = {
+            buffer: held.nbytes
+            for buffer, held in operator[layer].named_buffers()
+            if buffer != "bias"
+        }
+        row = {
+            "name": name.replace("parametrizations.", "").removesuffix(".0"),
+            "shape": list(value.shape),
+        }
         found.append(row | {"kind": kind, "bytes": sizes, "error": _error(value, rounded)})
     return found
 
 
 def bytes_of(data: bytes, tensors: list[dict[str, Any]]) -> dict[str, int]:
-    """Bytes of a file by kind: codes, scales, float32 (biases, norms, whatever is not rounded) and graph."""
+    """Bytes of a file by kind: codes, scales, float32 (biases, norms, whatever is not rounded) and
+    graph.
+    """
     proto = onnx.ModelProto.FromString(data)
     held = [(tensor.data_type, len(tensor.raw_data)) for tensor in proto.graph.initializer]
     codes = sum(size for kind, size in held if kind in CODES)
     scales = sum(row["bytes"]["scales"] for row in tensors)
     floats = sum(size for kind, size in held if kind == onnx.TensorProto.FLOAT) - scales
-    return {"codes": codes, "scales": scales, "float32": floats, "graph": len(data) - codes - scales - floats}
+    return {
+        "codes": codes,
+        "scales": scales,
+        "float32": floats,
+        "graph": len(data) - codes - scales - floats,
+    }
 
 
 def _kind(layer: QuantLayer) -> str:

@@ -1,4 +1,5 @@
-"""The deployable language model: a folder that is whole or absent, with what it takes to run it and proof that it does.
+"""The deployable language model: a folder that is whole or absent, with what it takes to run it and
+proof that it does.
 
 student.onnx     codes and scales, keys and values in and out, for stock onnxruntime
 model.json       the model's settings and its Quant
@@ -50,7 +51,10 @@ ALONE = 2  # rows that are read token by token beside whole ones
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` of a run over text, and give its manifest: `export_decoder` of the best seed's student."""
+    """Write `artefact/` of a run over text, and give its manifest:
+
+    `export_decoder` of the best seed's student.
+    """
     seed = best_seed(recipe, folder)
     weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
     module = check(models.build(recipe.student.bare, **dataset.shape, key="student"), recipe)
@@ -62,7 +66,14 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     tokens, asked = _judged(dataset.splits["test"]), recipe.export
     noted = {"seed": seed, "export": asked.model_dump()}
     manifest = export_decoder(
-        module, target, tokens=tokens, title=title, tokenizer=path, gguf=asked.gguf, end=recipe.data.end, noted=noted
+        module,
+        target,
+        tokens=tokens,
+        title=title,
+        tokenizer=path,
+        gguf=asked.gguf,
+        end=recipe.data.end,
+        noted=noted,
     )
     if how := recipe.drafter:
         _drafts(target, recipe, dataset, how).write(folder / acceptance.NAME)
@@ -74,14 +85,24 @@ def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Dra
     """How the file itself does as the teacher's drafter."""
     assert recipe.teacher is not None
     module = models.build(recipe.teacher, **dataset.shape, key="teacher").eval()
-    teacher, drafter = judge_drafter.reader(module, "teacher"), OnnxReader(Decoder(folder / ONNX, rows=1))
-    text = Text(dataset.shape["steps"], dataset.classes.index(recipe.data.end), len(dataset.classes))
+    teacher, drafter = (
+        judge_drafter.reader(module, "teacher"),
+        OnnxReader(Decoder(folder / ONNX, rows=1)),
+    )
+    text = Text(
+        dataset.shape["steps"], dataset.classes.index(recipe.data.end), len(dataset.classes)
+    )
     test = dataset.splits["test"]
-    return judge_drafter.judge(teacher, drafter, test, how, text, judge_drafter.alone(teacher, test, how, text))
+    return judge_drafter.judge(
+        teacher, drafter, test, how, text, judge_drafter.alone(teacher, test, how, text)
+    )
 
 
 def check(module: nn.Module, recipe: Recipe) -> Llama:
-    """The module, if it is one that can be exported with the recipe's tokeniser. RecipeError otherwise."""
+    """The module, if it is one that can be exported with the recipe's tokeniser.
+
+    RecipeError otherwise.
+    """
     if not isinstance(module, Llama):
         raise RecipeError(
             f"student.model: a {type(module).__name__} has no form that writes text; "
@@ -108,13 +129,17 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
 
 
 def _judged(rows: Rows) -> Tensor:
-    """(N, T) tokens of a split whose rows hold one document: its beginnings of one length, as many as there can be."""
+    """(N, T) tokens of a split whose rows hold one document: its beginnings of one length, as many
+    as there can be.
+    """
     steps = np.arange(1, rows.mask.shape[1] + 1)
     length = np.where(rows.mask, steps, 0).max(1)
     most = np.maximum(MOST, -(-LEAST // np.maximum(steps - 1, 1)))
     held = np.minimum((length[:, None] >= steps).sum(0), most)
     best = int((held * (steps - 1)).argmax())
-    return torch.from_numpy(rows.inputs[length > best][: most[best], : best + 1, 0].astype(np.int64))
+    return torch.from_numpy(
+        rows.inputs[length > best][: most[best], : best + 1, 0].astype(np.int64)
+    )
 
 
 def export_decoder(
@@ -128,13 +153,15 @@ def export_decoder(
     end: str = "<|endoftext|>",
     noted: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write the folder of a Llama, its layers rounded or not, and give its manifest. The module is not changed.
+    """Write the folder of a Llama, its layers rounded or not, and give its manifest. The module is
+    not changed.
 
-    With `gguf` a file for llama.cpp stands beside, with the same codes; `end` is the tokeniser's token that ends a
-    text. What is `noted` goes into the manifest.
+    With `gguf` a file for llama.cpp stands beside, with the same codes; `end` is the tokeniser's
+    token that ends a text. What is `noted` goes into the manifest.
 
-    `tokens` (N, T) int64 is text that it was not trained on. GateError, and no folder, where the file answers
-    otherwise; DataError for too few tokens, RecipeError where the tokeniser is another or the module has no ONNX form.
+    `tokens` (N, T) int64 is text that it was not trained on. GateError, and no folder, where the
+    file answers otherwise; DataError for too few tokens, RecipeError where the tokeniser is another
+    or the module has no ONNX form.
     """
     tokens = tokens.cpu()
     _check(module, tokens, tokenizer)
@@ -153,7 +180,10 @@ def export_decoder(
         name = f"onnx {quant.weights}" if quant else "onnx fp32"
         manifest = {"schema": 1, "format": name, "bytes": len(file), "files": files_of(staged)}
         manifest |= {"parity": _parity(trained, staged / ONNX, tokens, quant), "tensors": tensors}
-        manifest |= {"bytes_by_kind": sizes.bytes_of(file, tensors), "computed_in_float32": _left(trained, quant)}
+        manifest |= {
+            "bytes_by_kind": sizes.bytes_of(file, tensors),
+            "computed_in_float32": _left(trained, quant),
+        }
         manifest |= noted
         write_json(staged / "manifest.json", manifest)
     return manifest
@@ -173,7 +203,9 @@ def _check(module: Llama, tokens: Tensor, tokenizer: Path | None) -> None:
 def _check_tokenizer(module: Llama, path: Path) -> None:
     found, classes = len(byte_bpe.read(path).tokens), module.settings["classes"]
     if found != classes:
-        raise RecipeError(f"tokenizer {path}: {found} tokens, and the model has {classes} classes; name its own")
+        raise RecipeError(
+            f"tokenizer {path}: {found} tokens, and the model has {classes} classes; name its own"
+        )
 
 
 def _quant(module: Llama) -> Quant | None:
@@ -196,7 +228,10 @@ def _left(module: Llama, quant: Quant | None) -> list[dict[str, Any]]:
 
 
 class Read(NamedTuple):
-    """What was answered at each position: (N, T) decisions, (N, T - 1) log-probabilities of what followed there."""
+    """What was answered at each position:
+
+    (N, T) decisions, (N, T - 1) log-probabilities of what followed there.
+    """
 
     decided: NDArray[np.int64]
     following: NDArray[np.float64]
@@ -205,8 +240,9 @@ class Read(NamedTuple):
 def _parity(trained: Llama, file: Path, tokens: Tensor, quant: Quant | None) -> dict[str, Any]:
     """Module and file over the same tokens in the same calls. GateError if apart.
 
-    Rows are read in two calls, the cache between them. Where activations are rounded over a call, one flip at a tie
-    may move the range of all that is in it; there each token is read by itself, as a text is written.
+    Rows are read in two calls, the cache between them. Where activations are rounded over a call,
+    one flip at a tie may move the range of all that is in it; there each token is read by itself,
+    as a text is written.
     """
     held, count = tokens.numpy(), tokens.shape[1]
     halves, singly = [0, count // 2, count], list(range(count + 1))
@@ -222,7 +258,9 @@ def _parity(trained: Llama, file: Path, tokens: Tensor, quant: Quant | None) -> 
         reads["trained"].append(_read(wanted, rows))
         reads["artefact"].append(_read(found, rows))
     each = np.concatenate(apart)
-    decided = {name: np.concatenate([part.decided for part in parts]) for name, parts in reads.items()}
+    decided = {
+        name: np.concatenate([part.decided for part in parts]) for name, parts in reads.items()
+    }
     agreement = float((decided["trained"] == decided["artefact"]).mean())
     gate(each / largest, agreement, bar_of(quant), f"{each.size} tokens")
     alone = np.concatenate([_of_file(file, row[None], singly) for row in held[:ALONE]]).argmax(-1)
@@ -233,8 +271,13 @@ def _parity(trained: Llama, file: Path, tokens: Tensor, quant: Quant | None) -> 
         "relative": float(each.max()) / largest,
         "agreement": agreement,
         "alone_agreement": float((alone == among).mean()),
-        "nll": {name: -float(np.concatenate([p.following for p in parts]).mean()) for name, parts in reads.items()},
-        "accuracy": {name: float((found[:, :-1] == held[:, 1:]).mean()) for name, found in decided.items()},
+        "nll": {
+            name: -float(np.concatenate([p.following for p in parts]).mean())
+            for name, parts in reads.items()
+        },
+        "accuracy": {
+            name: float((found[:, :-1] == held[:, 1:]).mean()) for name, found in decided.items()
+        },
     }
 
 
@@ -242,7 +285,9 @@ def _of_module(module: Llama, rows: NDArray[np.int64], cuts: list[int]) -> NDArr
     """(B, T, V): the module's logits with its cache, in calls between the cuts."""
     cache, ids = module.cache(len(rows)), torch.from_numpy(rows)
     with torch.inference_mode():
-        return torch.cat([module(ids[:, a:b], cache)["logits"] for a, b in pairwise(cuts)], 1).numpy()
+        return torch.cat(
+            [module(ids[:, a:b], cache)["logits"] for a, b in pairwise(cuts)], 1
+        ).numpy()
 
 
 def _of_file(file: Path, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
@@ -254,5 +299,7 @@ def _of_file(file: Path, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np
 def _read(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> Read:
     before = logits[:, :-1].astype(np.float64)
     before -= before.max(-1, keepdims=True)
-    following = np.take_along_axis(before, rows[:, 1:, None], -1)[..., 0] - np.log(np.exp(before).sum(-1))
+    following = np.take_along_axis(before, rows[:, 1:, None], -1)[..., 0] - np.log(
+        np.exp(before).sum(-1)
+    )
     return Read(logits.argmax(-1), following)

@@ -23,7 +23,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def put_once(path: Path, data: bytes) -> bool:
-    """Create `path` with `data` unless it exists; True if this call created it (one winner under a race)."""
+    """Create `path` with `data` unless it exists; True if this call created it (one winner under a
+    race).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = _stage(path, data)
     where = {"folder": path.parent.name, "name": path.name}
@@ -42,7 +44,9 @@ def put_once(path: Path, data: bytes) -> bool:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `path` afterwards; if what fills it fails, `path` stays."""
+    """A new folder to fill, which takes the place of `path` afterwards; if what fills it fails,
+    `path` stays.
+    """
     staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     staged.mkdir(parents=True)
     try:
@@ -64,7 +68,10 @@ def to_json(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`, or None where there is no such file. StoreError if it is not JSON."""
+    """The JSON value in `path`, or None where there is no such file.
+
+    StoreError if it is not JSON.
+    """
     try:
         return from_json(path.read_bytes(), str(path))
     except FileNotFoundError:
@@ -72,11 +79,16 @@ def read_json(path: Path) -> Any:
 
 
 def from_json(data: bytes | None, name: str) -> Any:
-    """The JSON value in a file's bytes, or None where there is no file. StoreError if they are not JSON."""
+    """The JSON value in a file's bytes, or None where there is no file.
+
+    StoreError if they are not JSON.
+    """
     try:
         return None if data is None else json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{name} is damaged: not JSON ({error}); delete it and run again") from None
+        raise StoreError(
+            f"{name} is damaged: not JSON ({error}); delete it and run again"
+        ) from None
 
 
 def _stage(path: Path, data: bytes) -> Path:
@@ -90,7 +102,9 @@ def _stage(path: Path, data: bytes) -> Path:
         staged.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"{path.parent}: {error.strerror}, {len(data):,} bytes could not be written"
-            raise InfraError(f"{full}; free that disk and give the same command, which continues from here") from None
+            raise InfraError(
+                f"{full}; free that disk and give the same command, which continues from here"
+            ) from None
         raise
     return staged
 

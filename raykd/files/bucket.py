@@ -1,7 +1,9 @@
-"""A prefix of an S3 bucket as a store's place: a conditional PUT (`If-None-Match: *`) creates a name once.
+"""A prefix of an S3 bucket as a store's place: a conditional PUT (`If-None-Match: *`) creates a
+name once.
 
-Region and credentials are those of the environment: AWS_ACCESS_KEY_ID and its like, a web identity, the role of a
-container or machine. AWS_ENDPOINT_URL names another server that speaks S3. Every wait has an end.
+Region and credentials are those of the environment: AWS_ACCESS_KEY_ID and its like, a web identity,
+the role of a container or machine. AWS_ENDPOINT_URL names another server that speaks S3. Every wait
+has an end.
 """
 
 import os
@@ -44,7 +46,9 @@ class Bucket:
         return Bucket(self.bucket, f"{self.prefix}/{name}".lstrip("/"))
 
     def put_once(self, name: str, data: bytes) -> bool:
-        """Create an object unless it exists; False too for a call that created it but lost the answer."""
+        """Create an object unless it exists; False too for a call that created it but lost the
+        answer.
+        """
         created = self._create(name, data)
         if created and self.bucket not in SEEN and self._create(name, data):
             raise InfraError(
@@ -55,7 +59,10 @@ class Bucket:
         return created
 
     def _create(self, name: str, data: bytes) -> bool:
-        """Whether this call created an object. One that collides with another which then fails is tried again."""
+        """Whether this call created an object.
+
+        One that collides with another which then fails is tried again.
+        """
         from obstore.exceptions import AlreadyExistsError
 
         for _ in range(ATTEMPTS):
@@ -66,7 +73,9 @@ class Bucket:
                 except AlreadyExistsError:
                     if self._exists(name):
                         return False
-        raise InfraError(f"{self}/{name}: collided with other writers {ATTEMPTS} times; give the same command again")
+        raise InfraError(
+            f"{self}/{name}: collided with other writers {ATTEMPTS} times; give the same command again"
+        )
 
     def _exists(self, name: str) -> bool:
         with self._told(name) as (api, client):
@@ -85,7 +94,10 @@ class Bucket:
         with self._told(name) as (api, client):
             try:
                 return bytes(api.get(client, name, options=options).bytes())
-            except (FileNotFoundError, ValueError) as error:  # the latter for a name that no object can have
+            except (
+                FileNotFoundError,
+                ValueError,
+            ) as error:  # the latter for a name that no object can have
                 _no_bucket(self, error)
                 return None
 
@@ -105,7 +117,9 @@ class Bucket:
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
     def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether every file has the size that its record says; its digest is checked by whoever fetches it."""
+        """Whether every file has the size that its record says; its digest is checked by whoever
+        fetches it.
+        """
         found = self.listed("data")
         return all(r["file"] in found and found[r["file"]].bytes == r["bytes"] for r in records)
 
@@ -128,27 +142,40 @@ class Bucket:
 def _no_bucket(place: Bucket, error: BaseException) -> None:
     """InfraError if it is the bucket that is missing."""
     if "<Code>NoSuchBucket</Code>" in str(error):
-        raise InfraError(f"{place}: there is no bucket {place.bucket!r}; create it, or name another") from None
+        raise InfraError(
+            f"{place}: there is no bucket {place.bucket!r}; create it, or name another"
+        ) from None
 
 
 def _reason(error: BaseException) -> str:
     """The first line of what the package says, and the server's code, such as AccessDenied."""
     code = re.search(r"<Code>(\w+)</Code>", str(error))
-    return str(error).partition("\n")[0].partition("<?xml")[0].strip(" :") + (f" ({code[1]})" if code else "")
+    return str(error).partition("\n")[0].partition("<?xml")[0].strip(" :") + (
+        f" ({code[1]})" if code else ""
+    )
 
 
 def _package(address: str) -> Any:
     try:
         import obstore
     except ModuleNotFoundError:
-        raise InfraError(f"{address} needs the package obstore; type: pip install 'raykd[s3]'") from None
+        raise InfraError(
+            f"{address} needs the package obstore; type: pip install 'raykd[s3]'"
+        ) from None
     return obstore
 
 
 @lru_cache
 def _client(bucket: str, prefix: str, endpoint: str | None) -> Any:
-    """A client, made once a process; plain HTTP only where the endpoint that the user named asks for it."""
+    """A client, made once a process; plain HTTP only where the endpoint that the user named asks
+    for it.
+    """
     from obstore.store import S3Store
 
     plain = bool(endpoint and endpoint.startswith("http://"))
-    return S3Store(bucket, prefix=prefix or None, client_options=CLIENT | {"allow_http": plain}, retry_config=RETRY)
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        client_options=CLIENT | {"allow_http": plain},
+        retry_config=RETRY,
+    )

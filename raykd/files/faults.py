@@ -1,7 +1,8 @@
 """Named points where a test can kill the process, to prove that nothing is lost there.
 
-`RAYKD_FAULT="train:step=30,rank=1"` kills (SIGKILL) the first process to reach that point with those values, once:
-`RAYKD_FAULT_FIRED` names a file that is created by the kill and prevents a second one.
+`RAYKD_FAULT="train:step=30,rank=1"` kills (SIGKILL) the first process to reach that point with
+those values, once: `RAYKD_FAULT_FIRED` names a file that is created by the kill and prevents a
+second one.
 """
 
 import os

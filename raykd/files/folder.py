@@ -1,4 +1,6 @@
-"""A folder of this machine, or one that all nodes mount, as a store's place: a link creates a name once."""
+"""A folder of this machine, or one that all nodes mount, as a store's place: a link creates a name
+once.
+"""
 
 import hashlib
 import os
@@ -53,7 +55,9 @@ class Folder:
             except FileNotFoundError:  # a writer's, put in place or removed meanwhile
                 continue
             if path.is_file():
-                found[path.relative_to(self.address).as_posix()] = Found(told.st_size, told.st_mtime)
+                found[path.relative_to(self.address).as_posix()] = Found(
+                    told.st_size, told.st_mtime
+                )
         return found
 
     def folders(self, below: str = "") -> list[str]:

@@ -1,7 +1,8 @@
 """Where a store's files stand, by name: in a folder, or below a prefix of an S3 bucket.
 
-The protocol asks three things of a place: a file is there whole or not at all, of many who create one name just one
-wins, and what is written is read at once. It needs no rename and no lock, and nothing is listed to be read.
+The protocol asks three things of a place: a file is there whole or not at all, of many who create
+one name just one wins, and what is written is read at once. It needs no rename and no lock, and
+nothing is listed to be read.
 """
 
 import re
@@ -64,12 +65,17 @@ class Place(Protocol):
         ...
 
     def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether the files of these commit records are there, as far as can be told without fetching them."""
+        """Whether the files of these commit records are there, as far as can be told without
+        fetching them.
+        """
         ...
 
 
 def at(address: "Address | Place") -> Place:
-    """The place that an address names; a place is itself. ValueError for a URL that can not be one."""
+    """The place that an address names; a place is itself.
+
+    ValueError for a URL that can not be one.
+    """
     if not isinstance(address, Path | str):
         return address
     if is_url(address):
@@ -101,5 +107,8 @@ def within(home: Address, name: str) -> Address:
 
 
 def read_json(place: Place, name: str) -> Any:
-    """The JSON value in a file of a place, or None where there is none. StoreError if it is not JSON."""
+    """The JSON value in a file of a place, or None where there is none.
+
+    StoreError if it is not JSON.
+    """
     return from_json(place.get(name), f"{place}/{name}")

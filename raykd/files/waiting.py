@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 
 def bounded(work: Callable[[], T], limit_s: float) -> T:
-    """What `work` returns; TimeoutError after `limit_s`, whatever hangs (a name look-up has no timeout)."""
+    """What `work` returns; TimeoutError after `limit_s`, whatever hangs (a name look-up has no
+    timeout).
+    """
     result: Future[T] = Future()
 
     def run() -> None:

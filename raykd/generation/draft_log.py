@@ -1,18 +1,18 @@
-"""The log of verification: what a teacher said of a student's drafts, as a store that can be trained on again.
+"""The log of verification: what a teacher said of a student's drafts, as a store that can be
+trained on again.
 
-    row_id      int64             the draft's number: by interval, place in the batch, group
-    row         int64             the data's row that it continues
-    drawn       int32             the group that it was drafted in, named by the first step that used it
-    text        int32 a token     prompt and draft, from the last start of a document on; `text_steps` of them
-    steps       int32             tokens of the draft, which end the text
-    log_q       fp16 a step       the student's log probability of each, when it was drawn
-    accepted    int32             how many of them stayed
-    correction  int32             the teacher's token in place of the first that did not; -1 where all stayed
-    logits      by a codec        the teacher's, a step for each drafted token
+    row_id      int64             the draft's number: by interval, place in the batch, group row
+    int64             the data's row that it continues drawn       int32             the group that
+    it was drafted in, named by the first step that used it text        int32 a token     prompt and
+    draft, from the last start of a document on; `text_steps` of them steps       int32
+    tokens of the draft, which end the text log_q       fp16 a step       the student's log
+    probability of each, when it was drawn accepted    int32             how many of them stayed
+    correction  int32             the teacher's token in place of the first that did not; -1 where
+    all stayed logits      by a codec        the teacher's, a step for each drafted token
 
-The files are those of every store (raykd/store/commit.py). A shard is one place of the global batch over an interval
-between two reports: any number of workers writes the same ones, up to what the order of sums does to weights, and a
-training resumed at a report writes none twice.
+The files are those of every store (raykd/store/commit.py). A shard is one place of the global batch
+over an interval between two reports: any number of workers writes the same ones, up to what the
+order of sums does to weights, and a training resumed at a report writes none twice.
 """
 
 import math
@@ -56,8 +56,11 @@ class Kept:
         return codec_for(self.identity["store"], self.identity["vocabulary"]["size"])
 
 
-def kept(where: Address, run: str, classes: Sequence[str], temperature: float, store: dict[str, Any]) -> Kept:
-    """The log of a training named `run`. `store` is the recipe's table, whose codec the answers are kept by.
+def kept(
+    where: Address, run: str, classes: Sequence[str], temperature: float, store: dict[str, Any]
+) -> Kept:
+    """The log of a training named `run`. `store` is the recipe's table, whose codec the answers are
+    kept by.
 
     RecipeError for a codec that keeps no answers by themselves.
     """
@@ -69,12 +72,16 @@ def kept(where: Address, run: str, classes: Sequence[str], temperature: float, s
     stored = {key: value for key, value in store.items() if key not in ("rows_per_shard", "batch")}
     stored |= {"temperatures": sorted({temperature, 1.0})} if "temperatures" in store else {}
     drafts = {"run": run, "temperature": temperature}
-    return Kept(where, {"schema": SCHEMA, "drafts": drafts, "vocabulary": vocabulary, "store": stored})
+    return Kept(
+        where, {"schema": SCHEMA, "drafts": drafts, "vocabulary": vocabulary, "store": stored}
+    )
 
 
 @dataclass
 class DraftLog:
-    """One worker's part in writing a log: its places `share` of `own` in every group of `intervals`."""
+    """One worker's part in writing a log: its places `share` of `own` in every group of
+    `intervals`.
+    """
 
     kept: Kept
     intervals: Sequence[Sequence[int]]
@@ -90,13 +97,22 @@ class DraftLog:
         for i, groups in enumerate(self.intervals):
             starts = [first + place * len(groups) for place in range(self.own)]
             self.shards += [
-                [Shard(i * self.own + k, SPLIT, start, start + len(groups)) for k, start in enumerate(starts)]
+                [
+                    Shard(i * self.own + k, SPLIT, start, start + len(groups))
+                    for k, start in enumerate(starts)
+                ]
             ]
             first += self.own * len(groups)
-        self.at = {group: (i, k) for i, groups in enumerate(self.intervals) for k, group in enumerate(groups)}
+        self.at = {
+            group: (i, k)
+            for i, groups in enumerate(self.intervals)
+            for k, group in enumerate(groups)
+        }
 
     def add(self, group: int, batch: Batch) -> None:
-        """Keep a group's drafts; with an interval's last, commit its shards; with the log's last, finish it."""
+        """Keep a group's drafts; with an interval's last, commit its shards; with the log's last,
+        finish it.
+        """
         interval, position = self.at[group]
         mine = self.shards[interval][self.share]
         row_id = np.array([shard.first + position for shard in mine], np.int64)
@@ -105,10 +121,13 @@ class DraftLog:
             return
         for shard in self.writer.missing(mine):
             k = mine.index(shard)
-            self.writer.commit(shard, self._packed(pa.concat_tables([held.slice(k, 1) for held in self.held])))
+            self.writer.commit(
+                shard, self._packed(pa.concat_tables([held.slice(k, 1) for held in self.held]))
+            )
         self.held = []
         every = [shard for shards in self.shards for shard in shards]
-        # all commit before they look, so the last one sees every shard; `missing` would remove what others just write
+        # all commit before they look, so the last one sees every shard; `missing` would remove what
+        # others just write
         if interval + 1 == len(self.intervals) and all(map(self.writer.stands, every)):
             self.writer.finish(every, {"rows": {SPLIT: every[-1].last}})
 
@@ -120,10 +139,16 @@ class DraftLog:
         assert rollout.rejected is not None
         assert rollout.correction is not None
         mask = batch.mask.cpu()
-        text = torch.cat([batch.inputs[..., 0], batch.label[:, -1:].to(batch.inputs)], 1).cpu().int()
+        text = (
+            torch.cat([batch.inputs[..., 0], batch.label[:, -1:].to(batch.inputs)], 1).cpu().int()
+        )
         at = torch.arange(text.shape[1])
-        starts = (batch.inputs[..., 1].cpu() == 0) & (at[:-1] <= mask.long().argmax(1, keepdim=True))
-        first, last = (torch.where(where, at[:-1], 0).amax(1, keepdim=True) for where in (starts, mask))
+        starts = (batch.inputs[..., 1].cpu() == 0) & (
+            at[:-1] <= mask.long().argmax(1, keepdim=True)
+        )
+        first, last = (
+            torch.where(where, at[:-1], 0).amax(1, keepdim=True) for where in (starts, mask)
+        )
         read = ((at >= first) & (at <= last + 1)).numpy()
         rejected = (rollout.rejected & batch.mask).cpu()
         correction = torch.where(rejected, rollout.correction.cpu(), 0).sum(1)
@@ -136,7 +161,9 @@ class DraftLog:
             "accepted": (rollout.accepted & batch.mask).sum(1).cpu().numpy().astype(np.int32),
             "correction": torch.where(rejected.any(1), correction, NONE).numpy().astype(np.int32),
         }
-        columns = {pa.field(name, pa.from_numpy_dtype(v.dtype)): pa.array(v) for name, v in whole.items()}
+        columns = {
+            pa.field(name, pa.from_numpy_dtype(v.dtype)): pa.array(v) for name, v in whole.items()
+        }
         log_q = rollout.log_q.float().cpu().numpy()
         columns[codec.field("text", text.numpy(), "text_steps")] = codec.encode(text.numpy(), read)
         columns[codec.field("log_q", log_q, "steps")] = codec.encode(log_q, mask.numpy())
@@ -148,27 +175,34 @@ class DraftLog:
         """With the answers in the layout that is smallest."""
         at, steps = table.schema.get_field_index("logits"), table.column("steps").to_numpy()
         packed, layout = self.kept.codec.pack(table.column(at).combine_chunks(), steps)
-        field = pa.field("logits", packed.type, nullable=False, metadata=metadata(self.kept.codec, layout))
+        field = pa.field(
+            "logits", packed.type, nullable=False, metadata=metadata(self.kept.codec, layout)
+        )
         return table.set_column(at, field, packed)
 
 
 class Replay:
     """The drafts of a log, as batches.
 
-    StoreError for a store of another kind, or one whose numbers can not be; DataError for another tokeniser's, or texts
-    longer than the student was built for.
+    StoreError for a store of another kind, or one whose numbers can not be; DataError for another
+    tokeniser's, or texts longer than the student was built for.
     """
 
     def __init__(self, where: Address, classes: Sequence[str], steps: int, device: torch.device):
         self.where, self.device, store = where, device, Store(where)
         try:
             told = store.manifest["identity"]["drafts"]
-            vocabulary, self.temperature = store.manifest["identity"]["vocabulary"], float(told["temperature"])
+            vocabulary, self.temperature = (
+                store.manifest["identity"]["vocabulary"],
+                float(told["temperature"]),
+            )
             size, sha256 = int(vocabulary["size"]), str(vocabulary["sha256"])
             self.logits = store.logits(SPLIT)
             text, log_q = store.column("text", SPLIT), store.column("log_q", SPLIT)
             names = ("row", "accepted", "correction", "steps", "text_steps")
-            self.row, self.accepted, self.correction, self.steps, self.read = (_column(store, name) for name in names)
+            self.row, self.accepted, self.correction, self.steps, self.read = (
+                _column(store, name) for name in names
+            )
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"source.log: {where} is no log of drafts ({error!r}); a training with source.keep = true writes one"
@@ -178,17 +212,25 @@ class Replay:
         self.start, self.drawn = (steps.cumsum(0) - steps for steps in (self.read, self.steps))
         self._check()
         if (longest := int(self.read.max()) - 1) > steps:
-            raise DataError(f"source.log: texts of {longest} tokens, but the student was built for {steps}")
+            raise DataError(
+                f"source.log: texts of {longest} tokens, but the student was built for {steps}"
+            )
 
     def __len__(self) -> int:
         return len(self.row)
 
     def batch(self, index: NDArray[np.int64]) -> Batch:
-        """The drafts at `index` (B,): those of the training that kept them, up to rounding and places nobody reads."""
+        """The drafts at `index` (B,): those of the training that kept them, up to rounding and
+        places nobody reads.
+        """
         i = torch.from_numpy(index)
-        read, steps, accepted = (values[i][:, None] for values in (self.read, self.steps, self.accepted))
+        read, steps, accepted = (
+            values[i][:, None] for values in (self.read, self.steps, self.accepted)
+        )
         at = torch.arange(int(read.max()))
-        text = torch.where(at < read, self.text[(self.start[i][:, None] + at).clamp(max=len(self.text) - 1)], 0)
+        text = torch.where(
+            at < read, self.text[(self.start[i][:, None] + at).clamp(max=len(self.text) - 1)], 0
+        )
         at = at[:-1]
         nth = at - (read - 1 - steps)  # which of the drafted tokens a position is about
         mask = (nth >= 0) & (nth < steps)
@@ -205,22 +247,54 @@ class Replay:
         correction = torch.where(rejected, self.correction[i][:, None], 0)
         tail = torch.where(mask & (nth > accepted), nth - accepted, 0)
         label = torch.where(mask, text[:, 1:], UNLABELLED)
-        found = (self.row[i], inputs, mask, label, logits, log_q, mask & (nth < accepted), rejected, correction, tail)
-        row, inputs, mask, label, logits, log_q, stayed, rejected, correction, tail = (x.to(self.device) for x in found)
+        found = (
+            self.row[i],
+            inputs,
+            mask,
+            label,
+            logits,
+            log_q,
+            mask & (nth < accepted),
+            rejected,
+            correction,
+            tail,
+        )
+        row, inputs, mask, label, logits, log_q, stayed, rejected, correction, tail = (
+            x.to(self.device) for x in found
+        )
         rollout = Rollout(
-            log_q, torch.ones_like(log_q), 0, self.temperature, stayed, rejected, correction=correction, tail=tail
+            log_q,
+            torch.ones_like(log_q),
+            0,
+            self.temperature,
+            stayed,
+            rejected,
+            correction=correction,
+            tail=tail,
         )
         targets = stored.targets(self.device) if stored.is_sparse else None
-        return Batch(row, inputs, mask, label, teacher=Signals(logits, mask), targets=targets, rollout=rollout)
+        return Batch(
+            row,
+            inputs,
+            mask,
+            label,
+            teacher=Signals(logits, mask),
+            targets=targets,
+            rollout=rollout,
+        )
 
     def check(self, terms: Mapping[str, TermSpec], temperature: float) -> None:
-        """RecipeError where a term can not be told from this log, or its drafts were drawn at another temperature."""
+        """RecipeError where a term can not be told from this log, or its drafts were drawn at
+        another temperature.
+        """
         if temperature != self.temperature:
             raise RecipeError(
                 f"source.temperature = {temperature}, but {self.where} was drafted at {self.temperature}; write that"
             )
         draft = self.batch(np.zeros(1, np.int64))
-        student = Signals(torch.zeros(*draft.mask.shape, self.vocab, device=self.device), draft.mask)
+        student = Signals(
+            torch.zeros(*draft.mask.shape, self.vocab, device=self.device), draft.mask
+        )
         for name, spec in terms.items():
             if spec.weight > 0 and TERMS[name].own:
                 TERMS[name].make(student, draft, **spec.settings)
@@ -233,9 +307,11 @@ class Replay:
             "answers of another vocabulary": torch.tensor(getattr(codec, "vocab", vocab) == vocab),
             "no drafts": torch.tensor(len(self.row) > 0),
             "texts that no draft ends": (self.steps >= 1) & (self.steps < self.read),
-            "accepted tokens that were not drafted": (self.accepted >= 0) & (self.accepted <= self.steps),
+            "accepted tokens that were not drafted": (self.accepted >= 0)
+            & (self.accepted <= self.steps),
             "corrections that do not fit": (self.correction >= NONE) & (self.correction < vocab),
-            "rejections without a correction": (self.correction == NONE) == (self.accepted == self.steps),
+            "rejections without a correction": (self.correction == NONE)
+            == (self.accepted == self.steps),
             "tokens beyond the vocabulary": (self.text >= 0) & (self.text < vocab),
             "probabilities above 1": self.log_q <= 0,
         }

@@ -1,14 +1,24 @@
-"""Drafts that a teacher verifies, as batches: one round of speculative sampling a row (Leviathan et al. 2023).
+"""Drafts that a teacher verifies, as batches: one round of speculative sampling a row (Leviathan et
+al. 2023).
 
-A drafted token x is accepted with probability min(1, p(x) / q(x)); the first that is not is corrected by a draw from
-(p - q)+, and those after it are discarded (arXiv 2211.17192, algorithm 1). Here they are kept: they are what the
-student writes after its own mistakes.
+A drafted token x is accepted with probability min(1, p(x) / q(x)); the first that is not is
+corrected by a draw from (p - q)+, and those after it are discarded (arXiv 2211.17192, algorithm 1).
+Here they are kept: they are what the student writes after its own mistakes.
 """
 
 import torch
 from torch import Tensor, nn
 
-from raykd.generation.sampling import Drawn, Later, Teacher, behind, inverse, log_probabilities, sample, scored
+from raykd.generation.sampling import (
+    Drawn,
+    Later,
+    Teacher,
+    behind,
+    inverse,
+    log_probabilities,
+    sample,
+    scored,
+)
 from raykd.signals import Batch, Rollout, Signals
 
 
@@ -23,10 +33,11 @@ def drafted(
     eos: int | None = None,
     vocab: int | None = None,
 ) -> Later:
-    """Prompts (B, P, 2) with the n tokens that the student drafted after each, tested; T = P + n - 1.
+    """Prompts (B, P, 2) with the n tokens that the student drafted after each, tested; T = P + n -
+    1.
 
-    `uniforms` (B, 2 n + 1) fp64 in [0, 1) draw the tokens, test them, and draw the correction. A draft ends with `eos`.
-    It is drawn now, and tested when the batch is asked for.
+    `uniforms` (B, 2 n + 1) fp64 in [0, 1) draw the tokens, test them, and draw the correction. A
+    draft ends with `eos`. It is drawn now, and tested when the batch is asked for.
     """
     count = uniforms.shape[1] // 2
     how = {"temperature": temperature, "eos": eos, "vocab": vocab}
@@ -46,7 +57,8 @@ def drafted(
 
 
 def verified(drawn: Drawn, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
-    """A Rollout's fields of a draft (B, n), given the teacher's log probabilities (B, n, V) and uniforms (B, n + 1).
+    """A Rollout's fields of a draft (B, n), given the teacher's log probabilities (B, n, V) and
+    uniforms (B, n + 1).
 
     Where p = q there is nothing to reject; should rounding do so, the correction is drawn from p.
     """
@@ -63,4 +75,9 @@ def verified(drawn: Drawn, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
     correction = torch.where(rejected, inverse(residual, uniforms[:, -1])[:, None], 0)
     accepted = drawn.mask & until
-    return {"accepted": accepted, "rejected": rejected, "correction": correction, "tail": after.cumsum(1) * after}
+    return {
+        "accepted": accepted,
+        "rejected": rejected,
+        "correction": correction,
+        "tail": after.cumsum(1) * after,
+    }

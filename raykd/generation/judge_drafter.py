@@ -1,7 +1,8 @@
-"""Student and teacher writing on from rows of the test split, by speculative decoding: what acceptance is measured on.
+"""Student and teacher writing on from rows of the test split, by speculative decoding: what
+acceptance is measured on.
 
-The states are those of serving: texts of the teacher's law, with what the student drafts in them. What the teacher
-writes after the same beginnings by itself is the same for every drafter.
+The states are those of serving: texts of the teacher's law, with what the student drafts in them.
+What the teacher writes after the same beginnings by itself is the same for every drafter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,9 @@ from raykd.recipe.drafter import Drafter
 def check(module: nn.Module, key: str) -> Llama:
     """The module, if it can write with others. RecipeError otherwise; `key` names it."""
     if not isinstance(module, Llama):
-        raise RecipeError(f'drafter: {key} keeps no cache of its own; use {key}.model = "llama", or leave drafter out')
+        raise RecipeError(
+            f'drafter: {key} keeps no cache of its own; use {key}.model = "llama", or leave drafter out'
+        )
     return module
 
 
@@ -40,14 +43,22 @@ def alone(teacher: Reader, split: Rows, how: Drafter, text: Text) -> dict[int, l
     """
     found = {}
     for row in openings(split, how):
-        found[row] = generate(teacher, _seen(split, row, how), how.count, **_settings(split, row, how, text)).tokens
+        found[row] = generate(
+            teacher, _seen(split, row, how), how.count, **_settings(split, row, how, text)
+        ).tokens
     return found
 
 
 def judge(
-    teacher: Reader, drafter: Reader, split: Rows, how: Drafter, text: Text, texts: Mapping[int, Sequence[int]]
+    teacher: Reader,
+    drafter: Reader,
+    split: Rows,
+    how: Drafter,
+    text: Text,
+    texts: Mapping[int, Sequence[int]],
 ) -> Drafts:
-    """What both write after the beginnings of the split's rows, and how far they agree on the teacher's `texts` there.
+    """What both write after the beginnings of the split's rows, and how far they agree on the
+    teacher's `texts` there.
 
     `texts` are those of `alone`. The draws are the row's own, equal for every drafter.
     """
@@ -55,8 +66,13 @@ def judge(
     for row, told in texts.items():
         seen, more = _seen(split, row, how), _settings(split, row, how, text)
         done = speculate(teacher, drafter, seen, how.count, gamma=how.gamma, **more)
-        tested, accepted = (sum(getattr(each, key) for each in done.rounds) for key in ("tested", "accepted"))
-        overlap, written = sum(sum(each.overlap) for each in done.rounds), (len(done.tokens), done.teacher_calls)
+        tested, accepted = (
+            sum(getattr(each, key) for each in done.rounds) for key in ("tested", "accepted")
+        )
+        overlap, written = (
+            sum(sum(each.overlap) for each in done.rounds),
+            (len(done.tokens), done.teacher_calls),
+        )
         shared = shares(teacher, drafter, seen, told, how, text.vocab)
         agreed = (float(shared.double().sum()), len(shared))
         numbers = (int(split.row_id[row]), int(split.group[row]))
@@ -65,7 +81,12 @@ def judge(
 
 
 def shares(
-    teacher: Reader, drafter: Reader, seen: Sequence[int], told: Sequence[int], how: Drafter, vocab: int | None
+    teacher: Reader,
+    drafter: Reader,
+    seen: Sequence[int],
+    told: Sequence[int],
+    how: Drafter,
+    vocab: int | None,
 ) -> Tensor:
     """(n,): sum min(p, q) at each token that was told after what was seen, as far as both can read."""
     laws = []
@@ -78,7 +99,12 @@ def shares(
 
 
 def _settings(split: Rows, row: int, how: Drafter, text: Text) -> dict[str, Any]:
-    return {"temperature": how.temperature, "vocab": text.vocab, "eos": text.eos, "seed": int(split.row_id[row])}
+    return {
+        "temperature": how.temperature,
+        "vocab": text.vocab,
+        "eos": text.eos,
+        "seed": int(split.row_id[row]),
+    }
 
 
 def _seen(split: Rows, row: int, how: Drafter) -> list[int]:
@@ -86,8 +112,8 @@ def _seen(split: Rows, row: int, how: Drafter) -> list[int]:
 
 
 def openings(split: Rows, how: Drafter) -> list[int]:
-    """The rows that texts begin as, at most `how.prompts`: the first of every document, then the second ones and so on,
-    of which a last turn that is not whole is spread over the documents.
+    """The rows that texts begin as, at most `how.prompts`: the first of every document, then the
+    second ones and so on, of which a last turn that is not whole is spread over the documents.
 
     DataError where no row has so many tokens, and room for one more.
     """
@@ -111,8 +137,8 @@ def openings(split: Rows, how: Drafter) -> list[int]:
 
 
 def beginning(mask: NDArray[np.bool_], prompt: int) -> int:
-    """How many of a row's tokens begin a text: its own prompt where its first step is not told, which takes a prompt of
-    two tokens; else `prompt`.
+    """How many of a row's tokens begin a text: its own prompt where its first step is not told,
+    which takes a prompt of two tokens; else `prompt`.
     """
     told = int(mask.argmax())
     return told + 1 if told else prompt

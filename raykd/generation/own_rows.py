@@ -1,4 +1,6 @@
-"""A recipe's `[source]`: the batches that the student writes, each a pure function of (seed, step, its weights)."""
+"""A recipe's `[source]`: the batches that the student writes, each a pure function of (seed, step,
+its weights).
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -49,12 +51,14 @@ def written(
     *,
     share: slice,
 ) -> Later:
-    """The group of rows named `group`: this worker's rows continued by the student, from their prompts or one cut.
+    """The group of rows named `group`: this worker's rows continued by the student, from their
+    prompts or one cut.
 
     It is written now; the batch is given once the teacher has scored it.
 
-    `share` are this worker's rows of the global batch. Cut and uniforms are those of the global batch, drawn by
-    (seed, group). DataError where a row can not be cut so that `source.length` tokens follow.
+    `share` are this worker's rows of the global batch. Cut and uniforms are those of the global
+    batch, drawn by (seed, group). DataError where a row can not be cut so that `source.length`
+    tokens follow.
     """
     most = min(rows.inputs.shape[1], text.steps + 1 - source.length)
     if most < 1:
@@ -80,31 +84,41 @@ def written(
 
 
 def replayed(replay: Replay, own: int, seed: int, group: int, *, share: slice) -> Later:
-    """This worker's `share` of the `own` drafts of a log that a step reads, in an order drawn by the seed."""
+    """This worker's `share` of the `own` drafts of a log that a step reads, in an order drawn by
+    the seed.
+    """
     index = Stream(np.arange(len(replay)), seed, REPLAYED).take(group * own, own)[share]
     return lambda: replay.batch(index)
 
 
 @dataclass
 class Written:
-    """The same for each step in turn, by a schedule: groups are drawn when due and held while they are used.
+    """The same for each step in turn, by a schedule: groups are drawn when due and held while they
+    are used.
 
-    Call it with every step from a report's boundary or a phase's begin on, before that step's update.
+    Call it with every step from a report's boundary or a phase's begin on, before that step's
+    update.
     """
 
     schedule: Schedule
     draw: Callable[[int], Later]  # a group -> its batch, by the student as it is
-    spans: Sequence[tuple[float, float]] = ((0, math.inf),)  # the steps [since, until) in which its terms count
+    spans: Sequence[tuple[float, float]] = (
+        (0, math.inf),
+    )  # the steps [since, until) in which its terms count
     held: dict[int, Later] = field(default_factory=dict)
     log: DraftLog | None = None  # where drafts are kept
 
     def counts(self, step: int) -> bool:
         """Whether any term counts in the interval of a step: in others nothing is drawn."""
         first = self.schedule.begin(step)
-        return any(first < until and since < first + self.schedule.every for since, until in self.spans)
+        return any(
+            first < until and since < first + self.schedule.every for since, until in self.spans
+        )
 
     def intervals(self, steps: int) -> list[list[int]]:
-        """The groups that are used within `steps`, by the intervals between reports that they are drawn in."""
+        """The groups that are used within `steps`, by the intervals between reports that they are
+        drawn in.
+        """
         found: dict[int, list[int]] = {}
         for step in range(steps):
             if self.counts(step) and self.schedule.slot(step).first == step:

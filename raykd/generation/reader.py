@@ -1,4 +1,6 @@
-"""One text that a language model reads on: torch's with its cache, or an ONNX file's, under the same four names."""
+"""One text that a language model reads on: torch's with its cache, or an ONNX file's, under the
+same four names.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -38,7 +40,10 @@ class TorchReader:
         self.steps = module.settings["steps"]
         self._module, self._cache = module, module.cache(1)
         weight = module.lm_head.weight
-        self._cache.keys, self._cache.values = self._cache.keys.to(weight), self._cache.values.to(weight)
+        self._cache.keys, self._cache.values = (
+            self._cache.keys.to(weight),
+            self._cache.values.to(weight),
+        )
 
     @property
     def length(self) -> int:
@@ -46,12 +51,16 @@ class TorchReader:
 
     def rollback(self, length: int) -> None:
         if not 0 <= length <= self.length:
-            raise DataError(f"rollback: {length} tokens, but {self.length} have been read; keep 0 to {self.length}")
+            raise DataError(
+                f"rollback: {length} tokens, but {self.length} have been read; keep 0 to {self.length}"
+            )
         self._cache.length = length
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        return self._module(torch.tensor([tokens], device=self._cache.keys.device), self._cache)["logits"][0]
+        return self._module(torch.tensor([tokens], device=self._cache.keys.device), self._cache)[
+            "logits"
+        ][0]
 
 
 class OnnxReader:
@@ -59,7 +68,9 @@ class OnnxReader:
 
     def __init__(self, decoder: Decoder):
         if decoder.rows != 1:
-            raise DataError(f"decoder: made for {decoder.rows} rows, but one text is read; make one with rows=1")
+            raise DataError(
+                f"decoder: made for {decoder.rows} rows, but one text is read; make one with rows=1"
+            )
         self.steps, self._decoder = decoder.steps, decoder
 
     @property

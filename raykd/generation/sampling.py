@@ -1,8 +1,9 @@
-"""Text that the student writes while it trains, as batches: drawn token by token, scored by the teacher in one pass.
+"""Text that the student writes while it trains, as batches: drawn token by token, scored by the
+teacher in one pass.
 
-A token is drawn by inverting the cumulative distribution, in float64, at a uniform that is given. So a global batch
-whose uniforms are drawn at once comes out alike however its rows are shared out, but for a token whose uniform lies
-within the rounding of the model's float32 logits of an edge.
+A token is drawn by inverting the cumulative distribution, in float64, at a uniform that is given.
+So a global batch whose uniforms are drawn at once comes out alike however its rows are shared out,
+but for a token whose uniform lies within the rounding of the model's float32 logits of an edge.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +19,17 @@ from raykd.losses.fused import shared_vocab
 from raykd.signals import Batch, Rollout, Signals
 
 Later = Callable[[], Batch]
-Read = Callable[[Tensor], Tensor]  # (B, n, 2), which follow all that was read before -> logits (B, n, V)
+Read = Callable[
+    [Tensor], Tensor
+]  # (B, n, 2), which follow all that was read before -> logits (B, n, V)
 
 
 class Teacher(Protocol):
-    """Whoever scores a text: rows (B, T, 2) of tokens and their places -> logits (B, T, V) of the tokens after them.
+    """Whoever scores a text: rows (B, T, 2) of tokens and their places -> logits (B, T, V) of the
+    tokens after them.
 
-    They are asked for at once, and given when what `ask` gives is called: a teacher elsewhere works in between.
+    They are asked for at once, and given when what `ask` gives is called: a teacher elsewhere works
+    in between.
     """
 
     def ask(self, inputs: Tensor) -> Callable[[], Tensor]: ...
@@ -62,7 +67,9 @@ class Drawn:
     log_q: Tensor  # (B, n) fp64: the student's, at the temperature
     weight: Tensor  # (B, n) fp64: q over what was drawn from
     vocab: int
-    student: Tensor | None = None  # (B, n, vocab) fp64: all its log probabilities, where they were to be kept
+    student: Tensor | None = (
+        None  # (B, n, vocab) fp64: all its log probabilities, where they were to be kept
+    )
 
 
 @torch.no_grad()
@@ -79,23 +86,43 @@ def sample(
 ) -> Drawn:
     """Continue prompts (B, P, 2) by as many tokens as there are uniforms (B, n) fp64 in [0, 1).
 
-    The student is read through its cache as it stands, rounded where it is rounded, without dropout; its modes are as
-    before afterwards. `vocab` real columns, where heads are padded. Without `eos` every row takes all n tokens.
-    DataError where prompt and tokens are more than the student was built for; RecipeError for one without a cache.
+    The student is read through its cache as it stands, rounded where it is rounded, without
+    dropout; its modes are as before afterwards. `vocab` real columns, where heads are padded.
+    Without `eos` every row takes all n tokens. DataError where prompt and tokens are more than the
+    student was built for; RecipeError for one without a cache.
     """
-    (rows, count), places = uniforms.shape, prompt[:, -1:, 1] + 1 + _steps(prompt, uniforms.shape[1])
+    (rows, count), places = (
+        uniforms.shape,
+        prompt[:, -1:, 1] + 1 + _steps(prompt, uniforms.shape[1]),
+    )
     inputs = torch.stack([torch.full_like(places, eos or 0), places], -1)
-    mask, going = torch.zeros_like(places, dtype=torch.bool), places.new_ones(rows, dtype=torch.bool)
-    log_q, weight, kept = torch.zeros_like(mask, dtype=torch.double), torch.ones_like(mask, dtype=torch.double), []
+    mask, going = (
+        torch.zeros_like(places, dtype=torch.bool),
+        places.new_ones(rows, dtype=torch.bool),
+    )
+    log_q, weight, kept = (
+        torch.zeros_like(mask, dtype=torch.double),
+        torch.ones_like(mask, dtype=torch.double),
+        [],
+    )
     with _at_rest(student):
-        read, ask = _reader(student, prompt, count), _asker(mixed.teacher, prompt, count) if mixed else None
+        read, ask = (
+            _reader(student, prompt, count),
+            _asker(mixed.teacher, prompt, count) if mixed else None,
+        )
         for t in range(count):
             new = inputs[:, t - 1 : t] if t else prompt
             z, y = read(new)[:, -1], ask(new)[:, -1] if ask else None
             vocab = shared_vocab((z if y is None else y).shape[-1], z.shape[-1], vocab)
             q = log_probabilities(z, vocab, temperature)
-            policy = q if y is None or mixed is None else _mixture(log_probabilities(y, vocab, temperature), q, mixed)
-            token = torch.where(going, inverse(policy.exp(), uniforms[:, t].to(q.device)), inputs[:, t, 0])
+            policy = (
+                q
+                if y is None or mixed is None
+                else _mixture(log_probabilities(y, vocab, temperature), q, mixed)
+            )
+            token = torch.where(
+                going, inverse(policy.exp(), uniforms[:, t].to(q.device)), inputs[:, t, 0]
+            )
             inputs[:, t, 0], mask[:, t] = token, going
             log_q[:, t] = q.gather(1, token[:, None])[:, 0]
             weight[:, t] = (log_q[:, t] - policy.gather(1, token[:, None])[:, 0]).exp()
@@ -117,14 +144,20 @@ def on_policy(
     vocab: int | None = None,
     mixed: float = 0.0,
 ) -> Later:
-    """Prompts (B, P, 2) with what the student wrote after them, n tokens as in `sample`, T = P + n - 1.
+    """Prompts (B, P, 2) with what the student wrote after them, n tokens as in `sample`, T = P + n
+    - 1.
 
-    `mixed` is the teacher's share of the sampling. The text is drawn now, and scored when the batch is asked for.
+    `mixed` is the teacher's share of the sampling. The text is drawn now, and scored when the batch
+    is asked for.
     """
     how = {"temperature": temperature, "eos": eos, "vocab": vocab}
-    drawn = sample(student, prompt, uniforms=uniforms, mixed=Mixed(mixed, teacher) if mixed else None, **how)
+    drawn = sample(
+        student, prompt, uniforms=uniforms, mixed=Mixed(mixed, teacher) if mixed else None, **how
+    )
     scoring = scored(teacher, prompt, drawn, vocab)
-    log_q, weight = (behind(prompt, x.float(), fill) for x, fill in ((drawn.log_q, 0.0), (drawn.weight, 1.0)))
+    log_q, weight = (
+        behind(prompt, x.float(), fill) for x, fill in ((drawn.log_q, 0.0), (drawn.weight, 1.0))
+    )
     mask = behind(prompt, drawn.mask, False)
 
     def batch() -> Batch:
@@ -138,10 +171,11 @@ def on_policy(
 def scored(
     teacher: Teacher, prompt: Tensor, drawn: Drawn, vocab: int | None
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """(inputs (B, T, 2), the token after each (B, T), the teacher's logits (B, T, vocab)), in one pass of the teacher.
+    """(inputs (B, T, 2), the token after each (B, T), the teacher's logits (B, T, vocab)), in one
+    pass of the teacher.
 
-    It is begun now. Position j - 1 is about token j: the first token that was drawn is told at the prompt's last
-    position.
+    It is begun now. Position j - 1 is about token j: the first token that was drawn is told at the
+    prompt's last position.
     """
     text = torch.cat([prompt, drawn.inputs], 1)
     answer = teacher.ask(text[:, :-1])
@@ -155,19 +189,25 @@ def scored(
 
 
 def behind(prompt: Tensor, values: Tensor, fill: Any) -> Tensor:
-    """(B, T): what belongs to drawn tokens (B, n), at the positions that are about them; `fill` within the prompt."""
+    """(B, T): what belongs to drawn tokens (B, n), at the positions that are about them; `fill`
+    within the prompt.
+    """
     return torch.cat([values.new_full((len(values), prompt.shape[1] - 1), fill), values], 1)
 
 
 def prompts(inputs: Tensor, mask: Tensor, cut: int, most: int) -> Tensor:
-    """(B, P, 2): the tokens that rows of text (B, T, 2) are continued from; fewer have places of 0 on their left.
+    """(B, P, 2): the tokens that rows of text (B, T, 2) are continued from; fewer have places of 0
+    on their left.
 
-    A row that begins with a prompt, whose first step `mask` (B, T) does not tell, is continued from its own; any other
-    from its first `cut` tokens. A row reaches to its last position in the mask, and of a prompt the last `most` tokens
-    are kept. A place of 0 starts a document, so that nothing to its left is read.
+    A row that begins with a prompt, whose first step `mask` (B, T) does not tell, is continued from
+    its own; any other from its first `cut` tokens. A row reaches to its last position in the mask,
+    and of a prompt the last `most` tokens are kept. A place of 0 starts a document, so that nothing
+    to its left is read.
     """
     length = torch.where(mask, _steps(inputs, mask.shape[1]) + 1, 0).amax(1)
-    asked = torch.where(mask[:, 0], cut, mask.int().argmax(1) + 1).minimum(length).clamp(min=1)[:, None]
+    asked = (
+        torch.where(mask[:, 0], cut, mask.int().argmax(1) + 1).minimum(length).clamp(min=1)[:, None]
+    )
     kept = asked.clamp(max=most)
     at = _steps(inputs, int(kept.max())) - (kept.max() - asked)
     found = inputs.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, 2))
@@ -181,7 +221,8 @@ def log_probabilities(logits: Tensor, vocab: int, temperature: float) -> Tensor:
 
 
 def inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """(B,) int64: the first class where the cumulative distribution (B, V) fp64 is above uniforms (B,) in [0, 1).
+    """(B,) int64: the first class where the cumulative distribution (B, V) fp64 is above uniforms
+    (B,) in [0, 1).
 
     One of probability 0 is never drawn; the probabilities need not sum to 1.
     """
@@ -214,7 +255,9 @@ def _reader(module: Any, prompt: Tensor, count: int) -> Read:
 
 
 def _asker(teacher: Teacher, prompt: Tensor, count: int) -> Read:
-    """A teacher read token by token: through a cache where it has one here, else all again each time."""
+    """A teacher read token by token: through a cache where it has one here, else all again each
+    time.
+    """
     if isinstance(teacher, Frozen) and hasattr(teacher.module, "cache"):
         read = _reader(teacher.module, prompt, count)
 

@@ -1,8 +1,9 @@
-"""When the student's text is drawn and when it is used: a pure function of the step, so that a resume repeats it.
+"""When the student's text is drawn and when it is used: a pure function of the step, so that a
+resume repeats it.
 
-A group drawn at step s serves `passes` steps in a row, from s + `ahead` on. Nothing is carried over a report's
-boundary, for a training resumes at those, or over the begin of a phase, which changes the student: the groups of an
-interval's first steps are all drawn at its begin.
+A group drawn at step s serves `passes` steps in a row, from s + `ahead` on. Nothing is carried over
+a report's boundary, for a training resumes at those, or over the begin of a phase, which changes
+the student: the groups of an interval's first steps are all drawn at its begin.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slot:
-    """A step's group: the first step that uses it, which names it, and the step at which it is drawn."""
+    """A step's group: the first step that uses it, which names it, and the step at which it is
+    drawn.
+    """
 
     first: int
     drawn: int

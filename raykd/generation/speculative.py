@@ -1,12 +1,15 @@
-"""Speculative decoding: text of the teacher's law in fewer of its calls (arXiv 2211.17192, 2302.01318), one at a time.
+"""Speculative decoding: text of the teacher's law in fewer of its calls (arXiv 2211.17192,
+2302.01318), one at a time.
 
-A drafter draws some tokens, and the teacher reads them all in one call. With p the teacher's probabilities at a
-position and q the drafter's, the drafted x stays with probability min(1, p(x) / q(x)). The first that does not is
-replaced by a draw from max(0, p - q) / sum max(0, p - q), and what was drafted behind it is dropped; if all stay, the
-teacher's last row gives one token more. So each token is kept or made with probability p, whatever the drafter is.
+A drafter draws some tokens, and the teacher reads them all in one call. With p the teacher's
+probabilities at a position and q the drafter's, the drafted x stays with probability min(1, p(x) /
+q(x)). The first that does not is replaced by a draw from max(0, p - q) / sum max(0, p - q), and
+what was drafted behind it is dropped; if all stay, the teacher's last row gives one token more. So
+each token is kept or made with probability p, whatever the drafter is.
 
-At temperature 0 both laws are one on the likeliest token. The text is then the one of `generate`, but where the
-teacher's two best logits are nearer than its own rounding: many tokens in one call and one by one differ in last bits.
+At temperature 0 both laws are one on the likeliest token. The text is then the one of `generate`,
+but where the teacher's two best logits are nearer than its own rounding: many tokens in one call
+and one by one differ in last bits.
 """
 
 import random
@@ -25,11 +28,12 @@ COUNT, EOS, CONTEXT = "count", "eos", "context"  # why a text ended
 
 @dataclass(frozen=True)
 class Round:
-    """One call of the teacher: what was drafted, how much of it stayed, and the token that the teacher added.
+    """One call of the teacher: what was drafted, how much of it stayed, and the token that the
+    teacher added.
 
-    Tested are the drafted tokens up to the first that did not stay, and that one; `overlap` (sum min(p, q)), `p` and
-    `q` (of the drafted token) are theirs. `token` is the correction, or the bonus where all stayed; None where the
-    draft ended the text.
+    Tested are the drafted tokens up to the first that did not stay, and that one; `overlap` (sum
+    min(p, q)), `p` and `q` (of the drafted token) are theirs. `token` is the correction, or the
+    bonus where all stayed; None where the draft ended the text.
     """
 
     drafted: tuple[int, ...]
@@ -48,7 +52,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Text:
-    """New tokens, why they ended ("count", "eos", or "context": no room is left), and what they took."""
+    """New tokens, why they ended ("count", "eos", or "context": no room is left), and what they
+    took.
+    """
 
     tokens: list[int]
     ended: str
@@ -58,9 +64,11 @@ class Text:
 
     @property
     def acceptance(self) -> float:
-        """The mean of sum min(p, q) = 1 - TV(p, q) over tested positions: what `accepted_share` estimates.
+        """The mean of sum min(p, q) = 1 - TV(p, q) over tested positions: what `accepted_share`
+        estimates.
 
-        Positions behind the first rejection are not in it, nor any where nothing was drafted; nan without a test.
+        Positions behind the first rejection are not in it, nor any where nothing was drafted; nan
+        without a test.
         """
         found = [value for done in self.rounds for value in done.overlap]
         return sum(found) / len(found) if found else nan
@@ -88,7 +96,10 @@ def generate(
     eos: int | None = None,
     seed: int = 0,
 ) -> Text:
-    """Up to `count` tokens after the prompt, one a call: what `speculate` is measured against. Arguments as there."""
+    """Up to `count` tokens after the prompt, one a call: what `speculate` is measured against.
+
+    Arguments as there.
+    """
     _check(teacher, prompt, vocab, temperature)
     draws, text = random.Random(seed), list(prompt)
     last = min(len(text) + count, teacher.steps + 1)
@@ -113,16 +124,20 @@ def speculate(
     eos: int | None = None,
     seed: int = 0,
 ) -> Text:
-    """Up to `count` tokens after the prompt, of the law of `generate`, with at most `gamma` drafted for each call.
+    """Up to `count` tokens after the prompt, of the law of `generate`, with at most `gamma` drafted
+    for each call.
 
-    Both sides draw at `temperature` over the ids below `vocab` (default: all; `vocabulary.shared_tokens` tells it),
-    and the text ends behind `eos`. It ends, too, when it is one token longer than the teacher's context; beyond the
-    drafter's it goes on without drafts. What the readers have read before is forgotten. DataError for an empty
-    prompt, one longer than the teacher's context, ids or columns beyond `vocab`; RecipeError for gamma below 0.
+    Both sides draw at `temperature` over the ids below `vocab` (default: all;
+    `vocabulary.shared_tokens` tells it), and the text ends behind `eos`. It ends, too, when it is
+    one token longer than the teacher's context; beyond the drafter's it goes on without drafts.
+    What the readers have read before is forgotten. DataError for an empty prompt, one longer than
+    the teacher's context, ids or columns beyond `vocab`; RecipeError for gamma below 0.
     """
     _check(teacher, prompt, vocab, temperature)
     if gamma < 0:
-        raise RecipeError(f"gamma is {gamma}; give how many tokens to draft for each call of the teacher, 0 or more")
+        raise RecipeError(
+            f"gamma is {gamma}; give how many tokens to draft for each call of the teacher, 0 or more"
+        )
     draws, text, rounds, drafts = random.Random(seed), list(prompt), [], 0
     last = min(len(text) + count, teacher.steps + 1)
     teacher.rollback(0)
@@ -130,7 +145,9 @@ def speculate(
     while len(text) < last and (not rounds or text[-1] != eos):
         # the call adds a token of its own, and the drafter does not read its last one
         room = max(0, min(gamma, last - len(text) - 1, drafter.steps - len(text) + 1))
-        drafted, q = draft(drafter, text, room, temperature=temperature, vocab=vocab, eos=eos, draws=draws)
+        drafted, q = draft(
+            drafter, text, room, temperature=temperature, vocab=vocab, eos=eos, draws=draws
+        )
         said = teacher.step(text[teacher.length :] + drafted)[-len(drafted) - 1 :]
         done = judge(drafted, law(said, temperature, vocab), q, eos=eos, draws=draws)
         text += done.tokens
@@ -154,7 +171,8 @@ def draft(
 ) -> tuple[list[int], list[Tensor]]:
     """`count` tokens after the text, fewer if one is `eos`, and the law (V,) each was drawn from.
 
-    The drafter first reads what it has not: the last token, and the one before it where all of a draft had stayed.
+    The drafter first reads what it has not: the last token, and the one before it where all of a
+    draft had stayed.
     """
     drafted, laws, unread = [], [], list(text[drafter.length :])
     while len(drafted) < count and eos not in drafted[-1:]:
@@ -165,9 +183,15 @@ def draft(
 
 
 def judge(
-    drafted: Sequence[int], p: Tensor, q: Sequence[Tensor], *, eos: int | None = None, draws: random.Random
+    drafted: Sequence[int],
+    p: Tensor,
+    q: Sequence[Tensor],
+    *,
+    eos: int | None = None,
+    draws: random.Random,
 ) -> Round:
-    """Which of S drafted tokens stay, by the teacher's laws p (S + 1, V) and the S laws q (V,) they were drawn from.
+    """Which of S drafted tokens stay, by the teacher's laws p (S + 1, V) and the S laws q (V,) they
+    were drawn from.
 
     DataError where p and q are over other numbers of tokens.
     """
@@ -189,18 +213,29 @@ def judge(
         token = draw(residual(p[accepted], laws[accepted]), draws.random())
     else:
         token = None if drafted[-1] == eos else draw(p[count], draws.random())
-    return Round(tuple(drafted), accepted, tested, token, tuple(overlap), tuple(ours[:tested]), tuple(theirs[:tested]))
+    return Round(
+        tuple(drafted),
+        accepted,
+        tested,
+        token,
+        tuple(overlap),
+        tuple(ours[:tested]),
+        tuple(theirs[:tested]),
+    )
 
 
 def law(logits: Tensor, temperature: float = 1.0, vocab: int | None = None) -> Tensor:
-    """(S, V) logits -> (S, vocab) probabilities: softmax(logits / temperature), at 0 one for the first of the largest.
+    """(S, V) logits -> (S, vocab) probabilities: softmax(logits / temperature), at 0 one for the
+    first of the largest.
 
     Columns from `vocab` on count as -inf. DataError if there are fewer than `vocab`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if vocab is not None:
         if vocab > logits.shape[-1]:
-            raise DataError(f"vocab is {vocab}, but the logits are {logits.shape[-1]} columns; give {logits.shape[-1]}")
+            raise DataError(
+                f"vocab is {vocab}, but the logits are {logits.shape[-1]} columns; give {logits.shape[-1]}"
+            )
         logits = logits[..., :vocab]
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
@@ -216,25 +251,29 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def draw(weights: Tensor, u: float) -> int:
-    """The index where the running sum of (V,) weights passes u of their sum, u in [0, 1); never one of weight 0.
+    """The index where the running sum of (V,) weights passes u of their sum, u in [0, 1); never one
+    of weight 0.
 
-    Probabilities are kept to the last bit of that sum, 6e-8 of it in float32. DataError for weights that are not
-    finite or all 0.
+    Probabilities are kept to the last bit of that sum, 6e-8 of it in float32. DataError for weights
+    that are not finite or all 0.
     """
     sums = weights.cumsum(0)
     total = sums[-1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u times the sum may round up to it
     index = int(torch.searchsorted(sums, torch.minimum(total * u, below), right=True))
     if index == len(weights):
-        raise DataError("probabilities: they are not finite or all 0; check the model's weights for nan")
+        raise DataError(
+            "probabilities: they are not finite or all 0; check the model's weights for nan"
+        )
     return index
 
 
 def predicted(acceptance: float, gamma: int, draft_cost: float, verify_cost: float) -> float:
-    """The speed-up over plain decoding: (1 - a^(g + 1)) / ((1 - a) (g c + v)), if every position accepts alike.
+    """The speed-up over plain decoding: (1 - a^(g + 1)) / ((1 - a) (g c + v)), if every position
+    accepts alike.
 
-    `draft_cost` is the drafter's call for a token, `verify_cost` the teacher's for gamma + 1 tokens, both over the
-    teacher's for one (arXiv 2211.17192, theorem 3.8, which takes v = 1).
+    `draft_cost` is the drafter's call for a token, `verify_cost` the teacher's for gamma + 1
+    tokens, both over the teacher's for one (arXiv 2211.17192, theorem 3.8, which takes v = 1).
     """
     return sum(acceptance**i for i in range(gamma + 1)) / (gamma * draft_cost + verify_cost)
 
@@ -245,9 +284,13 @@ def _check(teacher: Reader, prompt: Sequence[int], vocab: int | None, temperatur
     if not len(prompt):
         raise DataError("prompt: no token in it; give at least the one that texts start with")
     if len(prompt) > teacher.steps:
-        raise DataError(f"prompt: {len(prompt)} tokens, but the teacher reads {teacher.steps} in all; give fewer")
+        raise DataError(
+            f"prompt: {len(prompt)} tokens, but the teacher reads {teacher.steps} in all; give fewer"
+        )
     if vocab is not None and not 0 <= min(prompt) <= max(prompt) < vocab:
-        raise DataError(f"prompt: ids {min(prompt)} to {max(prompt)}, but vocab is {vocab}; give ids below it")
+        raise DataError(
+            f"prompt: ids {min(prompt)} to {max(prompt)}, but vocab is {vocab}; give ids below it"
+        )
 
 
 def _ended(tokens: Sequence[int], count: int, eos: int | None) -> str:

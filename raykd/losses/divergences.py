@@ -1,12 +1,12 @@
-"""How far a student's next-token distribution q is from the teacher's p, a place at a time, over the whole vocabulary.
+"""How far a student's next-token distribution q is from the teacher's p, a place at a time, over
+the whole vocabulary.
 
-    forward   KL(p || q)
-    reverse   KL(q || p)
-    js        beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; its ends 0 and 1 are forward and
+    forward   KL(p || q) reverse   KL(q || p) js        beta KL(p || m) + (1 - beta) KL(q || m), m =
+    beta p + (1 - beta) q; its ends 0 and 1 are forward and
               reverse (Agarwal et al. 2024, arXiv 2306.13649, eq. 1)
-    tvd       sum |p - q| / 2 = 1 - a, with a = sum min(p, q) the share of a student's drafts that p accepts
-    lk        -log a: the gradient of tvd over a, which does not stall where p and q hardly meet (arXiv 2602.23881)
-    hybrid    k KL(p || q) + (1 - k)(1 - a), k = exp(-a) constant (the same)
+    tvd       sum |p - q| / 2 = 1 - a, with a = sum min(p, q) the share of a student's drafts that p
+    accepts lk        -log a: the gradient of tvd over a, which does not stall where p and q hardly
+    meet (arXiv 2602.23881) hybrid    k KL(p || q) + (1 - k)(1 - a), k = exp(-a) constant (the same)
 
 tvd, lk and hybrid have a kink where p = q: their gradient is 0 there and jumps beside it.
 """
@@ -45,10 +45,13 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float = 0.5) -> T
     return k * _kl(log_p, log_q) + (1 - k) * (1 - log_a.exp())
 
 
-def from_teacher(student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+def from_teacher(
+    student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
     """(P,): the divergence from the teacher at the valid places in turn.
 
-    A log whose codec keeps a part of the teacher's distribution tells the forward one: RecipeError for any other.
+    A log whose codec keeps a part of the teacher's distribution tells the forward one: RecipeError
+    for any other.
     """
     if batch.targets is not None and _end(kind, beta) == "forward":
         return cross_entropy(own(student, batch, temperature), batch.targets(temperature))
@@ -56,13 +59,19 @@ def from_teacher(student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, 
 
 
 def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """log q (P, V), fp32 at least, at the valid places in turn. The teacher's columns are the vocabulary.
+    """log q (P, V), fp32 at least, at the valid places in turn. The teacher's columns are the
+    vocabulary.
 
-    Further columns of the student's are padding, outside its softmax. RecipeError where it has fewer.
+    Further columns of the student's are padding, outside its softmax. RecipeError where it has
+    fewer.
     """
     assert batch.teacher is not None
     mine = at_places(student.logits, batch.mask)
-    vocab = batch.teacher.logits.shape[-1] if batch.targets is None else batch.targets(temperature).vocab
+    vocab = (
+        batch.teacher.logits.shape[-1]
+        if batch.targets is None
+        else batch.targets(temperature).vocab
+    )
     return log_softmax(mine[:, : shared_vocab(vocab, mine.shape[-1], vocab)], temperature)
 
 

@@ -1,12 +1,15 @@
-"""Distillation losses fused with the student's output head: logits exist for one chunk of places at a time.
+"""Distillation losses fused with the student's output head: logits exist for one chunk of places at
+a time.
 
-    z = hidden weight^T + bias        q = softmax(z / T)        value (P,)        never (P, V) in memory
+    z = hidden weight^T + bias        q = softmax(z / T)        value (P,)        never (P, V) in
+    memory
 
-Each chunk's gradient takes the place of its logits during the forward pass (the idea of Liger-Kernel's fused linear
-cross-entropy, linkedin/Liger-Kernel chunked_loss), so memory is one chunk and the gradients of the inputs, whatever
-P. That needs the upstream gradient beforehand: it is taken as proportional to `place_weight` (ones unless given),
-which masks, row weights and any mean are. A backward pass that meets another upstream gradient computes the chunks
-once more with it: exact always, and cheaper when told. Values carry no factor T^2; the caller multiplies.
+Each chunk's gradient takes the place of its logits during the forward pass (the idea of
+Liger-Kernel's fused linear cross-entropy, linkedin/Liger-Kernel chunked_loss), so memory is one
+chunk and the gradients of the inputs, whatever P. That needs the upstream gradient beforehand: it
+is taken as proportional to `place_weight` (ones unless given), which masks, row weights and any
+mean are. A backward pass that meets another upstream gradient computes the chunks once more with
+it: exact always, and cheaper when told. Values carry no factor T^2; the caller multiplies.
 
 Columns of `weight` beyond the real vocabulary are padding: outside the softmax, with zero gradient.
 """
@@ -21,7 +24,10 @@ from raykd.errors import RecipeError
 from raykd.losses.fused_chunks import Divergence, compiled_chunk, dense_chunk, sparse_chunk
 from raykd.targets import SparseTargets
 
-CHUNK_BYTES, CHUNK_ROWS = 16 << 20, 64  # a chunk of logits that stays in cache; fewer rows starve the matrix products
+CHUNK_BYTES, CHUNK_ROWS = (
+    16 << 20,
+    64,
+)  # a chunk of logits that stays in cache; fewer rows starve the matrix products
 
 
 class Head(NamedTuple):
@@ -32,7 +38,9 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # (V_t,)
 
 
-Chunk = Callable[[Tensor, Tensor, slice], Tensor]  # z, scale and places, as in raykd.losses.fused_chunks
+Chunk = Callable[
+    [Tensor, Tensor, slice], Tensor
+]  # z, scale and places, as in raykd.losses.fused_chunks
 
 
 def sparse_kl(
@@ -46,10 +54,12 @@ def sparse_kl(
     chunk: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """(P,): the forward KL of sparse targets against softmax((hidden weight^T + bias) / temperature).
+    """(P,): the forward KL of sparse targets against softmax((hidden weight^T + bias) /
+    temperature).
 
-    hidden (P, D), weight (V, D), bias (V,) or None, V >= targets.vocab. `chunk` places at a time (default: 16 MiB of
-    logits, 64 at least). `compiled` runs each chunk through torch.compile: faster after a first call of many seconds.
+    hidden (P, D), weight (V, D), bias (V,) or None, V >= targets.vocab. `chunk` places at a time
+    (default: 16 MiB of logits, 64 at least). `compiled` runs each chunk through torch.compile:
+    faster after a first call of many seconds.
     """
     if weight.shape[0] < targets.vocab:
         raise RecipeError(
@@ -57,7 +67,11 @@ def sparse_kl(
             "give the student a head of at least as many"
         )
     assert len(hidden) == len(targets)
-    row, start, kernel = targets.rows(), targets.start.tolist(), compiled_chunk() if compiled else sparse_chunk
+    row, start, kernel = (
+        targets.rows(),
+        targets.start.tolist(),
+        compiled_chunk() if compiled else sparse_chunk,
+    )
 
     def apply(z: Tensor, scale: Tensor, at: slice) -> Tensor:
         entries = slice(start[at.start], start[at.stop])
@@ -82,11 +96,13 @@ def dense_kl(
     place_weight: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """(P,): a divergence between the teacher's p and the student's q at one temperature, over all classes.
+    """(P,): a divergence between the teacher's p and the student's q at one temperature, over all
+    classes.
 
-    `teacher` is its logits (P, V_t), or its hidden states with their frozen head. forward: KL(p || q); reverse:
-    KL(q || p); js: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, whose ends beta = 0 and 1 are
-    forward and reverse (Agarwal et al. 2024, arXiv 2306.13649, eq. 1). `vocab` real columns, where heads are padded.
+    `teacher` is its logits (P, V_t), or its hidden states with their frozen head. forward: KL(p ||
+    q); reverse: KL(q || p); js: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q,
+    whose ends beta = 0 and 1 are forward and reverse (Agarwal et al. 2024, arXiv 2306.13649, eq.
+    1). `vocab` real columns, where heads are padded.
     """
     width = teacher.weight.shape[0] if isinstance(teacher, Head) else teacher.shape[1]
     vocab = shared_vocab(width, weight.shape[0], vocab)
@@ -105,7 +121,10 @@ def dense_kl(
 
 
 def shared_vocab(teacher: int, student: int, vocab: int | None) -> int:
-    """The number of real columns, given two heads' widths. Unequal widths are refused unless `vocab` is told."""
+    """The number of real columns, given two heads' widths.
+
+    Unequal widths are refused unless `vocab` is told.
+    """
     if vocab is None and teacher != student:
         raise RecipeError(
             f"the teacher's head has {teacher} columns and the student's {student}; if the extra ones are padding of "
@@ -119,7 +138,9 @@ def shared_vocab(teacher: int, student: int, vocab: int | None) -> int:
     return teacher if vocab is None else vocab
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, temperature: float) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, temperature: float
+) -> Tensor:
     """(c, vocab): logits / T, in fp32 at least."""
     z = hidden @ weight[:vocab].T
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -151,7 +172,9 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, place_weight, apply, vocab, temperature, size):  # type: ignore[override]
         scale = hidden.new_ones(len(hidden)) if place_weight is None else place_weight.detach()
         wanted = ctx.needs_input_grad[:3]
-        value, gradients = _walk(hidden, weight, bias, scale, apply, vocab, temperature, size, wanted)
+        value, gradients = _walk(
+            hidden, weight, bias, scale, apply, vocab, temperature, size, wanted
+        )
         ctx.save_for_backward(hidden, weight, bias, scale, *gradients)
         ctx.settings = (apply, vocab, temperature, size, wanted)
         return value
@@ -161,10 +184,16 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
         hidden, weight, bias, scale, *gradients = ctx.saved_tensors
         scale = scale.to(upstream.dtype)
-        factor = (upstream * scale).sum() / scale.square().sum().clamp(min=torch.finfo(scale.dtype).tiny)
-        if not torch.allclose(upstream, factor * scale, rtol=16 * torch.finfo(scale.dtype).eps, atol=0.0):
+        factor = (upstream * scale).sum() / scale.square().sum().clamp(
+            min=torch.finfo(scale.dtype).tiny
+        )
+        if not torch.allclose(
+            upstream, factor * scale, rtol=16 * torch.finfo(scale.dtype).eps, atol=0.0
+        ):
             apply, vocab, temperature, size, wanted = ctx.settings
-            gradients = _walk(hidden, weight, bias, upstream, apply, vocab, temperature, size, wanted)[1]
+            gradients = _walk(
+                hidden, weight, bias, upstream, apply, vocab, temperature, size, wanted
+            )[1]
             factor = torch.ones_like(factor)
         return *(None if g is None else g.mul(factor.to(g.dtype)) for g in gradients), *(None,) * 5
 
@@ -180,7 +209,9 @@ def _walk(
     size: int,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Values (P,), and the gradients of sum(scale * value) with respect to hidden, weight and bias where wanted."""
+    """Values (P,), and the gradients of sum(scale * value) with respect to hidden, weight and bias
+    where wanted.
+    """
     with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
         exact = torch.promote_types(hidden.dtype, torch.float32)
         inputs = (hidden, weight, bias)
@@ -201,4 +232,7 @@ def _walk(
                 out[1][:vocab].addmm_(gradient.T.to(exact), hidden[at].to(exact))
             if out[2] is not None:
                 out[2][:vocab] += z.sum(0)
-        return value, [None if g is None or x is None else g.to(x.dtype) for g, x in zip(out, inputs, strict=True)]
+        return value, [
+            None if g is None or x is None else g.to(x.dtype)
+            for g, x in zip(out, inputs, strict=True)
+        ]

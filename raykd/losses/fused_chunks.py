@@ -1,6 +1,8 @@
-"""What one chunk of logits becomes: a divergence per place, and its gradient where the logits stood.
+"""What one chunk of logits becomes: a divergence per place, and its gradient where the logits
+stood.
 
-Each function takes z (c, V) = logits / T and scale (c,), returns value (c,), and leaves d(scale value)/dz in z.
+Each function takes z (c, V) = logits / T and scale (c,), returns value (c,), and leaves d(scale
+value)/dz in z.
 """
 
 from functools import lru_cache
@@ -12,7 +14,9 @@ from torch import Tensor
 Divergence = Literal["forward", "reverse", "js"]
 
 
-def sparse_chunk(z: Tensor, scale: Tensor, row: Tensor, ids: Tensor, w: Tensor, tail: Tensor | None) -> Tensor:
+def sparse_chunk(
+    z: Tensor, scale: Tensor, row: Tensor, ids: Tensor, w: Tensor, tail: Tensor | None
+) -> Tensor:
     """-sum w log q (c,) of z (c, V). Entries are (row, ids, w), each (m,)."""
     flat, at = z.view(-1), row * z.shape[1] + ids
     z.sub_(z.amax(1, keepdim=True))
@@ -31,14 +35,21 @@ def sparse_chunk(z: Tensor, scale: Tensor, row: Tensor, ids: Tensor, w: Tensor, 
     rest = z.sum(1).clamp(min=torch.finfo(z.dtype).tiny)
     total = rest + w.new_zeros(len(z)).index_add_(0, row, head)
     mass = mass + tail
-    value = mass * total.log() - tail * rest.log() - w.new_zeros(len(z)).index_add_(0, row, w * picked)
+    value = (
+        mass * total.log() - tail * rest.log() - w.new_zeros(len(z)).index_add_(0, row, w * picked)
+    )
     z.mul_((scale * (mass / total - tail / rest)).unsqueeze(1))
     flat[at] = scale[row] * (mass / total)[row] * head - scale[row] * w
     return value
 
 
-def dense_chunk(z: Tensor, log_p: Tensor, scale: Tensor, divergence: Divergence, beta: float) -> Tensor:
-    """The divergence (c,) of z (c, V) from log_p (c, V). With u = d value / dq, dz = q (u - sum q u)."""
+def dense_chunk(
+    z: Tensor, log_p: Tensor, scale: Tensor, divergence: Divergence, beta: float
+) -> Tensor:
+    """The divergence (c,) of z (c, V) from log_p (c, V).
+
+    With u = d value / dq, dz = q (u - sum q u).
+    """
     log_q = z.log_softmax(1)
     if divergence == "forward":
         p = log_p.exp()

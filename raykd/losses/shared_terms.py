@@ -20,7 +20,9 @@ Where = Literal["steps", "sequence"]
 
 @term()
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
-    """-log q(label), at every valid step or on the sequence's mean logits; rows without a label count nothing."""
+    """-log q(label), at every valid step or on the sequence's mean logits; rows without a label
+    count nothing.
+    """
     mask = student.mask if on == "steps" else student.mask.any(1)
     target = batch.label
     if target.dim() == 2 and mask.dim() == 1:
@@ -33,11 +35,18 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
 
 @term("logits", divergence="forward")
 def kd(
-    student: Signals, batch: Batch, *, temperature: Temperature = 2.0, on: Where = "steps", t_squared: bool = True
+    student: Signals,
+    batch: Batch,
+    *,
+    temperature: Temperature = 2.0,
+    on: Where = "steps",
+    t_squared: bool = True,
 ) -> Places:
-    """T^2 KL(p_T || q_T), p and q the teacher's and student's softmax(z / T) (Hinton et al. 2015, section 2).
+    """T^2 KL(p_T || q_T), p and q the teacher's and student's softmax(z / T) (Hinton et al. 2015,
+    section 2).
 
-    The gradient with respect to the student's logits is T (q_T - p_T); t_squared = false drops the factor T^2.
+    The gradient with respect to the student's logits is T (q_T - p_T); t_squared = false drops the
+    factor T^2.
     """
     assert batch.teacher is not None
     scale = temperature**2 if t_squared else 1.0
@@ -53,8 +62,12 @@ def kd(
     return Places(value * scale, mask)
 
 
-def _sparse_kd(student: Signals, targets: SparseTargets, temperature: float, scale: float, on: Where) -> Places:
-    """kd against sparse targets: what they leave of the KL, -entropy - sum_i w_i log q_i, at every valid step."""
+def _sparse_kd(
+    student: Signals, targets: SparseTargets, temperature: float, scale: float, on: Where
+) -> Places:
+    """kd against sparse targets: what they leave of the KL, -entropy - sum_i w_i log q_i, at every
+    valid step.
+    """
     if on == "sequence" or len(targets) != student.mask.sum():
         raise RecipeError(
             "terms.kd: a sparse store holds one target a step, so the student must answer at every step, with "
@@ -65,28 +78,41 @@ def _sparse_kd(student: Signals, targets: SparseTargets, temperature: float, sca
     else:
         log_q = log_softmax(at_places(student.logits, student.mask), temperature)
     value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
-    return Places(value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask)
+    return Places(
+        value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask
+    )
 
 
 @term()
-def future_valence(student: Signals, batch: Batch, *, discount: Annotated[float, Field(ge=0, le=1)] = 0.95) -> Places:
+def future_valence(
+    student: Signals, batch: Batch, *, discount: Annotated[float, Field(ge=0, le=1)] = 0.95
+) -> Places:
     """(F_hat - F)^2 of the value head against the realised future valence, a Monte-Carlo fit.
 
-    The valence is the data's column where there is one, else the model's own prefix confidence in the true label.
+    The valence is the data's column where there is one, else the model's own prefix confidence in
+    the true label.
     """
     if student.valence is None:
-        raise ValueError("term future_valence: the model has no value head; return 'valence' (B, T) beside 'logits'")
+        raise ValueError(
+            "term future_valence: the model has no value head; return 'valence' (B, T) beside 'logits'"
+        )
     own = prefix_confidence(student.logits.detach(), student.mask, batch.label)
-    target, known = realised_future(own if batch.valence is None else batch.valence, student.mask, discount)
+    target, known = realised_future(
+        own if batch.valence is None else batch.valence, student.mask, discount
+    )
     return Places((student.valence.float() - target).square(), known)
 
 
 @term("trajectory")
 def value(student: Signals, batch: Batch) -> Places:
-    """(F_S - F_T)^2: the student's future valence against the teacher's trajectory of it, at every valid step."""
+    """(F_S - F_T)^2: the student's future valence against the teacher's trajectory of it, at every
+    valid step.
+    """
     assert batch.teacher is not None
     if student.valence is None:
-        raise RecipeError("terms.value: the student has no value head; return 'valence' (B, T) beside 'logits'")
+        raise RecipeError(
+            "terms.value: the student has no value head; return 'valence' (B, T) beside 'logits'"
+        )
     theirs = batch.teacher.valence
     assert theirs is not None
     if theirs.shape != student.valence.shape:

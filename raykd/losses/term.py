@@ -1,10 +1,11 @@
 """What a loss term is, and all that are registered.
 
-A term is a function `(student: Signals, batch: Batch, *, settings) -> Places`, or an nn.Module class built as
-`(student: Signals, batch: Batch, *, settings)` from an example of what it will be called with: its parameters join the
-optimiser and never the student. Its name is its key under `[terms]`; its annotated keyword arguments are what a recipe
-may set, and nothing is said twice. Terms never reduce over rows: the objective alone does, with denominators that are
-global over micro-batches and workers, so neither changes the loss.
+A term is a function `(student: Signals, batch: Batch, *, settings) -> Places`, or an nn.Module
+class built as `(student: Signals, batch: Batch, *, settings)` from an example of what it will be
+called with: its parameters join the optimiser and never the student. Its name is its key under
+`[terms]`; its annotated keyword arguments are what a recipe may set, and nothing is said twice.
+Terms never reduce over rows: the objective alone does, with denominators that are global over
+micro-batches and workers, so neither changes the loss.
 """
 
 import inspect
@@ -20,20 +21,27 @@ from raykd.recipe.recipe import Pair, TermSpec
 from raykd.recipe.validation import suggestion, validate
 from raykd.signals import masked_mean
 
-Pairs = Annotated[list[Pair[str]], Field(min_length=1)]  # of (student's submodule, teacher's submodule)
+Pairs = Annotated[
+    list[Pair[str]], Field(min_length=1)
+]  # of (student's submodule, teacher's submodule)
 
 
 class Places(NamedTuple):
-    """A term's value at each place, (B,) or (B, T), and where it counts. Values elsewhere are ignored."""
+    """A term's value at each place, (B,) or (B, T), and where it counts.
+
+    Values elsewhere are ignored.
+    """
 
     value: Tensor
     mask: Tensor
 
 
 def mean_places(values: list[Tensor], mask: Tensor) -> Places:
-    """The mean of a term's values for several pairs of layers: each at every step of `mask` (B, T), or (B, 1).
+    """The mean of a term's values for several pairs of layers: each at every step of `mask` (B, T),
+    or (B, 1).
 
-    One value a row counts the row once, and then so do the others, with their mean over valid steps.
+    One value a row counts the row once, and then so do the others, with their mean over valid
+    steps.
     """
     if all(value.shape == mask.shape for value in values):
         return Places(torch.stack(values).mean(0), mask)
@@ -42,11 +50,13 @@ def mean_places(values: list[Tensor], mask: Tensor) -> Places:
 
 
 class Term(NamedTuple):
-    """A registered term: its function or module class, the teacher's columns it reads, and the kind of its layers.
+    """A registered term: its function or module class, the teacher's columns it reads, and the kind
+    of its layers.
 
-    `divergence`: what it computes from the logits, "any" where it needs every class. `whole_batch`: it compares the
-    rows of the global batch with each other, so that its value is not a sum over them. `own`: it counts in text that
-    the student wrote, with the logits of a teacher that is there, and not in the data's rows.
+    `divergence`: what it computes from the logits, "any" where it needs every class. `whole_batch`:
+    it compares the rows of the global batch with each other, so that its value is not a sum over
+    them. `own`: it counts in text that the student wrote, with the logits of a teacher that is
+    there, and not in the data's rows.
     """
 
     make: Callable[..., Any]
@@ -87,9 +97,10 @@ def term(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or nn.Module class as a loss term that reads the named teacher signals.
 
-    With `layers`, a kind of Signals.layers or a function from the settings to one, its setting `pairs: Pairs` names
-    submodules of the student and of the teacher. `divergence = "forward"` lets sparse stores serve it: it must then
-    read `batch.targets`. `own` terms read a live teacher's logits and `batch.rollout`, and nothing of a store.
+    With `layers`, a kind of Signals.layers or a function from the settings to one, its setting
+    `pairs: Pairs` names submodules of the student and of the teacher. `divergence = "forward"` lets
+    sparse stores serve it: it must then read `batch.targets`. `own` terms read a live teacher's
+    logits and `batch.rollout`, and nothing of a store.
     """
     assert not (own and needs), "text that the student wrote is in no store"
 
@@ -97,7 +108,9 @@ def term(
         name = make.__name__
         known = TERMS.get(name)
         if known and known.make.__module__ != make.__module__:
-            raise ValueError(f"two terms are called {name!r}: in {known.make.__module__} and {make.__module__}")
+            raise ValueError(
+                f"two terms are called {name!r}: in {known.make.__module__} and {make.__module__}"
+            )
         kind = (lambda _settings, fixed=layers: fixed) if isinstance(layers, str) else layers
         TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch, own)
         return make
@@ -107,7 +120,9 @@ def term(
 
 def needs_of(terms: Mapping[str, TermSpec]) -> frozenset[str]:
     """The teacher signals that a recipe's terms read: what scoring must store."""
-    return frozenset().union(*(TERMS[n].needs | {theirs for _, theirs in pairs} for n, pairs in _layers(terms)))
+    return frozenset().union(
+        *(TERMS[n].needs | {theirs for _, theirs in pairs} for n, pairs in _layers(terms))
+    )
 
 
 def wants_of(terms: Mapping[str, TermSpec]) -> frozenset[str]:
@@ -122,12 +137,16 @@ def term_problems(terms: Mapping[str, TermSpec]) -> list[Problem]:
         if name not in TERMS:
             problems.append(Problem(f"terms.{name}", "no such term." + suggestion(name, TERMS)))
         else:
-            problems += validate(_settings_model(TERMS[name].make), spec.settings, key=f"terms.{name}")[1]
+            problems += validate(
+                _settings_model(TERMS[name].make), spec.settings, key=f"terms.{name}"
+            )[1]
     return problems
 
 
 def _layers(terms: Mapping[str, TermSpec]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    return ((name, TERMS[name].pairs(spec.settings)) for name, spec in terms.items() if spec.weight > 0)
+    return (
+        (name, TERMS[name].pairs(spec.settings)) for name, spec in terms.items() if spec.weight > 0
+    )
 
 
 def _settings_model(make: Callable[..., Any]) -> Any:

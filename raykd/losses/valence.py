@@ -12,9 +12,10 @@ from raykd.signals import UNLABELLED, log_softmax, masked_mean, zeroed
 def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     """(B, T): v_t = 2 p(label | steps <= t) - 1 of a causal classifier; NaN at invalid steps.
 
-    p is the softmax of the mean logits of steps 1..t, the classifier's own decision rule. A row without a label is
-    judged by the class that the full sequence gives, so no hidden label leaks. With a label at every step, p is that
-    step's own softmax. A derived signal: the data holds no human valence.
+    p is the softmax of the mean logits of steps 1..t, the classifier's own decision rule. A row
+    without a label is judged by the class that the full sequence gives, so no hidden label leaks.
+    With a label at every step, p is that step's own softmax. A derived signal: the data holds no
+    human valence.
     """
     if label.dim() == 2:
         target, known = label.clamp(min=0), mask & (label != UNLABELLED)
@@ -29,16 +30,19 @@ def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
 
 
 def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    """(F, known): F_t = sum_k g^k v_{t+k} / sum_k g^k over the known steps from t on; known where any is.
+    """(F, known): F_t = sum_k g^k v_{t+k} / sum_k g^k over the known steps from t on; known where
+    any is.
 
-    Normalised return-to-go, so F stays in [-1, 1]; g = 0 gives v itself, g = 1 the mean of the remainder. Missing
-    steps (NaN) and invalid ones are left out of both sums.
+    Normalised return-to-go, so F stays in [-1, 1]; g = 0 gives v itself, g = 1 the mean of the
+    remainder. Missing steps (NaN) and invalid ones are left out of both sums.
     """
     here = mask & torch.isfinite(valence)
     value = torch.where(here, valence, 0.0).float()
     carry: Tensor | float = 0.0
     backwards = []
-    for step in reversed(torch.stack([value, here.float()]).unbind(-1)):  # (2, B): sum and weight at once
+    for step in reversed(
+        torch.stack([value, here.float()]).unbind(-1)
+    ):  # (2, B): sum and weight at once
         carry = step + discount * carry
         backwards.append(carry)
     total, weight = torch.stack(backwards[::-1], -1)
@@ -47,7 +51,9 @@ def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tens
 
 
 def coherence(logits: Tensor, mask: Tensor, certainty: str = "normalised") -> Tensor:
-    """(B,): 1 - H / ln C, with H the entropy at temperature 1, mean over valid steps, in [0, 1]; or -H in nats."""
+    """(B,): 1 - H / ln C, with H the entropy at temperature 1, mean over valid steps, in [0, 1]; or
+    -H in nats.
+    """
     entropy = torch.special.entr(log_softmax(logits).exp()).sum(-1)
     mean = masked_mean(entropy, mask)
     if certainty == "nats":
@@ -56,7 +62,9 @@ def coherence(logits: Tensor, mask: Tensor, certainty: str = "normalised") -> Te
 
 
 def saliency(trajectory: Tensor, known: Tensor, certainty: Tensor, settings: Valence) -> Tensor:
-    """(B,): s = mean * mean_t F_t + min * min_t F_t + coherence * C over the known steps; NaN with none."""
+    """(B,): s = mean * mean_t F_t + min * min_t F_t + coherence * C over the known steps; NaN with
+    none.
+    """
     count = known.sum(1)
     mean = torch.where(known, trajectory, 0.0).sum(1) / count.clamp(min=1)
     least = torch.where(known, trajectory, torch.inf).amin(1)

@@ -25,22 +25,30 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder, 
 def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
     """Make `factory(classes=, **settings)` known to recipes as `model = name`.
 
-    A factory with a parameter `channels` is also told how many a step has, one with `steps` the number of steps of the
-    data's longest row.
+    A factory with a parameter `channels` is also told how many a step has, one with `steps` the
+    number of steps of the data's longest row.
     """
     MODELS[name] = factory
 
 
 def build(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> nn.Module:
-    """The module of a recipe's table with its weights loaded. RecipeError if either does not fit; `key` names it."""
+    """The module of a recipe's table with its weights loaded.
+
+    RecipeError if either does not fit; `key` names it.
+    """
     if ref.model == TRANSFORMERS or (ref.weights and Path(ref.weights).is_dir()):
         from raykd.models import folder  # whose readers need this module
 
         return folder.build(ref, classes=classes, steps=steps, key=key)
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
-    takes, told = inspect.signature(factory).parameters, {"channels": channels, "classes": classes, "steps": steps}
+    takes, told = (
+        inspect.signature(factory).parameters,
+        {"channels": channels, "classes": classes, "steps": steps},
+    )
     every = any(taken.kind is taken.VAR_KEYWORD for taken in takes.values())
-    shape = {k: v for k, v in told.items() if k in takes or k == "classes" or (k == "channels" and every)}
+    shape = {
+        k: v for k, v in told.items() if k in takes or k == "classes" or (k == "channels" and every)
+    }
     try:
         module = factory(**{**shape, **ref.settings})
     except (TypeError, ValueError) as error:
@@ -51,7 +59,9 @@ def build(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -
 
 
 def load_weights(module: nn.Module, path: Path, key: str) -> None:
-    """Fill `module` from a safetensors file; RecipeError names the tensors that are missing, extra or misshapen."""
+    """Fill `module` from a safetensors file; RecipeError names the tensors that are missing, extra
+    or misshapen.
+    """
     fill(module, read_tensors(path, f"{key}.weights"), f"{key}.weights {path}")
 
 
@@ -67,7 +77,11 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's tensors under their own names; one that is tied stands under its first."""
     tensors = plain(module.state_dict())
     tied = _tied(tensors)
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items() if name not in tied}
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in tensors.items()
+        if name not in tied
+    }
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -78,15 +92,22 @@ def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load exactly these tensors; RecipeError names those that are missing, extra or misshapen in the `source`.
+    """Load exactly these tensors; RecipeError names those that are missing, extra or misshapen in
+    the `source`.
 
     One that is tied to another may stand there once, under the first of its names.
     """
     state = plain(module.state_dict())
     for name, own in _tied(state).items():
         if name in tensors and own in tensors and not torch.equal(tensors[name], tensors[own]):
-            raise RecipeError(f"{source}: {name} and {own} differ there, and are one in the module; set tied = false")
-    once = {name: tensors[own] for name, own in _tied(state).items() if name not in tensors and own in tensors}
+            raise RecipeError(
+                f"{source}: {name} and {own} differ there, and are one in the module; set tied = false"
+            )
+    once = {
+        name: tensors[own]
+        for name, own in _tied(state).items()
+        if name not in tensors and own in tensors
+    }
     tensors = {**tensors, **once}
     names = {plain_name(name): name for name in module.state_dict()}
     wanted = {name: tuple(value.shape) for name, value in state.items()}
@@ -104,5 +125,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
 
 def _imported(name: str, key: str) -> Callable[..., Any]:
     if ":" not in name:
-        raise RecipeError(f"{key}.model {name!r}: no such model.{suggestion(name, MODELS)} Or name module:factory.")
+        raise RecipeError(
+            f"{key}.model {name!r}: no such model.{suggestion(name, MODELS)} Or name module:factory."
+        )
     return imports.load(name, f"{key}.model")

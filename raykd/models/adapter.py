@@ -11,7 +11,8 @@ from raykd.signals import Signals, masked_mean
 
 @runtime_checkable
 class KeepsAttention(Protocol):
-    """A module that leaves its softmax rows (B, H, T, T) in `.attention` at every call while this is True.
+    """A module that leaves its softmax rows (B, H, T, T) in `.attention` at every call while this
+    is True.
 
     One that leaves their logits in `.scores` too, -inf at hidden keys, can be read for those.
     """
@@ -21,7 +22,9 @@ class KeepsAttention(Protocol):
 
 @runtime_checkable
 class ReadsInParts(Protocol):
-    """A module that calls its submodules on parts of a batch in turn; `joined` lays their answers out as its rows."""
+    """A module that calls its submodules on parts of a batch in turn; `joined` lays their answers
+    out as its rows.
+    """
 
     def joined(self, answers: list[Tensor]) -> Tensor: ...
 
@@ -34,10 +37,11 @@ def whole(module: nn.Module, answers: list[Tensor]) -> Tensor:
 class Adapter(nn.Module):
     """`module` as a function (inputs (B, T, K), mask (B, T)) -> Signals.
 
-    The module answers with logits (B, C) or (B, T, C), or a dict or object that holds `logits` and, if it has a
-    value head, `valence` (B, T). `want` names inner layers as in Signals: "hidden.<submodule>" and
-    "embedding.<submodule>" of any submodule that answers (B, T, D), "attention.<submodule>" of an
-    nn.MultiheadAttention or of a module that KeepsAttention, "scores.<submodule>" of the latter.
+    The module answers with logits (B, C) or (B, T, C), or a dict or object that holds `logits` and,
+    if it has a value head, `valence` (B, T). `want` names inner layers as in Signals:
+    "hidden.<submodule>" and "embedding.<submodule>" of any submodule that answers (B, T, D),
+    "attention.<submodule>" of an nn.MultiheadAttention or of a module that KeepsAttention,
+    "scores.<submodule>" of the latter.
     """
 
     def __init__(self, module: nn.Module, *, want: frozenset[str] = frozenset()):
@@ -59,7 +63,9 @@ class Adapter(nn.Module):
         answer = self.module(inputs)
         logits, valence = field(answer, "logits"), field(answer, "valence")
         if logits is None or logits.dim() not in (2, 3):
-            raise RecipeError(f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)")
+            raise RecipeError(
+                f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)"
+            )
         inside = mask
         if logits.dim() == 2:
             logits, mask = logits.unsqueeze(1), torch.ones_like(mask[:, :1])
@@ -77,7 +83,9 @@ class Adapter(nn.Module):
         elif kind == "attention" and isinstance(layer, nn.MultiheadAttention):
             layer.register_forward_pre_hook(_ask_for_maps, with_kwargs=True)
             read = _second
-        elif isinstance(layer, KeepsAttention) and (kind == "attention" or hasattr(layer, "scores")):
+        elif isinstance(layer, KeepsAttention) and (
+            kind == "attention" or hasattr(layer, "scores")
+        ):
             layer.keep_attention = True
             read = _left if kind == "attention" else _scores
         else:
@@ -95,7 +103,9 @@ def field(answer: Any, name: str) -> Tensor | None:
     return answer.get(name) if isinstance(answer, dict) else getattr(answer, name, None)
 
 
-def _ask_for_maps(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _ask_for_maps(
+    _module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     return args, kwargs | {"need_weights": True, "average_attn_weights": False}
 
 

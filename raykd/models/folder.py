@@ -1,4 +1,6 @@
-"""A Hugging Face folder as the model of a data set: with columns for its tokens, and room for its rows."""
+"""A Hugging Face folder as the model of a data set: with columns for its tokens, and room for its
+rows.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ READERS = {LLAMA: hf_folder.read, TRANSFORMERS: transformers_lm.read}
 
 
 def build(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:
-    """The model that a recipe's table names, for `classes` tokens in rows of `steps`. RecipeError if it has fewer.
+    """The model that a recipe's table names, for `classes` tokens in rows of `steps`. RecipeError
+    if it has fewer.
 
-    Columns beyond the tokens' are padding, which whoever reads the logits leaves out; caches are made for `steps`.
+    Columns beyond the tokens' are padding, which whoever reads the logits leaves out; caches are
+    made for `steps`.
     """
     if not ref.weights or not Path(ref.weights).is_dir():
-        raise RecipeError(f'{key}.weights: model = "{ref.model}" reads a folder, and {ref.weights} is none')
+        raise RecipeError(
+            f'{key}.weights: model = "{ref.model}" reads a folder, and {ref.weights} is none'
+        )
     if ref.model not in READERS or ref.settings:
         raise RecipeError(
             f'{key}.weights: {ref.weights} is a folder, which model = "{LLAMA}" or "{TRANSFORMERS}" reads, without '
@@ -31,6 +37,8 @@ def build(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:
             "model's own tokenizer.json in data.tokenizer"
         )
     if room is not None and room < steps:
-        raise RecipeError(f"{key}.weights: {ref.weights} reads at most {room} tokens; lower data.window to that")
+        raise RecipeError(
+            f"{key}.weights: {ref.weights} reads at most {room} tokens; lower data.window to that"
+        )
     module.settings["steps"] = steps
     return module

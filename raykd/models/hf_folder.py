@@ -1,7 +1,8 @@
-"""A Llama in Hugging Face's folder: config.json and model.safetensors, which its transformers library reads and writes.
+"""A Llama in Hugging Face's folder: config.json and model.safetensors, which its transformers
+library reads and writes.
 
-Parameters have their names there by construction. A model with `sub_norm` is a BitNetForCausalLM whose activation is
-silu, any other a LlamaForCausalLM.
+Parameters have their names there by construction. A model with `sub_norm` is a BitNetForCausalLM
+whose activation is silu, any other a LlamaForCausalLM.
 """
 
 from collections.abc import Mapping
@@ -30,17 +31,25 @@ KEYS = {  # ours: theirs
     "tied": "tie_word_embeddings",
 }
 KINDS = {"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM"}
-ABSENT = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False}
+ABSENT = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
 
 
 def read(folder: Path) -> Llama:
-    """The model of a folder, in float32. RecipeError if it is of another kind, or its tensors do not fit.
+    """The model of a folder, in float32. RecipeError if it is of another kind, or its tensors do
+    not fit.
 
     Nothing in the folder is executed; one file of weights or several with an index will do.
     """
     module = Llama(**_settings(config_of(folder), folder / CONFIG))
     files = [read_tensors(path, "weights") for path in tensor_files(folder)]
-    tensors = {k: v for each in files for k, v in each.items() if not k.endswith("rotary_emb.inv_freq")}
+    tensors = {
+        k: v for each in files for k, v in each.items() if not k.endswith("rotary_emb.inv_freq")
+    }
     if module.settings["tied"] and TABLE in tensors:
         tensors.pop(HEAD, None)
     fill(module, tensors, f"{folder}: its tensors")
@@ -48,7 +57,10 @@ def read(folder: Path) -> Llama:
 
 
 def write(module: Llama, folder: Path) -> None:
-    """Write a model as its weights are, without rounding. RecipeError where it has parameters that the layout lacks."""
+    """Write a model as its weights are, without rounding.
+
+    RecipeError where it has parameters that the layout lacks.
+    """
     plain_names = Llama(**module.settings).state_dict().keys()
     tensors = weights_of(module)
     if extra := sorted(tensors.keys() - plain_names):
@@ -58,16 +70,29 @@ def write(module: Llama, folder: Path) -> None:
         )
     kind = "bitnet" if module.settings["sub_norm"] else "llama"
     config = {theirs: module.settings[ours] for ours, theirs in KEYS.items()}
-    config |= {"model_type": kind, "architectures": [KINDS[kind]], "hidden_act": "silu", "torch_dtype": "float32"}
-    config |= {"bos_token_id": None, "eos_token_id": None}  # the tokeniser's, which a model does not know
+    config |= {
+        "model_type": kind,
+        "architectures": [KINDS[kind]],
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    }
+    config |= {
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }  # the tokeniser's, which a model does not know
     write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     write_json(folder / CONFIG, config)
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A Llama's settings from a config.json. RecipeError names what it can not be."""
-    kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
-    known: dict[str, Any] = ABSENT | {"num_key_value_heads": config.get("num_attention_heads")} | dict(config)
+    kind, rope = (
+        config.get("model_type"),
+        config.get("rope_parameters") or config.get("rope_scaling") or {},
+    )
+    known: dict[str, Any] = (
+        ABSENT | {"num_key_value_heads": config.get("num_attention_heads")} | dict(config)
+    )
     known |= {"rope_theta": rope.get("rope_theta", known["rope_theta"])}
     missing = sorted(set(KEYS.values()) - known.keys())
     if missing:

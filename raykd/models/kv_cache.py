@@ -1,4 +1,6 @@
-"""The keys and values of a decoder's past positions, so that a new token costs one step, not the whole pass again."""
+"""The keys and values of a decoder's past positions, so that a new token costs one step, not the
+whole pass again.
+"""
 
 from typing import Protocol
 
@@ -14,15 +16,18 @@ class Past(Protocol):
     length: int
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values (B, H, T, D) of a layer -> those of all positions (B, H, length + T, D)."""
+        """New keys and values (B, H, T, D) of a layer -> those of all positions (B, H, length + T,
+        D).
+        """
         ...
 
 
 class Cache:
-    """Room for `steps` positions of `rows` sequences, taken once; positions from `length` on do not count.
+    """Room for `steps` positions of `rows` sequences, taken once; positions from `length` on do not
+    count.
 
-    Rollback is `cache.length = n`, and `cache.length = 0` a new start: nothing is copied or cleared. No gradient flows
-    into it.
+    Rollback is `cache.length = n`, and `cache.length = 0` a new start: nothing is copied or
+    cleared. No gradient flows into it.
     """
 
     def __init__(self, *, layers: int, rows: int, heads: int, steps: int, width: int):
@@ -33,9 +38,11 @@ class Cache:
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, H, T, D) behind `length`; all (B, H, length + T, D) as views.
+        """Write a layer's new keys and values (B, H, T, D) behind `length`; all (B, H, length + T,
+        D) as views.
 
-        `length` stays: it moves on when every layer has written. DataError where there is no room, or not `rows` rows.
+        `length` stays: it moves on when every layer has written. DataError where there is no room,
+        or not `rows` rows.
         """
         rows, steps = self.keys.shape[1], self.keys.shape[3]
         last = self.length + keys.shape[2]
@@ -45,13 +52,17 @@ class Cache:
                 "set cache.length to fewer, or make one with more steps"
             )
         if len(keys) != rows:
-            raise DataError(f"cache: {len(keys)} rows of tokens, but it was made for {rows}; make one with that many")
+            raise DataError(
+                f"cache: {len(keys)} rows of tokens, but it was made for {rows}; make one with that many"
+            )
         for held, new in ((self.keys, keys), (self.values, values)):
             held[layer, :, :, self.length : last] = new.detach()
         return self.keys[layer, :, :, :last], self.values[layer, :, :, :last]
 
     def placed(self, places: Tensor) -> Tensor:
-        """Write new places (B, T) of tokens in their documents behind `length`; all (B, length + T) as a view."""
+        """Write new places (B, T) of tokens in their documents behind `length`; all (B, length + T)
+        as a view.
+        """
         last = self.length + places.shape[1]
         self.places[:, self.length : last] = places
         return self.places[:, :last]

@@ -1,7 +1,8 @@
-"""A causal language model of the Llama family (arXiv 2302.13971), under the parameter names of Hugging Face's.
+"""A causal language model of the Llama family (arXiv 2302.13971), under the parameter names of
+Hugging Face's.
 
-RMSNorm (arXiv 1910.07467), rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202), grouped-query attention
-(arXiv 2305.13245).
+RMSNorm (arXiv 1910.07467), rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202),
+grouped-query attention (arXiv 2305.13245).
 """
 
 from typing import Any
@@ -19,11 +20,13 @@ Turn = tuple[Tensor, Tensor]
 
 
 class Llama(nn.Module):
-    """Next-token logits at every position, each from that token and the ones before it, over at most `steps`.
+    """Next-token logits at every position, each from that token and the ones before it, over at
+    most `steps`.
 
-    `heads` query heads share `kv_heads` heads of keys and values. `tied` makes the head's weight the embedding's.
-    `sub_norm` puts an RMSNorm before the attention's and the MLP's last projection, as ternary training wants it
-    (BitDistill, arXiv 2510.13998, section 3.1). `settings` holds the arguments.
+    `heads` query heads share `kv_heads` heads of keys and values. `tied` makes the head's weight
+    the embedding's. `sub_norm` puts an RMSNorm before the attention's and the MLP's last
+    projection, as ternary training wants it (BitDistill, arXiv 2510.13998, section 3.1). `settings`
+    holds the arguments.
     """
 
     def __init__(
@@ -42,8 +45,18 @@ class Llama(nn.Module):
         sub_norm: bool = False,
     ):
         super().__init__()
-        self.settings: dict[str, Any] = {"classes": classes, "steps": steps, "width": width, "layers": layers}
-        self.settings |= {"heads": heads, "kv_heads": kv_heads, "inner": inner, "rope_theta": rope_theta}
+        self.settings: dict[str, Any] = {
+            "classes": classes,
+            "steps": steps,
+            "width": width,
+            "layers": layers,
+        }
+        self.settings |= {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "inner": inner,
+            "rope_theta": rope_theta,
+        }
         self.settings |= {"norm_eps": norm_eps, "tied": tied, "sub_norm": sub_norm}
         if width % heads or width // heads % 2 or heads % kv_heads:
             raise ValueError(
@@ -59,11 +72,12 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, cache: Past | None = None) -> dict[str, Tensor]:
-        """Integers (B, T) -> logits (B, T, V). With a cache they follow its tokens, and are in it afterwards.
+        """Integers (B, T) -> logits (B, T, V). With a cache they follow its tokens, and are in it
+        afterwards.
 
-        Integers (B, T, 2) are tokens and their places in their documents, counted from 0: each document of a row is
-        then read as if it stood alone, and so is padding of place 0. Of such rows a cache must hold the places too.
-        DataError where there are more than `steps` tokens.
+        Integers (B, T, 2) are tokens and their places in their documents, counted from 0: each
+        document of a row is then read as if it stood alone, and so is padding of place 0. Of such
+        rows a cache must hold the places too. DataError where there are more than `steps` tokens.
         """
         past = cache.length if cache is not None else 0
         if past + tokens.shape[1] > self.settings["steps"]:
@@ -107,7 +121,9 @@ class Stack(nn.Module):
                 places = cache.placed(places)
             seen = within(places, count)
         else:
-            turn = rotations(torch.arange(first, first + count, device=x.device), self.turning, self.theta)
+            turn = rotations(
+                torch.arange(first, first + count, device=x.device), self.turning, self.theta
+            )
             if cache is not None:
                 seen = visible(count, first + count, x.device)
         for index, block in enumerate(self.layers):
@@ -126,7 +142,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(width, eps)
         self.mlp = SwiGLU(settings)
 
-    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + self.self_attn(self.input_layernorm(x), turn, index, cache, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -135,26 +153,36 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention of each position over itself and those before it.
 
-    While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in `scores`, both
-    (B, H, T, past + T); the scores of later positions are -inf.
+    While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in
+    `scores`, both (B, H, T, past + T); the scores of later positions are -inf.
     """
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        width, self.heads, self.kv_heads = settings["width"], settings["heads"], settings["kv_heads"]
+        width, self.heads, self.kv_heads = (
+            settings["width"],
+            settings["heads"],
+            settings["kv_heads"],
+        )
         shared = width // self.heads * self.kv_heads
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, shared, bias=False)
         self.v_proj = nn.Linear(width, shared, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.attn_sub_norm = nn.RMSNorm(width, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
+        self.attn_sub_norm = (
+            nn.RMSNorm(width, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
+        )
         self.keep_attention = False
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
-    def forward(self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D); `seen` as `visible` gives it, None for all positions before."""
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)  # (B, H, T, D / H)
+        q = rotate(
+            self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn
+        )  # (B, H, T, D / H)
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2), turn)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         if cache is not None:
@@ -185,7 +213,9 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
-        self.ffn_sub_norm = nn.RMSNorm(inner, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
+        self.ffn_sub_norm = (
+            nn.RMSNorm(inner, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -193,14 +223,19 @@ class SwiGLU(nn.Module):
 
 
 def rotations(places: Tensor, width: int, theta: float) -> Turn:
-    """(..., T, D / 2) twice: cosine and sine of place times theta^(-2 i / D), for integer places (..., T)."""
+    """(..., T, D / 2) twice: cosine and sine of place times theta^(-2 i / D), for integer places
+    (..., T).
+    """
     speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=places.device) / width)
     angle = places[..., None].float() * speed
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Turn the pairs (i, i + D / 2) of (B, H, T, D): Hugging Face's rotate_half, not the paper's neighbours."""
+    """Turn the pairs (i, i + D / 2) of (B, H, T, D):
+
+    Hugging Face's rotate_half, not the paper's neighbours.
+    """
     a, b = x.chunk(2, -1)
     cosine, sine = (part.to(x.dtype) for part in turn)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
@@ -212,7 +247,8 @@ def visible(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def within(places: Tensor, queries: int) -> Tensor:
-    """(B, 1, T, past + T) bool: the same, but only keys of a query's own document; each starts at place 0.
+    """(B, 1, T, past + T) bool: the same, but only keys of a query's own document; each starts at
+    place 0.
 
     `places` (B, past + T) are those of the keys, the last `queries` of them of the queries.
     """

@@ -1,4 +1,6 @@
-"""A small causal encoder of multivariate series: class logits and a future-valence value at every step."""
+"""A small causal encoder of multivariate series: class logits and a future-valence value at every
+step.
+"""
 
 from typing import Protocol
 
@@ -11,7 +13,9 @@ from raykd.models.llama import visible
 
 
 class Read(Past, Protocol):
-    """What the encoder asks of the steps that it has read: their keys and values, and the last of their inputs."""
+    """What the encoder asks of the steps that it has read: their keys and values, and the last of
+    their inputs.
+    """
 
     tail: Tensor  # (B, channels, kernel - 1), zeros where there are fewer
 
@@ -19,8 +23,9 @@ class Read(Past, Protocol):
 class SeriesEncoder(nn.Module):
     """Class logits and future valence at every step, each from that step and the ones before it.
 
-    A causal convolution, learned positions, `layers` pre-norm blocks and two linear heads. Inputs may have at
-    most `steps` steps. Without `bias` the blocks' linear layers have none, as those of BitNet (arXiv 2402.17764).
+    A causal convolution, learned positions, `layers` pre-norm blocks and two linear heads. Inputs
+    may have at most `steps` steps. Without `bias` the blocks' linear layers have none, as those of
+    BitNet (arXiv 2402.17764).
     """
 
     def __init__(
@@ -48,12 +53,15 @@ class SeriesEncoder(nn.Module):
     def forward(self, inputs: Tensor, past: Read | None = None) -> dict[str, Tensor]:
         """Inputs (B, T, channels) -> logits (B, T, C) and valence (B, T) in [-1, 1].
 
-        With a past they follow its steps, and are in it afterwards. ValueError where that is more than `steps`.
+        With a past they follow its steps, and are in it afterwards. ValueError where that is more
+        than `steps`.
         """
         first, count = past.length if past is not None else 0, inputs.shape[1]
         if first + count > self.steps:
             after = f" after {first}" if first else ""
-            raise ValueError(f"{count} steps{after}, but this encoder was built for at most {self.steps}")
+            raise ValueError(
+                f"{count} steps{after}, but this encoder was built for at most {self.steps}"
+            )
         series = inputs.transpose(1, 2)
         if past is None:
             series = F.pad(series, (self.kernel - 1, 0))  # (B, channels, kernel - 1 + T)
@@ -81,10 +89,17 @@ class Block(nn.Module):
         self.attention = CausalAttention(width, heads, bias)
         self.norm2 = nn.LayerNorm(width)
         inner = expansion * width
-        self.mlp = nn.Sequential(nn.Linear(width, inner, bias), nn.GELU(), nn.Linear(inner, width, bias))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner, bias), nn.GELU(), nn.Linear(inner, width, bias)
+        )
 
-    def forward(self, x: Tensor, index: int = 0, past: Past | None = None, seen: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D). `seen` (T, past + T) are the steps that each step sees, None for all before it."""
+    def forward(
+        self, x: Tensor, index: int = 0, past: Past | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        `seen` (T, past + T) are the steps that each step sees, None for all before it.
+        """
         x = x + self.attention(self.norm1(x), index, past, seen)
         return x + self.mlp(self.norm2(x))
 
@@ -92,8 +107,8 @@ class Block(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head attention of each step over itself and the steps before it.
 
-    While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in `scores`,
-    both (B, H, T, past + T); the scores of later steps are -inf.
+    While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in
+    `scores`, both (B, H, T, past + T); the scores of later steps are -inf.
     """
 
     def __init__(self, width: int, heads: int, bias: bool = True):
@@ -107,7 +122,9 @@ class CausalAttention(nn.Module):
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
-    def forward(self, x: Tensor, index: int = 0, past: Past | None = None, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, index: int = 0, past: Past | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D / H)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)

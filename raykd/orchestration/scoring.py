@@ -21,7 +21,9 @@ from raykd.teacher.scorer import Scorer, bad_rows, device_of, statistics
 
 
 class ShardScorer:
-    """One actor of the pool: a teacher, loaded once, that scores and commits the shards it is given."""
+    """One actor of the pool: a teacher, loaded once, that scores and commits the shards it is
+    given.
+    """
 
     def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
         import torch
@@ -31,7 +33,9 @@ class ShardScorer:
         self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of shard descriptors in; the rows scored, those that can not be, and seconds spent out."""
+        """A batch of shard descriptors in; the rows scored, those that can not be, and seconds
+        spent out.
+        """
         rows, bad, seconds = [], [], []
         for values in zip(*(batch[k] for k in ("number", "split", "first", "last")), strict=True):
             started = time.process_time()
@@ -70,14 +74,17 @@ def _is_whole(place: Place) -> bool:
 
 
 def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
-    """Score every row that is not yet in the store, finish it, and give its address. Needs a Ray session.
+    """Score every row that is not yet in the store, finish it, and give its address. Needs a Ray
+    session.
 
-    DataError names the rows that can not be scored if they are more than `scale.max_bad_rows`; they are tried again
-    by the next call.
+    DataError names the rows that can not be scored if they are more than `scale.max_bad_rows`; they
+    are tried again by the next call.
     """
     say("score", dataset.describe())
     where, wanted = locate(recipe, dataset, out)
-    shards = plan_shards({n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard)
+    shards = plan_shards(
+        {n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard
+    )
     writers = layer_signals.writers(where, wanted, signals_of(recipe))
     writer = writers[""]
     if len(writer.quarantined(shards)) > recipe.scale.max_bad_rows:
@@ -88,7 +95,9 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
     if missing:
         _stream(recipe, writer, shards, sorted(missing, key=lambda shard: shard.number))
     # the statistics read the shards, so a provisional view stands in until the manifest exists
-    writer.finish(shards, statistics(recipe, dataset, Store.of_shards(where, writer.records(shards))))
+    writer.finish(
+        shards, statistics(recipe, dataset, Store.of_shards(where, writer.records(shards)))
+    )
     for name in signals_of(recipe):
         writers[name].finish(shards, {})
     return where
@@ -101,7 +110,9 @@ def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: lis
     progress = Progress("score", sum(s.last - s.first for s in shards), "rows")
     done, bad, seconds = 0, len(writer.quarantined(every)), 0.0
     try:
-        with warnings.catch_warnings():  # Ray Data warns of its own defaults, and of the only way to bound retries
+        with (
+            warnings.catch_warnings()
+        ):  # Ray Data warns of its own defaults, and of the only way to bound retries
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
             for row in scored(recipe, writer, shards).iter_rows():
@@ -117,7 +128,9 @@ def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: lis
     progress.finish()
 
 
-def scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type[ShardScorer] = ShardScorer) -> Any:
+def scored(
+    recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type[ShardScorer] = ShardScorer
+) -> Any:
     """The Ray Data set of rows and seconds a shard, whose reading scores the shards."""
     import ray.data
 
@@ -127,7 +140,9 @@ def scored(recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type
     context.memory_usage_poll_interval_s = None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
-    tasks = max(min(len(shards), 8 * high), -(-len(shards) // 4))  # a task costs Ray some 8 ms of the actor's CPU
+    tasks = max(
+        min(len(shards), 8 * high), -(-len(shards) // 4)
+    )  # a task costs Ray some 8 ms of the actor's CPU
     return ray.data.from_items([vars(s) for s in shards], override_num_blocks=tasks).map_batches(
         actor,
         fn_constructor_args=(recipe, str(writer.folder), writer.identity),

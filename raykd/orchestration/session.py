@@ -1,4 +1,6 @@
-"""A Ray session: the cluster this process was given, or an embedded one on loopback behind its own token."""
+"""A Ray session: the cluster this process was given, or an embedded one on loopback behind its own
+token.
+"""
 
 import logging
 import os
@@ -22,10 +24,11 @@ QUIET = {
 
 
 def connect(address: str | None = None) -> None:
-    """Be connected to Ray: by what is connected already, `address` or RAY_ADDRESS, else an embedded cluster.
+    """Be connected to Ray: by what is connected already, `address` or RAY_ADDRESS, else an embedded
+    cluster.
 
-    The embedded cluster listens on loopback, asks for a token that only this process's children know, and ends with
-    this process. InfraError if a named cluster does not answer.
+    The embedded cluster listens on loopback, asks for a token that only this process's children
+    know, and ends with this process. InfraError if a named cluster does not answer.
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -39,17 +42,26 @@ def connect(address: str | None = None) -> None:
     terminate = signal.getsignal(signal.SIGTERM)
     loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **({} if address else loopback))
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **({} if address else loopback),
+        )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         where = f"at {address}" if address else "as an embedded cluster"
-        raise InfraError(f"Ray can not be reached {where}: {_last_line(error)}; try `raykd doctor`") from None
+        raise InfraError(
+            f"Ray can not be reached {where}: {_last_line(error)}; try `raykd doctor`"
+        ) from None
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         # Ray's own handler prints a stack, and aborts a process that takes three seconds to end
         signal.signal(signal.SIGTERM, terminate)
 
 
 def _prepare_embedded() -> None:
-    """The environment that the embedded cluster's processes inherit: a token, and the modules we can import."""
+    """The environment that the embedded cluster's processes inherit: a token, and the modules we
+    can import.
+    """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     importable = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -57,7 +69,9 @@ def _prepare_embedded() -> None:
 
 
 def plain_error(error: BaseException, stage: str) -> RaykdError:
-    """The user's own fault behind a chain of Ray's wrappers, or an InfraError with the innermost cause."""
+    """The user's own fault behind a chain of Ray's wrappers, or an InfraError with the innermost
+    cause.
+    """
     chain: list[BaseException] = []
     todo: list[Any] = [error]
     while todo:
@@ -68,10 +82,14 @@ def plain_error(error: BaseException, stage: str) -> RaykdError:
         failures = getattr(link, "worker_failures", None) or {}
         todo += [link.__cause__, link.__context__, getattr(link, "cause", None), *failures.values()]
     for link in chain:
-        if isinstance(link, RaykdError) and not hasattr(link, "cause"):  # not Ray's copy of it, which is a traceback
+        if isinstance(link, RaykdError) and not hasattr(
+            link, "cause"
+        ):  # not Ray's copy of it, which is a traceback
             return link
     deepest = chain[-1]
-    return InfraError(f"{stage} failed after its retries: {type(deepest).__name__}: {_last_line(deepest)}")
+    return InfraError(
+        f"{stage} failed after its retries: {type(deepest).__name__}: {_last_line(deepest)}"
+    )
 
 
 def _last_line(error: BaseException) -> str:

@@ -33,11 +33,17 @@ class TeacherActor:
         """Rows (B, T, 2) -> logits (B, T, V)."""
         self.calls += 1
         faults.point("teach", call=self.calls)
-        return self.teacher.logits(torch.from_numpy(inputs.copy()).to(self.device)).float().cpu().numpy()
+        return (
+            self.teacher.logits(torch.from_numpy(inputs.copy()).to(self.device))
+            .float()
+            .cpu()
+            .numpy()
+        )
 
 
 class Served:
-    """A teacher in an actor, as one worker asks it: at most `most` texts wait at once, the next waits for the oldest.
+    """A teacher in an actor, as one worker asks it: at most `most` texts wait at once, the next
+    waits for the oldest.
 
     A call that is not answered within `wait_s`, restarts of the actor included, is an InfraError.
     """
@@ -62,7 +68,9 @@ class Served:
         try:
             found: Any = ray.get(call, timeout=self.wait_s)
         except ray.exceptions.GetTimeoutError:
-            raise InfraError(f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?") from None
+            raise InfraError(
+                f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?"
+            ) from None
         if call in self.waiting:
             self.waiting.remove(call)
         return found
@@ -70,7 +78,8 @@ class Served:
 
 @contextmanager
 def teachers(recipe: Recipe) -> Iterator[list[str]]:
-    """The names of teacher actors that live as long as this: `scale.scorers`, of which a lost one is started again.
+    """The names of teacher actors that live as long as this: `scale.scorers`, of which a lost one
+    is started again.
 
     They take no CPU of Ray's accounts, because the workers that wait for them hold those.
     """

@@ -25,10 +25,15 @@ from raykd.training.run_arms import arms_of, run_arms
 def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
     """Train all arms that are not done, give every arm's record.
 
-    One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More are one worker
-    group for all arms, because starting a group costs many seconds; it survives `scale.retries` lost workers.
+    One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More
+    are one worker group for all arms, because starting a group costs many seconds; it survives
+    `scale.retries` lost workers.
     """
-    config = {"recipe": recipe.model_dump(mode="json"), "store": str(store) if store else None, "folder": str(folder)}
+    config = {
+        "recipe": recipe.model_dump(mode="json"),
+        "store": str(store) if store else None,
+        "folder": str(folder),
+    }
     arms = arms_of(recipe)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
@@ -36,30 +41,43 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
     apart = teachers(recipe) if asks and recipe.scale.workers[1] > 1 else nullcontext([])
     with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress), apart as names:
         try:
-            fault = group(recipe, train_worker, config | {"teachers": names}, folder).fit().return_value
+            fault = (
+                group(recipe, train_worker, config | {"teachers": names}, folder).fit().return_value
+            )
         except Exception as error:  # Ray raises its own kinds and ours, wrapped
             raise plain_error(error, "train") from error
     if fault:
         raise fault
     records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms]
     if not all(records):
-        raise InfraError("train ended without training every arm; run it again to continue where it stopped")
+        raise InfraError(
+            "train ended without training every arm; run it again to continue where it stopped"
+        )
     progress.finish()
     for arm in arms:
         log = folder / "drafts" / arm.key
         if arm.source and arm.source.keep and not (log / "_MANIFEST.json").exists():
             again = folder / "arms" / arm.key / "arm.json"
-            say("train", f"{log} lacks shards of an earlier attempt; delete {again} and train again to finish it")
+            say(
+                "train",
+                f"{log} lacks shards of an earlier attempt; delete {again} and train again to finish it",
+            )
     return records
 
 
 def group(
-    recipe: Recipe, loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], folder: Path, **options: Any
+    recipe: Recipe,
+    loop: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    folder: Path,
+    **options: Any,
 ) -> Any:
-    """A Ray Train group of `scale.workers` that runs `loop(config)`; its retries and waits have an end.
+    """A Ray Train group of `scale.workers` that runs `loop(config)`; its retries and waits have an
+    end.
 
-    An attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from. `options` join the
-    RunConfig, except `cpus`, a worker's share of its node, and `num_workers`: 1 is an actor, 0 this process.
+    An attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from.
+    `options` join the RunConfig, except `cpus`, a worker's share of its node, and `num_workers`: 1
+    is an actor, 0 this process.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -67,7 +85,9 @@ def group(
     low, high = recipe.scale.workers
     gpu, retries = device_of(recipe).type == "cuda", recipe.scale.retries
     cpus = options.pop("cpus", 1.0)
-    num_workers = options.pop("num_workers", 0 if high == 1 else high if low == high else (low, high))
+    num_workers = options.pop(
+        "num_workers", 0 if high == 1 else high if low == high else (low, high)
+    )
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(recipe.scale.start_timeout_s)
     return TorchTrainer(
         loop,
@@ -82,7 +102,9 @@ def group(
             name=f"raykd-{uuid.uuid4().hex[:12]}",
             storage_path=str(folder.resolve() / "ray"),
             failure_config=FailureConfig(
-                max_failures=retries, controller_failure_limit=retries, max_preemption_failures=retries
+                max_failures=retries,
+                controller_failure_limit=retries,
+                max_preemption_failures=retries,
             ),
             **options,
         ),
@@ -90,7 +112,10 @@ def group(
 
 
 def train_worker(config: dict[str, Any]) -> Diverged | None:
-    """What every worker of the group runs. A divergence is every rank's: given back, because a retry repeats it."""
+    """What every worker of the group runs.
+
+    A divergence is every rank's: given back, because a retry repeats it.
+    """
     import ray.train
     import ray.train.torch
 
@@ -106,14 +131,18 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
     device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
     try:
         teacher = _teacher(recipe, config["teachers"], world.rank) if config["teachers"] else None
-        run_arms(recipe, config["store"], folder, world=world, device=device, tell=tell, teacher=teacher)
+        run_arms(
+            recipe, config["store"], folder, world=world, device=device, tell=tell, teacher=teacher
+        )
     except Diverged as fault:
         return fault
     return None
 
 
 def _teacher(recipe: Recipe, names: list[str], rank: int) -> Served:
-    """A worker's teacher among the actors; as many of its texts may wait as its source draws ahead, and one."""
+    """A worker's teacher among the actors; as many of its texts may wait as its source draws ahead,
+    and one.
+    """
     assert recipe.source is not None
     most, wait_s = recipe.source.ahead + 1, recipe.scale.start_timeout_s
     return Served(names[rank % len(names)], most=most, wait_s=wait_s)
@@ -129,7 +158,12 @@ class _Watch:
     """Shows the progress that rank 0, wherever it runs, appends to the run folder."""
 
     def __init__(self, folder: Path, arms: list[str], steps: int, progress: Progress):
-        self.path, self.arms, self.steps, self.progress = folder / "progress.jsonl", arms, steps, progress
+        self.path, self.arms, self.steps, self.progress = (
+            folder / "progress.jsonl",
+            arms,
+            steps,
+            progress,
+        )
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -145,7 +179,9 @@ class _Watch:
             last = _last_line(self.path)
             if last and last["arm"] in self.arms:
                 done = self.arms.index(last["arm"]) * self.steps + last["step"]
-                self.progress.advance(done, f"{last['arm']}: validation accuracy {last['val_accuracy']:.3f}")
+                self.progress.advance(
+                    done, f"{last['arm']}: validation accuracy {last['val_accuracy']:.3f}"
+                )
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Ray Tune: trials over one shared store.
 
-Each trial leaves `trials/<id>/`: `history.jsonl` as it goes, `weights.safetensors` if it runs to its end. Test
-rows are not looked at here.
+Each trial leaves `trials/<id>/`: `history.jsonl` as it goes, `weights.safetensors` if it runs to
+its end. Test rows are not looked at here.
 """
 
 import json
@@ -33,10 +33,11 @@ TRIAL_CPU, WORKER_CPU = 0.05, 0.9  # a nested trial and its N workers fit N core
 
 
 def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
-    """Run the recipe's trials; their table, and the best by validation accuracy. Needs a Ray session.
+    """Run the recipe's trials; their table, and the best by validation accuracy. Needs a Ray
+    session.
 
-    A trial that fits one worker runs the plain loop under Tune; one of several workers nests a Ray Train group.
-    InfraError if no trial ran to its end.
+    A trial that fits one worker runs the plain loop under Tune; one of several workers nests a Ray
+    Train group. InfraError if no trial ran to its end.
     """
     from ray import tune
 
@@ -49,7 +50,9 @@ def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any
         "folder": str(folder.resolve()),
     }
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails a trial is told once, by us
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # what fails a trial is told once, by us
     tuner = tune.Tuner(
         tune.with_resources(function, _resources(recipe, nested)),
         param_space={key: _domain(span) for key, span in settings.space.items()},
@@ -81,7 +84,11 @@ def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any
 def _ranked(trials: list[dict[str, Any]], errors: list[BaseException]) -> dict[str, Any]:
     done = [t for t in trials if t["state"] == "finished"]
     if not done:
-        raise plain_error(errors[0], "tune") if errors else InfraError("no trial ran to its end; raise search.trials")
+        raise (
+            plain_error(errors[0], "tune")
+            if errors
+            else InfraError("no trial ran to its end; raise search.trials")
+        )
     return {"metric": METRIC, "trials": trials, "best": max(done, key=lambda t: t[METRIC])}
 
 
@@ -89,7 +96,9 @@ def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     """One point of the space, trained by the plain loop in this process."""
     from ray import tune
 
-    _train_trial(config, shared | {"trial": tune.get_context().get_trial_id()}, World(), tune.report)
+    _train_trial(
+        config, shared | {"trial": tune.get_context().get_trial_id()}, World(), tune.report
+    )
 
 
 def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -100,7 +109,9 @@ def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     shared = shared | {"trial": tune.get_context().get_trial_id()}
     loop_config = {"config": config, "shared": shared}
     recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
-    group(recipe, trial_worker, loop_config, folder, cpus=WORKER_CPU, callbacks=[TuneReportCallback()]).fit()
+    group(
+        recipe, trial_worker, loop_config, folder, cpus=WORKER_CPU, callbacks=[TuneReportCallback()]
+    ).fit()
 
 
 def trial_worker(config: dict[str, Any]) -> None:
@@ -113,7 +124,10 @@ def trial_worker(config: dict[str, Any]) -> None:
 
 
 def _train_trial(
-    config: dict[str, Any], shared: dict[str, Any], world: World, report: Callable[[dict[str, Any]], Any]
+    config: dict[str, Any],
+    shared: dict[str, Any],
+    world: World,
+    report: Callable[[dict[str, Any]], Any],
 ) -> None:
     recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
     shop = Workshop(recipe, shared["store"], device_of(recipe))
@@ -123,7 +137,9 @@ def _train_trial(
     def tell(step: int, metrics: dict[str, Any]) -> None:
         if world.rank == 0:
             _note(folder, metrics)
-            if step == recipe.optim.steps:  # before the report: the scheduler may end this process there
+            if (
+                step == recipe.optim.steps
+            ):  # before the report: the scheduler may end this process there
                 _save(student.module, folder / "weights.safetensors")
         report({"step": step, METRIC: metrics[METRIC]})
 
@@ -196,16 +212,25 @@ def _searcher(name: str, seed: int) -> Any:
 def _scheduler(steps: int, grace: int) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
-    return ASHAScheduler(time_attr="step", max_t=steps, grace_period=min(grace, steps), reduction_factor=2)
+    return ASHAScheduler(
+        time_attr="step", max_t=steps, grace_period=min(grace, steps), reduction_factor=2
+    )
 
 
 def _row(number: int, result: Any, steps: int) -> dict[str, Any]:
-    """A trial as the report shows it; one whose metric is not a number has failed, and is never the best."""
+    """A trial as the report shows it; one whose metric is not a number has failed, and is never the
+    best.
+    """
     metrics = result.metrics or {}
     value, step = metrics.get(METRIC), metrics.get("step")
     sound = not result.error and value is not None and math.isfinite(value)
     state = "failed" if not sound else "finished" if step == steps else "stopped"
-    row = {"number": number, "id": metrics.get("trial_id"), "params": dict(result.config or {}), "steps": step}
+    row = {
+        "number": number,
+        "id": metrics.get("trial_id"),
+        "params": dict(result.config or {}),
+        "steps": step,
+    }
     return row | {"state": state, METRIC: value if sound else None}
 
 
@@ -218,7 +243,9 @@ def _progress(trials: int, steps: int) -> Any:
             self.progress = Progress("tune", trials * steps, "steps")
             self.reached: dict[str, int] = {}
 
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
             self.reached[trial.trial_id] = result["step"]
             note = f"trial {list(self.reached).index(trial.trial_id)}: validation accuracy {result[METRIC]:.3f}"
             self.progress.advance(sum(self.reached.values()), note)

@@ -1,1 +1,3 @@
-"""Quantisation-aware training: weights and activations rounded as the runtime that will execute them rounds."""
+"""Quantisation-aware training: weights and activations rounded as the runtime that will execute
+them rounds.
+"""

@@ -1,4 +1,6 @@
-"""Layers that hold codes and scales in place of weights: they answer as the layers they were rounded from."""
+"""Layers that hold codes and scales in place of weights: they answer as the layers they were
+rounded from.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,15 @@ class FixedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(as_multiplied(x.float(), self.quant), times(self.codes, self.scales), bias).to(x.dtype)
+        return F.linear(
+            as_multiplied(x.float(), self.quant), times(self.codes, self.scales), bias
+        ).to(x.dtype)
 
 
 class FixedEmbedding(nn.Module):
-    """A rounded table: codes (V, D) int8, scales (V, G); its rows are of `dtype`, as the table's were."""
+    """A rounded table: codes (V, D) int8, scales (V, G); its rows are of `dtype`, as the table's
+    were.
+    """
 
     codes: Tensor
     scales: Tensor

@@ -1,4 +1,6 @@
-"""Embeddings that look up as their quantised selves: a row's codes times its scales, exactly as the runtime does."""
+"""Embeddings that look up as their quantised selves: a row's codes times its scales, exactly as the
+runtime does.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,11 @@ from raykd.recipe.quant import LEVELS, SCALES, Quant
 
 
 class QuantEmbedding(nn.Embedding):
-    """A table (V, D) under a Quant's `embeddings`; None is full precision. Its parameter is nn.Embedding's.
+    """A table (V, D) under a Quant's `embeddings`; None is full precision. Its parameter is
+    nn.Embedding's.
 
-    `blend` as in a QuantLinear. Only rows that are looked up are rounded, for each has its own scales.
+    `blend` as in a QuantLinear. Only rows that are looked up are rounded, for each has its own
+    scales.
     """
 
     quant: Quant | None = None
@@ -26,7 +30,10 @@ class QuantEmbedding(nn.Embedding):
         return made.train(layer.training)
 
     def set(self, quant: Quant | None) -> None:
-        """Take up a Quant, full precision where its `embeddings` is "none". RecipeError if the table is not finite."""
+        """Take up a Quant, full precision where its `embeddings` is "none".
+
+        RecipeError if the table is not finite.
+        """
         check_finite(self.weight, "weights")
         self.quant = quant if quant and quant.embeddings != "none" else None
 
@@ -41,10 +48,17 @@ class QuantEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """(V, D) int8: what an artefact holds. RecipeError if training left weights that are not finite."""
+        """(V, D) int8: what an artefact holds.
+
+        RecipeError if training left weights that are not finite.
+        """
         check_finite(self.weight, "weights")
         groups, rule, largest = self._grouped(self.weight)
-        return codes_of(groups, scale_of(groups, rule, largest), rule, largest).flatten(-2).to(torch.int8)
+        return (
+            codes_of(groups, scale_of(groups, rule, largest), rule, largest)
+            .flatten(-2)
+            .to(torch.int8)
+        )
 
     @torch.no_grad()
     def scales(self) -> Tensor:

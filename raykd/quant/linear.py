@@ -6,19 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.quant.rounding import Learned, Rounded, as_multiplied, check_finite, codes_of, learnt, scale_of
+from raykd.quant.rounding import (
+    Learned,
+    Rounded,
+    as_multiplied,
+    check_finite,
+    codes_of,
+    learnt,
+    scale_of,
+)
 from raykd.recipe.quant import LEVELS, Quant
 
 
 def be_called(_module: nn.Module, _inputs: Any) -> None:
-    """A hook that does nothing: torch's encoder layers call submodules that have one, and else only read weights."""
+    """A hook that does nothing: torch's encoder layers call submodules that have one, and else only
+    read weights.
+    """
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer under a Quant; None is full precision. Its parameters have nn.Linear's names and shapes.
+    """A linear layer under a Quant; None is full precision. Its parameters have nn.Linear's names
+    and shapes.
 
-    `blend` in [0, 1] mixes (1 - blend) W + blend Q(W): 0 is full precision, 1 what the runtime computes. A learned
-    scale is one more parameter, `scale`.
+    `blend` in [0, 1] mixes (1 - blend) W + blend Q(W): 0 is full precision, 1 what the runtime
+    computes. A learned scale is one more parameter, `scale`.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True):
@@ -36,11 +47,16 @@ class QuantLinear(nn.Linear):
         return made.train(layer.training)
 
     def set(self, quant: Quant | None) -> None:
-        """Take up a Quant, its scales anew from the weights as they are. RecipeError if those are not finite."""
+        """Take up a Quant, its scales anew from the weights as they are.
+
+        RecipeError if those are not finite.
+        """
         check_finite(self.weight, "weights")
         self.quant, self.scale = quant, None
         if quant and quant.rule == "learned":
-            self.scale = nn.Parameter(scale_of(self._groups(quant), "learned", LEVELS[quant.weights]))
+            self.scale = nn.Parameter(
+                scale_of(self._groups(quant), "learned", LEVELS[quant.weights])
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quant is None or self.blend == 0:
@@ -55,16 +71,26 @@ class QuantLinear(nn.Linear):
         if self.scale is not None:
             found = Learned.apply(groups, self.scale, largest)
         else:
-            found = Rounded.apply(groups, scale_of(groups.detach(), self.quant.rule, largest), self.quant.rule, largest)
+            found = Rounded.apply(
+                groups,
+                scale_of(groups.detach(), self.quant.rule, largest),
+                self.quant.rule,
+                largest,
+            )
         found = found.reshape(self.weight.shape)  # type: ignore[attr-defined]
         return found if self.blend == 1 else torch.lerp(self.weight.float(), found, self.blend)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """(N, K) int8: what an artefact holds. RecipeError if training left weights or scales that are not finite."""
+        """(N, K) int8: what an artefact holds.
+
+        RecipeError if training left weights or scales that are not finite.
+        """
         assert self.quant is not None
         check_finite(self.weight, "weights")
-        found = codes_of(self._groups(self.quant), self._scale(), self._rule(), LEVELS[self.quant.weights])
+        found = codes_of(
+            self._groups(self.quant), self._scale(), self._rule(), LEVELS[self.quant.weights]
+        )
         return found.reshape(self.weight.shape).to(torch.int8)
 
     @torch.no_grad()
@@ -72,7 +98,11 @@ class QuantLinear(nn.Linear):
         """(N, G) float32: the scale of each output's groups of inputs; G = 1 without groups."""
         assert self.quant is not None
         scale = self._scale().reshape(-1, self._groups(self.quant).shape[1])
-        return scale.expand(self.out_features, -1).contiguous() if self.quant.per == "tensor" else scale
+        return (
+            scale.expand(self.out_features, -1).contiguous()
+            if self.quant.per == "tensor"
+            else scale
+        )
 
     def _rule(self) -> str:
         assert self.quant is not None

@@ -9,21 +9,26 @@ POWERS = 3 ** np.arange(TRITS)
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> Bytes:
-    """(..., K bits / 8): codes (..., K) of -2^(bits - 1)..2^(bits - 1) - 1, stored less their zero point -2^(bits - 1).
+    """(..., K bits / 8): codes (..., K) of -2^(bits - 1)..2^(bits - 1) - 1, stored less their zero
+    point -2^(bits - 1).
 
     The first code stands in the lowest bits of the first byte. K must fill whole bytes.
     """
     each = 8 // bits
     shifted = (codes.astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
     parts = shifted.reshape(*codes.shape[:-1], -1, each)
-    return np.bitwise_or.reduce(parts << (bits * np.arange(each, dtype=np.uint8)), axis=-1).astype(np.uint8)
+    return np.bitwise_or.reduce(parts << (bits * np.arange(each, dtype=np.uint8)), axis=-1).astype(
+        np.uint8
+    )
 
 
 def unpack(packed: Bytes, bits: int) -> NDArray[np.int8]:
     """The inverse of `pack`."""
     each = 8 // bits
     parts = packed[..., None] >> (bits * np.arange(each, dtype=np.uint8)) & ((1 << bits) - 1)
-    return (parts.astype(np.int16) - (1 << bits - 1)).astype(np.int8).reshape(*packed.shape[:-1], -1)
+    return (
+        (parts.astype(np.int16) - (1 << bits - 1)).astype(np.int8).reshape(*packed.shape[:-1], -1)
+    )
 
 
 def pack_trits(codes: NDArray[np.int8]) -> Bytes:
@@ -34,7 +39,10 @@ def pack_trits(codes: NDArray[np.int8]) -> Bytes:
 
 
 def unpack_trits(packed: Bytes, count: int) -> NDArray[np.int8]:
-    """(count,): the inverse of `pack_trits`. ValueError for bytes that are no five trits, or too few."""
+    """(count,): the inverse of `pack_trits`.
+
+    ValueError for bytes that are no five trits, or too few.
+    """
     if len(packed) != -(-count // TRITS) or (packed >= 3**TRITS).any():
         raise ValueError(f"{len(packed)} bytes do not hold {count} trits")
     return (packed[:, None] // POWERS % 3 - 1).astype(np.int8).reshape(-1)[:count]

@@ -1,4 +1,5 @@
-"""Rounding in the forward pass, the identity in the backward one: what a runtime will compute, and yet trainable.
+"""Rounding in the forward pass, the identity in the backward one: what a runtime will compute, and
+yet trainable.
 
 Everything is float32. Gradients are straight through (Bengio et al. 2013, arXiv 1308.3432).
 """
@@ -18,8 +19,9 @@ LEAST = 1e-8  # of a scale: a group of zeros has codes of zero, whatever divides
 def scale_of(weight: Tensor, rule: str, largest: int) -> Tensor:
     """(N, G, 1): the scale of each group of weights (N, G, K / G).
 
-    absmax: max|W| / largest. absmean: mean|W| (BitNet b1.58, arXiv 2402.17764). twn: the mean of |W| above
-    0.7 mean|W| (arXiv 1605.04711). learned starts at 2 mean|W| / sqrt(largest) (LSQ, arXiv 1902.08153, section 2.1).
+    absmax: max|W| / largest. absmean: mean|W| (BitNet b1.58, arXiv 2402.17764). twn: the mean of
+    |W| above 0.7 mean|W| (arXiv 1605.04711). learned starts at 2 mean|W| / sqrt(largest) (LSQ,
+    arXiv 1902.08153, section 2.1).
     """
     size = weight.float().abs()
     mean = size.mean(-1, keepdim=True)
@@ -27,19 +29,28 @@ def scale_of(weight: Tensor, rule: str, largest: int) -> Tensor:
         return (size.amax(-1, keepdim=True) / largest).clamp(min=LEAST)
     if rule == "twn":
         above = size > 0.7 * mean
-        return ((size * above).sum(-1, keepdim=True) / above.sum(-1, keepdim=True).clamp(min=1)).clamp(min=LEAST)
+        return (
+            (size * above).sum(-1, keepdim=True) / above.sum(-1, keepdim=True).clamp(min=1)
+        ).clamp(min=LEAST)
     return (mean if rule == "absmean" else 2 * mean / largest**0.5).clamp(min=LEAST)
 
 
 def codes_of(weight: Tensor, scale: Tensor, rule: str, largest: int) -> Tensor:
-    """Integers in -largest..largest as float32, of groups (N, G, K / G) with their scales (N, G, 1)."""
+    """Integers in -largest..largest as float32, of groups (N, G, K / G) with their scales (N, G,
+    1).
+    """
     if rule == "twn":
-        return weight.float().sign() * (weight.float().abs() > 0.7 * weight.float().abs().mean(-1, keepdim=True))
+        return weight.float().sign() * (
+            weight.float().abs() > 0.7 * weight.float().abs().mean(-1, keepdim=True)
+        )
     return (weight.float() / scale).round_().clamp_(-largest, largest)
 
 
 def learnt(scale: Tensor) -> Tensor:
-    """A learned scale as it is multiplied with: LEAST at least. RecipeError if it is NaN or infinite."""
+    """A learned scale as it is multiplied with:
+
+    LEAST at least. RecipeError if it is NaN or infinite.
+    """
     check_finite(scale, "scales")
     return scale.detach().clamp(min=LEAST)
 
@@ -63,9 +74,11 @@ def as_multiplied(x: Tensor, quant: Quant) -> Tensor:
 
 
 class Rounded(torch.autograd.Function):
-    """scale * codes(weight), the gradient the upstream one; the scale follows the weights and takes none.
+    """scale * codes(weight), the gradient the upstream one; the scale follows the weights and takes
+    none.
 
-    No weight is out of range under absmax, and under absmean and twn the outer codes stand for all that is beyond.
+    No weight is out of range under absmax, and under absmean and twn the outer codes stand for all
+    that is beyond.
     """
 
     @staticmethod
@@ -80,9 +93,9 @@ class Rounded(torch.autograd.Function):
 class Learned(torch.autograd.Function):
     """LSQ: round(clip(w / s)) s with a gradient for s too (arXiv 1902.08153, eq. 1-5).
 
-    d/ds = round(w / s) - w / s inside the range, -largest or largest outside, times 1 / sqrt(n largest) with n the
-    weights that share s. A step of the optimiser may take s below 0, which would flip every sign: such an s counts as
-    LEAST, and takes only a gradient that raises it.
+    d/ds = round(w / s) - w / s inside the range, -largest or largest outside, times 1 / sqrt(n
+    largest) with n the weights that share s. A step of the optimiser may take s below 0, which
+    would flip every sign: such an s counts as LEAST, and takes only a gradient that raises it.
     """
 
     @staticmethod
@@ -105,10 +118,11 @@ class Learned(torch.autograd.Function):
 
 
 class Activations(torch.autograd.Function):
-    """Activations as ONNX's DynamicQuantizeLinear rounds them: uint8 over the tensor's own range, zero included.
+    """Activations as ONNX's DynamicQuantizeLinear rounds them: uint8 over the tensor's own range,
+    zero included.
 
-    scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale) in 0..255; every value is in the range, so
-    the gradient is the upstream one.
+    scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale) in 0..255; every value
+    is in the range, so the gradient is the upstream one.
     """
 
     @staticmethod
@@ -124,10 +138,11 @@ class Activations(torch.autograd.Function):
 
 
 class Blocks(torch.autograd.Function):
-    """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over each block of a row's inputs.
+    """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over each block of a row's
+    inputs.
 
-    scale = max|x| / 127, no zero point; a block as long as the row is a token's own int8 (arXiv 2208.07339, section
-    3.1). Every value is in the range, so the gradient is the upstream one.
+    scale = max|x| / 127, no zero point; a block as long as the row is a token's own int8 (arXiv
+    2208.07339, section 3.1). Every value is in the range, so the gradient is the upstream one.
     """
 
     @staticmethod

@@ -23,12 +23,17 @@ class Left(NamedTuple):
 
 
 def prepare(module: nn.Module, quant: Quant) -> list[str]:
-    """The names of the layers that are swapped in place: all that the Quant rounds, none rounded yet.
+    """The names of the layers that are swapped in place: all that the Quant rounds, none rounded
+    yet.
 
-    A layer with several names goes by its first. A weight that two layers tie stays one parameter: each rounds it for
-    its own operator, and one that is left takes it as it is.
+    A layer with several names goes by its first. A weight that two layers tie stays one parameter:
+    each rounds it for its own operator, and one that is left takes it as it is.
     """
-    found = {n: m for n, m in module.named_modules() if isinstance(m, ROUNDABLE) and why_left(n, m, quant) is None}
+    found = {
+        n: m
+        for n, m in module.named_modules()
+        if isinstance(m, ROUNDABLE) and why_left(n, m, quant) is None
+    }
     if not found:
         raise RecipeError(
             f"quant: no linear layer is left to quantise, and no embedding; skip = {quant.skip} and "
@@ -39,7 +44,8 @@ def prepare(module: nn.Module, quant: Quant) -> list[str]:
 
 
 def left(module: nn.Module, quant: Quant) -> list[Left]:
-    """Every layer that `prepare` leaves in a module, and every matrix that is no layer's, with the reason.
+    """Every layer that `prepare` leaves in a module, and every matrix that is no layer's, with the
+    reason.
 
     They are computed with in float32; how they are stored, `Quant.rest` says.
     """
@@ -50,7 +56,11 @@ def left(module: nn.Module, quant: Quant) -> list[Left]:
             found += [Left(name, reason)] if reason else []
         else:
             own = layer.named_parameters(prefix=name, recurse=False)
-            found += [Left(n, f"a {type(layer).__name__} has no rounded form") for n, p in own if p.dim() > 1]
+            found += [
+                Left(n, f"a {type(layer).__name__} has no rounded form")
+                for n, p in own
+                if p.dim() > 1
+            ]
     return found
 
 
@@ -84,8 +94,12 @@ def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 
 def roundable(module: nn.Module) -> Iterator[tuple[str, QuantLayer | Stored]]:
-    """(name, module) of all that takes up a Quant and fades in: layers, and parameters that are stored."""
-    return ((n, held) for n, held in module.named_modules() if isinstance(held, QuantLayer | Stored))
+    """(name, module) of all that takes up a Quant and fades in: layers, and parameters that are
+    stored.
+    """
+    return (
+        (n, held) for n, held in module.named_modules() if isinstance(held, QuantLayer | Stored)
+    )
 
 
 def _swapped(layer: nn.Linear | nn.Embedding) -> QuantLayer:

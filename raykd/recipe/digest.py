@@ -30,7 +30,9 @@ def file_sha256(path: str | Path) -> str:
 
 
 def weights_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file of weights, or of a model's folder: its config.json and safetensors files."""
+    """Hex sha256 of a file of weights, or of a model's folder: its config.json and safetensors
+    files.
+    """
     path = Path(path)
     return _of_files(path, hashed_files(path)) if path.is_dir() else file_sha256(path)
 
@@ -67,14 +69,19 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         if table is not None:
             values[key] = content_of(table)
     if recipe.source and recipe.source.log:
-        logs = [at(recipe.source.log_of(seed) or "").get("_MANIFEST.json") or b"" for seed in recipe.seeds]
+        logs = [
+            at(recipe.source.log_of(seed) or "").get("_MANIFEST.json") or b""
+            for seed in recipe.seeds
+        ]
         values["source"]["log"] = [hashlib.sha256(log).hexdigest() for log in logs]
     return values | {"student": _student(recipe.student, recipe.seeds)}
 
 
 def digest_of(values: Any) -> str:
     """Hex sha256 of canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def digest(recipe: Recipe) -> str:

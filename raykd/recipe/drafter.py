@@ -8,9 +8,9 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Drafter(BaseModel):
-    """Student and control judged as the teacher's drafter: `prompts` test rows, of each its own prompt or `prompt`
-    tokens, and `count` tokens after them by speculative decoding, `gamma` drafted for each call of the teacher, at
-    `temperature`.
+    """Student and control judged as the teacher's drafter: `prompts` test rows, of each its own
+    prompt or `prompt` tokens, and `count` tokens after them by speculative decoding, `gamma`
+    drafted for each call of the teacher, at `temperature`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,7 +1,8 @@
-"""Code that a recipe names, as `module:function` or a dotted module: whether to trust it, where it lies, and itself.
+"""Code that a recipe names, as `module:function` or a dotted module: whether to trust it, where it
+lies, and itself.
 
-A recipe can name any function of the machine, so only raykd's own packages, those under the current directory and
-those that the user allows are imported. The checks run nothing.
+A recipe can name any function of the machine, so only raykd's own packages, those under the current
+directory and those that the user allows are imported. The checks run nothing.
 """
 
 import importlib
@@ -20,7 +21,8 @@ INSTALLED = {"site-packages", "dist-packages"}
 
 
 def load(dotted: str, kind: str) -> Any:
-    """The function of `module:function`, or the module of a dotted name; RecipeError at `kind`, the key that says it.
+    """The function of `module:function`, or the module of a dotted name; RecipeError at `kind`, the
+    key that says it.
 
     A module of the current directory is found, after all others, however Python was started.
     """
@@ -31,21 +33,31 @@ def load(dotted: str, kind: str) -> Any:
     except (ImportError, TypeError, ValueError) as error:
         raise RecipeError([Problem(kind, f"{dotted!r} can not be imported: {error}")]) from None
     if sign and not callable(getattr(module, function, None)):
-        raise RecipeError([Problem(kind, f"{dotted!r} can not be imported: {name} has no function {function!r}")])
+        raise RecipeError(
+            [Problem(kind, f"{dotted!r} can not be imported: {name} has no function {function!r}")]
+        )
     return getattr(module, function) if sign else module
 
 
 def problems(key: str, dotted: str, allowed: Collection[str] = ()) -> list[Problem]:
-    """Why the code that `dotted` names must not be imported; `allowed` names trusted top-level packages."""
+    """Why the code that `dotted` names must not be imported; `allowed` names trusted top-level
+    packages.
+    """
     words = dotted.replace(":", ".").split(".")
     if dotted.count(":") > 1 or not all(word.isidentifier() for word in words):
         return [Problem(key, f"{dotted!r} is not the name of any code; write module:function")]
     spec = _top(words[0])
     if spec is None:
-        return [Problem(key, f"{dotted!r}: no module {words[0]!r} is installed or in the current directory")]
+        return [
+            Problem(
+                key, f"{dotted!r}: no module {words[0]!r} is installed or in the current directory"
+            )
+        ]
     if words[0] == "raykd" or words[0] in allowed or _is_here(spec):
         return []
-    outside = f"{dotted!r} is code from outside the current directory ({spec.origin or 'many folders'})"
+    outside = (
+        f"{dotted!r} is code from outside the current directory ({spec.origin or 'many folders'})"
+    )
     return [Problem(key, f"{outside}; add --allow-import {words[0]} if you trust it")]
 
 
@@ -75,9 +87,14 @@ def _see_current_directory() -> None:
 
 
 def _is_here(spec: ModuleSpec) -> bool:
-    """Whether all of a module lies under the current directory, Python's own and installed code apart."""
+    """Whether all of a module lies under the current directory, Python's own and installed code
+    apart.
+    """
     here, python = Path.cwd().resolve(), Path(sysconfig.get_path("stdlib")).resolve()
-    places = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.has_location and spec.origin else [])]
+    places = [
+        *(spec.submodule_search_locations or ()),
+        *([spec.origin] if spec.has_location and spec.origin else []),
+    ]
     paths = [Path(place).resolve() for place in places]
     return bool(paths) and all(
         path.is_relative_to(here)

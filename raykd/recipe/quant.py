@@ -1,19 +1,22 @@
-"""How a layer is quantised, as data: levels, scales, what shares one, and what is left alone. Needs no torch.
+"""How a layer is quantised, as data: levels, scales, what shares one, and what is left alone. Needs
+no torch.
 
     weights    codes        scale of a group                     executed by
     int8       -127..127    max|W| / 127                         MatMulInteger, activations 8 bits
     int4       -7..7        max|W| / 7                           MatMulNBits, 4 bits
     ternary    -1..1        mean|W| (arXiv 2402.17764)           MatMulNBits, 2 bits
 
-`per` says which weights share a scale: all of a layer ("tensor"), those of one output ("channel"), or `group`
-neighbouring inputs of one output ("group"). A layer whose inputs no group divides takes "channel".
+`per` says which weights share a scale: all of a layer ("tensor"), those of one output ("channel"),
+or `group` neighbouring inputs of one output ("group"). A layer whose inputs no group divides takes
+"channel".
 
-Activations are rounded as the operator rounds them. "int8": before MatMulInteger over the whole call, in MatMulNBits
-over each block of a row's inputs, a block being a group, or without groups `Quant.block`. "int8_token", for int8
-weights: over each row's inputs, so that no answer depends on the other rows of its call.
+Activations are rounded as the operator rounds them. "int8": before MatMulInteger over the whole
+call, in MatMulNBits over each block of a row's inputs, a block being a group, or without groups
+`Quant.block`. "int8_token", for int8 weights: over each row's inputs, so that no answer depends on
+the other rows of its call.
 
-`embeddings` are tables that GatherBlockQuantized executes, with the codes and the scale of the table above. A row has
-scales of its own: one, or with `per = "group"` one for each group.
+`embeddings` are tables that GatherBlockQuantized executes, with the codes and the scale of the
+table above. A row has scales of its own: one, or with `per = "group"` one for each group.
 """
 
 from fnmatch import fnmatch
@@ -25,18 +28,25 @@ Weights = Literal["int8", "int4", "ternary"]
 LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "ternary": 1}  # the largest code
 BITS: dict[str, int] = {"int8": 8, "int4": 4, "ternary": 2}  # of a stored code
 SCALES = {"int8": "absmax", "int4": "absmax", "ternary": "absmean"}
-BLOCKS = (32, 64, 128)  # of MatMulNBits; with 2 bits onnxruntime 1.32 rounds no activations in blocks of 16 or 256
+BLOCKS = (
+    32,
+    64,
+    128,
+)  # of MatMulNBits; with 2 bits onnxruntime 1.32 rounds no activations in blocks of 16 or 256
 GROUP = 32
-# The first onnxruntime that executes every scheme: GatherBlockQuantized of bytes came with 1.23, MatMulNBits of 2 bits
-# with 1.24, GatherBlockQuantized of 2 bits with 1.27; and MatMulNBits of 2 bits rounds activations from this one on.
+# The first onnxruntime that executes every scheme: GatherBlockQuantized of bytes came with 1.23,
+# MatMulNBits of 2 bits with 1.24, GatherBlockQuantized of 2 bits with 1.27; and MatMulNBits of 2
+# bits rounds activations from this one on.
 ONNXRUNTIME = "1.28"
 
 
 class Quant(BaseModel):
-    """One quantisation of a model's layers. `skip`: patterns of the names of layers that stay as they are.
+    """One quantisation of a model's layers. `skip`: patterns of the names of layers that stay as
+    they are.
 
-    `rest` says how everything else that is no vector is stored: skipped layers, convolutions, positions. Under "int8"
-    it is rounded to a scale for each slice of its first dimension, and computed with in float32.
+    `rest` says how everything else that is no vector is stored: skipped layers, convolutions,
+    positions. Under "int8" it is rounded to a scale for each slice of its first dimension, and
+    computed with in float32.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,7 +54,9 @@ class Quant(BaseModel):
     weights: Weights = "int8"
     per: Literal["tensor", "channel", "group"] = "channel"
     group: Literal[16, 32, 64, 128] = GROUP
-    scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # by default that of the table
+    scale: Literal["absmax", "absmean", "twn", "learned"] | None = (
+        None  # by default that of the table
+    )
     activations: Literal["int8", "int8_token", "none"] = "int8"
     embeddings: Weights | Literal["none"] = "none"
     skip: list[str] = ["head", "value", "*.head", "lm_head"]
@@ -53,19 +65,32 @@ class Quant(BaseModel):
     @model_validator(mode="after")
     def _executable(self) -> "Quant":
         if self.scale in ("absmean", "twn") and self.weights != "ternary":
-            raise ValueError(f'scale = "{self.scale}" is a rule for weights = "ternary", found {self.weights!r}')
+            raise ValueError(
+                f'scale = "{self.scale}" is a rule for weights = "ternary", found {self.weights!r}'
+            )
         if self.group != GROUP and self.per != "group":
             raise ValueError(f'group = {self.group} needs per = "group", found {self.per!r}')
         if self.weights == "int8" and self.per == "group":
-            raise ValueError('per = "group" has no runtime for int8 weights; write "channel" or "tensor"')
+            raise ValueError(
+                'per = "group" has no runtime for int8 weights; write "channel" or "tensor"'
+            )
         if self.weights == "int8" and self.activations == "none":
-            raise ValueError('int8 weights are multiplied with int8 activations; write activations = "int8"')
+            raise ValueError(
+                'int8 weights are multiplied with int8 activations; write activations = "int8"'
+            )
         if self.weights != "int8" and self.activations == "int8_token":
             raise ValueError(
                 f'{self.weights} weights round activations row by row as it is; write activations = "int8"'
             )
-        if (self.weights, self.per, self.group, self.activations) == ("ternary", "group", 16, "int8"):
-            raise ValueError('no runtime rounds activations in groups of 16; write group = 32 or activations = "none"')
+        if (self.weights, self.per, self.group, self.activations) == (
+            "ternary",
+            "group",
+            16,
+            "int8",
+        ):
+            raise ValueError(
+                'no runtime rounds activations in groups of 16; write group = 32 or activations = "none"'
+            )
         return self
 
     @property
@@ -75,7 +100,9 @@ class Quant(BaseModel):
 
     @property
     def over_the_call(self) -> bool:
-        """Whether activations are rounded over a whole call, so that an answer depends on what it is asked with."""
+        """Whether activations are rounded over a whole call, so that an answer depends on what it
+        is asked with.
+        """
         return self.weights == "int8" and self.activations == "int8"
 
     def columns(self, inputs: int) -> int:
@@ -83,10 +110,14 @@ class Quant(BaseModel):
         return self.group if self.per == "group" and inputs % self.group == 0 else inputs
 
     def block(self, inputs: int) -> int:
-        """Inputs to a block of MatMulNBits: a group, or what takes the fewest bytes where an output has one scale."""
+        """Inputs to a block of MatMulNBits: a group, or what takes the fewest bytes where an output
+        has one scale.
+        """
         if self.columns(inputs) < inputs:
             return self.group
-        return min(BLOCKS, key=lambda size: -(-inputs // size) * (size * BITS[self.weights] // 8 + 4))
+        return min(
+            BLOCKS, key=lambda size: -(-inputs // size) * (size * BITS[self.weights] // 8 + 4)
+        )
 
     def skips(self, name: str) -> bool:
         """Whether a layer of this name is left as it is."""

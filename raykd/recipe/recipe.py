@@ -1,8 +1,9 @@
 """The recipe: what is distilled from what, as typed tables. Needs neither torch nor Ray.
 
-A recipe is sparse TOML over the technique's own settings: `technique < file < --set`. Every unknown key is an
-error with a suggestion, and all errors come at once. Tables that change the result enter the digest; `[scale]`
-and `[track]`, which only say where and how fast, and `[export]`, in which forms, do not.
+A recipe is sparse TOML over the technique's own settings: `technique < file < --set`. Every unknown
+key is an error with a suggestion, and all errors come at once. Tables that change the result enter
+the digest; `[scale]` and `[track]`, which only say where and how fast, and `[export]`, in which
+forms, do not.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from raykd.recipe.source import Source
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
-Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]  # TOML has no tuples
+Pair = Annotated[
+    tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]  # TOML has no tuples
 Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
 
 
@@ -54,8 +57,8 @@ class Columns(Table):
 class DataRef(Table):
     """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows.
 
-    With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each, whose label is the token after each.
-    Of every split at most `limit` rows are kept, spread evenly over it.
+    With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each, whose label is the
+    token after each. Of every split at most `limit` rows are kept, spread evenly over it.
     """
 
     source: str = "watch_gestures"
@@ -75,9 +78,9 @@ class DataRef(Table):
 class ModelRef(Table):
     """`model`: a built-in name or `module:factory`; `settings` are its keyword arguments.
 
-    A teacher's `weights` may be a Hugging Face folder, which has its settings in it: of a "llama", or of any
-    architecture of "transformers".
-    A student's `weights` are those it starts from; `{seed}` in their path is the seed of each training.
+    A teacher's `weights` may be a Hugging Face folder, which has its settings in it: of a "llama",
+    or of any architecture of "transformers". A student's `weights` are those it starts from;
+    `{seed}` in their path is the seed of each training.
     """
 
     model: str = "series_encoder"
@@ -86,7 +89,9 @@ class ModelRef(Table):
 
     def of_seed(self, seed: int) -> "ModelRef":
         """What one training starts from."""
-        return self.model_copy(update={"weights": self.weights and self.weights.replace("{seed}", str(seed))})
+        return self.model_copy(
+            update={"weights": self.weights and self.weights.replace("{seed}", str(seed))}
+        )
 
     @property
     def bare(self) -> "ModelRef":
@@ -106,23 +111,28 @@ class Valence(Table):
 
 
 class StoreSettings(Table):
-    """The fixed shape of the teacher store; part of its identity, because batches decide the last bit."""
+    """The fixed shape of the teacher store; part of its identity, because batches decide the last
+    bit.
+    """
 
     codec: Literal["auto", "dense", "comb", "topk", "hidden"] = "auto"
     values: Literal["fp16", "int8"] = "fp16"  # dense
     points: Annotated[int, Field(ge=1, le=255)] = 50  # comb
     top: Positive = 50  # topk
-    temperatures: list[Annotated[float, Field(gt=0)]] | None = None  # comb, topk; the terms' own by default
+    temperatures: list[Annotated[float, Field(gt=0)]] | None = (
+        None  # comb, topk; the terms' own by default
+    )
     head: str = "head"  # hidden: the submodule whose input is kept
     rows_per_shard: Positive = 1024
     batch: Positive = 256
 
 
 class TermSpec(BaseModel):
-    """One loss term: its weight, when it counts, and keyword settings that the term's own signature checks.
+    """One loss term: its weight, when it counts, and keyword settings that the term's own signature
+    checks.
 
-    It counts from the share `since` of the steps up to the share `until`; `weighted = false` keeps it out of the
-    `[weighting]` of rows.
+    It counts from the share `since` of the steps up to the share `until`; `weighted = false` keeps
+    it out of the `[weighting]` of rows.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -144,11 +154,13 @@ class TermSpec(BaseModel):
 
 
 class Weighting(Table):
-    """How much each row counts, by its saliency z standardised: exp(boost z), tamed by `mode`. Present, every term
-    is a mean over rows of means over a row's steps; absent, a mean over all steps.
+    """How much each row counts, by its saliency z standardised: exp(boost z), tamed by `mode`.
+    Present, every term is a mean over rows of means over a row's steps; absent, a mean over all
+    steps.
 
-    `ess` lowers boost until the effective sample size is `fraction` of the rows. `dataset` statistics make a row's
-    weight one number for the whole training; the others take mean and spread from the rows of each batch.
+    `ess` lowers boost until the effective sample size is `fraction` of the rows. `dataset`
+    statistics make a row's weight one number for the whole training; the others take mean and
+    spread from the rows of each batch.
     """
 
     mode: Literal["ess", "selfnorm", "capped", "raw", "snippet", "uniform"] = "ess"
@@ -161,10 +173,12 @@ class Weighting(Table):
 
 
 class Phase(Table):
-    """A part of the student's training, up to the share `until` of its steps: full precision, or under a Quant.
+    """A part of the student's training, up to the share `until` of its steps: full precision, or
+    under a Quant.
 
-    Each phase warms the learning rate up to `rate` times `optim.learning_rate` and decays it again, takes its scales
-    anew from the weights as they are, and fades rounding in over the share `blend` of its steps.
+    Each phase warms the learning rate up to `rate` times `optim.learning_rate` and decays it again,
+    takes its scales anew from the weights as they are, and fades rounding in over the share `blend`
+    of its steps.
     """
 
     until: Share
@@ -174,7 +188,10 @@ class Phase(Table):
 
 
 class Optim(Table):
-    """One arm's optimisation. `batch` is global: the number of workers does not change the result."""
+    """One arm's optimisation.
+
+    `batch` is global: the number of workers does not change the result.
+    """
 
     steps: Positive = 2000
     batch: Positive = 128
@@ -197,11 +214,19 @@ class Range(Table):
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        forms = [getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None]
+        forms = [
+            getattr(self, name)
+            for name in type(self).model_fields
+            if getattr(self, name) is not None
+        ]
         if len(forms) != 1:
-            raise ValueError("give one of uniform = [lo, hi], loguniform = [lo, hi], integer = [lo, hi], choice = [..]")
+            raise ValueError(
+                "give one of uniform = [lo, hi], loguniform = [lo, hi], integer = [lo, hi], choice = [..]"
+            )
         if not forms[0] or (self.choice is None and not forms[0][0] < forms[0][1]):
-            raise ValueError(f"an empty range {forms[0]!r}; the first bound must be below the second")
+            raise ValueError(
+                f"an empty range {forms[0]!r}; the first bound must be below the second"
+            )
         if self.loguniform and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform = {list(self.loguniform)!r} needs bounds above 0")
         return self
@@ -227,23 +252,32 @@ class Search(Table):
         if not isinstance(raw, dict):
             return raw
         plain = {k: v for k, v in raw.items() if "." not in k}
-        return plain | {"space": {**plain.get("space", {}), **{k: v for k, v in raw.items() if "." in k}}}
+        return plain | {
+            "space": {**plain.get("space", {}), **{k: v for k, v in raw.items() if "." in k}}
+        }
 
     @model_validator(mode="after")
     def _something_to_search(self) -> Self:
         if not self.space:
-            raise ValueError('no key to search; add a line such as "terms.kd.temperature" = { uniform = [1, 4] }')
+            raise ValueError(
+                'no key to search; add a line such as "terms.kd.temperature" = { uniform = [1, 4] }'
+            )
         return self
 
 
 class Scale(Table):
-    """Where and how fast; never what. `workers = 1` trains in this process, N or [min, max] in a Ray group."""
+    """Where and how fast; never what.
+
+    `workers = 1` trains in this process, N or [min, max] in a Ray group.
+    """
 
     workers: Pair[Positive] = (1, 1)
     scorers: Pair[Positive] = (1, 2)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     retries: Annotated[int, Field(ge=0)] = 3
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0  # that the teacher can not score; they are left out
+    max_bad_rows: Annotated[int, Field(ge=0)] = (
+        0  # that the teacher can not score; they are left out
+    )
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
     store: Home | None = None  # a folder or s3://bucket/prefix; by default OUT/stores
@@ -253,7 +287,10 @@ class Scale(Table):
     def _one_number_is_a_fixed_size(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        return {k: [v, v] if k in ("workers", "scorers") and isinstance(v, int) else v for k, v in raw.items()}
+        return {
+            k: [v, v] if k in ("workers", "scorers") and isinstance(v, int) else v
+            for k, v in raw.items()
+        }
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -265,7 +302,10 @@ class Scale(Table):
 
 
 class Export(Table):
-    """What stands in the artefact beside the student (`raykd.deploy.forms`). It changes nothing that is trained."""
+    """What stands in the artefact beside the student (`raykd.deploy.forms`).
+
+    It changes nothing that is trained.
+    """
 
     stream: bool = False
     packed: bool = False
@@ -283,8 +323,9 @@ class Track(Table):
 class Recipe(Table):
     """One distillation, resolved: every key has its value. Its digest names the run's folder.
 
-    Where phases round, two more trainings can stand beside: `unrounded` (the same losses in full precision, and what
-    rounding it afterwards costs) and `rounded_control` (labels alone, under the same phases).
+    Where phases round, two more trainings can stand beside: `unrounded` (the same losses in full
+    precision, and what rounding it afterwards costs) and `rounded_control` (labels alone, under the
+    same phases).
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "run"
@@ -326,10 +367,14 @@ class Recipe(Table):
             )
         ends = [phase.until for phase in self.phases]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
-            raise ValueError(f"phases end at {ends}: each until must be above the one before, and the last 1")
+            raise ValueError(
+                f"phases end at {ends}: each until must be above the one before, and the last 1"
+            )
         steps = [0, *ends_of(self.phases, self.optim.steps)]
         if any(a == b for a, b in pairwise(steps)):
-            raise ValueError(f"optim.steps = {self.optim.steps} leaves a phase without a step: they end at {steps[1:]}")
+            raise ValueError(
+                f"optim.steps = {self.optim.steps} leaves a phase without a step: they end at {steps[1:]}"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds} repeats a seed; each must be its own run")
         return self

@@ -8,7 +8,13 @@ from raykd.errors import RecipeError
 from raykd.files.place import is_url
 from raykd.recipe.digest import is_path
 
-PATHS = (("teacher", "weights"), ("student", "weights"), ("data", "tokenizer"), ("scale", "store"), ("source", "log"))
+PATHS = (
+    ("teacher", "weights"),
+    ("student", "weights"),
+    ("data", "tokenizer"),
+    ("scale", "store"),
+    ("source", "log"),
+)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -16,14 +22,20 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"recipe {path} can not be read: {error.strerror}; name an existing TOML file") from None
+        raise RecipeError(
+            f"recipe {path} can not be read: {error.strerror}; name an existing TOML file"
+        ) from None
     except ValueError as error:  # not UTF-8, not TOML, or a number too long for Python
         raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on top; tables merge key by key, everything else is replaced whole."""
-    tables = {k: merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    tables = {
+        k: merge(base[k], v)
+        for k, v in over.items()
+        if isinstance(v, dict) and isinstance(base.get(k), dict)
+    }
     return base | over | tables
 
 
@@ -52,7 +64,11 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`raw` with file paths, but not URLs, made absolute against the recipe's folder."""
 
     def absolute(value: Any) -> Any:
-        return str((folder / value).resolve()) if isinstance(value, str) and not is_url(value) else value
+        return (
+            str((folder / value).resolve())
+            if isinstance(value, str) and not is_url(value)
+            else value
+        )
 
     for table, key in PATHS:
         if isinstance(raw.get(table), dict) and key in raw[table]:

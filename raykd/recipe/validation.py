@@ -1,4 +1,6 @@
-"""Raw values into a pydantic model, or every fault at once, each with its key as users write it and what to type."""
+"""Raw values into a pydantic model, or every fault at once, each with its key as users write it and
+what to type.
+"""
 
 import difflib
 import json
@@ -20,7 +22,9 @@ def validate(model: type[M], raw: Any, *, key: str = "") -> tuple[M | None, list
         found = model.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         named = {problem.key for problem in problems}
-        return None, problems + [p for e in error.errors() if (p := _problem(model, e, key)).key not in named]
+        return None, problems + [
+            p for e in error.errors() if (p := _problem(model, e, key)).key not in named
+        ]
     return (None if problems else found), problems
 
 
@@ -32,12 +36,16 @@ def _no_json(value: Any, key: str) -> Iterator[Problem]:
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(key, f"must be a finite number, found {value}")
     elif not isinstance(value, str | int | float | None):
-        yield Problem(key, f"{type(value).__name__} {value} is not a value here; write a string or a number")
+        yield Problem(
+            key, f"{type(value).__name__} {value} is not a value here; write a string or a number"
+        )
 
 
 def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
     loc = [str(part) for part in error["loc"]]
-    dotted = ".".join(([key] if key else []) + loc).replace("search.space.", "search.", 1)  # as users write it
+    dotted = ".".join(([key] if key else []) + loc).replace(
+        "search.space.", "search.", 1
+    )  # as users write it
     match error["type"]:
         case "extra_forbidden":
             return Problem(dotted, "unknown key." + suggestion(loc[-1], _fields(model, loc[:-1])))
@@ -58,6 +66,8 @@ def suggestion(word: str, known: Any) -> str:
 def _fields(model: Any, loc: list[str]) -> list[str]:
     for part in loc:
         field = getattr(model, "model_fields", {}).get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else [model]
+        options = (
+            [field.annotation, *getattr(field.annotation, "__args__", ())] if field else [model]
+        )
         model = next((o for o in options if hasattr(o, "model_fields")), model)
     return list(getattr(model, "model_fields", {}))

@@ -1,7 +1,8 @@
-"""What a recipe's `weights` may name: a safetensors file, or a folder as Hugging Face lays out a language model.
+"""What a recipe's `weights` may name: a safetensors file, or a folder as Hugging Face lays out a
+language model.
 
-A folder is config.json and model.safetensors, or several files of tensors and their index. Only a teacher is read from
-one; nothing in it is executed, and whatever could be is refused.
+A folder is config.json and model.safetensors, or several files of tensors and their index. Only a
+teacher is read from one; nothing in it is executed, and whatever could be is refused.
 """
 
 import json
@@ -30,12 +31,17 @@ def config_of(folder: Path) -> dict[str, Any]:
         if found.get(key):
             raise RecipeError(f"{folder / CONFIG}: {key} is {found[key]!r}: it {reason}")
     if (folder / ADAPTER).exists():
-        raise RecipeError(f"{folder}: {ADAPTER} makes it an adapter's; merge that into its model and save this")
+        raise RecipeError(
+            f"{folder}: {ADAPTER} makes it an adapter's; merge that into its model and save this"
+        )
     return found
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The safetensors files that are read of a path: itself, or of a folder one or several. RecipeError if none are."""
+    """The safetensors files that are read of a path: itself, or of a folder one or several.
+
+    RecipeError if none are.
+    """
     if not path.is_dir():
         return [path]
     if (path / WEIGHTS).is_file():
@@ -54,20 +60,38 @@ def tensor_files(path: Path) -> list[Path]:
 def hashed_files(folder: Path) -> list[Path]:
     """The files of a folder that decide what is read from it, in order."""
     files = tensor_files(folder)
-    return sorted([folder / CONFIG, *files, *([] if files == [folder / WEIGHTS] else [folder / INDEX])])
+    return sorted(
+        [folder / CONFIG, *files, *([] if files == [folder / WEIGHTS] else [folder / INDEX])]
+    )
 
 
-def problems(table: str, values: dict[str, Any], files: Sequence[str], *, is_text: bool) -> list[Problem]:
-    """What is wrong with the weights of a raw [teacher] or [student]; `files` are those that they stand for."""
+def problems(
+    table: str, values: dict[str, Any], files: Sequence[str], *, is_text: bool
+) -> list[Problem]:
+    """What is wrong with the weights of a raw [teacher] or [student]; `files` are those that they
+    stand for.
+    """
     weights, model = values["weights"], values.get("model")
     if Path(weights).is_dir():
         return _folder_problems(table, values, is_text)
     if model == TRANSFORMERS:
-        return [Problem(f"{table}.weights", f'model = "{TRANSFORMERS}" reads a folder, and {weights} is none')]
+        return [
+            Problem(
+                f"{table}.weights",
+                f'model = "{TRANSFORMERS}" reads a folder, and {weights} is none',
+            )
+        ]
     if Path(weights).suffix != ".safetensors":
         text = f"{weights} is not a .safetensors file; others can run code"
-        return [Problem(f"{table}.weights", text if Path(weights).exists() else f"{text}; nor is it a folder")]
-    return [Problem(f"{table}.weights", f"no file {path}") for path in files if not Path(path).is_file()]
+        return [
+            Problem(
+                f"{table}.weights",
+                text if Path(weights).exists() else f"{text}; nor is it a folder",
+            )
+        ]
+    return [
+        Problem(f"{table}.weights", f"no file {path}") for path in files if not Path(path).is_file()
+    ]
 
 
 def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[Problem]:
@@ -80,9 +104,16 @@ def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[
         text = f'{folder} is a folder, which is read by model = "{LLAMA}" or "{TRANSFORMERS}"'
         found.append(Problem(f"{table}.model", text))
     if values.get("settings"):
-        found.append(Problem(f"{table}.settings", f"stand in {folder / CONFIG}; leave them out here"))
+        found.append(
+            Problem(f"{table}.settings", f"stand in {folder / CONFIG}; leave them out here")
+        )
     if not is_text:
-        found.append(Problem(f"{table}.weights", f"{folder} is of a language model; name data.tokenizer, or a file"))
+        found.append(
+            Problem(
+                f"{table}.weights",
+                f"{folder} is of a language model; name data.tokenizer, or a file",
+            )
+        )
     for read in (config_of, tensor_files):
         try:
             read(folder)
@@ -97,8 +128,14 @@ def _indexed(folder: Path) -> list[Path]:
     if not names:
         raise RecipeError(f"{folder / INDEX}: no weight_map in it")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
-            raise RecipeError(f"{folder / INDEX}: names {name!r}, which is no .safetensors file beside it")
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or Path(name).suffix != ".safetensors"
+        ):
+            raise RecipeError(
+                f"{folder / INDEX}: names {name!r}, which is no .safetensors file beside it"
+            )
         if not (folder / name).is_file():
             raise RecipeError(f"{folder / INDEX}: names {name}, which is missing")
     return [folder / name for name in names]

@@ -1,7 +1,9 @@
-"""answers.parquet: what each model of a run said on each test row, so that runs can be compared row by row.
+"""answers.parquet: what each model of a run said on each test row, so that runs can be compared row
+by row.
 
-Columns: row_id, label, group (the recording), thriving, teacher, artefact, and `<arm>-<seed>` for each training; a
-model's is the class it gave. A run keeps it beside report.json, whose figures it is the ground of.
+Columns: row_id, label, group (the recording), thriving, teacher, artefact, and `<arm>-<seed>` for
+each training; a model's is the class it gave. A run keeps it beside report.json, whose figures it
+is the ground of.
 """
 
 import re
@@ -46,7 +48,11 @@ def write(evidence: Evidence, folder: Path) -> None:
     columns: dict[str, Any] = {"row_id": rows, "label": e.label, "group": e.group}
     columns |= {name: getattr(e, name) for name in ("thriving", "teacher", "artefact")}
     trained = {"student": e.student, "control": e.control, **e.beside}
-    columns |= {f"{name}-{seed}": said for name, arm in trained.items() for seed, said in sorted(arm.items())}
+    columns |= {
+        f"{name}-{seed}": said
+        for name, arm in trained.items()
+        for seed, said in sorted(arm.items())
+    }
     pq.write_table(pa.table({name: v for name, v in columns.items() if v is not None}), sink)
     write_bytes(folder / NAME, sink.getvalue().to_pybytes())
 
@@ -55,15 +61,21 @@ def read(folder: Path) -> Answers:
     """The answers of a run folder. StoreError if they are not there, or damaged."""
     path = folder / NAME
     if not path.exists():
-        raise StoreError(f"{folder} was reported without {NAME}; type: raykd report RECIPE --out {folder.parent}")
+        raise StoreError(
+            f"{folder} was reported without {NAME}; type: raykd report RECIPE --out {folder.parent}"
+        )
     try:
         columns = _columns(path)
         known = columns["label"] >= 0
         found = {name: values[known] for name, values in columns.items()}
         rows = {name: found[name] for name in ("row_id", "label", "group")}
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise StoreError(f"{path} is damaged: {error}; delete it and type: raykd report RECIPE") from None
-    student = {int(match[1]): found[match[0]] for name in found if (match := STUDENT.fullmatch(name))}
+        raise StoreError(
+            f"{path} is damaged: {error}; delete it and type: raykd report RECIPE"
+        ) from None
+    student = {
+        int(match[1]): found[match[0]] for name in found if (match := STUDENT.fullmatch(name))
+    }
     return Answers(**rows, thriving=found.get("thriving"), student=dict(sorted(student.items())))
 
 

@@ -1,15 +1,15 @@
 """Honest intervals: a paired bootstrap over test recordings and seeds at once.
 
-Neighbouring windows of one recording are alike, so recordings are resampled, never single windows; and a
-result holds for new seeds only if seeds are resampled too. Every resample weighs teacher, control and
-student by the same rows, and control and student by the same seeds: a difference is as sharp as pairing
-allows.
+Neighbouring windows of one recording are alike, so recordings are resampled, never single windows;
+and a result holds for new seeds only if seeds are resampled too. Every resample weighs teacher,
+control and student by the same rows, and control and student by the same seeds: a difference is as
+sharp as pairing allows.
 
-A draw takes k - 1 of k units with replacement: the mean then varies exactly as much as theory says, where k
-of k falls short by 1 / k, a third of the variance at three seeds (McCarthy and Snowden 1985; Rao and Wu
-1988). No bootstrap can know seeds that were not run: one seed alone leaves the interval to the rows.
-Simulated coverage of the 95 % interval is 92 to 98 %; it falls to 85 % where three seeds differ by more
-than the test rows do.
+A draw takes k - 1 of k units with replacement: the mean then varies exactly as much as theory says,
+where k of k falls short by 1 / k, a third of the variance at three seeds (McCarthy and Snowden
+1985; Rao and Wu 1988). No bootstrap can know seeds that were not run: one seed alone leaves the
+interval to the rows. Simulated coverage of the 95 % interval is 92 to 98 %; it falls to 85 % where
+three seeds differ by more than the test rows do.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Hits:
-    """Which test rows each model answers rightly. `rows` keeps part of them, such as the thriving ones."""
+    """Which test rows each model answers rightly.
+
+    `rows` keeps part of them, such as the thriving ones.
+    """
 
     groups: NDArray  # (n,) the recording of each row; arange(n) where rows are independent
     student: Bools  # (S, n)
@@ -52,7 +55,9 @@ class Hits:
 
 @dataclass(frozen=True)
 class Sample:
-    """Accuracies of each model over the same resamples of `n` rows; None for a model that is not there."""
+    """Accuracies of each model over the same resamples of `n` rows; None for a model that is not
+    there.
+    """
 
     n: int
     student: Values
@@ -64,8 +69,8 @@ class Sample:
 def resample(hits: Hits, *, num: int = RESAMPLES, seed: int = 0) -> Sample:
     """The accuracies of `num` paired resamples.
 
-    m = sum_g w_g hits_g / sum_g w_g rows_g for each seed, then the mean over the drawn seeds; w_g is how
-    often recording g was drawn. Same seed, same numbers.
+    m = sum_g w_g hits_g / sum_g w_g rows_g for each seed, then the mean over the drawn seeds; w_g
+    is how often recording g was drawn. Same seed, same numbers.
     """
     kept = np.ones(len(hits.groups), bool) if hits.rows is None else hits.rows
     assert kept.any(), "no row to resample"
@@ -81,7 +86,10 @@ def resample(hits: Hits, *, num: int = RESAMPLES, seed: int = 0) -> Sample:
     right = [None if rows is None else _group_sums(rows[:, kept], group) for rows, _ in arms]
     drawn, total = _draw_groups(rng, right, np.bincount(group), num)
     # whole numbers up to the one division: equal models get equal accuracies, to the bit
-    means = [None if d is None else (d * w).sum(1) / (total * w.sum(1)) for d, (_, w) in zip(drawn, arms, strict=True)]
+    means = [
+        None if d is None else (d * w).sum(1) / (total * w.sum(1))
+        for d, (_, w) in zip(drawn, arms, strict=True)
+    ]
     assert means[0] is not None
     return Sample(int(kept.sum()), means[0], *means[1:])
 
@@ -95,7 +103,9 @@ def _group_sums(hits: Bools, group: NDArray) -> NDArray[np.float64]:
 def _draw_groups(
     rng: np.random.Generator, right: list[NDArray | None], size: NDArray, num: int
 ) -> tuple[list[NDArray[np.float64] | None], NDArray[np.float64]]:
-    """(1 + B, S) right answers among the drawn rows, for each model's (S, G); and (1 + B,) rows drawn."""
+    """(1 + B, S) right answers among the drawn rows, for each model's (S, G); and (1 + B,) rows
+    drawn.
+    """
     blocks: list[list[NDArray]] = [[] for _ in [*right, size]]
     step = max(1, BLOCK // len(size))
     for first in range(0, num, step):
@@ -112,7 +122,8 @@ def _draw_groups(
 def _seed_weights(
     rng: np.random.Generator, student: Sequence[int], control: Sequence[int], num: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(1 + B, S) and (1 + B, R): seeds that both arms have are drawn together, the others arm by arm.
+    """(1 + B, S) and (1 + B, R): seeds that both arms have are drawn together, the others arm by
+    arm.
 
     Either part weighs as many seeds as it has, although one fewer is drawn.
     """
@@ -129,7 +140,9 @@ def _seed_weights(
 
 
 def _draws(rng: np.random.Generator, units: int, num: int) -> NDArray[np.float64]:
-    """(B, units): how often each unit is drawn in units - 1 draws with replacement; of one unit, once."""
+    """(B, units): how often each unit is drawn in units - 1 draws with replacement; of one unit,
+    once.
+    """
     if units == 0:
         return np.ones((num, 0))
     flat = rng.integers(units, size=(num, max(units - 1, 1))) + units * np.arange(num)[:, None]
@@ -162,17 +175,23 @@ def corrected_retention(sample: Sample, guess: float, arm: str = "student") -> I
 
 
 def gap_closed(sample: Sample, arm: str = "student") -> Interval | None:
-    """(m_S - m_C) / (m_T - m_C); None where the interval of m_T - m_C touches 0: there is no gap to close."""
+    """(m_S - m_C) / (m_T - m_C); None where the interval of m_T - m_C touches 0: there is no gap to
+    close.
+    """
     return _over(getattr(sample, arm), sample.teacher, sample.control, sample.n)
 
 
 def difference(sample: Sample, arm: str = "student", base: str = "control") -> Interval | None:
-    """m_arm - m_base in accuracy, such as what the teacher added to the student; None if either is absent."""
+    """m_arm - m_base in accuracy, such as what the teacher added to the student; None if either is
+    absent.
+    """
     first, second = getattr(sample, arm), getattr(sample, base)
     return None if first is None or second is None else interval(first - second, sample.n)
 
 
-def _over(top: Values | None, whole: Values | None, floor: Values | float | None, n: int) -> Interval | None:
+def _over(
+    top: Values | None, whole: Values | None, floor: Values | float | None, n: int
+) -> Interval | None:
     """(top - floor) / (whole - floor), None unless whole is above floor with its whole interval."""
     if top is None or whole is None or floor is None:
         return None

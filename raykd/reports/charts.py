@@ -26,7 +26,9 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _accuracy(report: Mapping[str, Any]) -> str:
-    models = {n: report[n]["metrics"] for n in COLOURS} | {BESIDE[n]: p["metrics"] for n, p in report["beside"].items()}
+    models = {n: report[n]["metrics"] for n in COLOURS} | {
+        BESIDE[n]: p["metrics"] for n, p in report["beside"].items()
+    }
     found = {n: metrics["accuracy"] for n, metrics in models.items() if "accuracy" in metrics}
     names = list(found)
 
@@ -34,7 +36,9 @@ def _accuracy(report: Mapping[str, Any]) -> str:
         bars(axes, names, list(found.values()), [COLOURS.get(n, OTHER) for n in names])
         axes.set_xlabel("accuracy on test rows, %")
 
-    return svg("accuracy", "Accuracy of each model with its 95 % interval", 0.75 + 0.42 * len(names), draw)
+    return svg(
+        "accuracy", "Accuracy of each model with its 95 % interval", 0.75 + 0.42 * len(names), draw
+    )
 
 
 def _retention(report: Mapping[str, Any]) -> str:
@@ -43,14 +47,21 @@ def _retention(report: Mapping[str, Any]) -> str:
         return ""
 
     def draw(axes: Any) -> None:
-        bars(axes, [f"{n} rows" for n in parts], list(parts.values()), [COLOURS["student"]] * len(parts))
+        bars(
+            axes,
+            [f"{n} rows" for n in parts],
+            list(parts.values()),
+            [COLOURS["student"]] * len(parts),
+        )
         axes.axvline(100, color=COLOURS["teacher"], linewidth=1.2, linestyle="--")
         axes.set_xlabel("% of the teacher's accuracy")
 
     return svg("retention", "Retention of the teacher's accuracy", 0.75 + 0.42 * len(parts), draw)
 
 
-def bars(axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], colours: Sequence[str]) -> None:
+def bars(
+    axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], colours: Sequence[str]
+) -> None:
     """Points with their intervals, one a line, on an axis cut to where they differ."""
     low = min(p["lo"] for p in parts)
     high = max(max(p["hi"], p["value"]) for p in parts)
@@ -77,7 +88,9 @@ def bars(axes: Any, names: Sequence[str], parts: Sequence[Mapping[str, Any]], co
 def _curves(report: Mapping[str, Any]) -> str:
     key = "val_accuracy"
     arms = {arm: report["curves"].get(arm, {}) for arm in ("control", "student")}
-    arms = {arm: [h for h in seeds.values() if any(key in p for p in h)] for arm, seeds in arms.items()}
+    arms = {
+        arm: [h for h in seeds.values() if any(key in p for p in h)] for arm, seeds in arms.items()
+    }
     if not any(arms.values()):
         return ""
 
@@ -88,7 +101,9 @@ def _curves(report: Mapping[str, Any]) -> str:
         axes.set_ylabel("validation accuracy, %")
         axes.legend(loc="lower right")
 
-    return svg("curves", "Validation accuracy while training: each seed, and the mean in bold", 2.9, draw)
+    return svg(
+        "curves", "Validation accuracy while training: each seed, and the mean in bold", 2.9, draw
+    )
 
 
 def _seeds_and_mean(
@@ -121,7 +136,9 @@ def _confusion(report: Mapping[str, Any]) -> str:
         if size <= NAMED_CLASSES:
             _name_cells(axes, counts, shares, names)
 
-    return svg("confusion", "Confusion of the exported student: true class by predicted class", 4.2, draw)
+    return svg(
+        "confusion", "Confusion of the exported student: true class by predicted class", 4.2, draw
+    )
 
 
 def _name_cells(axes: Any, counts: Any, shares: Any, names: Sequence[str]) -> None:
@@ -135,7 +152,9 @@ def _name_cells(axes: Any, counts: Any, shares: Any, names: Sequence[str]) -> No
         for j, value in enumerate(row):
             if value:
                 ink = "white" if shares[i][j] > 0.7 else INK
-                axes.text(j + 0.5, i + 0.5, str(value), ha="center", va="center", color=ink, **small)
+                axes.text(
+                    j + 0.5, i + 0.5, str(value), ha="center", va="center", color=ink, **small
+                )
 
 
 def _short(name: str) -> str:
@@ -153,10 +172,21 @@ def _saliency(report: Mapping[str, Any]) -> str:
             colour = COLOURS["artefact"] if low >= q75 else COLOURS["teacher"]
             axes.bar(low, value, width=0.92 * (high - low), align="edge", color=colour)
         axes.axvline(q75, color=INK, linewidth=1.2, linestyle="--")
-        axes.annotate("thriving", (q75, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points")
+        axes.annotate(
+            "thriving",
+            (q75, 1),
+            (4, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+        )
         axes.set(xlabel="saliency", ylabel="rows")
 
-    return svg("saliency", "Saliency of the rows; the thriving quarter lies right of the dashed line", 2.5, draw)
+    return svg(
+        "saliency",
+        "Saliency of the rows; the thriving quarter lies right of the dashed line",
+        2.5,
+        draw,
+    )
 
 
 def searched(report: Mapping[str, Any]) -> list[str]:
@@ -180,7 +210,14 @@ def _search(report: Mapping[str, Any], number: int, key: str) -> str:
             place = trial["params"][key] if numbers else _short(str(trial["params"][key]))
             axes.plot(place, trial[metric], "o", color=colour, markersize=6, alpha=0.85)
             if trial["number"] == best:
-                axes.plot(place, trial[metric], "o", color=COLOURS["control"], markersize=13, fillstyle="none")
+                axes.plot(
+                    place,
+                    trial[metric],
+                    "o",
+                    color=COLOURS["control"],
+                    markersize=13,
+                    fillstyle="none",
+                )
         if wide:
             axes.set_xscale("log")
         axes.set(xlabel=key[-48:], ylabel=metric.replace("_", " "))

@@ -18,9 +18,11 @@ MOST_CLASSES = 64  # told one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Everything a report is made of. Arrays follow the test split; rows with a negative label are left out.
+    """Everything a report is made of. Arrays follow the test split; rows with a negative label are
+    left out.
 
-    `best_seed` names the student that was exported, chosen on validation rows; the confusion table is of it.
+    `best_seed` names the student that was exported, chosen on validation rows; the confusion table
+    is of it.
     """
 
     recipe_digest: str
@@ -36,21 +38,29 @@ class Evidence:
     group: NDArray[np.integer]  # (n,) the recording of each row
     student: Mapping[int, Predicted]  # by seed
     control: Mapping[int, Predicted] = field(default_factory=dict)
-    beside: Mapping[str, Mapping[int, Predicted]] = field(default_factory=dict)  # other trainings, by name and seed
+    beside: Mapping[str, Mapping[int, Predicted]] = field(
+        default_factory=dict
+    )  # other trainings, by name and seed
     teacher: Predicted | None = None
     artefact: Predicted | None = None
-    measures: Mapping[str, Measure] = field(default_factory=dict)  # beside accuracy, by name; of labelled places alone
+    measures: Mapping[str, Measure] = field(
+        default_factory=dict
+    )  # beside accuracy, by name; of labelled places alone
     thriving: NDArray[np.bool_] | None = None  # (n,)
     saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
     best_seed: int | None = None
     student_params: int | None = None
     control_params: int | None = None
     teacher_info: Mapping[str, Any] = field(default_factory=dict)  # params, bytes, dtype
-    artefact_info: Mapping[str, Any] = field(default_factory=dict)  # path, format, bytes, parity, latency
+    artefact_info: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # path, format, bytes, parity, latency
     training_cost: float | None = None
     store: Mapping[str, Any] = field(default_factory=dict)  # id, rows, bytes, bytes_per_row, codec
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id
-    history: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)  # arm
+    history: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]] = field(
+        default_factory=dict
+    )  # arm
     search: Mapping[str, Any] | None = None  # metric, trials, best
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -93,10 +103,18 @@ def _measured(e: Evidence) -> dict[str, Any]:
     why = sentences.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
     return {
-        "teacher": schema.Teacher(**plain(e.teacher_info), metrics=_metrics("teacher", sample, others)),
-        "control": schema.Model(params=e.control_params, metrics=_metrics("control", sample, others)),
-        "student": schema.Model(params=e.student_params, metrics=_metrics("student", sample, others)),
-        "beside": {name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()},
+        "teacher": schema.Teacher(
+            **plain(e.teacher_info), metrics=_metrics("teacher", sample, others)
+        ),
+        "control": schema.Model(
+            params=e.control_params, metrics=_metrics("control", sample, others)
+        ),
+        "student": schema.Model(
+            params=e.student_params, metrics=_metrics("student", sample, others)
+        ),
+        "beside": {
+            name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()
+        },
         "artefact": _artefact(e, sample, others, seed),
         "retention": _retentions(e, sample),
         "gap_closed": closed,
@@ -105,7 +123,9 @@ def _measured(e: Evidence) -> dict[str, Any]:
         "gains": {name: ratio(bootstrap.difference(found)) for name, found in others.items()},
         "warnings": [w for w in (why, verdict, *_cautions(e), *e.warnings) if w],
         "per_class": _per_class(e) if _tells_classes(e) else [],
-        "confusion": _confusion(e.label, e.student[seed], len(e.classes)) if _tells_classes(e) else [],
+        "confusion": _confusion(e.label, e.student[seed], len(e.classes))
+        if _tells_classes(e)
+        else [],
         "confusion_seed": seed,
     }
 
@@ -124,7 +144,9 @@ def _metrics(model: str, sample: Sample, others: Mapping[str, Sample]) -> schema
 
 def _data(e: Evidence) -> schema.Data:
     groups = len(np.unique(e.group))
-    return schema.Data(name=e.data_name, rows=plain(e.data_rows), groups=groups, test_sha256=e.test_digest)
+    return schema.Data(
+        name=e.data_name, rows=plain(e.data_rows), groups=groups, test_sha256=e.test_digest
+    )
 
 
 def _exported(e: Evidence) -> int:
@@ -136,7 +158,9 @@ def _labelled(e: Evidence) -> Evidence:
     known = e.label >= 0
     assert known.any(), "a report needs labelled test rows"
     assert e.student, "a report needs a student"
-    arrays = {k: getattr(e, k) for k in ("row_id", "label", "group", "teacher", "artefact", "thriving")}
+    arrays = {
+        k: getattr(e, k) for k in ("row_id", "label", "group", "teacher", "artefact", "thriving")
+    }
     return replace(
         e,
         **{k: None if v is None else np.asarray(v)[known] for k, v in arrays.items()},
@@ -175,16 +199,20 @@ def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
 
 
 def parts_of(thriving: NDArray[np.bool_] | None) -> dict[str, NDArray[np.bool_]]:
-    """The test rows by part, none of them empty: thriving, the rest, and as many as thrive drawn at random.
+    """The test rows by part, none of them empty: thriving, the rest, and as many as thrive drawn at
+    random.
 
-    What holds on thriving rows and on the random ones alike is no effect of thriving, but of how few rows they are.
+    What holds on thriving rows and on the random ones alike is no effect of thriving, but of how
+    few rows they are.
     """
     if thriving is None or not thriving.any():
         return {}
     random = np.zeros_like(thriving)
     random[np.random.default_rng(0).permutation(len(thriving))[: int(thriving.sum())]] = True
     return {
-        name: rows for name, rows in (("thriving", thriving), ("rest", ~thriving), ("random", random)) if rows.any()
+        name: rows
+        for name, rows in (("thriving", thriving), ("rest", ~thriving), ("random", random))
+        if rows.any()
     }
 
 
@@ -201,7 +229,9 @@ def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> s
     )
 
 
-def _artefact(e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: int) -> schema.Artefact:
+def _artefact(
+    e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: int
+) -> schema.Artefact:
     return schema.Artefact(
         **plain(e.artefact_info),
         seed=seed if e.artefact_info else None,
@@ -210,7 +240,9 @@ def _artefact(e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: i
     )
 
 
-def _compression(teacher: Mapping[str, Any], params: int | None, size: int | None) -> schema.Compression:
+def _compression(
+    teacher: Mapping[str, Any], params: int | None, size: int | None
+) -> schema.Compression:
     whole = teacher["bytes"] / size if teacher.get("bytes") and size else None
     shape = teacher["params"] / params if teacher.get("params") and params else None
     bits = whole / shape if whole and shape else None
@@ -227,7 +259,9 @@ def _cautions(e: Evidence) -> list[str]:
     }
     named = enumerate(e.classes) if _tells_classes(e) else ()
     absent = [name for i, name in named if not (e.label == i).any()]
-    return sentences.cautions(seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing)
+    return sentences.cautions(
+        seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing
+    )
 
 
 def _per_class(e: Evidence) -> list[schema.ClassRow]:
@@ -243,7 +277,11 @@ def _per_class(e: Evidence) -> list[schema.ClassRow]:
 
 def _confusion(label: NDArray, predicted: Predicted, classes: int) -> list[list[int]]:
     """(C, C) counts: rows are true classes, columns predicted ones."""
-    return np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes).tolist()
+    return (
+        np.bincount(label * classes + predicted, minlength=classes**2)
+        .reshape(classes, classes)
+        .tolist()
+    )
 
 
 def _histogram(saliency: NDArray[np.floating] | None) -> schema.Histogram | None:
@@ -251,4 +289,6 @@ def _histogram(saliency: NDArray[np.floating] | None) -> schema.Histogram | None
     if not len(known):
         return None
     counts, edges = np.histogram(known, BINS)
-    return schema.Histogram(counts=counts.tolist(), edges=edges.tolist(), q75=float(np.quantile(known, 0.75)))
+    return schema.Histogram(
+        counts=counts.tolist(), edges=edges.tolist(), q75=float(np.quantile(known, 0.75))
+    )

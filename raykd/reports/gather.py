@@ -35,7 +35,11 @@ PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
 
 
 def gather(
-    found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None, mlflow: dict[str, Any]
+    found: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    where: place.Address | None,
+    mlflow: dict[str, Any],
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
     records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
@@ -57,8 +61,13 @@ def gather(
         row_id=test.place,
         label=test.label,
         group=test.group,
-        **{name: {seed: said.answer for seed, said in arm.items()} for name, arm in predicted.items()},
-        measures=_measures(found, folder, records, every, opened, dataset) if dataset.is_text else {},
+        **{
+            name: {seed: said.answer for seed, said in arm.items()}
+            for name, arm in predicted.items()
+        },
+        measures=_measures(found, folder, records, every, opened, dataset)
+        if dataset.is_text
+        else {},
         beside=_beside(found, dataset, folder, records),
         teacher=_teacher(opened, dataset) if opened else None,
         artefact=deployed.answer if deployed else None,
@@ -67,14 +76,20 @@ def gather(
         best_seed=artefact.best_seed(found, folder),
         student_params=_params(records, "student"),
         control_params=_params(records, "control"),
-        teacher_info=_weights(found.teacher.weights) if found.teacher and found.teacher.weights else {},
+        teacher_info=_weights(found.teacher.weights)
+        if found.teacher and found.teacher.weights
+        else {},
         artefact_info=_artefact_info(manifest),
         training_cost=_cost(records, opened),
         store=_store(found, opened),
         mlflow=mlflow,
         history=_history(records),
         search=read_json(folder / "tune.json"),
-        machine={"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+        machine={
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+        },
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         warnings=_warnings(dataset, opened, records),
     )
@@ -105,7 +120,9 @@ def _measures(
     store: Store | None,
     dataset: Dataset,
 ) -> dict[str, Measure]:
-    """Losses of each model, of which the teacher's is nll alone; and how students and artefact did as drafters."""
+    """Losses of each model, of which the teacher's is nll alone; and how students and artefact did
+    as drafters.
+    """
     test = dataset.splits["test"]
     places = Places.of(test)
     known = places.label >= 0
@@ -131,21 +148,37 @@ def _saliency(store: Store, dataset: Dataset, test: Places) -> NDArray[np.floati
 
 
 def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
-    return {record["seed"]: folder / "arms" / key for key, record in records.items() if record["arm"] == name}
+    return {
+        record["seed"]: folder / "arms" / key
+        for key, record in records.items()
+        if record["arm"] == name
+    }
 
 
-def _beside(recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
-    """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it stands."""
+def _beside(
+    recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]
+) -> dict[str, Any]:
+    """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it
+    stands.
+    """
     arms = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
     found = {name: {seed: said.answer for seed, said in arm.items()} for name, arm in arms.items()}
     if recipe.phases and recipe.phases[-1].quant:
-        weights = {seed: arm / "weights.safetensors" for seed, arm in _seeds(folder, records, UNROUNDED).items()}
-        said = {seed: artefact.rounded_afterwards(recipe, dataset, path) for seed, path in weights.items()}
+        weights = {
+            seed: arm / "weights.safetensors"
+            for seed, arm in _seeds(folder, records, UNROUNDED).items()
+        }
+        said = {
+            seed: artefact.rounded_afterwards(recipe, dataset, path)
+            for seed, path in weights.items()
+        }
         found["post_training"] = {seed: each.answer for seed, each in said.items()}
     return {name: arm for name, arm in found.items() if arm}
 
 
-def _thriving(store: Store | None, saliency: NDArray[np.floating] | None) -> NDArray[np.bool_] | None:
+def _thriving(
+    store: Store | None, saliency: NDArray[np.floating] | None
+) -> NDArray[np.bool_] | None:
     """The test rows at or above the training split's 75th percentile of saliency."""
     if store is None or saliency is None:
         return None
@@ -158,7 +191,9 @@ def _params(records: dict[str, Any], name: str) -> int | None:
 
 
 def _weights(path: str) -> dict[str, Any]:
-    """Parameters, bytes and dtypes of the safetensors files that are read of a path, from their headers."""
+    """Parameters, bytes and dtypes of the safetensors files that are read of a path, from their
+    headers.
+    """
     params, size, dtypes = 0, 0, set()
     for each in tensor_files(Path(path)):
         with safe_open(each, framework="np") as file:
@@ -189,7 +224,9 @@ def _latency(measured: dict[str, Any]) -> dict[str, Any]:
 
 def _cost(records: dict[str, Any], store: Store | None) -> float | None:
     """A student's seconds with all of the teacher's, over a control's; means over seeds."""
-    seconds = {n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")}
+    seconds = {
+        n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")
+    }
     timing = place.read_json(store.place, "_TIMING.json") if store else None
     if not seconds["control"] or (store and timing is None):
         return None
@@ -210,7 +247,13 @@ def _store(recipe: Recipe, store: Store | None) -> dict[str, Any]:
     ]
     size = sum(s.manifest["bytes"] for s in (store, *inner))
     codec = manifest["identity"]["store"]["codec"]
-    return {"id": manifest["store_id"], "rows": rows, "bytes": size, "bytes_per_row": size / rows, "codec": codec}
+    return {
+        "id": manifest["store_id"],
+        "rows": rows,
+        "bytes": size,
+        "bytes_per_row": size / rows,
+        "codec": codec,
+    }
 
 
 def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
@@ -222,15 +265,28 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
 
 def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
     found, labelled = [], dataset.splits["train"].labelled
-    if store and dataset.is_text and not (store.logits("test").tells(1.0) and not store.unscored("test")):
-        found.append("no KL to the teacher: its store does not tell it at temperature 1, or not of every test row")
+    if (
+        store
+        and dataset.is_text
+        and not (store.logits("test").tells(1.0) and not store.unscored("test"))
+    ):
+        found.append(
+            "no KL to the teacher: its store does not tell it at temperature 1, or not of every test row"
+        )
     hidden = int((~labelled).sum())
     if hidden:
         found.append(f"{hidden} of {len(labelled)} training rows were used without their label")
     gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
     if gate is not None and gate < 0.2:
-        found.append(f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise")
-    shares = [p["weights"]["ess"] for record in records.values() for p in record["history"] if "weights" in p]
+        found.append(
+            f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise"
+        )
+    shares = [
+        p["weights"]["ess"]
+        for record in records.values()
+        for p in record["history"]
+        if "weights" in p
+    ]
     if shares and min(shares) < LEAST_ESS:
         found.append(
             f"row weights leave {min(shares):.1%} of a batch as its effective sample, so a few rows are all that is "

@@ -21,16 +21,24 @@ def metrics(values: bootstrap.Values | None, n: int, name: str = METRIC) -> sche
 
 def ratio(found: Interval | None) -> schema.Ratio:
     """An interval, all null where nothing was measured."""
-    return schema.Ratio() if found is None else schema.Ratio(value=found.value, lo=found.lo, hi=found.hi)
+    return (
+        schema.Ratio()
+        if found is None
+        else schema.Ratio(value=found.value, lo=found.lo, hi=found.hi)
+    )
 
 
 def beside(
     label: NDArray, group: NDArray, student: Mapping[int, Predicted], other: Mapping[int, Predicted]
 ) -> schema.Beside:
-    """Another training of the student's seeds, and the student's accuracy less its, paired by rows and seeds."""
+    """Another training of the student's seeds, and the student's accuracy less its, paired by rows
+    and seeds.
+    """
     right = [np.stack(list(arm.values())) == label for arm in (student, other)]
     sample = bootstrap.resample(Hits(group, right[0], list(student), right[1], list(other)))
-    return schema.Beside(metrics=metrics(sample.control, sample.n), lost=ratio(bootstrap.difference(sample)))
+    return schema.Beside(
+        metrics=metrics(sample.control, sample.n), lost=ratio(bootstrap.difference(sample))
+    )
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,9 @@ FOLDER = Path(__file__).parent
 
 
 def write_html(report: Mapping[str, Any], path: Path) -> None:
-    """Write the page of `report` (as `raykd.reports.evidence.build` gives it) to `path`, whole or not at all."""
+    """Write the page of `report` (as `raykd.reports.evidence.build` gives it) to `path`, whole or
+    not at all.
+    """
     write_bytes(path, render(report).encode())
 
 
@@ -38,7 +40,10 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def fill(template: str, **values: Any) -> str:
-    """A template of this folder as text. All but Markup is escaped: names of classes and runs come from users."""
+    """A template of this folder as text.
+
+    All but Markup is escaped: names of classes and runs come from users.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(
@@ -49,7 +54,12 @@ def fill(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"percent": sentences.percent, "count": sentences.count, "figure": _figure, "firm": _firm}
+    env.filters |= {
+        "percent": sentences.percent,
+        "count": sentences.count,
+        "figure": _figure,
+        "firm": _firm,
+    }
     return env.get_template(template).render(**values)
 
 
@@ -81,7 +91,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     found = {
         "recipe digest": report["recipe_digest"],
-        "data": f"{report['data']['name']}: " + ", ".join(f"{k} {sentences.count(v)}" for k, v in rows.items()),
+        "data": f"{report['data']['name']}: "
+        + ", ".join(f"{k} {sentences.count(v)}" for k, v in rows.items()),
         "seeds": ", ".join(map(str, report["seeds"])),
         "teacher weights": report["teacher"]["dtype"],
         "artefact": artefact["path"],
@@ -89,8 +100,11 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "teacher store": store["id"],
         "store size": store["bytes"]
         and f"{sentences.count(store['bytes'])} bytes, {sentences.count(store['rows'])} rows",
-        "MLflow": mlflow["run_id"] and f"{mlflow['experiment']} / {mlflow['run_id']} at {mlflow['uri']}",
+        "MLflow": mlflow["run_id"]
+        and f"{mlflow['experiment']} / {mlflow['run_id']} at {mlflow['uri']}",
     }
     found |= {f"machine: {k}": v for k, v in report["machine"].items()}
     found |= {f"version: {k}": v for k, v in report["versions"].items()}
-    return [(name, str(value)) for name, value in found.items() if value is not None and value != ""]
+    return [
+        (name, str(value)) for name, value in found.items() if value is not None and value != ""
+    ]

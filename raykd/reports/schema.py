@@ -1,6 +1,8 @@
-"""The shape of report.json, version 1: closed tables, so that a misspelt or missing key is an error at once.
+"""The shape of report.json, version 1: closed tables, so that a misspelt or missing key is an error
+at once.
 
-What was not measured is null, and says so in `warnings`. Keys are only added within a version, never renamed.
+What was not measured is null, and says so in `warnings`. Keys are only added within a version,
+never renamed.
 """
 
 from typing import Annotated, Any, Literal
@@ -44,7 +46,9 @@ class Retention(Ratio):
 
 
 class Retentions(Part):
-    """Over all test rows, the thriving quarter, the other rows, and as many as thrive, drawn at random."""
+    """Over all test rows, the thriving quarter, the other rows, and as many as thrive, drawn at
+    random.
+    """
 
     all: Retention = Retention()
     thriving: Retention = Retention()
@@ -68,17 +72,21 @@ class Model(Part):
 
 
 class Beside(Part):
-    """Another training of the same student, seed by seed. `lost`: the student's accuracy less this one's."""
+    """Another training of the same student, seed by seed.
+
+    `lost`: the student's accuracy less this one's.
+    """
 
     metrics: Metrics = {}
     lost: Ratio = Ratio()
 
 
 class Parity(Part):
-    """The artefact against the trained student: largest difference of logits, share of equal decisions.
+    """The artefact against the trained student: largest difference of logits, share of equal
+    decisions.
 
-    `relative` is over the largest logit; `alone_agreement` the share of rows decided alike alone and in a batch. Of
-    text, what both reach at the `positions` that were judged.
+    `relative` is over the largest logit; `alone_agreement` the share of rows decided alike alone
+    and in a batch. Of text, what both reach at the `positions` that were judged.
     """
 
     max_abs_diff: float | None = None
@@ -91,7 +99,9 @@ class Parity(Part):
 
 
 class Time(Part):
-    """One model as one runtime executes it; its time over the artefact's, above 1 where the artefact is quicker."""
+    """One model as one runtime executes it; its time over the artefact's, above 1 where the
+    artefact is quicker.
+    """
 
     model: str
     runtime: str
@@ -101,7 +111,8 @@ class Time(Part):
 class Latency(Part):
     """Time of the artefact over the other's, one row at a time on this machine; below 1 is faster.
 
-    Both as onnxruntime executes them, or the other as torch does where it can not be written as ONNX.
+    Both as onnxruntime executes them, or the other as torch does where it can not be written as
+    ONNX.
     """
 
     ratio_vs_teacher: float | None = None
@@ -135,7 +146,9 @@ class Artefact(Part):
 
 
 class Data(Part):
-    """`groups` counts the test recordings, the units that the bootstrap resamples; `test_sha256` is of their rows."""
+    """`groups` counts the test recordings, the units that the bootstrap resamples; `test_sha256` is
+    of their rows.
+    """
 
     name: str
     rows: dict[Literal["train", "val", "test"], int]
@@ -144,7 +157,9 @@ class Data(Part):
 
 
 class Compression(Part):
-    """ratio = bytes of teacher / artefact; architecture = their parameters; bits = ratio / architecture."""
+    """ratio = bytes of teacher / artefact; architecture = their parameters; bits = ratio /
+    architecture.
+    """
 
     ratio: float | None = None
     architecture: float | None = None
@@ -210,10 +225,12 @@ Table = Annotated[dict[str, Any], BeforeValidator(dict)]
 
 
 class Report(Part):
-    """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one seed.
+    """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one
+    seed.
 
-    Of text rows are tokens to tell and recordings are documents; `gains` are the student's losses (nll, and kl to the
-    teacher) less its control's; classes and what is told of each are left out where they are many.
+    Of text rows are tokens to tell and recordings are documents; `gains` are the student's losses
+    (nll, and kl to the teacher) less its control's; classes and what is told of each are left out
+    where they are many.
 
     `inputs` is the digest of the files it was made from.
     """

@@ -15,7 +15,11 @@ MEASURES = {
     "overlap": "shared with the teacher",
 }
 LESS = ("nll", "kl")  # is better
-BESIDE = {"unrounded": "full precision", "post_training": "rounded afterwards", "rounded_control": "rounded control"}
+BESIDE = {
+    "unrounded": "full precision",
+    "post_training": "rounded afterwards",
+    "rounded_control": "rounded control",
+}
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -25,7 +29,11 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def span(part: Mapping[str, Any], digits: int = 1) -> str:
     """The interval of a share, as "91.0 to 95.2"."""
-    return "-" if part["lo"] is None else f"{100 * part['lo']:.{digits}f} to {100 * part['hi']:.{digits}f}"
+    return (
+        "-"
+        if part["lo"] is None
+        else f"{100 * part['lo']:.{digits}f} to {100 * part['hi']:.{digits}f}"
+    )
 
 
 def times(value: float | None) -> str:
@@ -54,7 +62,13 @@ def rows_of(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
 
 def _beside_row(name: str, report: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     metric = report["beside"][name]["metrics"]["accuracy"]
-    return BESIDE[name], count(report["student"]["params"]), "-", percent(metric["value"]), span(metric)
+    return (
+        BESIDE[name],
+        count(report["student"]["params"]),
+        "-",
+        percent(metric["value"]),
+        span(metric),
+    )
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -104,17 +118,23 @@ def verdict(closed: Mapping[str, Any], gain: Mapping[str, Any]) -> str:
     return f"not shown to help: the interval of the gap closed, {span(closed, 0)} %, includes 0"
 
 
-def cautions(*, seeds: int, groups: int, absent: list[str], missing: Mapping[str, bool]) -> list[str]:
+def cautions(
+    *, seeds: int, groups: int, absent: list[str], missing: Mapping[str, bool]
+) -> list[str]:
     """Warnings about what was not measured, or on too little."""
     found = []
     if seeds < FEW_SEEDS:
         number = f"{seeds} seed{'s' if seeds != 1 else ''}"
-        found.append(f"{number}: the interval knows too little of how trainings vary; set seeds = [0, 1, 2]")
+        found.append(
+            f"{number}: the interval knows too little of how trainings vary; set seeds = [0, 1, 2]"
+        )
     if groups < FEW_GROUPS:
         number = f"{groups} test recording{'s' if groups != 1 else ''}"
         found.append(f"{number}: the interval is too narrow; test on {FEW_GROUPS} or more")
     if absent:
-        found.append("no test row of class " + ", ".join(map(repr, absent)) + ": nothing is known of it")
+        found.append(
+            "no test row of class " + ", ".join(map(repr, absent)) + ": nothing is known of it"
+        )
     return found + [MISSING[name] for name, is_missing in missing.items() if is_missing]
 
 
@@ -137,7 +157,9 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"{a:<20}{b:>14}{c:>14}{d:>12}   {e}" for a, b, c, d, e in [head, *rows_of(report)]]
     lines += ["", *(f"{name:<26}{text}" for name, text in figures(report))]
-    lines += ["", *(wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
+    lines += (
+        ["", *(wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
+    )
     return "\n".join(line if len(line) <= WIDTH else wrapped(line) for line in lines)
 
 
@@ -151,7 +173,11 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for name in RETENTIONS:
         if (part := report["retention"][name])["value"] is not None:
-            extra = f", less chance {percent(part['chance_corrected'])}" if part["chance_corrected"] else ""
+            extra = (
+                f", less chance {percent(part['chance_corrected'])}"
+                if part["chance_corrected"]
+                else ""
+            )
             share = f"{percent(part['value'])} ({span(part)}){extra}"
             found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
     closed, gain, size = report["gap_closed"], report["gain"], report["compression"]
@@ -173,7 +199,10 @@ def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _measured(report: Mapping[str, Any], name: str) -> str:
     """A figure of each model that has it, and the student's less its control's."""
-    known = {model: report[model]["metrics"].get(name) for model in ("teacher", "control", "student", "artefact")}
+    known = {
+        model: report[model]["metrics"].get(name)
+        for model in ("teacher", "control", "student", "artefact")
+    }
     text = ", ".join(f"{model} {part['value']:.3f}" for model, part in known.items() if part)
     gain = report["gains"][name]
     return text + ("" if gain["value"] is None else f"; over the control {signed(gain)}")
@@ -189,7 +218,10 @@ def _artefact_figures(artefact: Mapping[str, Any]) -> list[tuple[str, str]]:
     if parity["agreement"] is not None:
         share = percent(parity["agreement"], 2)
         found.append(("parity", f"{share} of decisions equal the trained student's"))
-    for name, key in (("the teacher", "ratio_vs_teacher"), ("the fp32 student", "ratio_vs_fp32_student")):
+    for name, key in (
+        ("the teacher", "ratio_vs_teacher"),
+        ("the fp32 student", "ratio_vs_fp32_student"),
+    ):
         if (ratio := latency[key]) is not None:
             found.append(("latency", f"{times(ratio)} the time of {name}"))
     if sizes := artefact["bytes_by_kind"]:

@@ -1,7 +1,7 @@
 """A drawing as inline SVG: the same drawing gives the same bytes, and two on one page do not clash.
 
-Text stays text, ink is `currentColor` and no shape has a background, so a page in light or dark styles them;
-drawings are narrow, so that letters are still read on a phone.
+Text stays text, ink is `currentColor` and no shape has a background, so a page in light or dark
+styles them; drawings are narrow, so that letters are still read on a phone.
 """
 
 import html
@@ -36,7 +36,9 @@ SETTINGS: dict[Any, Any] = {
 
 
 def svg(name: str, title: str, height_in: float, draw: Callable[[Any], None]) -> str:
-    """`draw(axes)` as one <svg> whose ids start with `name`; it holds no date, no metadata and no font."""
+    """`draw(axes)` as one <svg> whose ids start with `name`; it holds no date, no metadata and no
+    font.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -54,7 +56,9 @@ def svg(name: str, title: str, height_in: float, draw: Callable[[Any], None]) ->
 def _inline(text: str, name: str, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S)  # a rule for every element of the page
+    text = re.sub(
+        r"<style[^>]*>.*?</style>", "", text, flags=re.S
+    )  # a rule for every element of the page
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")

@@ -1,4 +1,6 @@
-"""Figures of text that are ratios of sums: nats a token, KL a token, drafts accepted, tokens a call of the teacher."""
+"""Figures of text that are ratios of sums: nats a token, KL a token, drafts accepted, tokens a call
+of the teacher.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,35 +14,55 @@ from raykd.reports.bootstrap import Hits, Sample
 from raykd.training.predictions import Predictions
 
 LEAST = np.finfo(np.float64).tiny
-Arms = Mapping[str, Mapping[int, NDArray]]  # (n,) by arm and seed; the teacher and the artefact have one
+Arms = Mapping[
+    str, Mapping[int, NDArray]
+]  # (n,) by arm and seed; the teacher and the artefact have one
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The sum of `top` over that of `whole`, of each arm over n tokens or texts; without `whole` over their number."""
+    """The sum of `top` over that of `whole`, of each arm over n tokens or texts; without `whole`
+    over their number.
+    """
 
     group: NDArray[np.integer]  # (n,) the document of each
     top: Arms
     whole: Arms | None = None
 
     def sample(self) -> Sample:
-        """The ratio of each arm, resampled as accuracies are: both sums of a resample are over the same documents."""
+        """The ratio of each arm, resampled as accuracies are: both sums of a resample are over the
+        same documents.
+        """
         top = bootstrap.resample(_hits(self.group, self.top))
         if self.whole is None:
             return top
         whole = bootstrap.resample(_hits(self.group, self.whole))
-        others = (_over(getattr(top, arm), getattr(whole, arm)) for arm in ("control", "teacher", "artefact"))
+        others = (
+            _over(getattr(top, arm), getattr(whole, arm))
+            for arm in ("control", "teacher", "artefact")
+        )
         return Sample(top.n, top.student / np.maximum(whole.student, LEAST), *others)
 
     def beside(self, other: "Measure") -> "Measure":
         """This student, and the other's in the control's place."""
         top = _beside(self.top, other.top)
-        return Measure(self.group, top, _beside(self.whole, other.whole) if self.whole and other.whole else None)
+        return Measure(
+            self.group,
+            top,
+            _beside(self.whole, other.whole) if self.whole and other.whole else None,
+        )
 
 
-def of_predictions(arms: Mapping[str, Mapping[int, Predictions]], group: NDArray[np.integer]) -> dict[str, Measure]:
-    """nll, and kl where all students have it, over the labelled places, whose documents are `group`."""
-    nll = {name: {seed: -said.log_q[said.label >= 0] for seed, said in arm.items()} for name, arm in arms.items()}
+def of_predictions(
+    arms: Mapping[str, Mapping[int, Predictions]], group: NDArray[np.integer]
+) -> dict[str, Measure]:
+    """nll, and kl where all students have it, over the labelled places, whose documents are
+    `group`.
+    """
+    nll = {
+        name: {seed: -said.log_q[said.label >= 0] for seed, said in arm.items()}
+        for name, arm in arms.items()
+    }
     kl = {
         name: {seed: said.kl[said.label >= 0] for seed, said in arm.items() if said.kl is not None}
         for name, arm in arms.items()
@@ -50,11 +72,16 @@ def of_predictions(arms: Mapping[str, Mapping[int, Predictions]], group: NDArray
 
 
 def of_drafts(arms: Mapping[str, Mapping[int, Drafts]]) -> dict[str, Measure]:
-    """What students are told by as drafters, where they have drafted: ratios of the sums that acceptance.py names."""
+    """What students are told by as drafters, where they have drafted: ratios of the sums that
+    acceptance.py names.
+    """
     if not arms["student"]:
         return {}
     column = {
-        key: {name: {seed: getattr(each, key) for seed, each in arm.items()} for name, arm in arms.items()}
+        key: {
+            name: {seed: getattr(each, key) for seed, each in arm.items()}
+            for name, arm in arms.items()
+        }
         for key in ("overlap", "tested", "tokens", "calls", "shared", "places")
     }
     group = next(iter(arms["student"].values())).group
@@ -63,12 +90,16 @@ def of_drafts(arms: Mapping[str, Mapping[int, Drafts]]) -> dict[str, Measure]:
         "block_efficiency": Measure(group, column["tokens"], column["calls"]),
     }
     known = all(each.shared is not None for arm in arms.values() for each in arm.values())
-    return found | ({"overlap": Measure(group, column["shared"], column["places"])} if known else {})
+    return found | (
+        {"overlap": Measure(group, column["shared"], column["places"])} if known else {}
+    )
 
 
 def _hits(group: NDArray[np.integer], arms: Arms) -> Hits:
     stacked = {name: np.stack(list(by_seed.values())) for name, by_seed in arms.items() if by_seed}
-    teacher, artefact = (stacked[name][0] if name in stacked else None for name in ("teacher", "artefact"))
+    teacher, artefact = (
+        stacked[name][0] if name in stacked else None for name in ("teacher", "artefact")
+    )
     return Hits(
         groups=group,
         student=stacked["student"],

@@ -41,7 +41,9 @@ def _packages() -> list[dict[str, Any]]:
             rows.append(_row(wanted.name, False, "not installed", f"pip install '{text}'"))
             continue
         ok = wanted.specifier.contains(version, prereleases=True)
-        rows.append(_row(wanted.name, ok, version, f"pip install '{wanted.name}{wanted.specifier}'"))
+        rows.append(
+            _row(wanted.name, ok, version, f"pip install '{wanted.name}{wanted.specifier}'")
+        )
     return rows
 
 
@@ -68,15 +70,23 @@ def _auth() -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         return _row("ray auth", True, "embedded cluster, with a token of its own")
-    local = urlsplit(address if "//" in address else f"//{address}").hostname in ("127.0.0.1", "localhost", "auto")
+    local = urlsplit(address if "//" in address else f"//{address}").hostname in (
+        "127.0.0.1",
+        "localhost",
+        "auto",
+    )
     do = "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH: a cluster without a token runs anybody's code"
-    return _row("ray auth", mode == "token" or (local and mode is not None), f"RAY_AUTH_MODE={mode}", do)
+    return _row(
+        "ray auth", mode == "token" or (local and mode is not None), f"RAY_AUTH_MODE={mode}", do
+    )
 
 
 def _cluster() -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        return _row("ray cluster", True, "none named; one is started inside each command that needs it")
+        return _row(
+            "ray cluster", True, "none named; one is started inside each command that needs it"
+        )
     parts = urlsplit(address if "//" in address else f"//{address}")
     do = 'cluster/local.sh start && eval "$(cluster/local.sh env)", or unset RAY_ADDRESS'
     if parts.hostname is None or parts.port is None:
@@ -89,7 +99,12 @@ def _mlflow(uri: str | None) -> dict[str, Any]:
         return _row("mlflow", True, "a sqlite file under --out")
     parts = urlsplit(uri)
     ok = parts.scheme == "sqlite" or _answers(parts.hostname or "", parts.port or 443)
-    return _row("mlflow", ok, f"{parts.scheme}://{parts.hostname or parts.path}", f"start the server at {parts.netloc}")
+    return _row(
+        "mlflow",
+        ok,
+        f"{parts.scheme}://{parts.hostname or parts.path}",
+        f"start the server at {parts.netloc}",
+    )
 
 
 def _answers(host: str, port: int) -> bool:
@@ -102,7 +117,9 @@ def _answers(host: str, port: int) -> bool:
 
 def table(found: list[dict[str, Any]]) -> str:
     """The check-up for a terminal; what is wrong is marked and says what to type."""
-    return "\n".join(f"{' ' if r['ok'] else '!'} {r['name']:<15}{r['found']}{_advice(r)}" for r in found)
+    return "\n".join(
+        f"{' ' if r['ok'] else '!'} {r['name']:<15}{r['found']}{_advice(r)}" for r in found
+    )
 
 
 def _advice(row: dict[str, Any]) -> str:

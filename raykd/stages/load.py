@@ -30,12 +30,17 @@ SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
 def load(
-    path: str | Path, sets: tuple[str, ...] = (), *, smoke: bool = False, allow_import: Collection[str] = ()
+    path: str | Path,
+    sets: tuple[str, ...] = (),
+    *,
+    smoke: bool = False,
+    allow_import: Collection[str] = (),
 ) -> Recipe:
-    """The resolved recipe: the technique's own settings < file < `--set a.b=value`. RecipeError with all faults.
+    """The resolved recipe: the technique's own settings < file < `--set a.b=value`. RecipeError
+    with all faults.
 
-    `smoke` cuts every stage to the fewest steps that still run it. `allow_import` names installed packages that the
-    recipe may import; those of the current directory it may anyway.
+    `smoke` cuts every stage to the fewest steps that still run it. `allow_import` names installed
+    packages that the recipe may import; those of the current directory it may anyway.
     """
     path = Path(path)
     raw = resolve_paths(read(path), path.parent)
@@ -53,13 +58,17 @@ def load(
 
 
 def _few_rows(table: dict[str, Any]) -> int:
-    """Rows of each split that make SMOKE_TOKENS of text, at least 32; never more than the recipe's own limit."""
+    """Rows of each split that make SMOKE_TOKENS of text, at least 32; never more than the recipe's
+    own limit.
+    """
     window, own = table.get("window"), table.get("limit")
     few = max(32, SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 32
     return min(few, own) if isinstance(own, int) else few
 
 
-def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collection[str] = ()) -> Recipe:
+def resolve(
+    raw: dict[str, Any], *, where: str = "recipe", allow_import: Collection[str] = ()
+) -> Recipe:
     """The Recipe of raw values, laid over its technique's own. RecipeError with all faults.
 
     No code that the recipe names is run, except a technique's that may be imported.
@@ -67,12 +76,18 @@ def resolve(raw: dict[str, Any], *, where: str = "recipe", allow_import: Collect
     base, problems = _technique(raw.get("technique", "vanilla"), allow_import)
     merged = merge(base, raw)
     found, faults = validate(Recipe, merged)
-    if "terms" not in raw and any(p.key == "technique" for p in problems + faults):  # it would have brought them
+    if "terms" not in raw and any(
+        p.key == "technique" for p in problems + faults
+    ):  # it would have brought them
         faults = [fault for fault in faults if fault.key != "terms"]
     if not (problems and "." in raw["technique"]):
         problems += _term_problems(merged)
     if found and not problems:
-        problems += _teacher_problems(found) + _source_problems(found) + _search_problems(merged, found, allow_import)
+        problems += (
+            _teacher_problems(found)
+            + _source_problems(found)
+            + _search_problems(merged, found, allow_import)
+        )
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or found is None:
         raise RecipeError(problems, where=where)
@@ -103,7 +118,11 @@ def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any]
 
 def _term_problems(merged: dict[str, Any]) -> list[Problem]:
     given = merged.get("terms")
-    specs = {k: validate(recipe_tables.TermSpec, v)[0] for k, v in given.items()} if isinstance(given, dict) else {}
+    specs = (
+        {k: validate(recipe_tables.TermSpec, v)[0] for k, v in given.items()}
+        if isinstance(given, dict)
+        else {}
+    )
     return term.term_problems({k: v for k, v in specs.items() if v is not None})
 
 
@@ -111,11 +130,23 @@ def _teacher_problems(found: Recipe) -> list[Problem]:
     needs = term.needs_of(found.terms)
     if needs and found.teacher is None:
         wanting = ", ".join(n for n, s in found.terms.items() if term.needs_of({n: s}))
-        return [Problem("teacher", f"missing, but the terms {wanting} read the teacher's {', '.join(sorted(needs))}")]
+        return [
+            Problem(
+                "teacher",
+                f"missing, but the terms {wanting} read the teacher's {', '.join(sorted(needs))}",
+            )
+        ]
     if found.teacher and found.teacher.weights is None:
-        return [Problem("teacher.weights", "missing; name the teacher's safetensors file or folder")]
+        return [
+            Problem("teacher.weights", "missing; name the teacher's safetensors file or folder")
+        ]
     if found.drafter and found.teacher and found.teacher.model == weight_files.TRANSFORMERS:
-        return [Problem("drafter", 'model = "transformers" keeps no cache to verify drafts with; leave it out')]
+        return [
+            Problem(
+                "drafter",
+                'model = "transformers" keeps no cache to verify drafts with; leave it out',
+            )
+        ]
     return []
 
 
@@ -126,17 +157,30 @@ def _source_problems(found: Recipe) -> list[Problem]:
     data_only = [name for name in counting if not term.TERMS[name].own]
     key, text = "source", ""
     if found.source is None:
-        text = f"missing, but the terms {', '.join(own)} read what the student writes; add [source]" if own else ""
+        text = (
+            f"missing, but the terms {', '.join(own)} read what the student writes; add [source]"
+            if own
+            else ""
+        )
     elif not own:
         text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
     elif found.teacher is None and not found.source.log and not term.needs_of(found.terms):
         key, text = "teacher", "missing, but it scores what the student writes"
     elif found.source.share == 1 and data_only:
-        key, text = "source.share", f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it"
+        key, text = (
+            "source.share",
+            f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it",
+        )
     elif found.source.share < 1 and not data_only:
-        key, text = "source.share", f"{found.source.share} leaves rows to the data that no term reads; set it to 1"
+        key, text = (
+            "source.share",
+            f"{found.source.share} leaves rows to the data that no term reads; set it to 1",
+        )
     elif found.source.share == 1 and not _always(found.terms[name] for name in own):
-        key, text = "source.share", "1 leaves steps in which no term counts; lower it, or let since and until meet"
+        key, text = (
+            "source.share",
+            "1 leaves steps in which no term counts; lower it, or let since and until meet",
+        )
     if found.data.tokenizer and found.optim.input_noise:
         key, text = "optim.input_noise", "has no meaning for tokens; leave it out"
     return [Problem(key, text)] if text else []
@@ -164,7 +208,11 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         if table == "data" and is_path(name):
             problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
         elif name == weight_files.TRANSFORMERS:
-            problems.append(Problem(dotted, 'only a teacher is one of transformers; use "llama", which has exports'))
+            problems.append(
+                Problem(
+                    dotted, 'only a teacher is one of transformers; use "llama", which has exports'
+                )
+            )
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)
         else:
@@ -185,7 +233,9 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
     if log and merged["source"].get("kind") == "replay":
         logs = [Path(each) for each in _of_seeds(log, merged.get("seeds")) if "://" not in each]
         absent = [each for each in logs if not (each / "_MANIFEST.json").is_file()]
-        problems += [Problem("source.log", f"{each} is no finished log of drafts") for each in absent]
+        problems += [
+            Problem("source.log", f"{each} is no finished log of drafts") for each in absent
+        ]
     tokenizer = _text(merged, "data", "tokenizer")
     if tokenizer and not Path(tokenizer).is_file():
         problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
@@ -204,7 +254,9 @@ def _text(merged: dict[str, Any], table: str, key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _search_problems(merged: dict[str, Any], found: Recipe, allow_import: Collection[str]) -> list[Problem]:
+def _search_problems(
+    merged: dict[str, Any], found: Recipe, allow_import: Collection[str]
+) -> list[Problem]:
     problems = []
     for key, span in (found.search.space if found.search else {}).items():
         if key.partition(".")[0] not in SEARCHABLE:
@@ -215,15 +267,23 @@ def _search_problems(merged: dict[str, Any], found: Recipe, allow_import: Collec
             trial = apply_trial(merged, {key: value})
             tried, faults = validate(Recipe, trial)
             faults = faults or (_source_problems(tried) if tried else [])
-            faults = faults or term.term_problems(tried.terms if tried else {}) or _name_problems(trial, allow_import)
+            faults = (
+                faults
+                or term.term_problems(tried.terms if tried else {})
+                or _name_problems(trial, allow_import)
+            )
             if faults:
-                problems += [Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults]
+                problems += [
+                    Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults
+                ]
                 break
     return problems
 
 
 def apply_trial(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with a trial's dotted keys set and its search removed: one point of the space, as a plain recipe."""
+    """`raw` with a trial's dotted keys set and its search removed: one point of the space, as a
+    plain recipe.
+    """
     raw = {k: v for k, v in json.loads(json.dumps(raw)).items() if k != "search"}
     for key, value in values.items():
         raw = set_key(raw, key, value)

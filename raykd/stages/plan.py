@@ -1,4 +1,6 @@
-"""The plan of a recipe without computing it: what each stage would do, what is done, and what it takes."""
+"""The plan of a recipe without computing it: what each stage would do, what is done, and what it
+takes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,24 @@ SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 
 
 def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Stages with their state, and the run's sizes. Errors in data and weights come here, before any work."""
+    """Stages with their state, and the run's sizes.
+
+    Errors in data and weights come here, before any work.
+    """
     place = Place(recipe, out)
     data, train = place.dataset, place.dataset.splits["train"]
-    students = [_parameters(recipe.student.of_seed(seed), data.shape, "student") for seed in recipe.seeds]
+    students = [
+        _parameters(recipe.student.of_seed(seed), data.shape, "student") for seed in recipe.seeds
+    ]
     sizes = {"student": students[0]}
     if recipe.teacher:
         sizes["teacher"] = _parameters(recipe.teacher, data.shape, "teacher")
     place.check_text()
     place.check_forms()
     if recipe.valence.source == "column" and train.valence is None:
-        raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
+        raise DataError(
+            'valence.source = "column", but the data has none; name it in data.columns.valence'
+        )
     return {
         "run": str(place.folder),
         "data": data.describe(),
@@ -53,7 +62,9 @@ def _stages(place: Place) -> list[dict[str, Any]]:
     recipe, arms = place.recipe, arms_of(place.recipe)
     stages = []
     if place.store is not None:
-        shards = plan_shards({n: len(r) for n, r in place.dataset.splits.items()}, recipe.store.rows_per_shard)
+        shards = plan_shards(
+            {n: len(r) for n, r in place.dataset.splits.items()}, recipe.store.rows_per_shard
+        )
         committed = at(place.store).listed("_commits")
         done = [s for s in shards if f"_commits/{s.number:05d}.json" in committed]
         rows = sum(map(len, place.dataset.splits.values()))
@@ -66,10 +77,14 @@ def _stages(place: Place) -> list[dict[str, Any]]:
     if recipe.search:
         what = f"{recipe.search.trials} trials over {', '.join(recipe.search.space)}"
         stages.append({"stage": "tune", "done": place.is_searched, "what": what})
-    what = ", ".join(["the best seed's student", *(forms.FILES[form] for form in forms.asked(recipe.export))])
+    what = ", ".join(
+        ["the best seed's student", *(forms.FILES[form] for form in forms.asked(recipe.export))]
+    )
     stages.append({"stage": "export", "done": place.is_exported, "what": what})
     is_reported = (place.folder / "report.json").exists()
-    stages.append({"stage": "report", "done": is_reported, "what": "report.json, report.html, MLflow"})
+    stages.append(
+        {"stage": "report", "done": is_reported, "what": "report.json, report.html, MLflow"}
+    )
     return stages
 
 
@@ -77,19 +92,29 @@ def _nearest(place: Place) -> dict[str, Any] | None:
     """Where the recipe's store does not exist, the one beside it that differs least, and in what."""
     if place.store is None or at(place.store).get("_RECIPE.json") is not None:
         return None
-    return care.nearest(scoring.home(place.recipe, place.out.resolve()), identity(place.recipe, place.dataset))
+    return care.nearest(
+        scoring.home(place.recipe, place.out.resolve()), identity(place.recipe, place.dataset)
+    )
 
 
 def _store_bytes(place: Place) -> int:
-    """fp16 logits, or what is kept of them, and valence at every step, 24 bytes a row beside; no other signals."""
+    """fp16 logits, or what is kept of them, and valence at every step, 24 bytes a row beside; no
+    other signals.
+    """
     held, classes = place.recipe.store, len(place.dataset.classes)
-    of_logits = {"comb": held.points, "topk": 4 * held.top}.get(codec_name(held, classes), 2 * classes)
+    of_logits = {"comb": held.points, "topk": 4 * held.top}.get(
+        codec_name(held, classes), 2 * classes
+    )
     width = of_logits + 2 * SIGNALS_A_STEP
-    return sum(int(rows.mask.sum()) * width + 24 * len(rows) for rows in place.dataset.splits.values())
+    return sum(
+        int(rows.mask.sum()) * width + 24 * len(rows) for rows in place.dataset.splits.values()
+    )
 
 
 def _memory(place: Place) -> int:
-    """Bytes that every training worker holds: the training and validation rows, and the teacher's logits."""
+    """Bytes that every training worker holds: the training and validation rows, and the teacher's
+    logits.
+    """
     splits = place.dataset.splits
     rows = sum(splits[name].inputs.nbytes + splits[name].mask.nbytes for name in ("train", "val"))
     return rows + (_store_bytes(place) if needs_of(place.recipe.terms) else 0)
@@ -107,7 +132,9 @@ def table(found: dict[str, Any]) -> str:
         f"{found['memory_bytes_a_worker'] / 2**20:,.1f} MiB of rows and signals in each",
         f"tracking    {found['tracking']}",
     ]
-    lines += [f"{'done' if s['done'] else 'to do':<12}{s['stage']:<8}{s['what']}" for s in found["stages"]]
+    lines += [
+        f"{'done' if s['done'] else 'to do':<12}{s['stage']:<8}{s['what']}" for s in found["stages"]
+    ]
     if near := found["nearest_store"]:
         lines += [f"{'':<12}this recipe has no store; {near['store']} is nearest:"]
         lines += [f"{'':<14}{difference}" for difference in near["differences"]]

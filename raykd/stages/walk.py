@@ -1,8 +1,9 @@
-"""The walk: score -> train -> [tune] -> export -> report. Each verb runs what it needs and is not yet done.
+"""The walk: score -> train -> [tune] -> export -> report. Each verb runs what it needs and is not
+yet done.
 
-A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same folder, so a finished stage is found and
-not done again, and a changed input is a new folder. Teacher stores lie beside it, in `<out>/stores/`, or where
-`scale.store` says.
+A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same folder, so a finished
+stage is found and not done again, and a changed input is a new folder. Teacher stores lie beside
+it, in `<out>/stores/`, or where `scale.store` says.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,9 @@ class Place:
 
     @cached_property
     def folder(self) -> Path:
-        return (self.out / f"{self.recipe.name}-{run_digest(self.recipe, self.dataset)[:8]}").resolve()
+        return (
+            self.out / f"{self.recipe.name}-{run_digest(self.recipe, self.dataset)[:8]}"
+        ).resolve()
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -57,7 +60,9 @@ class Place:
 
     @cached_property
     def store(self) -> Address | None:
-        """The address of the recipe's teacher store, whether or not it exists; None if no teacher is read."""
+        """The address of the recipe's teacher store, whether or not it exists; None if no teacher
+        is read.
+        """
         if self.recipe.teacher is None or not needs_of(self.recipe.terms):
             return None
         return scoring.locate(self.recipe, self.dataset, self.out.resolve())[0]
@@ -82,7 +87,9 @@ class Place:
         return drafted and artefact.is_whole(self.folder / "artefact", self.recipe.export)
 
     def check_forms(self) -> None:
-        """RecipeError if the student can not be exported, or not in the forms that `[export]` asks for."""
+        """RecipeError if the student can not be exported, or not in the forms that `[export]` asks
+        for.
+        """
         recipe = self.recipe
         if forms.asked(recipe.export) or self.dataset.is_text:
             student = models.build(recipe.student.bare, **self.dataset.shape, key="student")
@@ -92,7 +99,9 @@ class Place:
             forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
 
     def check_text(self) -> None:
-        """RecipeError where a table is about text and the data are none, a model can not write, or a log be used."""
+        """RecipeError where a table is about text and the data are none, a model can not write, or
+        a log be used.
+        """
         recipe = self.recipe
         for key in ("source", "drafter"):
             if getattr(recipe, key) and not self.dataset.is_text:
@@ -131,14 +140,21 @@ def train(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Pat
 
 
 def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
-    """The table of trials and the best of them, whose whole recipe is `best.toml` in the run folder."""
+    """The table of trials and the best of them, whose whole recipe is `best.toml` in the run
+    folder.
+    """
     if recipe.search is None:
-        raise RecipeError('search: missing; add [search] with a line such as "optim.learning_rate" = {...}')
+        raise RecipeError(
+            'search: missing; add [search] with a line such as "optim.learning_rate" = {...}'
+        )
     return _walk(Place(recipe, Path(out), address), _score, _tune)
 
 
 def export(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
-    """The deployable folder `artefact/` of the best seed, by validation accuracy. GateError if it is not faithful."""
+    """The deployable folder `artefact/` of the best seed, by validation accuracy.
+
+    GateError if it is not faithful.
+    """
     return _walk(Place(recipe, Path(out), address), _score, _train, _export)
 
 
@@ -166,7 +182,9 @@ def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
             for stage in stages:
                 found = stage(place)
     except BlockingIOError:
-        raise InfraError(f"{place.folder} is being worked on by another process; wait for it, or end it") from None
+        raise InfraError(
+            f"{place.folder} is being worked on by another process; wait for it, or end it"
+        ) from None
     except BaseException as error:
         run_log.ended(place.folder, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
@@ -181,7 +199,9 @@ def _score(place: Place) -> Address | None:
     if place.is_scored:
         say("score", f"done before: {place.store}")
     else:
-        Scorer(place.recipe)  # a teacher that does not fit fails here, in one line, before Ray is started
+        Scorer(
+            place.recipe
+        )  # a teacher that does not fit fails here, in one line, before Ray is started
         connect(place.address)
         scoring.score(place.recipe, place.dataset, place.out.resolve())
     return place.store
@@ -206,9 +226,14 @@ def _tune(place: Place) -> dict[str, Any]:
     if not place.is_searched:
         connect(place.address)
         table = search(place.recipe, place.store, place.folder)
-        best = Recipe.model_validate(apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"]))
+        best = Recipe.model_validate(
+            apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"])
+        )
         write_bytes(place.folder / "best.toml", _toml(best).encode())
-        write_json(place.folder / "tune.json", table | {"best": table["best"] | _tested(place, best, table["best"])})
+        write_json(
+            place.folder / "tune.json",
+            table | {"best": table["best"] | _tested(place, best, table["best"])},
+        )
         run_log.trials(place.journal(), place.folder, table)
     else:
         say("tune", f"done before: {place.folder / 'tune.json'}")
@@ -258,16 +283,25 @@ def _report(place: Place) -> dict[str, Any]:
 
 def _inputs(place: Place) -> str:
     """Digest of everything that a report is made of: it is made again only if that changed."""
-    names = [f"arms/{arm.key}/arm.json" for arm in arms_of(place.recipe)] + ["tune.json", "artefact/manifest.json"]
+    names = [f"arms/{arm.key}/arm.json" for arm in arms_of(place.recipe)] + [
+        "tune.json",
+        "artefact/manifest.json",
+    ]
     return digest_of({name: read_json(place.folder / name) for name in names})
 
 
 def _sync(place: Place) -> dict[str, Any]:
-    """Bring MLflow up to the journal; what the run is called there. A server that is down is told later."""
+    """Bring MLflow up to the journal; what the run is called there.
+
+    A server that is down is told later.
+    """
     experiment = place.recipe.track.experiment
     synced = mlflow_mirror.sync(place.folder, uri=place.uri, experiment=experiment)
     if not synced.done or synced.reason:
-        say("track", f"{synced.reason}; {synced.pending} lines wait: raykd track sync {place.folder}")
+        say(
+            "track",
+            f"{synced.reason}; {synced.pending} lines wait: raykd track sync {place.folder}",
+        )
     return {
         "uri": mlflow_mirror.public_uri(place.uri),
         "experiment": experiment,

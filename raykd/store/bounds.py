@@ -1,8 +1,9 @@
-"""What a shard's file promises, read before anything is decoded: a small file must not become a large memory.
+"""What a shard's file promises, read before anything is decoded: a small file must not become a
+large memory.
 
-A footer alone does not tell: dictionaries and run lengths unfold, and a page has a size of its own. The files of
-`commit.to_parquet` have plain zstd pages of few types, so any other is refused, and rows x width plus the pages' own
-sizes bound what decoding takes.
+A footer alone does not tell: dictionaries and run lengths unfold, and a page has a size of its own.
+The files of `commit.to_parquet` have plain zstd pages of few types, so any other is refused, and
+rows x width plus the pages' own sizes bound what decoding takes.
 """
 
 import io
@@ -13,7 +14,10 @@ import pyarrow.parquet as pq
 
 from raykd.errors import StoreError
 
-FLOOR_BYTES, UNFOLDS = 64 << 20, 100  # a file may decode to UNFOLDS times its bytes, and to FLOOR_BYTES anyway
+FLOOR_BYTES, UNFOLDS = (
+    64 << 20,
+    100,
+)  # a file may decode to UNFOLDS times its bytes, and to FLOOR_BYTES anyway
 DATA_PAGE, PLAIN = 0, 0
 NESTED = 8  # levels of a page's header; its statistics are the second
 
@@ -32,7 +36,9 @@ def check(data: bytes, rows: int, name: str) -> None:
     if {found, footer.num_rows} != {rows}:
         raise StoreError(f"{name} promises {max(found, footer.num_rows)} rows where {rows} belong")
     if strange := [f.name for f in schema if not _is_ours(f.type)]:
-        raise StoreError(f"{name} has columns of types that no teacher store has: {', '.join(strange[:5])}")
+        raise StoreError(
+            f"{name} has columns of types that no teacher store has: {', '.join(strange[:5])}"
+        )
     if promised > (most := max(FLOOR_BYTES, UNFOLDS * len(data))):
         raise StoreError(
             f"{name} would take {promised:,} bytes of memory; {len(data):,} bytes of file may take {most:,}: "
@@ -47,16 +53,27 @@ def _is_ours(kind: pa.DataType) -> bool:
 
 
 def _promise(data: bytes, group: Any) -> int:
-    """Bytes that decoding a row group takes: of every column its pages, and 8 a row for offsets or numbers."""
+    """Bytes that decoding a row group takes: of every column its pages, and 8 a row for offsets or
+    numbers.
+    """
     total = 0
     for i in range(group.num_columns):
         column = group.column(i)
-        if column.compression != "ZSTD" or column.has_dictionary_page or column.num_values != group.num_rows:
-            raise StoreError(f"has a column {column.path_in_schema!r} not plain zstd, which no teacher store has")
+        if (
+            column.compression != "ZSTD"
+            or column.has_dictionary_page
+            or column.num_values != group.num_rows
+        ):
+            raise StoreError(
+                f"has a column {column.path_in_schema!r} not plain zstd, which no teacher store has"
+            )
         first, size = column.data_page_offset, column.total_compressed_size
         if not 0 <= first <= first + size <= len(data):
             raise StoreError(f"has a column {column.path_in_schema!r} that lies outside the file")
-        total += max(_pages(data[first : first + size]), column.total_uncompressed_size) + 8 * group.num_rows
+        total += (
+            max(_pages(data[first : first + size]), column.total_uncompressed_size)
+            + 8 * group.num_rows
+        )
     return total
 
 
@@ -77,7 +94,9 @@ def _pages(data: bytes) -> int:
 
 
 def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """({field: value}, where it ends): a struct of Thrift's compact protocol, of the types that page headers have."""
+    """({field: value}, where it ends): a struct of Thrift's compact protocol, of the types that
+    page headers have.
+    """
     found: dict[int, Any] = {}
     number = 0
     if depth > NESTED:

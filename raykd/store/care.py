@@ -28,11 +28,17 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
     place = at(where)
     if read_json(place, "_RECIPE.json") is None:
         raise StoreError(f"{place} is not a teacher store: it has no _RECIPE.json")
-    committed = {name: _record(place, name) for name in place.listed("_commits") if name.endswith(".json")}
+    committed = {
+        name: _record(place, name) for name in place.listed("_commits") if name.endswith(".json")
+    }
     try:
         known = Store(place).manifest["shards"]
     except StoreError as error:
-        faults = [{"file": name, "fault": "no shard's record"} for name, record in committed.items() if not record]
+        faults = [
+            {"file": name, "fault": "no shard's record"}
+            for name, record in committed.items()
+            if not record
+        ]
         if _is_finished(place):
             faults.append({"file": "_MANIFEST.json", "fault": str(error)})
         return [r for r in committed.values() if r], faults
@@ -70,7 +76,10 @@ def verify(where: Address | Place) -> dict[str, Any]:
         below = verify(layer)
         complete &= below["complete"]
         known = known + below["shards"] * [{}]
-        damaged += [d | {"file": f"{layer_signals.FOLDER}/{layer.name}/{d['file']}"} for d in below["damaged"]]
+        damaged += [
+            d | {"file": f"{layer_signals.FOLDER}/{layer.name}/{d['file']}"}
+            for d in below["damaged"]
+        ]
     return {"complete": complete, "shards": len(known), "damaged": damaged}
 
 
@@ -98,7 +107,9 @@ def quarantined(place: Place, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show(where: Address | Place) -> dict[str, Any]:
-    """What a store is: identity, rows and bytes by split, and each column with its type and bytes a row."""
+    """What a store is: identity, rows and bytes by split, and each column with its type and bytes a
+    row.
+    """
     place = at(where)
     known, _ = shards(place)
     splits: dict[str, dict[str, int]] = {}
@@ -147,11 +158,14 @@ def _add_columns(columns: dict[str, dict[str, Any]], footer: pq.FileMetaData) ->
         for i in range(footer.num_columns):
             part = footer.row_group(group).column(i)
             whole = part.path_in_schema  # of a struct's child it ends in the child's name
-            columns[whole if whole in columns else whole.rpartition(".")[0]]["bytes"] += part.total_compressed_size
+            columns[whole if whole in columns else whole.rpartition(".")[0]]["bytes"] += (
+                part.total_compressed_size
+            )
 
 
 def repair(where: Address | Place) -> list[str]:
-    """Damaged files, removed with the records of their shards, so that scoring does just these again; their names.
+    """Damaged files, removed with the records of their shards, so that scoring does just these
+    again; their names.
 
     Of a store that stands, a commit record that is lost is written again from the manifest.
     """
@@ -168,27 +182,38 @@ def repair(where: Address | Place) -> list[str]:
         elif place.get(_commit(record)) is None:
             place.put(_commit(record), to_json(record))
     below = [
-        f"{layer_signals.FOLDER}/{layer.name}/{name}" for layer in layer_signals.stored(place) for name in repair(layer)
+        f"{layer_signals.FOLDER}/{layer.name}/{name}"
+        for layer in layer_signals.stored(place)
+        for name in repair(layer)
     ]
     return [fault["file"] for fault in faults] + [record["file"] for record in doubtful] + below
 
 
 def again(where: Address | Place) -> str:
-    """What writes the missing shards of a store: scoring, or for a log of drafts the training that kept them."""
+    """What writes the missing shards of a store: scoring, or for a log of drafts the training that
+    kept them.
+    """
     if "drafts" in (read_json(at(where), "_RECIPE.json") or {}):
         return "delete arms/ARM/arm.json of its run and type: raykd train RECIPE"
     return "type: raykd score RECIPE"
 
 
 def gc(where: Address | Place, *, older_than_s: float) -> list[str]:
-    """Files that no record names and that have stood for `older_than_s`, removed: what killed writers left behind."""
+    """Files that no record names and that have stood for `older_than_s`, removed: what killed
+    writers left behind.
+    """
     place = at(where)
     named = {record["file"] for record in shards(place)[0]} | set(KEPT)
     now, removed = time.time(), []
     for layer in layer_signals.stored(place):
-        removed += [f"{layer_signals.FOLDER}/{layer.name}/{name}" for name in gc(layer, older_than_s=older_than_s)]
+        removed += [
+            f"{layer_signals.FOLDER}/{layer.name}/{name}"
+            for name in gc(layer, older_than_s=older_than_s)
+        ]
     for name, found in place.listed().items():
-        is_ours = name in named or RECORD.fullmatch(name) or name.startswith(f"{layer_signals.FOLDER}/")
+        is_ours = (
+            name in named or RECORD.fullmatch(name) or name.startswith(f"{layer_signals.FOLDER}/")
+        )
         if not is_ours and now - found.written_s > older_than_s:
             place.delete(name)
             removed.append(name)
@@ -196,15 +221,23 @@ def gc(where: Address | Place, *, older_than_s: float) -> list[str]:
 
 
 def differences(wanted: Any, found: Any, key: str = "") -> list[str]:
-    """Field by field, where two identities differ: "teacher.weights: sha256:12 here, sha256:34 there"."""
+    """Field by field, where two identities differ: "teacher.weights: sha256:12 here, sha256:34
+    there".
+    """
     if isinstance(wanted, dict) and isinstance(found, dict):
         keys = sorted(wanted.keys() | found.keys())
-        return [d for k in keys for d in differences(wanted.get(k), found.get(k), f"{key}.{k}" if key else k)]
+        return [
+            d
+            for k in keys
+            for d in differences(wanted.get(k), found.get(k), f"{key}.{k}" if key else k)
+        ]
     return [] if wanted == found else [f"{key}: {wanted} wanted, {found} stored"]
 
 
 def nearest(home: Address, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """Of the stores in a place the one whose identity is nearest to the wanted: {"store", "differences"}."""
+    """Of the stores in a place the one whose identity is nearest to the wanted: {"store",
+    "differences"}.
+    """
     found = []
     for store in (at(home).below(name) for name in at(home).folders()):
         try:

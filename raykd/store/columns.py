@@ -1,7 +1,8 @@
 """Arrays of steps as Parquet columns: one binary value a row, fp16 or int32, only the valid steps.
 
-One binary value per sequence is smaller and faster to read than list columns. Shape and dtype stand in the field's
-metadata, so any Parquet reader can decode a value with `numpy.frombuffer(value, dtype).reshape(-1, *shape)`.
+One binary value per sequence is smaller and faster to read than list columns. Shape and dtype stand
+in the field's metadata, so any Parquet reader can decode a value with `numpy.frombuffer(value,
+dtype).reshape(-1, *shape)`.
 """
 
 import json
@@ -28,25 +29,40 @@ def encode(values: NDArray[Any], mask: NDArray[np.bool_]) -> pa.BinaryArray:
     return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
-def decode(column: pa.ChunkedArray, shape: list[int], steps: NDArray[np.int32], kind: str = "float16") -> NDArray[Any]:
-    """(sum of steps, *shape): the flat steps of all rows of a column. StoreError where sizes disagree."""
+def decode(
+    column: pa.ChunkedArray, shape: list[int], steps: NDArray[np.int32], kind: str = "float16"
+) -> NDArray[Any]:
+    """(sum of steps, *shape): the flat steps of all rows of a column.
+
+    StoreError where sizes disagree.
+    """
     if kind not in DTYPES:
         raise StoreError(f"a column holds values of type {kind!r}, which no teacher store has")
     width = DTYPES[kind].itemsize * int(np.prod(shape, dtype=np.int64))
     parts = []
     for chunk in column.chunks:
         _, offset_buffer, data = chunk.buffers()
-        offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        offsets = np.frombuffer(offset_buffer, np.int32)[
+            chunk.offset : chunk.offset + len(chunk) + 1
+        ]
         parts.append(np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]])
     raw = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
     if len(raw) != int(steps.sum()) * width:
-        raise StoreError(f"a column holds {len(raw)} bytes where {int(steps.sum())} steps of {width} bytes belong")
+        raise StoreError(
+            f"a column holds {len(raw)} bytes where {int(steps.sum())} steps of {width} bytes belong"
+        )
     return raw.view(DTYPES[kind]).reshape(-1, *shape)
 
 
 def field(name: str, values: NDArray[Any], steps: str) -> pa.Field:
-    """The schema entry of an encoded column: the shape of one step, and the column that counts its steps."""
-    metadata = {"dtype": _dtype(values), "shape": json.dumps(list(values.shape[2:])), "steps": steps}
+    """The schema entry of an encoded column: the shape of one step, and the column that counts its
+    steps.
+    """
+    metadata = {
+        "dtype": _dtype(values),
+        "shape": json.dumps(list(values.shape[2:])),
+        "steps": steps,
+    }
     return pa.field(name, pa.binary(), nullable=False, metadata=metadata)
 
 

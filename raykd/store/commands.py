@@ -61,7 +61,9 @@ def verify(folder: Path | str) -> tuple[Any, str]:
         faults = "\n".join(f"  {d['file']}: {d['fault']}" for d in found["damaged"])
         raise StoreError(f"{folder}:\n{faults}\ntype: raykd store repair {folder}")
     if not found["complete"]:
-        raise StoreError(f"{folder}: {found['shards']} shards are sound, but it is not complete; {care.again(folder)}")
+        raise StoreError(
+            f"{folder}: {found['shards']} shards are sound, but it is not complete; {care.again(folder)}"
+        )
     return found, f"{found['shards']} shards, complete and sound"
 
 
@@ -72,8 +74,14 @@ def show_(folder: Path | str) -> tuple[Any, str]:
 
     found = care.show(folder)
     lines = [f"{folder}: {'complete' if found['complete'] else 'incomplete'}"]
-    lines += [f"{name:<14}{p['rows']:>12,} rows{p['bytes']:>16,} bytes" for name, p in found["splits"].items()]
-    lines += [f"{name:<20}{c['type']:<10}{c['bytes_per_row']:>12,} bytes a row" for name, c in found["columns"].items()]
+    lines += [
+        f"{name:<14}{p['rows']:>12,} rows{p['bytes']:>16,} bytes"
+        for name, p in found["splits"].items()
+    ]
+    lines += [
+        f"{name:<20}{c['type']:<10}{c['bytes_per_row']:>12,} bytes a row"
+        for name, c in found["columns"].items()
+    ]
     lines += [f"not scored: row {row['row_id']}: {row['reason']}" for row in found["quarantined"]]
     lines += [f"can not be read: {name}" for name in found["unreadable"]]
     return found, "\n".join(lines)
@@ -93,7 +101,9 @@ def repair(folder: Path | str) -> tuple[Any, str]:
 
 @store.command()
 @click.argument("folder", metavar="PATH", type=STORE)
-@click.option("--older-than", default=24.0, help="Hours that a file must have stood.", show_default=True)
+@click.option(
+    "--older-than", default=24.0, help="Hours that a file must have stood.", show_default=True
+)
 @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
 def gc(folder: Path | str, older_than: float, as_json: bool) -> None:
     """Remove what killed writers left behind: files that no commit record names."""

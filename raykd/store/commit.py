@@ -1,4 +1,5 @@
-"""How a store comes into being: fixed shards, content-named files, put-once commits, the manifest last.
+"""How a store comes into being: fixed shards, content-named files, put-once commits, the manifest
+last.
 
     <store_id>/_RECIPE.json            what the id is the digest of, in clear
                data/part-00003-<sha>.parquet
@@ -6,8 +7,9 @@
                _commits/00003.json     one record a shard; the first to create it wins
                _MANIFEST.json          written last: its presence means complete
 
-A file is named by its content, so two attempts at one shard either write the same bytes under the same name or can
-not meet. Nothing is renamed over, nothing is listed to be read: readers open only what the manifest names.
+A file is named by its content, so two attempts at one shard either write the same bytes under the
+same name or can not meet. Nothing is renamed over, nothing is listed to be read: readers open only
+what the manifest names.
 """
 
 import hashlib
@@ -67,8 +69,11 @@ class StoreWriter:
     def folder(self) -> Address:
         return self.place.address
 
-    def commit(self, shard: Shard, table: pa.Table, bad: dict[int, str] | None = None) -> dict[str, Any]:
-        """Write one shard whole, then its record; the record that stands, ours or an earlier attempt's.
+    def commit(
+        self, shard: Shard, table: pa.Table, bad: dict[int, str] | None = None
+    ) -> dict[str, Any]:
+        """Write one shard whole, then its record; the record that stands, ours or an earlier
+        attempt's.
 
         `bad` are the rows of the shard that `table` lacks, each with the reason.
         """
@@ -88,7 +93,8 @@ class StoreWriter:
         return read_json(self.place, _record(shard))
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
-        """The shards still to score: those without a record, or whose record or file is gone or damaged.
+        """The shards still to score: those without a record, or whose record or file is gone or
+        damaged.
 
         A damaged shard's record and file are removed; scoring it again writes the same bytes.
         """
@@ -115,20 +121,32 @@ class StoreWriter:
         """The commit records of all shards. StoreError names those that have none."""
         found = [read_json(self.place, _record(shard)) for shard in shards]
         if absent := [s.number for s, r in zip(shards, found, strict=True) if r is None]:
-            raise StoreError(f"{self.place}: shards {absent} are not scored; run `raykd score` again")
+            raise StoreError(
+                f"{self.place}: shards {absent} are not scored; run `raykd score` again"
+            )
         return found
 
     def finish(self, shards: list[Shard], statistics: dict[str, Any]) -> dict[str, Any]:
-        """The manifest, written once every shard is committed. StoreError names the shards that are not."""
+        """The manifest, written once every shard is committed.
+
+        StoreError names the shards that are not.
+        """
         records = self.records(shards)
-        body = {"schema": SCHEMA, "store_id": self.place.name, "identity": self.identity, "shards": records}
+        body = {
+            "schema": SCHEMA,
+            "store_id": self.place.name,
+            "identity": self.identity,
+            "shards": records,
+        }
         body |= {"bytes": sum(r["bytes"] for r in records), "statistics": statistics}
         manifest = body | {"sha256": digest_of(body)}
         faults.point("score", at="before_manifest")
         self.place.put_once("_MANIFEST.json", to_json(manifest))
         standing = read_json(self.place, "_MANIFEST.json")
         if standing != manifest:
-            raise StoreError(f"{self.place}: scored again, the store differs from its manifest; delete the folder")
+            raise StoreError(
+                f"{self.place}: scored again, the store differs from its manifest; delete the folder"
+            )
         return standing
 
     def stands(self, shard: Shard) -> bool:
@@ -157,7 +175,9 @@ def _record(shard: Shard) -> str:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A shard's file: no dictionary, because encoded rows do not repeat; no statistics of what is only bytes."""
+    """A shard's file: no dictionary, because encoded rows do not repeat; no statistics of what is
+    only bytes.
+    """
     sink = io.BytesIO()
     pq.write_table(
         table,

@@ -1,9 +1,11 @@
-"""Signals beyond the answers: each inner layer's is a store of its own below the first, added without touching it.
+"""Signals beyond the answers: each inner layer's is a store of its own below the first, added
+without touching it.
 
-    <store_id>/signals/hidden.blocks.0/    the same protocol: _RECIPE.json, data/, _commits/, _MANIFEST.json
+    <store_id>/signals/hidden.blocks.0/    the same protocol: _RECIPE.json, data/, _commits/,
+    _MANIFEST.json
 
-So a recipe that reads one more layer extends the store that stands: its teacher runs once more, the shards that are
-there are not written again, and recipes that do not read the layer never open it.
+So a recipe that reads one more layer extends the store that stands: its teacher runs once more, the
+shards that are there are not written again, and recipes that do not read the layer never open it.
 """
 
 import re
@@ -22,21 +24,29 @@ COUNTS = "#steps"
 def place_of(store: Place, signal: str) -> Place:
     """Where a signal's own store stands. StoreError for a name that can not be a folder's."""
     if not re.fullmatch(r"\w[\w.-]*", signal):
-        raise StoreError(f"signal {signal!r}: a layer's name must be letters, digits, dots, - and _")
+        raise StoreError(
+            f"signal {signal!r}: a layer's name must be letters, digits, dots, - and _"
+        )
     return store.below(f"{FOLDER}/{signal}")
 
 
-def writers(where: Address | Place, identity: dict[str, Any], signals: list[str]) -> dict[str, StoreWriter]:
+def writers(
+    where: Address | Place, identity: dict[str, Any], signals: list[str]
+) -> dict[str, StoreWriter]:
     """The writer of the store itself, under "", and of each signal."""
     store = at(where)
-    extra = {name: StoreWriter(place_of(store, name), identity | {"signal": name}) for name in signals}
+    extra = {
+        name: StoreWriter(place_of(store, name), identity | {"signal": name}) for name in signals
+    }
     return {"": StoreWriter(store, identity)} | extra
 
 
 def split(table: pa.Table) -> dict[str, pa.Table]:
-    """A shard's table as its parts: "" holds every column without a dot in its name, each signal its own.
+    """A shard's table as its parts: "" holds every column without a dot in its name, each signal
+    its own.
 
-    A signal counts its own steps: one where it is pooled, those of the inputs where the teacher answers once.
+    A signal counts its own steps: one where it is pooled, those of the inputs where the teacher
+    answers once.
     """
     names = [name for name in table.column_names if is_signal(name)]
     parts = {name: table.select(["row_id", counts(name), name]) for name in names}

@@ -1,4 +1,6 @@
-"""The store's column of teacher answers: which codec it has, and how a batch's rows come back out of it."""
+"""The store's column of teacher answers: which codec it has, and how a batch's rows come back out
+of it.
+"""
 
 import json
 from collections.abc import Mapping
@@ -46,7 +48,9 @@ class StoredLogits:
         return StoredLogits(taken(self.column, index), self.steps[index], self.codec, self.layout)
 
     def at(self, temperature: float = 1.0) -> SparseTargets | Tensor:
-        """What the codec gives: sparse targets at a temperature of its grid, or (P, V) or (P, D) values."""
+        """What the codec gives: sparse targets at a temperature of its grid, or (P, V) or (P, D)
+        values.
+        """
         return self.codec.decode(self.column, self.steps, temperature, self.layout)
 
     def targets(self, device: torch.device) -> "Targets":
@@ -55,7 +59,9 @@ class StoredLogits:
 
 
 class Targets:
-    """Sparse targets as a function of the temperature; each is decoded once, `asked` are those that were read."""
+    """Sparse targets as a function of the temperature; each is decoded once, `asked` are those that
+    were read.
+    """
 
     def __init__(self, stored: StoredLogits, device: torch.device):
         self.stored, self.device = stored, device
@@ -70,7 +76,9 @@ class Targets:
 
 
 def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
-    """The rows at `index`; only the chunks that hold them are touched, because take() on all would copy all."""
+    """The rows at `index`; only the chunks that hold them are touched, because take() on all would
+    copy all.
+    """
     if not len(index):
         return column.slice(0, 0)
     ends = np.cumsum([len(chunk) for chunk in column.chunks])
@@ -86,7 +94,8 @@ def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
 
 
 def plain(table: pa.Table) -> pa.Table:
-    """A shard's table with its answers in the plain layout, which all shards can share and any rows are read from.
+    """A shard's table with its answers in the plain layout, which all shards can share and any rows
+    are read from.
 
     Each shard's file has the layout that made it smallest.
     """
@@ -124,7 +133,12 @@ def codec_for(stored: Mapping[str, Any], classes: int) -> Codec:
 
 def metadata(codec: Codec, layout: Layout) -> dict[str, str]:
     """The schema entry of an encoded column."""
-    return {"codec": codec.name, "settings": json.dumps(asdict(codec)), "layout": layout, "steps": "steps"}  # type: ignore[call-overload]
+    return {
+        "codec": codec.name,
+        "settings": json.dumps(asdict(codec)),
+        "layout": layout,
+        "steps": "steps",
+    }  # type: ignore[call-overload]
 
 
 def from_metadata(found: Mapping[bytes, bytes] | None) -> tuple[Codec, Layout]:
@@ -136,4 +150,6 @@ def from_metadata(found: Mapping[bytes, bytes] | None) -> tuple[Codec, Layout]:
         layout: Any = found[b"layout"].decode()
         return CODECS[found[b"codec"].decode()](**settings), layout
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"the logits column's description is not one that this version reads: {error!r}") from None
+        raise StoreError(
+            f"the logits column's description is not one that this version reads: {error!r}"
+        ) from None

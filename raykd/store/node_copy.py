@@ -1,10 +1,14 @@
-"""The hot form: one split of a store as an Arrow file that is mapped into memory, made once a node and shared.
+"""The hot form: one split of a store as an Arrow file that is mapped into memory, made once a node
+and shared.
 
-    <cache>/<the manifest's sha256>/train.arrow    one record batch a shard, not compressed, ids in the plain layout
-                                    train.json     what it is a copy of, and its sha256: written last
+    <cache>/<the manifest's sha256>/train.arrow    one record batch a shard, not compressed, ids in
+    the plain layout
+                                    train.json     what it is a copy of, and its sha256: written
+                                    last
 
-The cache is $RAYKD_CACHE, else `raykd-<uid>` in the temporary folder. One process makes the copy while others wait;
-all workers and trials of the node map the same pages. A copy that is not what its record says is made again.
+The cache is $RAYKD_CACHE, else `raykd-<uid>` in the temporary folder. One process makes the copy
+while others wait; all workers and trials of the node map the same pages. A copy that is not what
+its record says is made again.
 """
 
 import hashlib
@@ -25,16 +29,21 @@ FORM = 1  # of the copy; another one is made again
 
 def cache() -> Path:
     """This user's folder of copies on this node. InfraError if others can write there."""
-    folder = Path(os.environ.get("RAYKD_CACHE") or Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}")
+    folder = Path(
+        os.environ.get("RAYKD_CACHE") or Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}"
+    )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise InfraError(f"{folder} can be written by others, so no copy in it is trusted; set RAYKD_CACHE to your own")
+        raise InfraError(
+            f"{folder} can be written by others, so no copy in it is trusted; set RAYKD_CACHE to your own"
+        )
     return folder
 
 
 def mapped(manifest: str, split: str, shards: Iterable[pa.Table]) -> pa.Table:
-    """The split's table, memory mapped; `shards` is read, one at a time, only if there is no sound copy yet.
+    """The split's table, memory mapped; `shards` is read, one at a time, only if there is no sound
+    copy yet.
 
     `manifest` is the sha256 of the store's manifest.
     """
@@ -48,7 +57,9 @@ def mapped(manifest: str, split: str, shards: Iterable[pa.Table]) -> pa.Table:
 
 
 def _stands(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a copy is there whose bytes are those that were written, from the store that is wanted."""
+    """Whether a copy is there whose bytes are those that were written, from the store that is
+    wanted.
+    """
     try:
         record = read_json(path.with_suffix(".json"))
         with path.open("rb") as file:
@@ -58,7 +69,10 @@ def _stands(path: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _make(path: Path, wanted: dict[str, Any], shards: Iterable[pa.Table]) -> None:
-    """Write the copy aside, rename it, then its record. A copy that a killed process left half written is no copy."""
+    """Write the copy aside, rename it, then its record.
+
+    A copy that a killed process left half written is no copy.
+    """
     staged = path.with_suffix(".tmp")
     path.with_suffix(".json").unlink(missing_ok=True)
     try:
@@ -83,7 +97,9 @@ def _write(path: Path, shards: Iterable[pa.Table]) -> None:
             schema = schema or shard.schema
             writer = writer or pa.ipc.new_file(sink, schema)
             if not shard.schema.equals(schema, check_metadata=True):
-                raise StoreError("the store's shards do not have the same columns; score it again in another --out")
+                raise StoreError(
+                    "the store's shards do not have the same columns; score it again in another --out"
+                )
             for batch in shard.combine_chunks().to_batches():
                 writer.write_batch(batch)
         assert writer is not None

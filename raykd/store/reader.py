@@ -31,7 +31,9 @@ class Column:
     steps: NDArray[np.int32]  # (N,)
 
     def padded(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
-        """(N, T, ...): the steps at their places in `mask`; T = 1 for a teacher that answers once a sequence."""
+        """(N, T, ...): the steps at their places in `mask`; T = 1 for a teacher that answers once a
+        sequence.
+        """
         if (self.steps == 1).all() and mask.shape[1] > 1:
             return self.values[:, None]
         if not np.array_equal(self.steps, mask.sum(1)):
@@ -48,7 +50,9 @@ class Store:
         self.place = place = at(where)
         manifest = read_json(place, "_MANIFEST.json")
         if manifest is None:
-            raise StoreError(f"{place} is not a complete store: it has no manifest; run `raykd score` to finish it")
+            raise StoreError(
+                f"{place} is not a complete store: it has no manifest; run `raykd score` to finish it"
+            )
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         if digest_of(body) != manifest.get("sha256"):
             raise StoreError(
@@ -66,7 +70,12 @@ class Store:
     def of_shards(cls, where: Address | Place, records: list[dict[str, Any]]) -> "Store":
         """A view of committed shards before there is a manifest: its columns, read shard by shard."""
         store = cls.__new__(cls)
-        store.place, store.manifest, store._splits, store._layers = at(where), {"shards": records}, {}, frozenset()
+        store.place, store.manifest, store._splits, store._layers = (
+            at(where),
+            {"shards": records},
+            {},
+            frozenset(),
+        )
         return store
 
     def shards(self, split: str) -> Iterator[pa.Table]:
@@ -76,7 +85,9 @@ class Store:
     def table(self, split: str) -> pa.Table:
         """All rows of one split, memory mapped from this node's copy; ids are in the plain layout."""
         if split not in self._splits:
-            self._splits[split] = node_copy.mapped(self.manifest["sha256"], split, map(plain, self.shards(split)))
+            self._splits[split] = node_copy.mapped(
+                self.manifest["sha256"], split, map(plain, self.shards(split))
+            )
         return self._splits[split]
 
     def row_id(self, split: str) -> NDArray[np.int64]:
@@ -84,16 +95,32 @@ class Store:
 
     def unscored(self, split: str) -> int:
         """How many rows of a split could not be scored and are left out."""
-        return sum(r["last"] - r["first"] - r["rows"] for r in self.manifest["shards"] if r["split"] == split)
+        return sum(
+            r["last"] - r["first"] - r["rows"]
+            for r in self.manifest["shards"]
+            if r["split"] == split
+        )
 
-    def aligned(self, name: str, split: str, row_id: NDArray[np.int64], missing: float) -> NDArray[Any]:
-        """(N,): a signal of one value a row, for just these rows; `missing` for those that could not be scored."""
+    def aligned(
+        self, name: str, split: str, row_id: NDArray[np.int64], missing: float
+    ) -> NDArray[Any]:
+        """(N,): a signal of one value a row, for just these rows; `missing` for those that could
+        not be scored.
+        """
         found, ids = self.column(name, split).values, self.row_id(split)
         at = np.searchsorted(ids, row_id).clip(max=max(len(ids) - 1, 0))
-        return np.where(ids[at] == row_id, found[at], np.array(missing, found.dtype)) if len(ids) else found
+        return (
+            np.where(ids[at] == row_id, found[at], np.array(missing, found.dtype))
+            if len(ids)
+            else found
+        )
 
-    def stepwise(self, name: str, split: str, row_id: NDArray[np.int64], steps: NDArray[Any]) -> NDArray[Any]:
-        """(sum of steps,): a signal of one value a step, for just these rows; -1 or NaN where they were not scored."""
+    def stepwise(
+        self, name: str, split: str, row_id: NDArray[np.int64], steps: NDArray[Any]
+    ) -> NDArray[Any]:
+        """(sum of steps,): a signal of one value a step, for just these rows; -1 or NaN where they
+        were not scored.
+        """
         found, ids = self.column(name, split), self.row_id(split)
         scored = np.repeat(np.isin(row_id, ids), steps)
         missing: Any = -1 if found.values.dtype == np.int32 else np.nan
@@ -118,14 +145,19 @@ class Store:
         """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""
         place = layer_signals.place_of(self.place, name)
         if place.get("_MANIFEST.json") is None:
-            held = [*self.table(split).column_names, *(layer.name for layer in layer_signals.stored(self.place))]
+            held = [
+                *self.table(split).column_names,
+                *(layer.name for layer in layer_signals.stored(self.place)),
+            ]
             raise StoreError(
                 f"store {self.place.name} holds no {name!r}; it has {', '.join(held)}; `raykd score RECIPE` adds it"
             )
         found = Store(place)
         found._layers = frozenset({name})
         if not np.array_equal(found.row_id(split), self.row_id(split)):
-            raise StoreError(f"{place} is of other rows than its store; type: raykd store repair {self.place}")
+            raise StoreError(
+                f"{place} is of other rows than its store; type: raykd store repair {self.place}"
+            )
         return found
 
     def logits(self, split: str) -> StoredLogits:
@@ -144,12 +176,16 @@ class Store:
 
     def _field(self, table: pa.Table, name: str) -> pa.Field:
         if name not in table.column_names:
-            raise StoreError(f"store {self.place.name} holds no {name!r}; it has {', '.join(table.column_names)}")
+            raise StoreError(
+                f"store {self.place.name} holds no {name!r}; it has {', '.join(table.column_names)}"
+            )
         return table.schema.field(name)
 
 
 def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
-    """A shard's rows, verified by digest, by the bounds of what it may decode to, and by page checksums."""
+    """A shard's rows, verified by digest, by the bounds of what it may decode to, and by page
+    checksums.
+    """
     if not PART.fullmatch(record["file"]):
         raise StoreError(f"{place}: a record names {record['file']!r}, which is no shard's file")
     path = f"{place}/{record['file']}"
@@ -160,7 +196,9 @@ def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; {again}")
     if not 0 <= record["rows"] <= record["last"] - record["first"]:
-        raise StoreError(f"{path}: {record['rows']} rows can not be of {record['last'] - record['first']}")
+        raise StoreError(
+            f"{path}: {record['rows']} rows can not be of {record['last'] - record['first']}"
+        )
     return decoded(data, record["rows"], path)
 
 

@@ -37,9 +37,11 @@ def identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def run_digest(recipe: Recipe, dataset: Dataset) -> str:
-    """Hex sha256 of everything a run's result depends on; its first eight digits name the run's folder.
+    """Hex sha256 of everything a run's result depends on; its first eight digits name the run's
+    folder.
 
-    The files that a function reads are unknown, so its rows count; and the file of every model's and function's code.
+    The files that a function reads are unknown, so its rows count; and the file of every model's
+    and function's code.
     """
     tables = {"data": recipe.data.source, "student": recipe.student.model}
     tables |= {"teacher": recipe.teacher.model} if recipe.teacher else {}
@@ -51,11 +53,17 @@ def run_digest(recipe: Recipe, dataset: Dataset) -> str:
 
 
 def signals_of(recipe: Recipe) -> list[str]:
-    """The inner layers that a recipe's terms read, or one of its trials': what its store holds beyond the answers."""
+    """The inner layers that a recipe's terms read, or one of its trials': what its store holds
+    beyond the answers.
+    """
     raw = recipe.model_dump(mode="json")
     spans = recipe.search.space.items() if recipe.search else ()
-    trials = [{key: value} for key, span in spans if key.startswith("terms.") for value in span.ends()]
-    read = [needs_of(Recipe.model_validate(apply_trial(raw, trial)).terms) for trial in ({}, *trials)]
+    trials = [
+        {key: value} for key, span in spans if key.startswith("terms.") for value in span.ends()
+    ]
+    read = [
+        needs_of(Recipe.model_validate(apply_trial(raw, trial)).terms) for trial in ({}, *trials)
+    ]
     return sorted(name for name in frozenset().union(*read) if "." in name)
 
 
@@ -99,6 +107,8 @@ def _temperatures(recipe: Recipe, codec: str) -> list[float]:
 
 
 def _code_digest(name: str) -> str | None:
-    """The digest of the file of a user's own `module:function`; None for a name that ships with raykd."""
+    """The digest of the file of a user's own `module:function`; None for a name that ships with
+    raykd.
+    """
     spec = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
     return file_sha256(spec.origin) if spec and spec.origin else None

@@ -1,4 +1,7 @@
-"""Scoring: a teacher's signals for one shard of rows, as a table. Plain torch; Ray only schedules it."""
+"""Scoring: a teacher's signals for one shard of rows, as a table.
+
+Plain torch; Ray only schedules it.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +38,9 @@ FAR = 0.02  # of the largest logit: above what bfloat16 rounds
 def device_of(recipe: Recipe) -> torch.device:
     """The device of this process: CUDA where it is present and not refused."""
     wanted = recipe.scale.device
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    return torch.device(
+        "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
+    )
 
 
 class Scorer:
@@ -50,7 +55,9 @@ class Scorer:
         want = frozenset(signals_of(recipe))
         self.settings = store_table(recipe, len(self.dataset.classes))
         self.key = int(digest_of(identity(recipe, self.dataset))[:15], 16)
-        self.head_inputs = _watch_head(module, recipe.store.head) if self.settings["codec"] == "hidden" else None
+        self.head_inputs = (
+            _watch_head(module, recipe.store.head) if self.settings["codec"] == "hidden" else None
+        )
         self.codec = (
             _hidden_codec(module, recipe.store.head)
             if self.head_inputs is not None
@@ -59,20 +66,29 @@ class Scorer:
         self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
 
     def table(self, shard: Shard) -> pa.Table:
-        """One row of signals for each row of the shard. DataError names rows that can not be scored."""
+        """One row of signals for each row of the shard.
+
+        DataError names rows that can not be scored.
+        """
         table, bad = self.score(shard)
         if bad:
             raise DataError(bad_rows(bad, 0))
         return table
 
     def score(self, shard: Shard) -> tuple[pa.Table, dict[int, str]]:
-        """(a row of signals for each row that the teacher can score, the other rows with the reason)."""
+        """(a row of signals for each row that the teacher can score, the other rows with the
+        reason).
+        """
         rows = self.dataset.splits[shard.split].take(slice(shard.first, shard.last))
         size, bad = self.recipe.store.batch, {}
-        batches = [self._signals(rows.take(slice(i, i + size)), bad) for i in range(0, len(rows), size)]
+        batches = [
+            self._signals(rows.take(slice(i, i + size)), bad) for i in range(0, len(rows), size)
+        ]
         encoded = pa.concat_arrays([b.pop("logits") for b in batches])
         arrays = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-        return _to_table(rows.row_id[~np.isin(rows.row_id, list(bad))], arrays, self.codec, encoded), bad
+        return _to_table(
+            rows.row_id[~np.isin(rows.row_id, list(bad))], arrays, self.codec, encoded
+        ), bad
 
     @torch.inference_mode()
     def _signals(self, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:
@@ -83,9 +99,14 @@ class Scorer:
         for name, values in signals.layers.items():
             out |= {
                 name: values,
-                layer_signals.counts(name): mask if values.shape[1] == mask.shape[1] else _all_steps(values),
+                layer_signals.counts(name): mask
+                if values.shape[1] == mask.shape[1]
+                else _all_steps(values),
             }
-        arrays = {k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy() for k, v in out.items()}
+        arrays = {
+            k: (v.half() if v.dim() > 1 and v.is_floating_point() else v).cpu().numpy()
+            for k, v in out.items()
+        }
         kept = signals.logits if self.head_inputs is None else self._head_input(signals)
         unfit = self._unfit(signals, kept, arrays)
         bad |= {int(rows.row_id[i]): reason for i, reason in unfit.items()}
@@ -93,13 +114,20 @@ class Scorer:
         if unfit:
             arrays = {k: v[fit] for k, v in arrays.items()}
             kept, signals = kept[fit], replace(signals, mask=signals.mask[fit])
-        return arrays | {"logits": self.codec.encode(kept, signals.mask, rows.row_id[fit], self.key)}
+        return arrays | {
+            "logits": self.codec.encode(kept, signals.mask, rows.row_id[fit], self.key)
+        }
 
     def _read(self, rows: Rows, mask: Tensor) -> Signals:
-        """What the teacher says of rows, with a column for each class: those behind them are padding of its head."""
+        """What the teacher says of rows, with a column for each class: those behind them are
+        padding of its head.
+        """
         if self.head_inputs is not None:
             self.head_inputs.clear()
-        signals, classes = self.teacher(tensor(rows.inputs).to(self.device), mask), len(self.dataset.classes)
+        signals, classes = (
+            self.teacher(tensor(rows.inputs).to(self.device), mask),
+            len(self.dataset.classes),
+        )
         if signals.logits.shape[-1] < classes:
             raise RecipeError(
                 f"teacher: answers with {signals.logits.shape[-1]} classes, and the data have {classes}; name a "
@@ -122,35 +150,54 @@ class Scorer:
         return found
 
     def _said(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
-        """The teacher's class of each row; of text its likeliest token at each step, and log p of the true one."""
+        """The teacher's class of each row; of text its likeliest token at each step, and log p of
+        the true one.
+        """
         if not rows.is_text:
             return {"answer": signals.sequence_logits().argmax(1)}
         true = tensor(rows.label).to(self.device).clamp(min=0).unsqueeze(-1)
-        return {"answer": signals.logits.argmax(2), "log_p": log_softmax(signals.logits).gather(2, true).squeeze(2)}
+        return {
+            "answer": signals.logits.argmax(2),
+            "log_p": log_softmax(signals.logits).gather(2, true).squeeze(2),
+        }
 
-    def _unfit(self, signals: Signals, kept: Tensor, arrays: dict[str, NDArray[Any]]) -> dict[int, str]:
-        """The places in the batch of rows with an answer that can not be stored at some valid step, and why."""
+    def _unfit(
+        self, signals: Signals, kept: Tensor, arrays: dict[str, NDArray[Any]]
+    ) -> dict[int, str]:
+        """The places in the batch of rows with an answer that can not be stored at some valid step,
+        and why.
+        """
         mask = signals.mask.cpu().numpy()
         is_half = self.settings["codec"] == "hidden" or self.settings.get("values") == "fp16"
-        finite: dict[str, Any] = {"NaN or infinite logits": torch.isfinite(signals.logits).all(2).cpu().numpy()}
+        finite: dict[str, Any] = {
+            "NaN or infinite logits": torch.isfinite(signals.logits).all(2).cpu().numpy()
+        }
         if is_half:
-            finite["logits or hidden states that fp16 can not hold"] = (kept.abs() <= HALF).all(2).cpu().numpy()
+            finite["logits or hidden states that fp16 can not hold"] = (
+                (kept.abs() <= HALF).all(2).cpu().numpy()
+            )
         bad = {reason: (~sound & mask).any(1) for reason, sound in finite.items()}
         for name in filter(layer_signals.is_signal, arrays):
             sound = np.isfinite(arrays[name]).reshape(*arrays[name].shape[:2], -1).all(2)
-            bad[f"{name} has values that fp16 can not hold"] = (~sound & arrays[layer_signals.counts(name)]).any(1)
+            bad[f"{name} has values that fp16 can not hold"] = (
+                ~sound & arrays[layer_signals.counts(name)]
+            ).any(1)
         found: dict[int, str] = {}
         for reason, rows in bad.items():
             found = {int(i): reason for i in np.flatnonzero(rows)} | found
         return found
 
     def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
-        """Valence per step, the teacher's future-valence trajectory, its certainty and the row's saliency."""
+        """Valence per step, the teacher's future-valence trajectory, its certainty and the row's
+        saliency.
+        """
         settings = self.recipe.valence
         steps, label = signals.mask, tensor(rows.label).to(self.device)
         if settings.source == "column":
             if rows.valence is None:
-                raise DataError('valence.source = "column", but the data has none; name it in data.columns.valence')
+                raise DataError(
+                    'valence.source = "column", but the data has none; name it in data.columns.valence'
+                )
             values, steps = tensor(rows.valence).to(self.device), tensor(rows.mask).to(self.device)
         else:
             values = valence.prefix_confidence(signals.logits, steps, label)
@@ -188,7 +235,9 @@ def _hidden_codec(module: nn.Module, name: str) -> Hidden:
     return Hidden(head.in_features, head_digest(head.weight, head.bias))
 
 
-def _to_table(row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array) -> pa.Table:
+def _to_table(
+    row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array
+) -> pa.Table:
     inner = {
         k: (arrays.pop(k), arrays.pop(layer_signals.counts(k)))
         for k in [n for n in arrays if layer_signals.is_signal(n)]
@@ -197,7 +246,9 @@ def _to_table(row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec:
     columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): row_id}
     columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
     packed, layout = codec.pack(encoded, masks["steps"].sum(1))
-    columns[pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))] = packed
+    columns[pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))] = (
+        packed
+    )
     for name, values in arrays.items():
         if values.ndim == 1:
             kind = np.int32 if name == "answer" else np.float32
@@ -216,13 +267,21 @@ def bad_rows(bad: dict[int, str], most: int) -> str:
     lines = [f"  row {row_id}: {reason}" for row_id, reason in sorted(bad.items())[:10]]
     more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
     head = f"the teacher can not score {len(bad)} rows, scale.max_bad_rows allows {most}:"
-    return "\n".join([head, *lines, *more, "mend them or the teacher, or raise scale.max_bad_rows to leave them out"])
+    return "\n".join(
+        [
+            head,
+            *lines,
+            *more,
+            "mend them or the teacher, or raise scale.max_bad_rows to leave them out",
+        ]
+    )
 
 
 def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]:
     """Data-set statistics for the manifest, so that row weights need no communication.
 
-    `value_head` is the gate on the trajectory: its correlation with the realised future valence on validation rows.
+    `value_head` is the gate on the trajectory: its correlation with the realised future valence on
+    validation rows.
     """
     salient = store.column("saliency", "train").values
     known = salient[np.isfinite(salient)]
@@ -247,7 +306,9 @@ def _prior(dataset: Dataset) -> dict[str, Any]:
 
 
 def _vocabulary(dataset: Dataset) -> dict[str, Any]:
-    """What tells whether another tokeniser numbers its tokens alike (`raykd.data.vocabulary.check_digest`)."""
+    """What tells whether another tokeniser numbers its tokens alike
+    (`raykd.data.vocabulary.check_digest`).
+    """
     return {"vocabulary": {"size": len(dataset.classes), "sha256": table_digest(dataset.classes)}}
 
 
@@ -256,7 +317,9 @@ def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> f
     rows = rows.take(np.isin(rows.row_id, store.row_id("val")))
     mask = rows.mask if not (values.steps == 1).all() else rows.mask[:, :1] | True
     signal = torch.from_numpy(values.padded(mask).astype(np.float32))
-    realised, known = valence.future_valence(signal, torch.from_numpy(mask), recipe.valence.discount)
+    realised, known = valence.future_valence(
+        signal, torch.from_numpy(mask), recipe.valence.discount
+    )
     predicted = store.column("trajectory", "val").padded(mask)[known.numpy()].astype(np.float64)
     target = realised.numpy()[known.numpy()].astype(np.float64)
     if predicted.std() == 0 or target.std() == 0:

@@ -1,7 +1,8 @@
 """One file a technique: a docstring, a literal RECIPE, and at most one small function.
 
-They are read from their source without running it, so that a listing needs no torch: a file in `raykd/techniques/`,
-or a dotted module path such as `mypkg.my_kd`. `load_terms` imports them, so that their terms are registered.
+They are read from their source without running it, so that a listing needs no torch: a file in
+`raykd/techniques/`, or a dotted module path such as `mypkg.my_kd`. `load_terms` imports them, so
+that their terms are registered.
 """
 
 import ast
@@ -30,7 +31,11 @@ class Technique:
 
 def all_techniques() -> list[Technique]:
     """Every technique of the package, by name."""
-    return [_read(path.stem, path) for path in sorted(FOLDER.glob("*.py")) if not path.stem.startswith("_")]
+    return [
+        _read(path.stem, path)
+        for path in sorted(FOLDER.glob("*.py"))
+        if not path.stem.startswith("_")
+    ]
 
 
 def find(name: str) -> Technique:
@@ -45,7 +50,9 @@ def find(name: str) -> Technique:
 
 
 def load_terms() -> None:
-    """Import the shared terms and every technique of the package, so that their terms are registered."""
+    """Import the shared terms and every technique of the package, so that their terms are
+    registered.
+    """
     importlib.import_module("raykd.losses.shared_terms")
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
@@ -63,4 +70,6 @@ def _read(name: str, path: Path) -> Technique:
 
 
 def _sets_recipe(node: ast.stmt) -> TypeGuard[ast.Assign]:
-    return isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["RECIPE"]
+    return isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == [
+        "RECIPE"
+    ]

@@ -1,15 +1,18 @@
-"""Attention distillation: how a model relates a sequence's steps, not what it says (MiniLMv2, Wang et al. 2021).
+"""Attention distillation: how a model relates a sequence's steps, not what it says (MiniLMv2, Wang
+et al. 2021).
 
 L = w_ce CE + w_kd T^2 KL + w_attention A, with A one of three named modes:
 
-    relation    KL between softmax rows of x x^T / sqrt(d), x a projection cut into heads (arXiv 2012.15828, eq. 3-4):
+    relation    KL between softmax rows of x x^T / sqrt(d), x a projection cut into heads (arXiv
+    2012.15828, eq. 3-4):
                 any widths and head counts, as long as `heads` divides the widths
-    scores      squared difference of attention's logits, sum over keys (TinyBERT, arXiv 1909.10351, eq. 7)
-    activation  squared difference of Q / |Q|, Q = mean over channels of |x|^2 a step (arXiv 1612.03928, eq. 1-2)
+    scores      squared difference of attention's logits, sum over keys (TinyBERT, arXiv 1909.10351,
+    eq. 7) activation  squared difference of Q / |Q|, Q = mean over channels of |x|^2 a step (arXiv
+    1612.03928, eq. 1-2)
 
-Means over all entries of attention maps vanish with their length: between random projections of 16 and of 1,024 steps
-the mean squared difference falls from 1.9e-2 to 5.2e-4, while relation rises from 2.3 to 9.6. So sums run over keys,
-means over steps, and relation is the default.
+Means over all entries of attention maps vanish with their length: between random projections of 16
+and of 1,024 steps the mean squared difference falls from 1.9e-2 to 5.2e-4, while relation rises
+from 2.3 to 9.6. So sums run over keys, means over steps, and relation is the default.
 """
 
 from typing import Annotated, Any, Literal
@@ -27,7 +30,11 @@ RECIPE = {
     "terms": {
         "ce": {"weight": 0.2},
         "kd": {"weight": 0.8, "temperature": 2.0},
-        "attention": {"weight": 1.0, "pairs": [["blocks.0.attention.qkv", "blocks.2.attention.qkv"]], "parts": 3},
+        "attention": {
+            "weight": 1.0,
+            "pairs": [["blocks.0.attention.qkv", "blocks.2.attention.qkv"]],
+            "parts": 3,
+        },
     }
 }
 Count = Annotated[int, Field(ge=1)]
@@ -49,13 +56,16 @@ def attention(
 ) -> Places:
     """The mode's divergence of teacher and student, mean over pairs of layers.
 
-    relation: `parts` is what the layer's output is made of (3 for fused queries, keys and values), `heads` into how
-    many heads each part is cut.
+    relation: `parts` is what the layer's output is made of (3 for fused queries, keys and values),
+    `heads` into how many heads each part is cut.
     """
     assert batch.teacher is not None
     kind, values = _kind({"mode": mode}), []
     for mine, theirs in pairs:
-        x, y = student.layers[f"{kind}.{mine}"].float(), batch.teacher.layers[f"{kind}.{theirs}"].float()
+        x, y = (
+            student.layers[f"{kind}.{mine}"].float(),
+            batch.teacher.layers[f"{kind}.{theirs}"].float(),
+        )
         if mode == "activation":
             values.append(_activation(x, y, batch.mask))
         elif x.shape[1] != y.shape[1]:
@@ -65,7 +75,9 @@ def attention(
         elif mode == "scores":
             values.append(_scores(x, y, batch.mask))
         else:
-            values.append(_relation(_cut(x, parts, heads, mine), _cut(y, parts, heads, theirs), batch.mask))
+            values.append(
+                _relation(_cut(x, parts, heads, mine), _cut(y, parts, heads, theirs), batch.mask)
+            )
     return mean_places(values, batch.mask)
 
 
@@ -75,14 +87,22 @@ def _cut(x: Tensor, parts: int, heads: int, name: str) -> Tensor:
         raise RecipeError(
             f"terms.attention: {name} is {x.shape[-1]} wide, not a multiple of {parts} parts x {heads} heads"
         )
-    return x.unflatten(-1, (parts * heads, -1)).transpose(1, 2).contiguous()  # small products are 5 times faster so
+    return (
+        x.unflatten(-1, (parts * heads, -1)).transpose(1, 2).contiguous()
+    )  # small products are 5 times faster so
 
 
 def _relation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """(B, T): KL(softmax(y y^T / sqrt(d_y)) || softmax(x x^T / sqrt(d_x))) a step, mean over heads."""
+    """(B, T):
+
+    KL(softmax(y y^T / sqrt(d_y)) || softmax(x x^T / sqrt(d_x))) a step, mean over heads.
+    """
     hidden = ~mask[:, None, None, :]
     log_q, log_p = (
-        (z @ z.mT * z.shape[-1] ** -0.5).masked_fill(hidden, torch.finfo(z.dtype).min).log_softmax(-1) for z in (x, y)
+        (z @ z.mT * z.shape[-1] ** -0.5)
+        .masked_fill(hidden, torch.finfo(z.dtype).min)
+        .log_softmax(-1)
+        for z in (x, y)
     )
     p = log_p.exp()
     return torch.where(hidden, 0.0, p * (log_p - log_q)).sum(-1).mean(1)

@@ -1,9 +1,11 @@
-"""A better drafter for speculative decoding: q nearer to p on text that it wrote (DistillSpec, arXiv 2310.08461, 2024).
+"""A better drafter for speculative decoding: q nearer to p on text that it wrote (DistillSpec,
+arXiv 2310.08461, 2024).
 
-L = (1 - l) KL(p || q) on the data's rows + l D(p, q) on the student's own, p and q at the temperature that it drafts
-with, l = 0.5. Of the divergences in raykd/divergences.py "tvd" and "lk" are the share of accepted drafts itself; which
-one serves best depends on task and temperature (the paper's section 5): search `terms.distilspec.divergence`. Text
-that speculative decoding puts out is distributed as p, not as q: it would be off the student's policy.
+L = (1 - l) KL(p || q) on the data's rows + l D(p, q) on the student's own, p and q at the
+temperature that it drafts with, l = 0.5. Of the divergences in raykd/divergences.py "tvd" and "lk"
+are the share of accepted drafts itself; which one serves best depends on task and temperature (the
+paper's section 5): search `terms.distilspec.divergence`. Text that speculative decoding puts out is
+distributed as p, not as q: it would be off the student's policy.
 """
 
 from typing import Annotated
@@ -16,15 +18,24 @@ from raykd.signals import Batch, Signals
 
 RECIPE = {
     "source": {"kind": "on_policy", "share": 0.5},
-    "terms": {"kd": {"weight": 0.5, "temperature": 1.0}, "distilspec": {"weight": 0.5, "divergence": "lk"}},
+    "terms": {
+        "kd": {"weight": 0.5, "temperature": 1.0},
+        "distilspec": {"weight": 0.5, "divergence": "lk"},
+    },
 }
 
 
 @term(own=True)
 def distilspec(
-    student: Signals, batch: Batch, *, divergence: Kind = "lk", beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    student: Signals,
+    batch: Batch,
+    *,
+    divergence: Kind = "lk",
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> Places:
-    """D(p, q) at every written or drafted token, at the temperature it was drawn at; `beta` is js's."""
+    """D(p, q) at every written or drafted token, at the temperature it was drawn at; `beta` is
+    js's.
+    """
     assert batch.rollout is not None
     value = from_teacher(student, batch, divergence, beta, batch.rollout.temperature)
     return Places(spread(value, batch.mask), batch.mask)

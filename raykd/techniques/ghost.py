@@ -1,11 +1,13 @@
-"""Learning from rejected drafts: the position that the teacher rejects, and the discarded tail after it.
+"""Learning from rejected drafts: the position that the teacher rejects, and the discarded tail
+after it.
 
-A project's own definition, not a published method; near to it are Online Speculative Decoding (Liu et al. 2024,
-arXiv 2310.07177), which learns where drafts were corrected, and DistillSpec (arXiv 2310.08461). It aims at accepted
-drafts. For a student's own quality the opposite is reported: SpecKD (arXiv 2510.24021) leaves rejected tokens out.
+A project's own definition, not a published method; near to it are Online Speculative Decoding (Liu
+et al. 2024, arXiv 2310.07177), which learns where drafts were corrected, and DistillSpec (arXiv
+2310.08461). It aims at accepted drafts. For a student's own quality the opposite is reported:
+SpecKD (arXiv 2510.24021) leaves rejected tokens out.
 
-L = 0.5 G + 0.5 KL(p || q) over all drafted tokens, p and q at the temperature of the drafts; a draft's rejection and
-tail cost no more of the teacher than verifying it does.
+L = 0.5 G + 0.5 KL(p || q) over all drafted tokens, p and q at the temperature of the drafts; a
+draft's rejection and tail cost no more of the teacher than verifying it does.
 """
 
 from typing import Annotated, Literal
@@ -41,25 +43,37 @@ def ghost(
 ) -> Places:
     """What a draft's rejection teaches; nothing where there was none.
 
-    soft: at every drafted token rho D(p, q), rho = 1 at the rejection and tail^k k tokens after it; with "expected"
-    rejections rho is the mean of that over the tests, given the draft: prod_{i < j} a_i (1 - a_j) for a rejection at j,
-    a = min(1, p / q) when it was drawn. No gradient flows into rho.
+    soft: at every drafted token rho D(p, q), rho = 1 at the rejection and tail^k k tokens after it;
+    with "expected" rejections rho is the mean of that over the tests, given the draft: prod_{i < j}
+    a_i (1 - a_j) for a rejection at j, a = min(1, p / q) when it was drawn. No gradient flows into
+    rho.
 
-    Over the tested tokens, from token numbers alone: correction is -log q(y) at the rejection, y ~ (p - q)+ the
-    teacher's token, with the mean gradient (1 - a) q - (p - q)+ in the logits, a = sum min(p, q); pair is that
-    + log q(x), x the rejected token, whose mean gradient is that of KL(p || q), since (p - q)+ - (q - p)+ = p - q.
+    Over the tested tokens, from token numbers alone: correction is -log q(y) at the rejection, y ~
+    (p - q)+ the teacher's token, with the mean gradient (1 - a) q - (p - q)+ in the logits, a = sum
+    min(p, q); pair is that + log q(x), x the rejected token, whose mean gradient is that of KL(p ||
+    q), since (p - q)+ - (q - p)+ = p - q.
     """
     rollout, mask = batch.rollout, batch.mask
     assert rollout is not None
-    if rollout.accepted is None or rollout.rejected is None or rollout.correction is None or rollout.tail is None:
-        raise RecipeError('terms.ghost: this text was not drafted and verified; write source.kind = "drafts"')
+    if (
+        rollout.accepted is None
+        or rollout.rejected is None
+        or rollout.correction is None
+        or rollout.tail is None
+    ):
+        raise RecipeError(
+            'terms.ghost: this text was not drafted and verified; write source.kind = "drafts"'
+        )
     rejected = rollout.rejected & mask
     if form != "soft":
         log_q = own(student, batch, temperature=rollout.temperature)
         value = -chosen(log_q, torch.where(rejected, rollout.correction, 0)[mask])
         if form == "pair":
             value = value + chosen(log_q, batch.label[mask]).clamp(min=LEAST)
-        return Places(torch.where(rejected, spread(value, mask), 0.0), (rollout.accepted | rollout.rejected) & mask)
+        return Places(
+            torch.where(rejected, spread(value, mask), 0.0),
+            (rollout.accepted | rollout.rejected) & mask,
+        )
     value = spread(from_teacher(student, batch, divergence, temperature=rollout.temperature), mask)
     if rejections == "drawn":
         after = rollout.tail.to(value.dtype)

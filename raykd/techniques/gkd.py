@@ -1,8 +1,10 @@
-"""On-policy distillation: the teacher corrects what the student wrote (GKD, Agarwal et al. 2024, arXiv 2306.13649).
+"""On-policy distillation: the teacher corrects what the student wrote (GKD, Agarwal et al. 2024,
+arXiv 2306.13649).
 
-L = (1 - l) KL(p || q) on the data's rows + l JS_beta(p, q) on the student's own, at temperature 1, with l = 0.5 of the
-rows its own. The paper has one divergence for both kinds; on the data's rows it is here what every store serves. No
-gradient flows through the sampling. The student should have learnt the data first: start from its weights.
+L = (1 - l) KL(p || q) on the data's rows + l JS_beta(p, q) on the student's own, at temperature 1,
+with l = 0.5 of the rows its own. The paper has one divergence for both kinds; on the data's rows it
+is here what every store serves. No gradient flows through the sampling. The student should have
+learnt the data first: start from its weights.
 """
 
 from typing import Annotated
@@ -20,6 +22,10 @@ RECIPE = {
 
 
 @term(own=True)
-def gkd(student: Signals, batch: Batch, *, beta: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Places:
-    """JS_beta(p, q) at temperature 1 at every written token; beta = 0 is KL(p || q), 1 is KL(q || p) (eq. 1)."""
+def gkd(
+    student: Signals, batch: Batch, *, beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+) -> Places:
+    """JS_beta(p, q) at temperature 1 at every written token; beta = 0 is KL(p || q), 1 is KL(q ||
+    p) (eq. 1).
+    """
     return Places(spread(from_teacher(student, batch, "js", beta), batch.mask), batch.mask)

@@ -1,12 +1,15 @@
-"""Contrastive distillation: a student's summary of a row is nearest to the teacher's of the same row, not of others.
+"""Contrastive distillation: a student's summary of a row is nearest to the teacher's of the same
+row, not of others.
 
-L = w_ce CE + w_kd T^2 KL + w_infonce I, I = (CE over rows + CE over columns) / 2 of s_ij = <g_S(f_S^i), g_T(f_T^j)> / t
-with unit vectors g, f the mean over steps of a layer, and the other rows of the global batch as negatives (van den Oord
-et al. 2018, arXiv 1807.03748, eq. 4; both directions as in Radford et al. 2021; for distillation Tian et al. 2020,
-arXiv 1910.10699). ln N - I bounds what the two know of each other from below. g_S and g_T are never exported.
+L = w_ce CE + w_kd T^2 KL + w_infonce I, I = (CE over rows + CE over columns) / 2 of s_ij =
+<g_S(f_S^i), g_T(f_T^j)> / t with unit vectors g, f the mean over steps of a layer, and the other
+rows of the global batch as negatives (van den Oord et al. 2018, arXiv 1807.03748, eq. 4; both
+directions as in Radford et al. 2021; for distillation Tian et al. 2020, arXiv 1910.10699). ln N - I
+bounds what the two know of each other from below. g_S and g_T are never exported.
 
-Tian et al. keep a memory of stale embeddings for more negatives than a batch has. Here the store is that memory, and
-never stale: with `negatives` > 0 the students' rows are also held against so many teacher embeddings drawn from it.
+Tian et al. keep a memory of stale embeddings for more negatives than a batch has. Here the store is
+that memory, and never stale: with `negatives` > 0 the students' rows are also held against so many
+teacher embeddings drawn from it.
 """
 
 import math
@@ -35,8 +38,9 @@ RECIPE = {
 class infonce(nn.Module):
     """(CE over rows + CE over columns) / 2 a row, mean over pairs of layers.
 
-    `alike` names the rows that are no negatives of each other: the same row only, those of one known label, or those
-    that the teacher answers alike. `hard` > 1 counts a negative of saliency below the batch's mean that many times.
+    `alike` names the rows that are no negatives of each other: the same row only, those of one
+    known label, or those that the teacher answers alike. `hard` > 1 counts a negative of saliency
+    below the batch's mean that many times.
     """
 
     def __init__(
@@ -54,8 +58,15 @@ class infonce(nn.Module):
         super().__init__()
         assert batch.teacher is not None
         self.pairs = [(f"embedding.{mine}", f"embedding.{theirs}") for mine, theirs in pairs]
-        self.temperature, self.alike, self.negatives, self.hard = temperature, alike, negatives, hard
-        sizes = [(student.layers[s].shape[-1], batch.teacher.layers[t].shape[-1]) for s, t in self.pairs]
+        self.temperature, self.alike, self.negatives, self.hard = (
+            temperature,
+            alike,
+            negatives,
+            hard,
+        )
+        sizes = [
+            (student.layers[s].shape[-1], batch.teacher.layers[t].shape[-1]) for s, t in self.pairs
+        ]
         self.mine = nn.ModuleList(nn.Linear(size, width) for size, _ in sizes)
         self.theirs = nn.ModuleList(nn.Linear(size, width) for _, size in sizes)
 
@@ -66,7 +77,9 @@ class infonce(nn.Module):
         values = []
         for g_s, g_t, (s, t) in zip(self.mine, self.theirs, self.pairs, strict=True):
             x, y = _unit(g_s, student.layers[s]), _unit(g_t, batch.teacher.layers[t])
-            rows, columns = (a @ everyone(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x)))
+            rows, columns = (
+                a @ everyone(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x))
+            )
             if len(drawn):
                 assert batch.split is not None
                 more = _unit(g_t, batch.split.teacher[t][drawn])
@@ -76,7 +89,9 @@ class infonce(nn.Module):
 
     @torch.no_grad()
     def _bias(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """((B, N) what is added to the similarity of a row of the global batch, (B,) each row's own column)."""
+        """((B, N) what is added to the similarity of a row of the global batch, (B,) each row's own
+        column).
+        """
         row_id, first = everyone(batch.row_id)
         own = first + torch.arange(len(batch.row_id), device=row_id.device)
         valid, _ = everyone(batch.mask.any(1).to(torch.int64))
@@ -87,7 +102,9 @@ class infonce(nn.Module):
             saliency, _ = everyone(batch.saliency)
             bias += math.log(self.hard) * (saliency < saliency.nanmean())
         bias.masked_fill_(hidden, -torch.inf)
-        return bias.index_put_((torch.arange(len(own), device=own.device), own), bias.new_zeros(())), own
+        return bias.index_put_(
+            (torch.arange(len(own), device=own.device), own), bias.new_zeros(())
+        ), own
 
     @torch.no_grad()
     def _drawn(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -102,8 +119,12 @@ class infonce(nn.Module):
         drawn = torch.from_numpy(rows).to(batch.row_id.device)
         answer = batch.split.answer
         group = self._group(batch.split.label[drawn], None if answer is None else answer[drawn])
-        hidden = _alike(batch.row_id, batch.split.row_id[drawn]) | _alike(self._group(batch.label, batch.answer), group)
-        return drawn, torch.zeros(hidden.shape, device=drawn.device).masked_fill_(hidden, -torch.inf)
+        hidden = _alike(batch.row_id, batch.split.row_id[drawn]) | _alike(
+            self._group(batch.label, batch.answer), group
+        )
+        return drawn, torch.zeros(hidden.shape, device=drawn.device).masked_fill_(
+            hidden, -torch.inf
+        )
 
     def _group(self, label: Tensor, answer: Tensor | None) -> Tensor:
         """(B,): rows of one number are no negatives of each other, unless it is UNLABELLED."""

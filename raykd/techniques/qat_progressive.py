@@ -1,8 +1,9 @@
-"""Distillation down to ternary weights in steps, int8 and int4 before (BitNet b1.58, 2024, arXiv 2402.17764).
+"""Distillation down to ternary weights in steps, int8 and int4 before (BitNet b1.58, 2024, arXiv
+2402.17764).
 
-L = w_ce CE + w_kd T^2 KL throughout: 30 % of the steps in full precision, then 15, 25 and 60 % of the others under
-int8, int4 and ternary rounding, each with scales anew and a learning rate warmed up again. Ternary scales are learned
-(LSQ, arXiv 1902.08153).
+L = w_ce CE + w_kd T^2 KL throughout: 30 % of the steps in full precision, then 15, 25 and 60 % of
+the others under int8, int4 and ternary rounding, each with scales anew and a learning rate warmed
+up again. Ternary scales are learned (LSQ, arXiv 1902.08153).
 """
 
 RECIPE = {

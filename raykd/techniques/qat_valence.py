@@ -1,15 +1,21 @@
-"""Valence-weighted distillation down to ternary weights by way of int8: `valence` and quantisation in one.
+"""Valence-weighted distillation down to ternary weights by way of int8: `valence` and quantisation
+in one.
 
-L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; 30 % of the steps are
-in full precision, then weights are int8, then ternary with scales that are learned (LSQ, arXiv 1902.08153). Everything
-else is stored as int8. What the weighting does is seen beside the same recipe with weighting.mode = "uniform".
+L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; 30
+% of the steps are in full precision, then weights are int8, then ternary with scales that are
+learned (LSQ, arXiv 1902.08153). Everything else is stored as int8. What the weighting does is seen
+beside the same recipe with weighting.mode = "uniform".
 """
 
 RECIPE = {
     "terms": {
         "ce": {"weight": 0.2},
         "kd": {"weight": 0.8, "temperature": 2.0},
-        "attention": {"weight": 0.4, "pairs": [["blocks.0.attention.qkv", "blocks.2.attention.qkv"]], "parts": 3},
+        "attention": {
+            "weight": 0.4,
+            "pairs": [["blocks.0.attention.qkv", "blocks.2.attention.qkv"]],
+            "parts": 3,
+        },
         "value": {"weight": 0.55},
     },
     "weighting": {"mode": "ess", "boost": 6.0, "fraction": 0.5},

@@ -1,7 +1,9 @@
-"""The run's journal: each param, metric, data set and artefact as a JSON line, before MLflow hears of it.
+"""The run's journal: each param, metric, data set and artefact as a JSON line, before MLflow hears
+of it.
 
-`journal.jsonl` in the run folder is the truth; `mlflow_mirror` fills MLflow from it, now or after an outage.
-A line is whole or ignored: what a killed process left half written is dropped by the next writer.
+`journal.jsonl` in the run folder is the truth; `mlflow_mirror` fills MLflow from it, now or after
+an outage. A line is whole or ignored: what a killed process left half written is dropped by the
+next writer.
 """
 
 import fcntl
@@ -23,7 +25,10 @@ Metric = tuple[str, float, int]  # name, value, step
 
 
 class Journal:
-    """Appends to one journal file. `key` names a run of the folder: "run", "student/seed-0", "trial/3"."""
+    """Appends to one journal file.
+
+    `key` names a run of the folder: "run", "student/seed-0", "trial/3".
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,13 +37,22 @@ class Journal:
         self._keys: set[str] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def run(self, key: str, name: str, parent: str | None = None, tags: Mapping[str, Any] = EMPTY) -> None:
+    def run(
+        self, key: str, name: str, parent: str | None = None, tags: Mapping[str, Any] = EMPTY
+    ) -> None:
         """Declare a run. A key that the journal already holds is resumed: nothing is written."""
-        assert re.fullmatch(r"[\w./:=+-]+", key), f"run key {key!r}: letters, digits and ./:=+-_ only"
-        self._append("run", key, name=name, parent=parent, tags={k: _text(v) for k, v in tags.items()})
+        assert re.fullmatch(r"[\w./:=+-]+", key), (
+            f"run key {key!r}: letters, digits and ./:=+-_ only"
+        )
+        self._append(
+            "run", key, name=name, parent=parent, tags={k: _text(v) for k, v in tags.items()}
+        )
 
     def params(self, key: str, values: Mapping[str, Any]) -> None:
-        """Settings of a run; anything but a string is kept as JSON. The first value of a name stands."""
+        """Settings of a run; anything but a string is kept as JSON.
+
+        The first value of a name stands.
+        """
         self._append("params", key, values={name: _text(value) for name, value in values.items()})
 
     def metrics(self, key: str, values: Iterable[Metric]) -> None:
@@ -46,12 +60,16 @@ class Journal:
         rows = [[name, _number(value), int(step)] for name, value, step in values]
         self._append("metrics", key, values=rows)
 
-    def dataset(self, key: str, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+    def dataset(
+        self, key: str, name: str, digest: str, source: str, profile: Mapping[str, Any]
+    ) -> None:
         """A data set or teacher store that the run read, with the digest of its manifest."""
         self._append("dataset", key, name=name, digest=digest, source=source, profile=dict(profile))
 
     def artefact(self, key: str, path: Path, folder: str = "") -> None:
-        """A file or folder in the run folder, `path` absolute or relative to it; StoreError if outside."""
+        """A file or folder in the run folder, `path` absolute or relative to it; StoreError if
+        outside.
+        """
         whole = inside(self.path.parent, path)
         inside(self.path.parent, Path(folder))
         relative = whole.relative_to(self.path.parent.resolve())
@@ -71,7 +89,12 @@ class Journal:
                 return
             assert kind == "run" or key in self._keys, f"run {key!r} has not been declared"
             assert fields.get("parent") in self._keys | {None}, "the parent has not been declared"
-            head = {"seq": self._seq, "time_ms": time.time_ns() // 1_000_000, "kind": kind, "run": key}
+            head = {
+                "seq": self._seq,
+                "time_ms": time.time_ns() // 1_000_000,
+                "kind": kind,
+                "run": key,
+            }
             line = json.dumps(head | fields, allow_nan=False).encode() + b"\n"
             if file.write(line) != len(line):
                 raise OSError(f"{self.path}: the disk took only part of a line; free some space")
@@ -95,13 +118,18 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a journal, in order; none where there is no file. StoreError if it was damaged."""
+    """Every whole line of a journal, in order; none where there is no file.
+
+    StoreError if it was damaged.
+    """
     data = path.read_bytes() if path.exists() else b""
     return _parse(data[: data.rfind(b"\n") + 1], path)
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """`path` made absolute against `folder`, links followed; StoreError if it leads out of the folder."""
+    """`path` made absolute against `folder`, links followed; StoreError if it leads out of the
+    folder.
+    """
     whole = (folder / path).resolve()
     if not whole.is_relative_to(folder.resolve()):
         raise StoreError(f"{path} lies outside the run folder {folder}; copy it in first")
@@ -114,7 +142,9 @@ def _parse(data: bytes, path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(raw))
         except ValueError:
-            raise StoreError(f"{path}: line {number} of those read is not JSON; remove that line") from None
+            raise StoreError(
+                f"{path}: line {number} of those read is not JSON; remove that line"
+            ) from None
     return lines
 
 

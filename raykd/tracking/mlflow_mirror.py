@@ -1,8 +1,9 @@
 """MLflow, filled from the run's journal. The only file that knows MLflow.
 
-Replaying is idempotent. A run is found again by its tag `raykd.key`, so neither a lost cursor nor a crash
-halfway makes a second one; a metric replayed with the journal's own time is the row that is already there. A
-server that is dead or slow costs at most `limit_s`, and nothing is lost: the journal keeps it.
+Replaying is idempotent. A run is found again by its tag `raykd.key`, so neither a lost cursor nor a
+crash halfway makes a second one; a metric replayed with the journal's own time is the row that is
+already there. A server that is dead or slow costs at most `limit_s`, and nothing is lost: the
+journal keeps it.
 """
 
 import json
@@ -37,7 +38,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Synced:
-    """What one `sync` reached: `pending` lines are left, for `reason`; `runs` are MLflow's ids by key."""
+    """What one `sync` reached:
+
+    `pending` lines are left, for `reason`; `runs` are MLflow's ids by key.
+    """
 
     done: bool
     reason: str = ""
@@ -63,7 +67,8 @@ def pending(folder: Path) -> int:
 def sync(folder: Path, *, uri: str, experiment: str, limit_s: float = 10.0) -> Synced:
     """Bring MLflow up to the journal. Never raises for a server that is down, slow or refusing.
 
-    `limit_s` bounds the waiting for a server, not the work on a local sqlite file; below 1 it does nothing.
+    `limit_s` bounds the waiting for a server, not the work on a local sqlite file; below 1 it does
+    nothing.
     """
     folder = folder.resolve()
     lines = journal.read(folder / journal.NAME)
@@ -89,10 +94,16 @@ def _attempt(mirror: "_Mirror", lines: list[Line], limit_s: float) -> str:
     remote = urlsplit(uri).hostname is not None
     try:
         if remote:
-            bounded(lambda: knock(uri, limit_s), limit_s)  # before the import of MLflow, which takes seconds
+            bounded(
+                lambda: knock(uri, limit_s), limit_s
+            )  # before the import of MLflow, which takes seconds
         with _quiet():
             left_s = start + limit_s - time.monotonic()
-            return bounded(lambda: mirror.record(lines, left_s), left_s) if remote else mirror.record(lines)
+            return (
+                bounded(lambda: mirror.record(lines, left_s), left_s)
+                if remote
+                else mirror.record(lines)
+            )
     except OSError as error:
         text = str(error).replace(uri, public_uri(uri)).split("\n")[0].split("(Caused by ")[-1]
         return f"MLflow at {public_uri(uri)}: {text[:300] or 'no answer in time'}"
@@ -173,9 +184,13 @@ class _Mirror:
         from mlflow import MlflowClient
 
         file = _sqlite_file(self.uri)
-        with locked(file.parent, wait=True) if file else nullcontext():  # MLflow builds its tables unguarded
+        with (
+            locked(file.parent, wait=True) if file else nullcontext()
+        ):  # MLflow builds its tables unguarded
             self._client = MlflowClient(tracking_uri=self.uri)
-            self.experiment_id = self._experiment((file.parent / "mlruns").as_uri() if file else None)
+            self.experiment_id = self._experiment(
+                (file.parent / "mlruns").as_uri() if file else None
+            )
         mine = f"tags.`{KEY_TAG}` LIKE '{self.folder.name}/%'"
         for run in self.client.search_runs([self.experiment_id], mine, max_results=50_000):
             self.ids[run.data.tags[KEY_TAG].removeprefix(f"{self.folder.name}/")] = run.info.run_id

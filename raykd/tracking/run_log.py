@@ -1,4 +1,6 @@
-"""What a run has measured, as journal lines: a parent run, and a child for each seed, control and trial."""
+"""What a run has measured, as journal lines: a parent run, and a child for each seed, control and
+trial.
+"""
 
 import json
 import subprocess
@@ -18,26 +20,40 @@ from raykd.training.run_arms import arms_of
 PARENT = "run"
 
 
-def open_journal(found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None) -> Journal:
-    """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the run reads."""
+def open_journal(
+    found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None
+) -> Journal:
+    """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the
+    run reads.
+    """
     is_new, lines = not (folder / NAME).exists(), Journal(folder / NAME)
     store = place.at(where) if where else None
     tags = {"raykd.technique": found.technique, "raykd.recipe_digest": run_digest(found, dataset)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
-    lines.run(PARENT, folder.name, tags=tags | ({"mlflow.source.git.commit": commit} if commit else {}))
+    lines.run(
+        PARENT, folder.name, tags=tags | ({"mlflow.source.git.commit": commit} if commit else {})
+    )
     if is_new:
         lines.params(PARENT, dict(_flat(found.model_dump(mode="json", exclude={"scale", "track"}))))
         rows = {name: len(split) for name, split in dataset.splits.items()}
         lines.dataset(PARENT, dataset.name, dataset.digest, found.data.source, {"rows": rows})
         manifest = place.read_json(store, "_MANIFEST.json") if store else None
         if store and manifest:
-            lines.dataset(PARENT, f"teacher store {store.name}", manifest["sha256"], str(store), {"rows": rows})
+            lines.dataset(
+                PARENT,
+                f"teacher store {store.name}",
+                manifest["sha256"],
+                str(store),
+                {"rows": rows},
+            )
     return lines
 
 
 def ended(folder: Path, status: str) -> None:
-    """How the run stands after a command; nothing if it had not begun, or if that is what was said last."""
+    """How the run stands after a command; nothing if it had not begun, or if that is what was said
+    last.
+    """
     lines = journal.read(folder / NAME)
     last = lines[-1] if lines else None
     if last and (last["kind"], last["run"], last.get("status")) != ("end", PARENT, status):
@@ -47,9 +63,19 @@ def ended(folder: Path, status: str) -> None:
 def arms(lines: Journal, found: Recipe, folder: Path) -> None:
     """Every trained arm as a child run with its curves."""
     for arm in arms_of(found):
-        key, record = f"{arm.name}/seed-{arm.seed}", read_json(folder / "arms" / arm.key / "arm.json")
+        key, record = (
+            f"{arm.name}/seed-{arm.seed}",
+            read_json(folder / "arms" / arm.key / "arm.json"),
+        )
         lines.run(key, key, PARENT, tags={"raykd.arm": arm.name})
-        lines.params(key, {"seed": arm.seed, "params": record["params"], "weights_sha256": record["weights_sha256"]})
+        lines.params(
+            key,
+            {
+                "seed": arm.seed,
+                "params": record["params"],
+                "weights_sha256": record["weights_sha256"],
+            },
+        )
         lines.metrics(key, curves(record["history"]))
         lines.metrics(key, [("seconds", record["seconds"], record["steps"])])
         lines.end(key, "FINISHED")
@@ -62,22 +88,38 @@ def trials(lines: Journal, folder: Path, table: Mapping[str, Any]) -> None:
         lines.run(key, key, PARENT, tags={"raykd.arm": "trial", "raykd.state": row["state"]})
         lines.params(key, row["params"])
         path = folder / "trials" / str(row["id"]) / "history.jsonl"
-        history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        history = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         lines.metrics(key, curves(history))
-        lines.end(key, "FAILED" if row["state"] == "failed" else "KILLED" if row["state"] == "stopped" else "FINISHED")
+        lines.end(
+            key,
+            "FAILED"
+            if row["state"] == "failed"
+            else "KILLED"
+            if row["state"] == "stopped"
+            else "FINISHED",
+        )
 
 
 def result(lines: Journal, report: Mapping[str, Any]) -> None:
     """The report's figures and its files."""
     found: list[Metric] = []
     for name in ("teacher", "control", "student", "artefact"):
-        found += [(f"{name}/{key}", metric["value"], 0) for key, metric in report[name]["metrics"].items()]
-    found += [(f"{name}/accuracy", part["metrics"]["accuracy"]["value"], 0) for name, part in report["beside"].items()]
+        found += [
+            (f"{name}/{key}", metric["value"], 0) for key, metric in report[name]["metrics"].items()
+        ]
+    found += [
+        (f"{name}/accuracy", part["metrics"]["accuracy"]["value"], 0)
+        for name, part in report["beside"].items()
+    ]
     for name, part in report["retention"].items():
         found += _interval(f"retention/{name}", part)
     found += _interval("gap_closed", report["gap_closed"])
     found += [
-        (key, report[key]["ratio"], 0) for key in ("compression", "training_cost") if report[key]["ratio"] is not None
+        (key, report[key]["ratio"], 0)
+        for key in ("compression", "training_cost")
+        if report[key]["ratio"] is not None
     ]
     lines.metrics(PARENT, found)
     for name in ("recipe.json", "report.json", "report.html", "best.toml"):
@@ -92,7 +134,11 @@ def curves(history: Iterable[Mapping[str, Any]]) -> list[Metric]:
     found: list[Metric] = []
     for point in history:
         flat = {k: v for k, v in point.items() if isinstance(v, float)}
-        flat |= {f"{table}/{k}": v for table in ("terms", "weights") for k, v in point.get(table, {}).items()}
+        flat |= {
+            f"{table}/{k}": v
+            for table in ("terms", "weights")
+            for k, v in point.get(table, {}).items()
+        }
         found += [(name, value, point["step"]) for name, value in flat.items()]
     return found
 
@@ -100,7 +146,9 @@ def curves(history: Iterable[Mapping[str, Any]]) -> list[Metric]:
 def _interval(name: str, part: Mapping[str, Any]) -> list[Metric]:
     if part["value"] is None:
         return []
-    return [(name if key == "value" else f"{name}_{key}", part[key], 0) for key in ("value", "lo", "hi")]
+    return [
+        (name if key == "value" else f"{name}_{key}", part[key], 0) for key in ("value", "lo", "hi")
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -114,7 +162,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 def _commit() -> str | None:
     """The commit of the current directory; None outside a repository."""
     try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return asked.stdout.strip() or None

@@ -1,4 +1,6 @@
-"""What of a journal a tracker still lacks: steps to be taken in order, under names the tracker allows."""
+"""What of a journal a tracker still lacks: steps to be taken in order, under names the tracker
+allows.
+"""
 
 import hashlib
 import re
@@ -39,7 +41,10 @@ def load(folder: Path) -> Cursor:
 
 @dataclass(frozen=True)
 class Step:
-    """Lines of one run that one call records: `values` (params and metrics), or one line of its own kind."""
+    """Lines of one run that one call records:
+
+    `values` (params and metrics), or one line of its own kind.
+    """
 
     kind: str
     lines: list[Line]
@@ -58,14 +63,26 @@ def steps(lines: list[Line], cursor: Cursor) -> Iterator[tuple[Line, list[Step]]
         first = _first(own)
         new = [line for line in own if cursor.lacks(line)]
         if new:
-            yield own[0], [_step(kind, list(group), first) for (kind, _), group in groupby(new, _call)]
+            yield (
+                own[0],
+                [_step(kind, list(group), first) for (kind, _), group in groupby(new, _call)],
+            )
 
 
 def legal_name(name: str) -> str:
-    """`name` as MLflow allows it. A changed name ends in a digest of the old, so that no two become one."""
+    """`name` as MLflow allows it.
+
+    A changed name ends in a digest of the old, so that no two become one.
+    """
     legal = re.sub(r"[^\w./ -]", "_", name)
-    legal = "/".join(part for part in legal.split("/") if part.strip(".")).lstrip(".")[: NAME_CHARS - 7]
-    return name if name and legal == name else f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    legal = "/".join(part for part in legal.split("/") if part.strip(".")).lstrip(".")[
+        : NAME_CHARS - 7
+    ]
+    return (
+        name
+        if name and legal == name
+        else f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    )
 
 
 def legal_value(value: str) -> str:
@@ -75,13 +92,20 @@ def legal_value(value: str) -> str:
 
 
 def _first(lines: list[Line]) -> dict[str, int]:
-    """Where each param was first set: MLflow holds a param once, and a resumed run sets it again."""
-    params = [(name, line["seq"]) for line in lines if line["kind"] == "params" for name in line["values"]]
+    """Where each param was first set:
+
+    MLflow holds a param once, and a resumed run sets it again.
+    """
+    params = [
+        (name, line["seq"]) for line in lines if line["kind"] == "params" for name in line["values"]
+    ]
     return dict(reversed(params))
 
 
 def _call(line: Line) -> tuple[str, int]:
-    """Equal for lines recorded together: a few hundred lines of values, or one line of anything else."""
+    """Equal for lines recorded together: a few hundred lines of values, or one line of anything
+    else.
+    """
     kind, seq = line["kind"], line["seq"]
     return ("values", seq // LINES_A_STEP) if kind in ("params", "metrics") else (kind, seq)
 
@@ -91,8 +115,12 @@ def _step(kind: str, lines: list[Line], first: dict[str, int]) -> Step:
     metrics: list[tuple[str, float, int, int]] = []
     for line in lines:
         if line["kind"] == "params":
-            named = {name: value for name, value in line["values"].items() if first[name] == line["seq"]}
+            named = {
+                name: value for name, value in line["values"].items() if first[name] == line["seq"]
+            }
             params |= {legal_name(name): legal_value(value) for name, value in named.items()}
         if line["kind"] == "metrics":
-            metrics += [(legal_name(name), float(v), line["time_ms"], at) for name, v, at in line["values"]]
+            metrics += [
+                (legal_name(name), float(v), line["time_ms"], at) for name, v, at in line["values"]
+            ]
     return Step(kind, lines, params, metrics)

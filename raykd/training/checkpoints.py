@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, whose name holds its step and its own digest. No pickle.
 
-A file is written aside and renamed; a file whose content does not match its name is passed over with a warning,
-and the one before it is used.
+A file is written aside and renamed; a file whose content does not match its name is passed over
+with a warning, and the one before it is used.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ class Checkpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write one state, then drop all but the newest `keep`."""
-        data = save({k: v.clone().contiguous() for k, v in tensors.items()}, {"meta": json.dumps(meta)})
+        data = save(
+            {k: v.clone().contiguous() for k, v in tensors.items()}, {"meta": json.dumps(meta)}
+        )
         digest = hashlib.sha256(data).hexdigest()[:16]
         write_bytes(self.folder / f"step-{step:08d}-{digest}.safetensors", data)
         for _, path in self._found()[self.keep :]:

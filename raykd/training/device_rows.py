@@ -1,4 +1,6 @@
-"""Which rows a step sees, and their tensors: a pure function of (seed, step), for any number of workers."""
+"""Which rows a step sees, and their tensors: a pure function of (seed, step), for any number of
+workers.
+"""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +21,9 @@ from raykd.store.reader import Store
 
 @dataclass(frozen=True)
 class Stream:
-    """An endless shuffled reading of a pool: one permutation after the other, each drawn by (seed, tag, epoch)."""
+    """An endless shuffled reading of a pool: one permutation after the other, each drawn by (seed,
+    tag, epoch).
+    """
 
     pool: NDArray[np.int64]
     seed: int
@@ -43,24 +47,36 @@ def _permutation(size: int, seed: int, tag: int, epoch: int) -> NDArray[np.int64
 
 
 class Order:
-    """The rows of every global batch. With hidden labels, a fixed share of each batch comes from the labelled rows."""
+    """The rows of every global batch.
+
+    With hidden labels, a fixed share of each batch comes from the labelled rows.
+    """
 
     def __init__(self, is_labelled: NDArray[np.bool_], optim: Optim, seed: int):
         every, labelled = np.arange(len(is_labelled)), np.flatnonzero(is_labelled)
-        from_labelled = round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
+        from_labelled = (
+            round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
+        )
         sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
         self.parts = [(Stream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n]
         place = np.concatenate([(np.arange(n) + 0.5) / n for _, n in self.parts])
         self.deal = np.argsort(place, kind="stable")
 
     def rows(self, step: int) -> NDArray[np.int64]:
-        """(batch,) positions in the split, for one step. The two parts are dealt out evenly to contiguous shares."""
-        return np.concatenate([stream.take(step * count, count) for stream, count in self.parts])[self.deal]
+        """(batch,) positions in the split, for one step.
+
+        The two parts are dealt out evenly to contiguous shares.
+        """
+        return np.concatenate([stream.take(step * count, count) for stream, count in self.parts])[
+            self.deal
+        ]
 
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """One split as tensors on the device that trains, teacher signals beside the rows they belong to."""
+    """One split as tensors on the device that trains, teacher signals beside the rows they belong
+    to.
+    """
 
     row_id: Tensor
     inputs: Tensor
@@ -70,11 +86,17 @@ class DeviceRows:
     teacher: dict[str, Tensor]
     teacher_mask: Tensor | None
     stored: StoredLogits | None = None  # where `teacher` holds no dense logits
-    head: tuple[Tensor, Tensor | None] | None = None  # of hidden states that are stored in their place
-    place: Tensor | None = None  # of each row in `inputs`, where rows that could not be scored are left out
+    head: tuple[Tensor, Tensor | None] | None = (
+        None  # of hidden states that are stored in their place
+    )
+    place: Tensor | None = (
+        None  # of each row in `inputs`, where rows that could not be scored are left out
+    )
     saliency: Tensor | None = None  # (N,) NaN where unknown
     answer: Tensor | None = None  # (N,) the teacher's classes
-    mapped: bool = False  # a batch is gathered from files in memory maps, which is worth a thread of its own
+    mapped: bool = (
+        False  # a batch is gathered from files in memory maps, which is worth a thread of its own
+    )
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +107,11 @@ class DeviceRows:
         """Whether the teacher's answers can be told at temperature 1."""
         if self.teacher_mask is None:
             return False
-        return "logits" in self.teacher or self.head is not None or (self.stored is not None and self.stored.tells(1.0))
+        return (
+            "logits" in self.teacher
+            or self.head is not None
+            or (self.stored is not None and self.stored.tells(1.0))
+        )
 
     @property
     def labelled(self) -> Tensor:
@@ -103,9 +129,13 @@ class DeviceRows:
         row_id, label = self.row_id.index_select(0, index), self.label.index_select(0, index)
         stored = self.stored.take(index.cpu().numpy()) if self.stored else None
         targets = stored.targets(inputs.device) if stored and stored.is_sparse else None
-        saliency, answer = (None if v is None else v.index_select(0, index) for v in (self.saliency, self.answer))
+        saliency, answer = (
+            None if v is None else v.index_select(0, index) for v in (self.saliency, self.answer)
+        )
         teacher = self._signals(index, stored)
-        return Batch(row_id, inputs, mask, label, valence, teacher, targets, saliency, answer, split=self)
+        return Batch(
+            row_id, inputs, mask, label, valence, teacher, targets, saliency, answer, split=self
+        )
 
     def _signals(self, index: Tensor, stored: StoredLogits | None) -> Signals | None:
         if self.teacher_mask is None:
@@ -120,7 +150,9 @@ class DeviceRows:
         )
 
     def _logits(self, stored: StoredLogits, mask: Tensor) -> Tensor:
-        """(B, T, C): logits again from stored hidden states and their head; (B, T, 0) of a sparse store."""
+        """(B, T, C): logits again from stored hidden states and their head; (B, T, 0) of a sparse
+        store.
+        """
         if self.head is None:
             return mask.new_zeros((*mask.shape, 0), dtype=torch.float32)
         hidden = stored.at()
@@ -149,7 +181,9 @@ def to_device(
         kept = _scored(store, split, rows)
         if not kept.all():  # inputs stay whole: they may be a memory map
             place = torch.from_numpy(np.flatnonzero(kept))
-            rest: dict[str, Any] = {k: v for k, v in vars(rows).items() if k != "inputs" and v is not None}
+            rest: dict[str, Any] = {
+                k: v for k, v in vars(rows).items() if k != "inputs" and v is not None
+            }
             rows = replace(rows, **{k: v[kept] for k, v in rest.items()})
         stored = store.logits(split)
         is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1 and not rows.is_text
@@ -160,7 +194,9 @@ def to_device(
         if stored.codec.name == "dense":
             flat = stored.at()
             assert isinstance(flat, Tensor)
-            teacher["logits"] = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
+            teacher["logits"] = (
+                flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
+            )
             stored = None
         saliency = _of_rows(store, split, "saliency", device)
         answer = None if rows.is_text else _of_rows(store, split, "answer", device)
@@ -175,7 +211,9 @@ def to_device(
         teacher,
         None if mask is None else mask.to(device),
         stored,
-        None if head is None else (head[0].to(device), None if head[1] is None else head[1].to(device)),
+        None
+        if head is None
+        else (head[0].to(device), None if head[1] is None else head[1].to(device)),
         None if place is None else place.to(device),
         saliency,
         answer,
@@ -192,7 +230,10 @@ def _of_rows(store: Store, split: str, name: str, device: torch.device) -> Tenso
 
 
 def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
-    """(N,): which rows the store holds. StoreError unless they are all of them but those that could not be scored."""
+    """(N,): which rows the store holds.
+
+    StoreError unless they are all of them but those that could not be scored.
+    """
     ids = store.row_id(split)
     kept = np.isin(rows.row_id, ids)
     if len(rows) - len(ids) != store.unscored(split) or not np.array_equal(rows.row_id[kept], ids):
@@ -201,7 +242,9 @@ def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
 
 
 def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:
-    """(batch, T, K) Gaussian noise for a global batch, drawn by `seed`; None where the recipe has none."""
+    """(batch, T, K) Gaussian noise for a global batch, drawn by `seed`; None where the recipe has
+    none.
+    """
     if optim.input_noise == 0:
         return None
     generator = torch.Generator().manual_seed(seed)

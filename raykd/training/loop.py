@@ -1,8 +1,8 @@
 """The training loop: plain torch, one process or DDP. It knows no Ray.
 
-Everything random is a pure function of (seed, step): the order of rows, the noise on inputs, torch's generator. So a
-checkpoint is tensors and a position, any number of workers sees the same global batches, and a run that was killed
-and resumed ends with the weights of one that was not.
+Everything random is a pure function of (seed, step): the order of rows, the noise on inputs,
+torch's generator. So a checkpoint is tensors and a position, any number of workers sees the same
+global batches, and a run that was killed and resumed ends with the weights of one that was not.
 """
 
 import math
@@ -45,7 +45,10 @@ Report = Callable[[int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: the student under its terms, or the control under labels only. `source` are rows of its own."""
+    """One training: the student under its terms, or the control under labels only.
+
+    `source` are rows of its own.
+    """
 
     name: str
     seed: int
@@ -93,21 +96,26 @@ def train(
     live: Live | Replay | None = None,
     kept: Kept | None = None,
 ) -> State:
-    """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they have a state.
+    """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they
+    have a state.
 
-    An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of a log. Drafts that
-    are written are `kept` where that is given.
-    `report(step, metrics)` is called every `optim.evaluate_every` steps and after the last, on every rank, with the
-    mean of each term since the last call and what `evaluate(student)` says.
+    An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of
+    a log. Drafts that are written are `kept` where that is given. `report(step, metrics)` is called
+    every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
+    since the last call and what `evaluate(student)` says.
     """
     device = rows.device
     learner = Learner(student, objective_of(arm, student, rows)).to(device)
-    adamw = torch.optim.AdamW(learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(
+        learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+    )
     state = State(learner, adamw)
     plan = phases.spans(arm.phases, optim.steps)
     resumed = checkpoints.newest() if checkpoints else None
     begun = [span for span in plan if span.first < (resumed[0] if resumed else 1)]
-    for span in begun:  # in their order, so that the optimiser's parameters are those of the checkpoint
+    for (
+        span
+    ) in begun:  # in their order, so that the optimiser's parameters are those of the checkpoint
         state.begin(span)
     if checkpoints:
         state.restore(checkpoints)
@@ -131,14 +139,20 @@ def train(
                     report(state.step, state.history[-1])
                     if arm.phases:
                         state.judge(span)
-                    if checkpoints and world.rank == 0 and _due(state, span, optim, checkpoint_every):
+                    if (
+                        checkpoints
+                        and world.rank == 0
+                        and _due(state, span, optim, checkpoint_every)
+                    ):
                         state.save(checkpoints)
             state.end()
     return state
 
 
 def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
-    """The arm's objective; terms that learn are built from what the student says of one row, drawn by the seed."""
+    """The arm's objective; terms that learn are built from what the student says of one row, drawn
+    by the seed.
+    """
     if not learned(arm.terms):
         return Objective(arm.terms)
     with torch.no_grad():
@@ -162,7 +176,9 @@ class Step:
         kept: Kept | None = None,
     ):
         self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
-        self.own = arm.source.rows(optim.batch) if arm.source else 0  # of the global batch, its first
+        self.own = (
+            arm.source.rows(optim.batch) if arm.source else 0
+        )  # of the global batch, its first
         self.device, self.share = rows.device, world.share(optim.batch - self.own)
         self.order = Order(rows.labelled.cpu().numpy(), optim, arm.seed)
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
@@ -170,7 +186,9 @@ class Step:
         self.lags: list[int] = []  # of the student's text since then
         self.is_live = isinstance(live, Live)
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
-        self.ahead = Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
+        self.ahead = (
+            Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
+        )
         assert live or not arm.source, "text of the student's own needs a live teacher, or a log"
         self.written = self._writer(arm.source, live, kept) if arm.source and live else None
 
@@ -185,7 +203,11 @@ class Step:
 
     def __call__(self) -> Tensor:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
-        number, objective, optimizer = self.state.step, self.state.learner.objective, self.state.optimizer
+        number, objective, optimizer = (
+            self.state.step,
+            self.state.learner.objective,
+            self.state.optimizer,
+        )
         seed = mixed(self.arm.seed, number)
         objective.progress = number / self.optim.steps
         for layer in self.layers:
@@ -199,7 +221,9 @@ class Step:
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
         if not math.isfinite(norm):
-            raise Diverged(_diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts)))
+            raise Diverged(
+                _diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts))
+            )
         for group in optimizer.param_groups:
             group["lr"] = self.span.learning_rate(self.optim, number)
         optimizer.step()
@@ -210,7 +234,9 @@ class Step:
             self.ahead.close()
 
     def told(self) -> dict[str, Any]:
-        """What is reported beside the terms since the last call: of row weights, and how old the student's text was."""
+        """What is reported beside the terms since the last call: of row weights, and how old the
+        student's text was.
+        """
         found: dict[str, Any] = {"weights": mean_spread(self.spreads)} if self.spreads else {}
         found |= {"lag": max(self.lags)} if self.lags else {}
         self.spreads.clear()
@@ -221,7 +247,11 @@ class Step:
         """The data's rows and the student's own, of which either may be none."""
         found = []
         if self.own < self.optim.batch:
-            found.append(self._weighed(number, self.ahead(number) if self.ahead else self._batch(number, seed)))
+            found.append(
+                self._weighed(
+                    number, self.ahead(number) if self.ahead else self._batch(number, seed)
+                )
+            )
         if self.written and self.written.counts(number):
             found.append(self.written(number))
             assert found[-1].rollout is not None
@@ -232,10 +262,14 @@ class Step:
         """What gives each step its rows of the student's own text."""
         share, seed = self.world.share(self.own), self.arm.seed
         spans = [
-            (s.since * self.optim.steps, s.until * self.optim.steps) for n, s in self.arm.terms.items() if is_own(n)
+            (s.since * self.optim.steps, s.until * self.optim.steps)
+            for n, s in self.arm.terms.items()
+            if is_own(n)
         ]
         if isinstance(live, Replay):
-            return Written(Schedule(), lambda group: replayed(live, self.own, seed, group, share=share), spans)
+            return Written(
+                Schedule(), lambda group: replayed(live, self.own, seed, group, share=share), spans
+            )
         begins = [span.first for span in phases.spans(self.arm.phases, self.optim.steps)]
         schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
 
@@ -258,7 +292,9 @@ class Step:
         return batch
 
     def _weighed(self, number: int, batch: Batch) -> Batch:
-        """The batch with its rows' weights: every rank knows the saliency of the whole global batch."""
+        """The batch with its rows' weights: every rank knows the saliency of the whole global
+        batch.
+        """
         if self.weights is None:
             return batch
         weight, spread = self.weights(self.order.rows(number)[self.own :], self.share)
@@ -283,26 +319,45 @@ def reseed(device: torch.device, seed: int) -> None:
 
 
 def _due(state: State, span: Span, optim: Optim, every: int) -> bool:
-    """Checkpoints are taken at the first report after each `every` steps, where no sum is half done, within a phase."""
-    return state.step < span.last and state.step // every > (state.step - optim.evaluate_every) // every
+    """Checkpoints are taken at the first report after each `every` steps, where no sum is half
+    done, within a phase.
+    """
+    return (
+        state.step < span.last
+        and state.step // every > (state.step - optim.evaluate_every) // every
+    )
 
 
 def _summary(
-    state: State, seen: Tensor, told: dict[str, Any], evaluate: Callable[[nn.Module], dict[str, float]]
+    state: State,
+    seen: Tensor,
+    told: dict[str, Any],
+    evaluate: Callable[[nn.Module], dict[str, float]],
 ) -> dict[str, Any]:
     objective = state.learner.objective
     means = (seen[0] / seen[1].clamp(min=1)).tolist()
     terms = dict(zip(objective.weights, means, strict=True))
     loss = sum(objective.weights[n] * v for n, v in terms.items())
-    return {"step": state.step, "loss": loss, "terms": terms, **told, **evaluate(state.learner.student)}
+    return {
+        "step": state.step,
+        "loss": loss,
+        "terms": terms,
+        **told,
+        **evaluate(state.learner.student),
+    }
 
 
 def _diverged(state: State, arm: Arm, sums: Tensor, counts: Tensor) -> str:
     means = (sums / counts.clamp(min=1)).tolist()
-    terms = ", ".join(f"{n} {v:.3g}" for n, v in zip(state.learner.objective.weights, means, strict=True))
+    terms = ", ".join(
+        f"{n} {v:.3g}" for n, v in zip(state.learner.objective.weights, means, strict=True)
+    )
     return f"arm {arm.key}: the gradient is not finite at step {state.step} ({terms}); lower optim.learning_rate"
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of work: CPU time of this process on a CPU, wall time on a GPU once its queue is empty."""
+    """Seconds of work:
+
+    CPU time of this process on a CPU, wall time on a GPU once its queue is empty.
+    """
     return time.process_time() if device.type == "cpu" else time.perf_counter()

@@ -22,7 +22,11 @@ def predictions(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
 
     Of text where `rows` have the teacher's answers at temperature 1, with the KL to them.
     """
-    return told(model, split, rows) if split.is_text else of_logits(split, sequence_logits(model, rows))
+    return (
+        told(model, split, rows)
+        if split.is_text
+        else of_logits(split, sequence_logits(model, rows))
+    )
 
 
 @torch.inference_mode()
@@ -53,9 +57,13 @@ def told(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
         first += len(index)
         size = size or max(1, LOGITS // (rows.mask.shape[1] * parts[0].pop("classes")))
     model.train(training)
-    answer, log_q, kl = (torch.cat([p[k] for p in parts]).cpu().numpy() for k in ("answer", "log_q", "kl"))
+    answer, log_q, kl = (
+        torch.cat([p[k] for p in parts]).cpu().numpy() for k in ("answer", "log_q", "kl")
+    )
     places = Places.of(split)
-    return Predictions(places.place, places.label, answer, log_q, kl if rows.teaches_logits else None)
+    return Predictions(
+        places.place, places.label, answer, log_q, kl if rows.teaches_logits else None
+    )
 
 
 def _told(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
@@ -64,6 +72,14 @@ def _told(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
     log_q = at_places(signals.log_q, batch.mask)  # (P, V)
     label = batch.label[batch.mask]
     own = log_q.gather(1, label.clamp(min=0)[:, None])[:, 0]
-    value = kd(signals, batch, temperature=1.0).value[batch.mask] if rows.teaches_logits else torch.full_like(own, 0)
-    found = {"answer": log_q.argmax(1), "log_q": torch.where(label >= 0, own, torch.nan), "kl": value}
+    value = (
+        kd(signals, batch, temperature=1.0).value[batch.mask]
+        if rows.teaches_logits
+        else torch.full_like(own, 0)
+    )
+    found = {
+        "answer": log_q.argmax(1),
+        "log_q": torch.where(label >= 0, own, torch.nan),
+        "kl": value,
+    }
     return found | {"classes": log_q.shape[1]}

@@ -1,4 +1,6 @@
-"""The parts of a training: which quantisation a step has, how far it is faded in, and at what learning rate."""
+"""The parts of a training: which quantisation a step has, how far it is faded in, and at what
+learning rate.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,11 +23,17 @@ class Span:
     last: int
 
     def learning_rate(self, optim: Optim, step: int) -> float:
-        """Linear warm-up over the first `warmup` share of the phase, then linear decay to zero at its end."""
+        """Linear warm-up over the first `warmup` share of the phase, then linear decay to zero at
+        its end.
+        """
         steps, number = self.last - self.first, step - self.first
         warm = optim.warmup * steps
         rise = (number + 1) / warm if number + 1 < warm else 1.0
-        return self.phase.rate * optim.learning_rate * min(rise, (steps - number) / max(steps - warm, 1.0))
+        return (
+            self.phase.rate
+            * optim.learning_rate
+            * min(rise, (steps - number) / max(steps - warm, 1.0))
+        )
 
     def blend(self, step: int) -> float:
         """How much of rounding a step has: from near 0 to 1 over the phase's first `blend` share."""
@@ -55,7 +63,9 @@ def enter(module: nn.Module, phase: Phase) -> None:
 
 
 def round_as(module: nn.Module, quant: Quant) -> None:
-    """Let a module in full precision compute as a Quant says, its scales from the weights as they are."""
+    """Let a module in full precision compute as a Quant says, its scales from the weights as they
+    are.
+    """
     phase = Phase(until=1.0, quant=quant)
     prepare(module, [phase])
     enter(module, phase)

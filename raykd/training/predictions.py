@@ -1,4 +1,5 @@
-"""What a model said of a split, kept with its arm: the answer at each place where one is to be told.
+"""What a model said of a split, kept with its arm: the answer at each place where one is to be
+told.
 
 A place is a row of series, and a step of a row of text.
 """
@@ -33,7 +34,12 @@ class Places:
         if not rows.is_text:
             return cls(rows.row_id, rows.label, rows.group, np.arange(len(rows)))
         row, step = np.nonzero(rows.mask)
-        return cls(rows.row_id[row] * rows.mask.shape[1] + step, rows.label[rows.mask], rows.group[row], row)
+        return cls(
+            rows.row_id[row] * rows.mask.shape[1] + step,
+            rows.label[rows.mask],
+            rows.group[row],
+            row,
+        )
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,14 @@ class Predictions:
     logits: Floats | None = None  # (n, C) of series
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy and mean negative log-likelihood over the labelled places, and the mean KL where it is known."""
+        """Accuracy and mean negative log-likelihood over the labelled places, and the mean KL where
+        it is known.
+        """
         known = self.label >= 0
-        found = {"accuracy": float((self.answer == self.label)[known].mean()), "nll": -_mean(self.log_q[known])}
+        found = {
+            "accuracy": float((self.answer == self.label)[known].mean()),
+            "nll": -_mean(self.log_q[known]),
+        }
         return found | ({} if self.kl is None else {"kl": _mean(self.kl)})
 
     def write(self, path: Path) -> None:
@@ -72,7 +83,9 @@ def read(path: Path) -> Predictions:
     if logits is not None:
         values = logits.combine_chunks().flatten().to_numpy()
         logits = values.reshape(len(table), -1)
-    return Predictions(**{name: column.to_numpy() for name, column in columns.items()}, logits=logits)
+    return Predictions(
+        **{name: column.to_numpy() for name, column in columns.items()}, logits=logits
+    )
 
 
 def of_logits(rows: Rows, logits: Floats) -> Predictions:

@@ -1,8 +1,9 @@
-"""All the trainings of a recipe: every seed of the student and of its control, in one process group.
+"""All the trainings of a recipe: every seed of the student and of its control, in one process
+group.
 
-Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet` (the test split),
-`drafts.parquet` where it is judged as a drafter, and last `arm.json`: its presence means the arm is done, and a later
-attempt does not train it again.
+Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet`
+(the test split), `drafts.parquet` where it is judged as a drafter, and last `arm.json`: its
+presence means the arm is done, and a later attempt does not train it again.
 """
 
 import hashlib
@@ -45,7 +46,9 @@ Tell = Callable[[str, int, dict[str, Any]], None]
 
 
 def arms_of(recipe: Recipe) -> list[Arm]:
-    """The arms in the order they are trained: for each seed the control, what stands beside, then the student."""
+    """The arms in the order they are trained: for each seed the control, what stands beside, then
+    the student.
+    """
     labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
     rounds, found = any(phase.quant for phase in recipe.phases), []
     for seed in recipe.seeds:
@@ -71,15 +74,24 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> Kept | None:
-    """Where an arm's drafts are kept, in the run's folder; None where they are not. RecipeError as in `kept`."""
+    """Where an arm's drafts are kept, in the run's folder; None where they are not.
+
+    RecipeError as in `kept`.
+    """
     if arm.source is None or not arm.source.keep:
         return None
-    stored, run = store_table(recipe, len(dataset.classes)), f"{run_digest(recipe, dataset)}/{arm.key}"
+    stored, run = (
+        store_table(recipe, len(dataset.classes)),
+        f"{run_digest(recipe, dataset)}/{arm.key}",
+    )
     return kept(folder / "drafts" / arm.key, run, dataset.classes, arm.source.temperature, stored)
 
 
 def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None:
-    """The log of drafts that an arm learns from, if it does. Errors as in Replay and its `check`."""
+    """The log of drafts that an arm learns from, if it does.
+
+    Errors as in Replay and its `check`.
+    """
     if arm.source is None or arm.source.log is None:
         return None
     found = Replay(arm.source.log, dataset.classes, dataset.shape["steps"], device)
@@ -90,7 +102,13 @@ def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None
 class Workshop:
     """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
 
-    def __init__(self, recipe: Recipe, store: Address | None, device: torch.device, teacher: Teacher | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Address | None,
+        device: torch.device,
+        teacher: Teacher | None = None,
+    ):
         torch.set_num_threads(1)
         register(recipe.technique)
         self.recipe, self.device, self.teacher = recipe, device, teacher
@@ -99,13 +117,19 @@ class Workshop:
         needs = needs_of(recipe.terms)
         self.head = teacher_head(recipe, self.store, self.dataset) if self.store else None
         taught = self.store if needs else None
-        self.train = to_device(self.dataset.splits["train"], "train", taught, needs, device, self.head)
+        self.train = to_device(
+            self.dataset.splits["train"], "train", taught, needs, device, self.head
+        )
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
 
     def student(self, arm: Arm) -> Adapter:
-        """A fresh student, initialised by the arm's seed alone: control and student start from equal weights."""
+        """A fresh student, initialised by the arm's seed alone: control and student start from
+        equal weights.
+        """
         torch.manual_seed(arm.seed)
-        module = models.build(self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student")
+        module = models.build(
+            self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student"
+        )
         phases.prepare(module, arm.phases)
         return Adapter(module, want=wants_of(arm.terms))
 
@@ -117,7 +141,9 @@ class Workshop:
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
         """One arm's training of `student`; keywords go to `train`."""
         live = (replay_of(arm, self.dataset, self.device) or self.live) if arm.source else None
-        return train(arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords)
+        return train(
+            arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords
+        )
 
     @cached_property
     def live(self) -> Live:
@@ -134,7 +160,9 @@ class Workshop:
     def frozen(self) -> nn.Module:
         """The teacher in this process."""
         assert self.recipe.teacher is not None
-        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(self.device)
+        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(
+            self.device
+        )
         return module.requires_grad_(False).eval()
 
     @cached_property
@@ -142,17 +170,26 @@ class Workshop:
         """What the teacher writes by itself where drafts are judged, once for all arms."""
         assert self.recipe.drafter is not None
         teacher = judge_drafter.reader(self.frozen, "teacher")
-        return judge_drafter.alone(teacher, self.dataset.splits["test"], self.recipe.drafter, self.text)
+        return judge_drafter.alone(
+            teacher, self.dataset.splits["test"], self.recipe.drafter, self.text
+        )
 
     def drafts(self, student: nn.Module) -> Drafts:
         """How the student does as the teacher's drafter on the test split."""
         assert self.recipe.drafter is not None
-        drafter, teacher = judge_drafter.reader(student.eval(), "student"), judge_drafter.reader(self.frozen, "teacher")
+        drafter, teacher = (
+            judge_drafter.reader(student.eval(), "student"),
+            judge_drafter.reader(self.frozen, "teacher"),
+        )
         test = self.dataset.splits["test"]
-        return judge_drafter.judge(teacher, drafter, test, self.recipe.drafter, self.text, self.texts)
+        return judge_drafter.judge(
+            teacher, drafter, test, self.recipe.drafter, self.text, self.texts
+        )
 
     def test(self, student: nn.Module) -> Predictions:
-        """The student's predictions of the test split; of text beside the teacher's answers, where a store has them."""
+        """The student's predictions of the test split; of text beside the teacher's answers, where
+        a store has them.
+        """
         split = self.dataset.splits["test"]
         whole = self.store is not None and split.is_text and not self.store.unscored("test")
         store = self.store if whole and self.train.teaches_logits else None
@@ -160,14 +197,22 @@ class Workshop:
         return measure.predictions(student, split, rows)
 
 
-def teacher_head(recipe: Recipe, store: Store, dataset: Dataset) -> tuple[Tensor, Tensor | None] | None:
-    """The frozen head that a store of its inputs needs, of the data's classes; None for any other store."""
+def teacher_head(
+    recipe: Recipe, store: Store, dataset: Dataset
+) -> tuple[Tensor, Tensor | None] | None:
+    """The frozen head that a store of its inputs needs, of the data's classes; None for any other
+    store.
+    """
     codec = store.logits("train").codec
     if not isinstance(codec, Hidden):
         return None
     assert recipe.teacher is not None
-    head: Any = models.build(recipe.teacher, **dataset.shape, key="teacher").get_submodule(recipe.store.head)
-    weight, bias = (None if value is None else value.detach().float() for value in (head.weight, head.bias))
+    head: Any = models.build(recipe.teacher, **dataset.shape, key="teacher").get_submodule(
+        recipe.store.head
+    )
+    weight, bias = (
+        None if value is None else value.detach().float() for value in (head.weight, head.bias)
+    )
     assert weight is not None
     codec.check_head(weight, bias)
     classes = len(dataset.classes)
@@ -184,7 +229,8 @@ def run_arms(
     tell: Tell,
     teacher: Teacher | None = None,
 ) -> None:
-    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step, metrics)`.
+    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step,
+    metrics)`.
 
     `teacher` scores what students write; without, it is loaded here.
     """

@@ -1,4 +1,6 @@
-"""A training in progress: the student with its objective, the optimiser, and the best student of a phase."""
+"""A training in progress: the student with its objective, the optimiser, and the best student of a
+phase.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +56,9 @@ class State:
         if self.best:
             tensors |= {f"best.{k}": v for k, v in self.best.tensors.items()}
         best = self.best.value if self.best else None
-        checkpoints.save(self.step, tensors, {"seconds": self.seconds, "history": self.history, "best": best})
+        checkpoints.save(
+            self.step, tensors, {"seconds": self.seconds, "history": self.history, "best": best}
+        )
 
     def restore(self, checkpoints: Checkpoints) -> None:
         """Continue from the newest sound checkpoint, if there is one."""
@@ -87,7 +91,11 @@ class State:
     def judge(self, span: Span) -> None:
         """Keep the student if it is its phase's best, fully rounded, by the last validation."""
         value = self.history[-1].get("val_accuracy")
-        if value is None or span.blend(self.step - 1) < 1 or (self.best and value <= self.best.value):
+        if (
+            value is None
+            or span.blend(self.step - 1) < 1
+            or (self.best and value <= self.best.value)
+        ):
             return
         tensors = self.learner.student.module.state_dict()
         self.best = Best(value, {k: v.detach().clone() for k, v in tensors.items()})

@@ -1,4 +1,5 @@
-"""Laws of the data: splits share no step, two ways in give the same rows, and every unusable row is named.
+"""Laws of the data: splits share no step, two ways in give the same rows, and every unusable row is
+named.
 
 The shipped file is checked against the sizes that its split rule gives by hand.
 """
@@ -41,12 +42,16 @@ def gestures() -> Dataset:
 
 
 def steps_of(rows: Rows, raw, *, stride: int) -> list[np.ndarray]:
-    """The steps (of all recordings in a row) that each window of a split covers: the first found by its values."""
+    """The steps (of all recordings in a row) that each window of a split covers: the first found by
+    its values.
+    """
     signal = (raw["signal"] * raw["scale"] + raw["offset"]).astype(np.float32)
     window, found = rows.inputs.shape[1], []
     for recording in np.unique(rows.group):
         begin, end = raw["start"][recording : recording + 2]
-        inside = np.lib.stride_tricks.sliding_window_view(signal[begin:end], window, axis=0).swapaxes(1, 2)
+        inside = np.lib.stride_tricks.sliding_window_view(
+            signal[begin:end], window, axis=0
+        ).swapaxes(1, 2)
         windows = rows.inputs[rows.group == recording]
         [first] = np.flatnonzero((inside == windows[0]).all((1, 2)))
         starts = first + stride * np.arange(len(windows))
@@ -62,7 +67,9 @@ def test_the_shipped_file_is_small_and_no_pickle(raw):
 
 
 def test_the_default_split_has_the_sizes_of_its_rule(gestures, raw):
-    """Windows of 16 at stride 8 in [0, 0.6), [0.6 + gap, 0.72) and [0.72 + gap, 1) of each recording."""
+    """Windows of 16 at stride 8 in [0, 0.6), [0.6 + gap, 0.72) and [0.72 + gap, 1) of each
+    recording.
+    """
     lengths = np.diff(raw["start"]).tolist()
     sizes = [
         sum(max(0, (high * n // 100 - low * n // 100 - gap - 16) // 8 + 1) for n in lengths)
@@ -76,11 +83,17 @@ def test_the_default_split_has_the_sizes_of_its_rule(gestures, raw):
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (32, 16)])
 def test_parts_of_a_recording_lie_a_window_apart(raw, window, stride):
     splits = data.load(DataRef(window=window, stride=stride)).splits
-    covered = {name: np.unique(np.concatenate(steps_of(splits[name], raw, stride=stride))) for name in SPLITS}
+    covered = {
+        name: np.unique(np.concatenate(steps_of(splits[name], raw, stride=stride)))
+        for name in SPLITS
+    }
     for first, second in combinations(SPLITS, 2):
         pairs = 0
         for begin, end in zip(raw["start"][:-1], raw["start"][1:], strict=True):
-            early, late = (steps[(begin <= steps) & (steps < end)] for steps in (covered[first], covered[second]))
+            early, late = (
+                steps[(begin <= steps) & (steps < end)]
+                for steps in (covered[first], covered[second])
+            )
             if len(early) and len(late):  # a short recording may have no window of a part
                 assert late.min() - early.max() > window
                 pairs += 1
@@ -110,12 +123,16 @@ def test_every_window_has_the_label_of_its_recording(gestures, raw):
 
 
 def test_a_window_longer_than_a_part_is_refused():
-    with pytest.raises(DataError, match=r"no window of 5000 steps fits split 'train'; lower data\.window"):
+    with pytest.raises(
+        DataError, match=r"no window of 5000 steps fits split 'train'; lower data\.window"
+    ):
         data.load(DataRef(window=5000))
 
 
 def plain_rows(num: int = 24, *, seed: int = 0) -> list[dict]:
-    """Rows of 2 channels and 3 to 5 steps: classes a, b, c in every split, one label in seven missing from train."""
+    """Rows of 2 channels and 3 to 5 steps: classes a, b, c in every split, one label in seven
+    missing from train.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(num):
@@ -139,7 +156,9 @@ def load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
-    def load(rows: list[dict], *, way: str = "parquet", columns: dict | None = None, **settings) -> Dataset:
+    def load(
+        rows: list[dict], *, way: str = "parquet", columns: dict | None = None, **settings
+    ) -> Dataset:
         name = f"rows_{next(NUMBER)}"
         if way == "parquet":
             (tmp_path / name).mkdir()
@@ -151,7 +170,9 @@ def load(tmp_path, monkeypatch):
             text = f"from math import inf, nan\ndef rows(num=None):\n    return {rows!r}[:num]\n"
             (tmp_path / f"{name}.py").write_text(text)
             source = f"{name}:rows"
-        return data.load(DataRef.model_validate({"source": source, "columns": columns or COLUMNS, **settings}))
+        return data.load(
+            DataRef.model_validate({"source": source, "columns": columns or COLUMNS, **settings})
+        )
 
     yield load
     for name in [n for n in sys.modules if n.startswith("rows_")]:
@@ -196,7 +217,10 @@ def test_a_recipe_names_columns_classes_and_the_functions_settings(load):
 
 
 def test_number_labels_are_classes_by_name(load):
-    rows = [row | {"label": None if row["label"] is None else "abc".index(row["label"])} for row in plain_rows()]
+    rows = [
+        row | {"label": None if row["label"] is None else "abc".index(row["label"])}
+        for row in plain_rows()
+    ]
     assert load(rows).classes == ("0", "1", "2")
 
 
@@ -209,12 +233,28 @@ def spoilt(change: dict, *, row: int = 3) -> list[dict]:
 
 VAL = plain_rows()[3]
 BAD = {
-    "NaN inputs": (spoilt({"inputs": [[math.nan, 1.0]] * 3}), {}, r"split 'val': NaN or infinite inputs in rows 3;"),
-    "infinite inputs": (spoilt({"inputs": [[math.inf, 1.0]] * 3}), {}, r"NaN or infinite inputs in rows 3;"),
+    "NaN inputs": (
+        spoilt({"inputs": [[math.nan, 1.0]] * 3}),
+        {},
+        r"split 'val': NaN or infinite inputs in rows 3;",
+    ),
+    "infinite inputs": (
+        spoilt({"inputs": [[math.inf, 1.0]] * 3}),
+        {},
+        r"NaN or infinite inputs in rows 3;",
+    ),
     "missing inputs": (spoilt({"inputs": None}), {}, r"row 3 has shape \(\)"),
     "no step": (spoilt({"inputs": [], "valence": None}), {}, r"row 3 has shape \(0,\)"),
-    "ragged channels": (spoilt({"inputs": [[1.0, 2.0], [3.0], [4.0, 5.0]]}), {}, "inputs must be lists of steps"),
-    "other channels": (spoilt({"inputs": [[1.0]] * 3}), {}, r"row 3 has shape \(3, 1\) and row 0 \(3, 2\)"),
+    "ragged channels": (
+        spoilt({"inputs": [[1.0, 2.0], [3.0], [4.0, 5.0]]}),
+        {},
+        "inputs must be lists of steps",
+    ),
+    "other channels": (
+        spoilt({"inputs": [[1.0]] * 3}),
+        {},
+        r"row 3 has shape \(3, 1\) and row 0 \(3, 2\)",
+    ),
     "label outside": (
         spoilt({"label": "d"}),
         {"classes": ["a", "b", "c"]},
@@ -222,25 +262,53 @@ BAD = {
     ),
     "class absent": (spoilt({"label": "d"}), {}, r"split 'train': no row of class d;"),
     "unused class": (plain_rows(), {"classes": ["a", "b", "c", "e"]}, "no row of class e;"),
-    "unknown split": (spoilt({"split": "dev"}), {}, r"column 'split' holds \['dev'\]; write train, val or test"),
+    "unknown split": (
+        spoilt({"split": "dev"}),
+        {},
+        r"column 'split' holds \['dev'\]; write train, val or test",
+    ),
     "missing split": (spoilt({"split": None}), {}, r"column 'split' holds \['None'\]"),
-    "empty split": ([r for r in plain_rows() if r["split"] != "test"], {}, "split 'test' has 0 rows"),
+    "empty split": (
+        [r for r in plain_rows() if r["split"] != "test"],
+        {},
+        "split 'test' has 0 rows",
+    ),
     "no rows": ([], {}, "0 rows"),
-    "high valence": (spoilt({"valence": [0.0, 1.5, 0.0]}), {}, r"split 'val': valence outside \[-1, 1\] in rows 3;"),
-    "infinite valence": (spoilt({"valence": [0.0, -math.inf, 0.0]}), {}, r"valence outside \[-1, 1\] in rows 3;"),
+    "high valence": (
+        spoilt({"valence": [0.0, 1.5, 0.0]}),
+        {},
+        r"split 'val': valence outside \[-1, 1\] in rows 3;",
+    ),
+    "infinite valence": (
+        spoilt({"valence": [0.0, -math.inf, 0.0]}),
+        {},
+        r"valence outside \[-1, 1\] in rows 3;",
+    ),
     "short valence": (spoilt({"valence": [0.0]}), {}, "row 3 has 1 valence values for 3 steps"),
 }
 BAD_IN_PYTHON = {  # what a Parquet column can not hold beside good rows
     "valence is a number": (spoilt({"valence": 0.5}), {}, "row 3 has 1 valence values for 3 steps"),
-    "valence is words": (spoilt({"valence": ["high"] * 3}), {}, "row 3, valence must be a list of numbers"),
-    "inputs are words": (spoilt({"inputs": [["high", "low"]] * 3}), {}, "inputs must be lists of steps"),
+    "valence is words": (
+        spoilt({"valence": ["high"] * 3}),
+        {},
+        "row 3, valence must be a list of numbers",
+    ),
+    "inputs are words": (
+        spoilt({"inputs": [["high", "low"]] * 3}),
+        {},
+        "inputs must be lists of steps",
+    ),
     "three axes": (spoilt({"inputs": [[[1.0, 2.0]]] * 3}), {}, r"row 3 has shape \(3, 1, 2\)"),
 }
-CASES = [(f"{name}, {way}", way, *case) for name, case in BAD.items() for way in ("parquet", "function")]
+CASES = [
+    (f"{name}, {way}", way, *case) for name, case in BAD.items() for way in ("parquet", "function")
+]
 CASES += [(name, "function", *case) for name, case in BAD_IN_PYTHON.items()]
 
 
-@pytest.mark.parametrize(("way", "rows", "settings", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    ("way", "rows", "settings", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
 def test_unusable_rows_are_named(load, way, rows, settings, words):
     if way == "parquet" and not rows:
         rows, words = [], "no column"
@@ -267,10 +335,13 @@ def test_many_faulty_rows_are_five_ids_and_a_count(load):
 def test_a_missing_column_is_named_with_the_key_and_the_nearest(load, key):
     rows = [{f"{k}s" if k == key else k: v for k, v in row.items()} for row in plain_rows()]
     with pytest.raises(
-        DataError, match=rf"a\.parquet: no column '{key}' \(data\.columns\.{key}\)\. Did you mean {key}s\?"
+        DataError,
+        match=rf"a\.parquet: no column '{key}' \(data\.columns\.{key}\)\. Did you mean {key}s\?",
     ):
         load(rows)
-    with pytest.raises(DataError, match=rf"row 0 has no '{key}' \(data\.columns\.{key}\); it has .*'{key}s'"):
+    with pytest.raises(
+        DataError, match=rf"row 0 has no '{key}' \(data\.columns\.{key}\); it has .*'{key}s'"
+    ):
         load(rows, way="function")
 
 
@@ -296,7 +367,9 @@ def test_a_folder_without_parquet_is_refused(tmp_path):
 
 
 def test_an_unknown_data_set_is_refused_with_the_nearest():
-    with pytest.raises(DataError, match=r"'watch_gesture': no such data set\. Did you mean watch_gestures\?"):
+    with pytest.raises(
+        DataError, match=r"'watch_gesture': no such data set\. Did you mean watch_gestures\?"
+    ):
         data.load(DataRef(source="watch_gesture"))
 
 
@@ -309,7 +382,13 @@ def test_a_function_that_does_not_exist_is_a_fault_of_the_recipe(source):
 @pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.07, 0.1, 0.3, 0.5, 0.999, 1.0])
 def test_a_fraction_of_labels_is_exact_in_every_class(fraction):
     label = np.repeat([0, 1, 2, UNLABELLED], [100, 30, 1, 5])
-    rows = Rows(np.arange(136), np.zeros((136, 1, 1), np.float32), np.ones((136, 1), bool), label, np.arange(136))
+    rows = Rows(
+        np.arange(136),
+        np.zeros((136, 1, 1), np.float32),
+        np.ones((136, 1), bool),
+        label,
+        np.arange(136),
+    )
     kept = hide_labels(rows, fraction, 0).label
     for number, num in ((0, 100), (1, 30), (2, 1)):
         assert (kept == number).sum() == math.ceil(Fraction(str(fraction)) * num)
@@ -339,8 +418,16 @@ def test_the_digest_changes_with_any_value(load, split, field):
     good = load(plain_rows())
     value = getattr(good.splits[split], field).copy()
     place = (-1, *(0,) * (value.ndim - 1))
-    value[place] = not value[place] if value.dtype == bool else 0.25 if np.isnan(value[place]) else value[place] + 1
-    moved = replace(good, splits=good.splits | {split: replace(good.splits[split], **{field: value})})
+    value[place] = (
+        not value[place]
+        if value.dtype == bool
+        else 0.25
+        if np.isnan(value[place])
+        else value[place] + 1
+    )
+    moved = replace(
+        good, splits=good.splits | {split: replace(good.splits[split], **{field: value})}
+    )
     assert moved.digest != good.digest
     assert replace(good, name="other").digest == good.digest
 
@@ -361,7 +448,9 @@ def test_the_digest_changes_with_shapes_classes_and_order(load):
         replace(good, splits=good.splits | {"train": train.take(slice(None, None, -1))}),
         replace(good, splits=good.splits | {"train": train.take(slice(1, None))}),
         replace(good, splits=good.splits | {"train": replace(train, valence=None)}),
-        replace(good, splits=good.splits | {"train": replace(train, inputs=train.inputs.swapaxes(1, 2))}),
+        replace(
+            good, splits=good.splits | {"train": replace(train, inputs=train.inputs.swapaxes(1, 2))}
+        ),
         replace(good, splits=good.splits | {"train": good.splits["val"], "val": train}),
     ]
     assert len({good.digest, *(o.digest for o in others)}) == 1 + len(others)
@@ -381,7 +470,9 @@ def test_a_line_says_what_was_loaded():
 
 
 def test_a_runs_folder_follows_the_rows_and_the_code_of_a_function(tmp_path, monkeypatch):
-    """What a function reads is unknown to the recipe, so its rows name the run; so does a model's own file."""
+    """What a function reads is unknown to the recipe, so its rows name the run; so does a model's
+    own file.
+    """
     (tmp_path / "mine.py").write_text(
         "import json, pathlib\n"
         "def rows():\n"
@@ -396,7 +487,9 @@ def test_a_runs_folder_follows_the_rows_and_the_code_of_a_function(tmp_path, mon
     ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = resolve({"technique": "none", "data": {"source": "mine:rows"}, "student": {"model": "nets:model"}})
+    recipe = resolve(
+        {"technique": "none", "data": {"source": "mine:rows"}, "student": {"model": "nets:model"}}
+    )
 
     def named(value: float) -> str:
         rows[0]["inputs"] = [[value]]

@@ -1,4 +1,6 @@
-"""Laws of text as rows: what is told, from what, and what is refused; then a small walk from a teacher to a report."""
+"""Laws of text as rows: what is told, from what, and what is refused; then a small walk from a
+teacher to a report.
+"""
 
 import json
 from dataclasses import replace
@@ -47,18 +49,27 @@ def ref(tokenizer: Path, **settings) -> DataRef:
 
 def records(**more) -> list[dict]:
     splits = ["train"] * 8 + ["val"] * 2 + ["test"] * 3
-    return [{"split": s, "group": i, "text": sentence(i, 3 + 5 * i)} | more for i, s in enumerate(splits)]
+    return [
+        {"split": s, "group": i, "text": sentence(i, 3 + 5 * i)} | more
+        for i, s in enumerate(splits)
+    ]
 
 
 documents = st.lists(st.integers(2, 40), min_size=1, max_size=12)
 
 
 @given(documents, st.integers(1, 12), st.booleans())
-def test_every_token_but_a_documents_first_is_told_once_from_its_own_document(lengths, steps, shared):
+def test_every_token_but_a_documents_first_is_told_once_from_its_own_document(
+    lengths, steps, shared
+):
     numbered = np.split(np.arange(sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1])
-    rows = text.laid_out([text.Document(t) for t in numbered], steps, shared=shared, whole=False, first_id=0)
+    rows = text.laid_out(
+        [text.Document(t) for t in numbered], steps, shared=shared, whole=False, first_id=0
+    )
     np.testing.assert_array_equal(rows.label[rows.mask], np.concatenate([t[1:] for t in numbered]))
-    np.testing.assert_array_equal(rows.inputs[rows.mask][:, 0], np.concatenate([t[:-1] for t in numbered]))
+    np.testing.assert_array_equal(
+        rows.inputs[rows.mask][:, 0], np.concatenate([t[:-1] for t in numbered])
+    )
     assert (rows.label[~rows.mask] == UNLABELLED).all()
     starts = (rows.inputs[..., 1] == 0) & rows.mask
     first = {int(t[0]) for t in numbered}
@@ -78,9 +89,14 @@ def test_rows_are_full_where_they_are_shared_and_of_one_document_where_not(lengt
     assert len(alone) == sum(-(-(n - 1) // steps) for n in lengths)
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=8), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=8), st.booleans()
+)
 def test_of_a_prompt_nothing_is_told_and_of_its_completion_all_that_fits(parts, shared):
-    made = [text.Document(np.arange(p + c, dtype=np.int32), told=p, group=i) for i, (p, c) in enumerate(parts)]
+    made = [
+        text.Document(np.arange(p + c, dtype=np.int32), told=p, group=i)
+        for i, (p, c) in enumerate(parts)
+    ]
     rows = text.laid_out(made, 8, shared=shared, whole=True, first_id=0)
     told = [np.arange(p, p + c)[: 9 - p] for p, c in parts]
     np.testing.assert_array_equal(rows.label[rows.mask], np.concatenate(told))
@@ -88,7 +104,9 @@ def test_of_a_prompt_nothing_is_told_and_of_its_completion_all_that_fits(parts, 
 
 def test_packing_changes_no_answer(tokenizer):
     made = text.load(records(), "r", ref(tokenizer))
-    module = Llama(**{k: v for k, v in made.shape.items() if k != "channels"}, width=16, layers=2, heads=2).eval()
+    module = Llama(
+        **{k: v for k, v in made.shape.items() if k != "channels"}, width=16, layers=2, heads=2
+    ).eval()
     rows = made.splits["train"]
     with torch.no_grad():
         packed = module(torch.from_numpy(rows.inputs))["logits"][torch.from_numpy(rows.mask)]
@@ -121,7 +139,9 @@ def test_parquet_and_records_are_the_same_rows(tokenizer, tmp_path):
 
 
 def prompts(prompt="the cat", completion="sat on a mat") -> list[dict]:
-    return [{"split": s, "prompt": prompt, "completion": completion} for s in ("train", "val", "test")]
+    return [
+        {"split": s, "prompt": prompt, "completion": completion} for s in ("train", "val", "test")
+    ]
 
 
 FAULTS = {
@@ -147,16 +167,23 @@ def test_what_a_tokeniser_cuts_or_fills_by_itself_it_does_not_here(tokenizer, tm
     found.enable_truncation(8)
     found.enable_padding(length=64, pad_token=END)
     found.save(str(tmp_path / "tokenizer.json"))
-    plain, odd = (text.load(records(), "r", ref(path)) for path in (tokenizer, tmp_path / "tokenizer.json"))
+    plain, odd = (
+        text.load(records(), "r", ref(path)) for path in (tokenizer, tmp_path / "tokenizer.json")
+    )
     assert plain.digest == odd.digest
 
 
 def test_completions_that_are_cut_are_counted(tokenizer):
-    assert "3 completions cut" in text.load(prompts(completion=sentence(0, 90)), "r", ref(tokenizer)).describe()
+    assert (
+        "3 completions cut"
+        in text.load(prompts(completion=sentence(0, 90)), "r", ref(tokenizer)).describe()
+    )
 
 
 def test_a_file_of_another_shape_of_tie_is_refused():
-    tied, apart = (Llama(classes=9, steps=4, width=8, heads=2, kv_heads=1, tied=t) for t in (True, False))
+    tied, apart = (
+        Llama(classes=9, steps=4, width=8, heads=2, kv_heads=1, tied=t) for t in (True, False)
+    )
     with pytest.raises(RecipeError, match="set tied = false"):
         ours.fill(tied, apart.state_dict(), "a file")
     ours.fill(tied, ours.weights_of(tied), "a file")
@@ -167,7 +194,9 @@ def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"not a tokenizer\.json"):
         text.load(records(), "r", ref(tmp_path / "tokenizer.json"))
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('technique = "none"\n[data]\nsource = "python_library"\ntokenizer = "none.json"\n')
+    recipe.write_text(
+        'technique = "none"\n[data]\nsource = "python_library"\ntokenizer = "none.json"\n'
+    )
     with pytest.raises(RecipeError, match=r"data\.tokenizer: no file"):
         load(recipe)
 
@@ -175,7 +204,9 @@ def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
 def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
     listed = {name: digest for name, digest in python_library.listed().items() if name < "b"}
     monkeypatch.setattr(python_library, "listed", lambda: listed)
-    small = ref(tokenizer, settings={"share": 1.0, "pinned": False}).model_copy(update={"source": "python_library"})
+    small = ref(tokenizer, settings={"share": 1.0, "pinned": False}).model_copy(
+        update={"source": "python_library"}
+    )
     described = python_library.load(small).splits
     assert all(map(len, described.values()))
     name = next(iter(listed))
@@ -206,8 +237,15 @@ def test_a_text_recipe_walks_from_a_teacher_to_a_report(walked):
     assert set(report["gains"]) == {"nll", "kl"}
     artefact = report["artefact"]
     assert artefact["parity"]["positions"] >= 1000
-    assert artefact["metrics"]["accuracy"]["value"] == report["student"]["metrics"]["accuracy"]["value"]
-    assert {p.name for p in (folder / "artefact").iterdir()} >= {"student.onnx", "run.py", "tokenizer.json"}
+    assert (
+        artefact["metrics"]["accuracy"]["value"]
+        == report["student"]["metrics"]["accuracy"]["value"]
+    )
+    assert {p.name for p in (folder / "artefact").iterdir()} >= {
+        "student.onnx",
+        "run.py",
+        "tokenizer.json",
+    }
     assert (folder / "report.html").exists()
 
 
@@ -218,7 +256,10 @@ def test_a_text_students_artefact_holds_gguf_where_it_is_asked_for(walked):
     assert digest(asked) == digest(found)
     walk.export(asked, folder.parent)
     manifest = json.loads((folder / "artefact" / "manifest.json").read_text())
-    assert manifest["files"]["student.gguf"]["bytes"] == (folder / "artefact" / "student.gguf").stat().st_size
+    assert (
+        manifest["files"]["student.gguf"]["bytes"]
+        == (folder / "artefact" / "student.gguf").stat().st_size
+    )
     assert manifest["export"]["gguf"]
     series = found.model_copy(update={"export": found.export.model_copy(update={"packed": True})})
     with pytest.raises(RecipeError, match=r"export\.packed: is of rows of series"):
@@ -226,7 +267,9 @@ def test_a_text_students_artefact_holds_gguf_where_it_is_asked_for(walked):
 
 
 def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
-    """The relation's KL between queries, keys and values: 0 with no gradient where both are the same model."""
+    """The relation's KL between queries, keys and values: 0 with no gradient where both are the
+    same model.
+    """
     _, _, found = walked
     made = data.load(found.data)
     rows = to_device(made.splits["train"], "train", None, frozenset(), CPU)
@@ -234,18 +277,25 @@ def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
     spec = {"attention": TermSpec(pairs=[[name, name] for name in layers])}  # type: ignore[call-arg]
     wants = wants_of(spec)
     assert found.teacher
-    models = [Adapter(ours.build(ref, **made.shape, key="m"), want=wants) for ref in (found.teacher, found.student)]
+    models = [
+        Adapter(ours.build(ref, **made.shape, key="m"), want=wants)
+        for ref in (found.teacher, found.student)
+    ]
     batch = rows.batch(torch.arange(8))
     with torch.no_grad():
         teacher = models[0](batch.inputs, batch.mask)
     losses = []
     for model in models:
-        sums, counts = Objective(spec)(model(batch.inputs, batch.mask), replace(batch, teacher=teacher))
+        sums, counts = Objective(spec)(
+            model(batch.inputs, batch.mask), replace(batch, teacher=teacher)
+        )
         losses.append(sums / counts)
         losses[-1].sum().backward()
     assert losses[0].item() == pytest.approx(0, abs=1e-6)
     assert losses[1] > 1e-5
-    grads = [model.module.model.layers[0].self_attn.k_proj.weight.grad.abs().max() for model in models]
+    grads = [
+        model.module.model.layers[0].self_attn.k_proj.weight.grad.abs().max() for model in models
+    ]
     assert grads[0] < 0.01 * grads[1]
 
 
@@ -258,7 +308,9 @@ def test_what_is_reported_of_text_is_what_the_models_say(walked):
     student = ours.build(found.student, **shape, key="student")
     ours.load_weights(student, folder / "arms/student-0/weights.safetensors", "student")
     said = measure.told(Adapter(teacher), split, rows)
-    assert report["teacher"]["metrics"]["nll"]["value"] == pytest.approx(said.metrics()["nll"], abs=2e-3)  # fp16
+    assert report["teacher"]["metrics"]["nll"]["value"] == pytest.approx(
+        said.metrics()["nll"], abs=2e-3
+    )  # fp16
     assert report["teacher"]["metrics"]["accuracy"]["value"] == said.metrics()["accuracy"]
     own = measure.told(Adapter(student), split, rows)
     kept = predictions.read(folder / "arms/student-0/predictions.parquet")
@@ -270,7 +322,9 @@ def test_what_is_reported_of_text_is_what_the_models_say(walked):
     exact = (p.exp() * (p - q)).sum(-1)
     assert kept.kl is not None
     apart = kept.kl - exact.numpy()
-    assert abs(apart.mean()) < 4 * apart.std() / len(apart) ** 0.5 + 1e-3  # a comb is unbiased, its entropies rounded
+    assert (
+        abs(apart.mean()) < 4 * apart.std() / len(apart) ** 0.5 + 1e-3
+    )  # a comb is unbiased, its entropies rounded
 
 
 def test_a_store_of_text_knows_its_tokeniser(walked, tokenizer):
@@ -280,4 +334,8 @@ def test_a_store_of_text_knows_its_tokeniser(walked, tokenizer):
     table = json.loads(tokenizer.read_text())["model"]["vocab"]
     assert check_digest(vocabulary["sha256"], vocabulary["size"], table) == len(table)
     with pytest.raises(DataError, match="different in meaning"):
-        check_digest(vocabulary["sha256"], vocabulary["size"], {t: (i + 1) % len(table) for t, i in table.items()})
+        check_digest(
+            vocabulary["sha256"],
+            vocabulary["size"],
+            {t: (i + 1) % len(table) for t, i in table.items()},
+        )

@@ -1,4 +1,5 @@
-"""`[export]`: each form of a student beside the one that trained, the walk when the table changes, and what is refused.
+"""`[export]`: each form of a student beside the one that trained, the walk when the table changes,
+and what is refused.
 
 The reference is what the trained student said of the test rows: the logits that training left.
 """
@@ -43,10 +44,21 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
 
 def recipe_of(quant: dict[str, Any] | None, **export: bool) -> Recipe:
     """A student that trains for a moment, without a teacher."""
-    raw: dict[str, Any] = {"name": "forms", "technique": "none", "control": False, "unrounded": False}
-    raw |= {"data": {"stride": 128}, "optim": {"steps": 20, "batch": 16, "evaluate_every": 10}, "export": export}
+    raw: dict[str, Any] = {
+        "name": "forms",
+        "technique": "none",
+        "control": False,
+        "unrounded": False,
+    }
+    raw |= {
+        "data": {"stride": 128},
+        "optim": {"steps": 20, "batch": 16, "evaluate_every": 10},
+        "export": export,
+    }
     raw["student"] = {"settings": {"width": 32}}
-    return resolve(raw | ({"phases": [{"until": 0.5}, {"until": 1.0, "quant": quant}]} if quant else {}))
+    return resolve(
+        raw | ({"phases": [{"until": 0.5}, {"until": 1.0, "quant": quant}]} if quant else {})
+    )
 
 
 def forms_of(quant: dict[str, Any] | None) -> dict[str, bool]:
@@ -59,15 +71,23 @@ def train(recipe: Recipe, folder: Path) -> None:
     run_arms(recipe, None, folder, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
 
 
-SAID = {"stream": "np.mean(said, 0)[None]", "packed": "logits.numpy()", "pte": "logits.numpy().mean(1)"}
+SAID = {
+    "stream": "np.mean(said, 0)[None]",
+    "packed": "logits.numpy()",
+    "pte": "logits.numpy().mean(1)",
+}
 
 
 def as_the_card_says(export: Export, form: str, folder: Path) -> np.ndarray:
-    """(1 or N, C): what the code of a form in the model card finds for windows.npy, run where the card stands."""
+    """(1 or N, C): what the code of a form in the model card finds for windows.npy, run where the
+    card stands.
+    """
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert len(blocks) == len(forms.asked(export))
     code = f"{blocks[forms.asked(export).index(form)]}\nnp.save('said.npy', {SAID[form]})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return np.load(folder / "said.npy")
 
@@ -79,7 +99,10 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
     train(recipe, tmp_path)
     dataset = data.load(recipe.data)
     manifest = artefact.export(recipe, dataset, tmp_path)
-    folder, trained = tmp_path / "artefact", predictions.read(tmp_path / "arms/student-0/predictions.parquet").logits
+    folder, trained = (
+        tmp_path / "artefact",
+        predictions.read(tmp_path / "arms/student-0/predictions.parquet").logits,
+    )
     assert trained is not None
     assert json.loads((folder / "manifest.json").read_bytes()) == manifest
     names = {forms.FILES[form] for form in forms.asked(recipe.export)}
@@ -90,12 +113,20 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
         entry = manifest["files"][file]
         assert entry["bytes"] == (folder / file).stat().st_size
         assert entry["sha256"] == file_sha256(folder / file)
-        assert entry["parity"]["relative"] <= (BLOCKS if quant and file == "student.pte" else bar).largest
+        assert (
+            entry["parity"]["relative"]
+            <= (BLOCKS if quant and file == "student.pte" else bar).largest
+        )
         print(name, file, entry["bytes"], entry["parity"])
-    assert manifest["files"]["student.stream.onnx"]["parity"]["step_agreement"] >= (0.98 if quant else 1)
+    assert manifest["files"]["student.stream.onnx"]["parity"]["step_agreement"] >= (
+        0.98 if quant else 1
+    )
     np.save(folder / "windows.npy", dataset.splits["test"].inputs)
     for form in forms.asked(recipe.export):
-        said, alone = as_the_card_says(recipe.export, form, folder), name == "int8" and form == "stream"
+        said, alone = (
+            as_the_card_says(recipe.export, form, folder),
+            name == "int8" and form == "stream",
+        )
         worst = BLOCKS if quant and (alone or form == "pte") else bar
         assert np.abs(said - trained[: len(said)]).max() <= worst.largest * np.abs(trained).max()
     if recipe.export.packed:
@@ -148,7 +179,9 @@ def test_a_form_that_answers_otherwise_leaves_no_artefact_and_spoils_none(tmp_pa
     dataset, pack_trits = data.load(recipe.data), packed.pack_trits
     with monkeypatch.context() as patch:
         patch.setattr(packed, "pack_trits", lambda codes: pack_trits(-codes))
-        with pytest.raises(GateError, match=r"as student.packed.safetensors answers them; no artefact was written"):
+        with pytest.raises(
+            GateError, match=r"as student.packed.safetensors answers them; no artefact was written"
+        ):
             artefact.export(recipe, dataset, tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {"arms"}
         artefact.export(recipe_of(quant), dataset, tmp_path)
@@ -164,18 +197,35 @@ def keys(caught: Any) -> set[str]:
 
 
 def test_what_can_not_be_is_refused_before_any_work_with_every_key(tmp_path):
-    llama = {"classes": 5, "steps": 8, "width": 8, "heads": 2, "kv_heads": 1, "layers": 1, "inner": 8}
+    llama = {
+        "classes": 5,
+        "steps": 8,
+        "width": 8,
+        "heads": 2,
+        "kv_heads": 1,
+        "layers": 1,
+        "inner": 8,
+    }
     encoder = SeriesEncoder(channels=3, classes=5, steps=8)
     every = Export(stream=True, packed=True, pte=True)
     with pytest.raises(RecipeError) as caught:
         forms.check(every, Llama(**llama), None)
-    assert keys(caught) == {"export.stream", "export.packed"} | (set() if EXECUTORCH else {"export.pte"})
+    assert keys(caught) == {"export.stream", "export.packed"} | (
+        set() if EXECUTORCH else {"export.pte"}
+    )
     assert "found a Llama" in str(caught.value)
-    for quant in (Quant(weights="ternary"), Quant(embeddings="int8"), Quant(weights="int4", per="group", group=16)):
+    for quant in (
+        Quant(weights="ternary"),
+        Quant(embeddings="int8"),
+        Quant(weights="int4", per="group", group=16),
+    ):
         with pytest.raises(RecipeError, match=r"export\.pte: quant"):
             forms.check(every, encoder, quant)
     if not EXECUTORCH:
-        with pytest.raises(RecipeError, match=r"export.pte: needs executorch; type: pip install 'raykd\[executorch\]'"):
+        with pytest.raises(
+            RecipeError,
+            match=r"export.pte: needs executorch; type: pip install 'raykd\[executorch\]'",
+        ):
             forms.check(Export(pte=True), encoder, Quant())
     with pytest.raises(RecipeError) as caught:
         forms.check(every, encoder, Quant(), is_text=True)
@@ -192,7 +242,9 @@ def test_what_can_not_be_is_refused_before_any_work_with_every_key(tmp_path):
 def test_the_bar_is_that_of_the_answers_largest_difference():
     trained = np.eye(4, dtype=np.float32).repeat(50, 0)
     off = trained + np.float32(1e-3)
-    assert forms.held(trained, off, Bar(2e-3, 2e-3, 1.0), "it")["relative"] == pytest.approx(1e-3, rel=1e-3)
+    assert forms.held(trained, off, Bar(2e-3, 2e-3, 1.0), "it")["relative"] == pytest.approx(
+        1e-3, rel=1e-3
+    )
     for bar in (Bar(5e-4, 2e-3, 1.0), Bar(2e-3, 5e-4, 1.0)):
         with pytest.raises(GateError, match="200 test rows, as it answers them"):
             forms.held(trained, off, bar, "it")

@@ -1,4 +1,6 @@
-"""Laws of GGUF files read back: what was written is found, in our order; what is another's, or damaged, is refused."""
+"""Laws of GGUF files read back: what was written is found, in our order; what is another's, or
+damaged, is refused.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,14 @@ def made(tmp_path_factory):
             if quant:
                 phases.round_as(module, quant)
             ternary = layers if layers[0] == "T" else "TQ2_0"
-            write_gguf.write(module, file, matrices="F32", ternary=ternary, tokenizer=home / "tokenizer.json", end=END)
+            write_gguf.write(
+                module,
+                file,
+                matrices="F32",
+                ternary=ternary,
+                tokenizer=home / "tokenizer.json",
+                end=END,
+            )
             found[name] = file, module.eval(), tokenizer
         return found[name]
 
@@ -47,7 +56,9 @@ def test_a_file_answers_as_the_model_that_was_written(name, made):
             layer.quant = layer.quant.model_copy(update={"activations": "none"})
     with torch.inference_mode():
         wanted, found = (m(ids)["logits"] for m in (module, read))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item())  # scales are float16
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item()
+    )  # scales are float16
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +92,9 @@ def test_what_is_no_llama_or_damaged_is_refused(made, tmp_path):
     key, kind = b"llama.block_count", (4).to_bytes(4, "little")
     less = two.read_bytes().replace(key + kind + bytes([2]), key + kind + bytes([1]))
     path.write_bytes(less)
-    with pytest.raises(RecipeError, match=r"blk\.1\.\w+\.weight is in it, which this Llama has not"):
+    with pytest.raises(
+        RecipeError, match=r"blk\.1\.\w+\.weight is in it, which this Llama has not"
+    ):
         read_gguf.read(path)
     path.write_bytes(whole.replace(b"blk.0.attn_q", b"blk.0.attn_x", 1))
     with pytest.raises(RecipeError, match=r"no tensor blk\.0\.attn_q\.weight"):

@@ -1,7 +1,9 @@
-"""GGUF files: the trained codes as gguf's own reader gives them back, and llama.cpp's answers beside torch's.
+"""GGUF files: the trained codes as gguf's own reader gives them back, and llama.cpp's answers
+beside torch's.
 
-llama.cpp rounds activations to int8 over blocks of 256 or 32 inputs, and scales are float16, so its log-probabilities
-are alike, not equal; of a file of float32 they are equal up to the order of its sums.
+llama.cpp rounds activations to int8 over blocks of 256 or 32 inputs, and scales are float16, so its
+log-probabilities are alike, not equal; of a file of float32 they are equal up to the order of its
+sums.
 """
 
 import copy
@@ -35,7 +37,12 @@ SCHEMES = {  # the Quant, the model's shape, the type of its layers, of its tabl
     "fp32-sub-norm": (None, {"sub_norm": True}, "F32", "F32"),
     "ternary": (TERNARY, {}, "TQ2_0", "Q8_0"),
     "ternary-tq1": (TERNARY, {}, "TQ1_0", "Q8_0"),
-    "ternary-int8-tensor": (Quant(weights="ternary", per="tensor", rest="fp32"), {"tied": False}, "TQ2_0", "F32"),
+    "ternary-int8-tensor": (
+        Quant(weights="ternary", per="tensor", rest="fp32"),
+        {"tied": False},
+        "TQ2_0",
+        "F32",
+    ),
     "ternary-sub-norm": (TERNARY, {"sub_norm": True}, "TQ2_0", "Q8_0"),
     "int4-g32": (Quant(weights="int4", per="group", activations="none"), {}, "Q4_0", "Q8_0"),
     "int8-table": (Quant(activations="int8_token", embeddings="int8"), {}, "Q8_0", "Q8_0"),
@@ -52,14 +59,22 @@ def llama(**shape) -> Llama:
     return Llama(classes=TOKENS, steps=STEPS, width=256, heads=4, inner=512, **shape)
 
 
-@given(st.sampled_from(list(gguf_blocks.SIZES)), st.integers(1, 3), st.sampled_from([1, 2]), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from(list(gguf_blocks.SIZES)),
+    st.integers(1, 3),
+    st.sampled_from([1, 2]),
+    st.integers(0, 2**32 - 1),
+)
 def test_ggufs_own_reader_finds_the_codes_and_the_scales_as_float16(name, rows, groups, seed):
     draw = np.random.default_rng(seed)
     codes = draw.integers(-LARGEST[name], LARGEST[name] + 1, (rows, 512)).astype(np.int8)
     codes[0, :256] = draw.choice([0, LARGEST[name], -LARGEST[name]])
     scales = np.exp(draw.normal(-4, 1, (rows, groups))).astype(np.float32)
     packed = gguf_blocks.blocks(name, codes, scales, "layer")
-    assert packed.shape == (rows, 512 // gguf.GGML_QUANT_SIZES[kind(name)][0] * gguf.GGML_QUANT_SIZES[kind(name)][1])
+    assert packed.shape == (
+        rows,
+        512 // gguf.GGML_QUANT_SIZES[kind(name)][0] * gguf.GGML_QUANT_SIZES[kind(name)][1],
+    )
     found = gguf.quants.dequantize(packed, kind(name))
     wanted = scales.astype(np.float16).astype(np.float32).repeat(512 // groups, 1) * codes
     np.testing.assert_array_equal(found, wanted)
@@ -72,7 +87,9 @@ def test_a_scale_that_float16_can_not_hold_is_refused_unless_its_codes_are_zero(
     codes = np.ones((2, 256), np.int8)
     for scale in (1e-6, 1e5):
         scales = np.array([[1.0], [scale]], np.float32)
-        with pytest.raises(RecipeError, match=r"layer: scales from .* float16 holds 6.1e-05 to 65504"):
+        with pytest.raises(
+            RecipeError, match=r"layer: scales from .* float16 holds 6.1e-05 to 65504"
+        ):
             gguf_blocks.blocks("TQ2_0", codes, scales, "layer")
     codes[1] = 0
     found = gguf.quants.dequantize(
@@ -83,7 +100,9 @@ def test_a_scale_that_float16_can_not_hold_is_refused_unless_its_codes_are_zero(
 
 @EACH
 def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
-    """Under llama.cpp's names; rows of q and k turn with their neighbours as ours do with those half a head away."""
+    """Under llama.cpp's names; rows of q and k turn with their neighbours as ours do with those
+    half a head away.
+    """
     quant, shape, layers, table = SCHEMES[name]
     module = llama(**shape).eval()
     if quant:
@@ -92,9 +111,14 @@ def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
     sizes = write_gguf.write(
         module, tmp_path / "m.gguf", matrices="F32", ternary=layers if layers[0] == "T" else "TQ2_0"
     )
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.values(), module.state_dict().values(), strict=True)
+    )
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-    assert sizes == {k: sum(int(t.n_bytes) for t in tensors.values() if t.tensor_type.name == k) for k in sizes}
+    assert sizes == {
+        k: sum(int(t.n_bytes) for t in tensors.values() if t.tensor_type.name == k) for k in sizes
+    }
     found = {n: gguf.quants.dequantize(t.data, t.tensor_type) for n, t in tensors.items()}
     rounded = {n: layer.rounded() for n, layer in quantised(module) if layer.quant}
     parts = {n: rounded.get(n, getattr(m, "weight", None)) for n, m in module.named_modules()}
@@ -107,27 +131,59 @@ def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
     for i in range(2):
         block, ours = f"blk.{i}.", f"model.layers.{i}."
         assert {kinds[n] for n in kinds if n.startswith(block) and "norm" not in n} == {layers}
-        for theirs, own in (("attn_v", "self_attn.v_proj"), ("ffn_down", "mlp.down_proj"), ("ffn_up", "mlp.up_proj")):
-            np.testing.assert_allclose(found[f"{block}{theirs}.weight"], wanted[ours + own], rtol=2**-11, atol=0)
+        for theirs, own in (
+            ("attn_v", "self_attn.v_proj"),
+            ("ffn_down", "mlp.down_proj"),
+            ("ffn_up", "mlp.up_proj"),
+        ):
+            np.testing.assert_allclose(
+                found[f"{block}{theirs}.weight"], wanted[ours + own], rtol=2**-11, atol=0
+            )
         for letter, heads in (("q", 4), ("k", module.settings["kv_heads"])):
             x = torch.randn(5, 256)
-            held, own = found[f"{block}attn_{letter}.weight"], wanted[f"{ours}self_attn.{letter}_proj"]
-            given, expected = ((x @ torch.tensor(w).T).unflatten(-1, (heads, 64)).transpose(0, 1) for w in (held, own))
+            held, own = (
+                found[f"{block}attn_{letter}.weight"],
+                wanted[f"{ours}self_attn.{letter}_proj"],
+            )
+            given, expected = (
+                (x @ torch.tensor(w).T).unflatten(-1, (heads, 64)).transpose(0, 1)
+                for w in (held, own)
+            )
             given = rotate(given, TURN) if shape.get("sub_norm") else rotate_neighbours(given)
-            torch.testing.assert_close(given, rotate(expected, TURN), rtol=0, atol=1e-3 * expected.abs().max().item())
+            torch.testing.assert_close(
+                given, rotate(expected, TURN), rtol=0, atol=1e-3 * expected.abs().max().item()
+            )
 
 
 def rotate_neighbours(x: Tensor) -> Tensor:
-    """The pairs (2 i, 2 i + 1) turned, as the paper does (arXiv 2104.09864, eq. 15); first all 2 i, then 2 i + 1."""
+    """The pairs (2 i, 2 i + 1) turned, as the paper does (arXiv 2104.09864, eq. 15); first all 2 i,
+    then 2 i + 1.
+    """
     a, b = x[..., ::2], x[..., 1::2]
     return torch.cat([a * TURN[0] - b * TURN[1], b * TURN[0] + a * TURN[1]], -1)
 
 
 REFUSED = {
-    "group": (Quant(weights="ternary", per="group", activations="none"), {}, "quant.group: TQ2_0 has a scale for 256"),
-    "group-int4": (Quant(weights="int4", per="group", group=16, activations="none"), {}, "or group = 32"),
-    "width": (TERNARY, {"inner": 320}, "down_proj: TQ2_0 takes rows of a multiple of 256, found 320"),
-    "free-sub-norm": (None, {"sub_norm": True, "tied": False}, "build the student with tied = true"),
+    "group": (
+        Quant(weights="ternary", per="group", activations="none"),
+        {},
+        "quant.group: TQ2_0 has a scale for 256",
+    ),
+    "group-int4": (
+        Quant(weights="int4", per="group", group=16, activations="none"),
+        {},
+        "or group = 32",
+    ),
+    "width": (
+        TERNARY,
+        {"inner": 320},
+        "down_proj: TQ2_0 takes rows of a multiple of 256, found 320",
+    ),
+    "free-sub-norm": (
+        None,
+        {"sub_norm": True, "tied": False},
+        "build the student with tied = true",
+    ),
 }
 
 
@@ -154,7 +210,9 @@ def test_a_tokeniser_of_another_model_or_without_an_end_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="384 tokens, and the model has 50 classes"):
         write_gguf.write(small, tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json")
     with pytest.raises(RecipeError, match="'def' is no special token"):
-        write_gguf.write(llama(), tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json", end="def")
+        write_gguf.write(
+            llama(), tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json", end="def"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
@@ -165,14 +223,21 @@ class LlamaCpp:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), STEPS, 1, False
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup = (
+            str(path),
+            STEPS,
+            1,
+            False,
+        )
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.verbosity = 0
         self.server = xllamacpp.Server(params)
 
     def answer(self, prompt, **asked):
-        return self.server.handle_completions({"prompt": prompt, "temperature": 0.0, "cache_prompt": False, **asked})
+        return self.server.handle_completions(
+            {"prompt": prompt, "temperature": 0.0, "cache_prompt": False, **asked}
+        )
 
     def log_probabilities(self, ids: list[int]) -> Tensor:
         """(V,): of what follows; a biased draw of a letter, for only whole characters are reported."""
@@ -211,17 +276,26 @@ def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
     path, tokenizer, get = learnt
     module, layers = get(name), SCHEMES[name][2]
     file, ends = tmp_path / "m.gguf", range(3, STEPS, 6)
-    settings = {"matrices": "F32", "ternary": layers if layers[0] == "T" else "TQ2_0", "tokenizer": path, "end": END}
+    settings = {
+        "matrices": "F32",
+        "ternary": layers if layers[0] == "T" else "TQ2_0",
+        "tokenizer": path,
+        "end": END,
+    }
     write_gguf.write(module, file, **settings)
     cpp, ids = LlamaCpp(file), text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
     with torch.inference_mode():
         wanted = module(ids)["logits"].log_softmax(-1)[:, list(ends)]
-    found = torch.stack([torch.stack([cpp.log_probabilities(row[: i + 1].tolist()) for i in ends]) for row in ids])
+    found = torch.stack(
+        [torch.stack([cpp.log_probabilities(row[: i + 1].tolist()) for i in ends]) for row in ids]
+    )
     apart = (found - wanted).abs().amax(-1)
     following = torch.stack([ids[:, i + 1] for i in ends], 1)[..., None]
     nll = [-x.gather(-1, following).mean().item() for x in (found, wanted)]
     alike = (found.argmax(-1) == wanted.argmax(-1)).float().mean().item()
-    print(f"\n{name}: {file.stat().st_size:,} bytes, NLL {nll[0]:.4f} and {nll[1]:.4f}, {alike:.1%} decided alike,")
+    print(
+        f"\n{name}: {file.stat().st_size:,} bytes, NLL {nll[0]:.4f} and {nll[1]:.4f}, {alike:.1%} decided alike,"
+    )
     print(f"log-probabilities apart by {apart.max():.1e}, half by {apart.median():.1e}")
     exact = SCHEMES[name][0] is None
     assert nll[1] < 5, "nats a token; untrained 5.95"
@@ -234,7 +308,10 @@ def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
 def test_llama_cpp_reads_and_writes_text_as_the_tokeniser_and_the_module_do(learnt, tmp_path):
     pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     path, tokenizer, get = learnt
-    module, prompt = get("fp32"), "def shorten(text, width=70):\n    caf\u00e9 = 2\u00b2  # it's 3\n"
+    module, prompt = (
+        get("fp32"),
+        "def shorten(text, width=70):\n    caf\u00e9 = 2\u00b2  # it's 3\n",
+    )
     write_gguf.write(module, tmp_path / "m.gguf", matrices="F32", tokenizer=path, end=END)
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     length = ids.shape[1]

@@ -1,9 +1,10 @@
-"""The ONNX file of a rounded module, executed by stock onnxruntime: the same integers, and answers alike.
+"""The ONNX file of a rounded module, executed by stock onnxruntime: the same integers, and answers
+alike.
 
-The reference is the module that trains, with fake rounding. With float activations every answer is within 1e-5 of the
-largest. Where they are rounded 99 % are, too: a sum in another order flips few codes at ties, each worth a step of an
-activation, 2e-2 of a logit at most. Measured here: 99.3 to 99.8 %, and 7e-3; of a module that rounds activations
-otherwise than the runtime, 0.5 % at most.
+The reference is the module that trains, with fake rounding. With float activations every answer is
+within 1e-5 of the largest. Where they are rounded 99 % are, too: a sum in another order flips few
+codes at ties, each worth a step of an activation, 2e-2 of a logit at most. Measured here: 99.3 to
+99.8 %, and 7e-3; of a module that rounds activations otherwise than the runtime, 0.5 % at most.
 """
 
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ def rounding(module: nn.Module, quant: Quant) -> nn.Module:
 def encoder_of(quant: Quant | None, width: int = 32, layers: int = 2) -> nn.Module:
     """Its rows of different scales, so that what shares one matters."""
     torch.manual_seed(0)
-    module = SeriesEncoder(channels=CHANNELS, classes=CLASSES, steps=STEPS, width=width, layers=layers)
+    module = SeriesEncoder(
+        channels=CHANNELS, classes=CLASSES, steps=STEPS, width=width, layers=layers
+    )
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             with torch.no_grad():
@@ -115,11 +118,15 @@ def exported(tmp_path_factory):
 
 
 def apart(found: np.ndarray, expected: np.ndarray, share: float = 1.0) -> float:
-    """The difference that this share of the answers does not exceed, relative to the largest answer."""
+    """The difference that this share of the answers does not exceed, relative to the largest
+    answer.
+    """
     return float(np.quantile(np.abs(found - expected), share) / np.abs(expected).max())
 
 
-def alike(found: np.ndarray, expected: np.ndarray, quant: Quant | None, worst: float = 2e-2) -> bool:
+def alike(
+    found: np.ndarray, expected: np.ndarray, quant: Quant | None, worst: float = 2e-2
+) -> bool:
     if quant is None or quant.activations == "none":
         return apart(found, expected) <= 1e-5
     return apart(found, expected, 0.99) <= 1e-5 and apart(found, expected) <= worst
@@ -130,7 +137,9 @@ def test_the_file_answers_as_the_module_does(name, exported):
     case = exported(name)
     (logits, valence), (wanted, value) = case.answered(), case.trained()
     assert alike(logits, wanted, case.quant)
-    assert alike(valence, value, case.quant, worst=5e-2), "tanh of one neuron, at its steepest where it is small"
+    assert alike(valence, value, case.quant, worst=5e-2), (
+        "tanh of one neuron, at its steepest where it is small"
+    )
     same = logits.argmax(-1) == wanted.argmax(-1)
     assert same.mean() >= (1 if case.quant is None or case.quant.activations == "none" else 0.999)
 
@@ -146,7 +155,9 @@ def test_the_file_holds_the_trained_codes_and_scales_bit_for_bit(name, exported)
         assert np.array_equal(codes[:, :inputs], layer.codes().numpy())
         assert not codes[:, inputs:].any()
         spread = layer.scales().repeat_interleave(inputs // layer.scales().shape[1], 1).numpy()
-        assert np.array_equal(scales.repeat(codes.shape[1] // scales.shape[1], 1)[:, :inputs], spread)
+        assert np.array_equal(
+            scales.repeat(codes.shape[1] // scales.shape[1], 1)[:, :inputs], spread
+        )
 
 
 @ROUNDED
@@ -170,7 +181,9 @@ def stored(data: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
     found = []
     for node in graph.node:
         if node.op_type == "MatMulInteger":
-            times = users[users[node.output[0]].output[0]]  # the cast, then total x (scale of activations x ours)
+            times = users[
+                users[node.output[0]].output[0]
+            ]  # the cast, then total x (scale of activations x ours)
             made = next(n for n in graph.node if n.output[0] in times.input and n.op_type == "Mul")
             scales = next(held[i] for i in made.input if i in held)
             found.append((held[node.input[1]].T, scales.reshape(-1, 1)))
@@ -186,7 +199,9 @@ def test_its_operators_are_those_of_the_scheme(name, exported):
     case = exported(name)
     proto = onnx.load_from_string(case.data)
     nodes = [n for n in proto.graph.node if n.op_type in operators.OPERATORS]
-    assert {n.op_type for n in nodes} == {"MatMulInteger" if case.quant.weights == "int8" else "MatMulNBits"}
+    assert {n.op_type for n in nodes} == {
+        "MatMulInteger" if case.quant.weights == "int8" else "MatMulNBits"
+    }
     for node in nodes if case.quant.weights != "int8" else []:
         attributes = {a.name: a.i for a in node.attribute}
         assert attributes["bits"] == BITS[case.quant.weights]
@@ -199,7 +214,9 @@ def test_its_operators_are_those_of_the_scheme(name, exported):
 
 
 @EACH
-def test_a_row_is_answered_alone_as_in_a_batch_unless_activations_are_rounded_over_the_call(name, exported):
+def test_a_row_is_answered_alone_as_in_a_batch_unless_activations_are_rounded_over_the_call(
+    name, exported
+):
     case = exported(name)
     whole = case.answered(slice(0, 50))[0]
     alone = np.concatenate([case.answered(slice(i, i + 1))[0] for i in range(50)])
@@ -213,7 +230,13 @@ def test_a_row_is_answered_alone_as_in_a_batch_unless_activations_are_rounded_ov
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("int8-channel", 8), ("int4-g32", 4 + 1), ("int4-g64", 4.5), ("ternary-channel", 2.25), ("ternary-g16", 4)],
+    [
+        ("int8-channel", 8),
+        ("int4-g32", 4 + 1),
+        ("int4-g64", 4.5),
+        ("ternary-channel", 2.25),
+        ("ternary-g16", 4),
+    ],
 )
 def test_a_file_is_as_small_as_its_bits_say(name, bits, tmp_path):
     """Codes and a float32 scale a block: 2.25 bits of a ternary weight in blocks of 128."""
@@ -222,22 +245,39 @@ def test_a_file_is_as_small_as_its_bits_say(name, bits, tmp_path):
     rounded = sum(layer.weight.numel() for _, layer in quantised(module))
     rest = sum(p.numel() for p in module.parameters()) - rounded
     size = len(write_onnx.to_onnx(module, torch.randn(2, STEPS, CHANNELS)))
-    scales = 4 * sum(len(layer.codes) for layer in module.modules() if isinstance(layer, operators.MatMulNBits))
-    assert size == pytest.approx(rounded * bits / 8 + 4 * rest, abs=16_000 + scales), "16 kB of graph"
+    scales = 4 * sum(
+        len(layer.codes) for layer in module.modules() if isinstance(layer, operators.MatMulNBits)
+    )
+    assert size == pytest.approx(rounded * bits / 8 + 4 * rest, abs=16_000 + scales), (
+        "16 kB of graph"
+    )
 
 
 def test_a_block_is_what_takes_the_fewest_bytes():
     channel = Quant(weights="ternary")
-    assert [channel.block(k) for k in (16, 32, 64, 100, 128, 256, 384)] == [32, 32, 64, 128, 128, 128, 128]
+    assert [channel.block(k) for k in (16, 32, 64, 100, 128, 256, 384)] == [
+        32,
+        32,
+        64,
+        128,
+        128,
+        128,
+        128,
+    ]
     assert Quant(weights="int4", per="group", group=16).block(64) == 16
-    assert Quant(weights="int4", per="group", group=64).block(96) == 32, "no group divides it: channel"
+    assert Quant(weights="int4", per="group", group=64).block(96) == 32, (
+        "no group divides it: channel"
+    )
 
 
 @pytest.mark.parametrize("name", ["int8-channel", "ternary-channel"])
 def test_a_file_may_take_any_number_of_steps(name, tmp_path):
     quant = SCHEMES[name]
     module = encoder_of(quant)
-    session = run(write_onnx.to_onnx(copy_of(module, quant), torch.randn(2, 8, CHANNELS), most_steps=STEPS), tmp_path)
+    session = run(
+        write_onnx.to_onnx(copy_of(module, quant), torch.randn(2, 8, CHANNELS), most_steps=STEPS),
+        tmp_path,
+    )
     for steps in (1, 2, 7, STEPS):
         inputs = torch.randn(100, steps, CHANNELS)
         with torch.inference_mode():
@@ -248,7 +288,9 @@ def test_a_file_may_take_any_number_of_steps(name, tmp_path):
 def test_a_module_of_one_number_of_steps_can_not_take_any():
     module = nn.Sequential(nn.Flatten(), nn.Linear(STEPS * CHANNELS, CLASSES))
     with pytest.raises(RecipeError, match="width follows the number of steps"):
-        write_onnx.to_onnx(rounding(module, Quant(skip=[])), torch.randn(2, STEPS, CHANNELS), most_steps=STEPS)
+        write_onnx.to_onnx(
+            rounding(module, Quant(skip=[])), torch.randn(2, STEPS, CHANNELS), most_steps=STEPS
+        )
 
 
 def test_scales_that_training_made_negative_are_executed_as_the_least(tmp_path):
@@ -258,15 +300,21 @@ def test_scales_that_training_made_negative_are_executed_as_the_least(tmp_path):
         for _, layer in quantised(module):
             layer.scale[::2].neg_()
             assert (layer.scales()[::2] == LEAST).all()
-            assert torch.equal(layer.codes()[::2], layer.weight[::2].sign().to(torch.int8)), "no sign flips"
+            assert torch.equal(layer.codes()[::2], layer.weight[::2].sign().to(torch.int8)), (
+                "no sign flips"
+            )
     inputs = torch.randn(20, STEPS, CHANNELS)
     expected = module(inputs)["logits"].detach().numpy()
-    found = run(write_onnx.to_onnx(module, inputs[:2]), tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0]
+    found = run(write_onnx.to_onnx(module, inputs[:2]), tmp_path).run(
+        ["logits"], {"inputs": inputs.numpy()}
+    )[0]
     assert apart(found, expected) <= 1e-5
 
 
 class Torchs(nn.Module):
-    """torch's own encoder, whose layers in evaluation read their linear layers' weights instead of calling them."""
+    """torch's own encoder, whose layers in evaluation read their linear layers' weights instead of
+    calling them.
+    """
 
     def __init__(self):
         super().__init__()
@@ -278,7 +326,9 @@ class Torchs(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer with two names and two calls, one that is never called, and an answer that is an object."""
+    """A layer with two names and two calls, one that is never called, and an answer that is an
+    object.
+    """
 
     @dataclass
     class Answer:
@@ -310,7 +360,11 @@ def test_other_peoples_modules_are_rounded_too_where_they_are_evaluated(kind, we
         evaluated = logits_of(module(inputs)).numpy()
     assert alike(evaluated, learned, quant)
     data = write_onnx.to_onnx(module, inputs[:2])
-    nodes = [n.op_type for n in onnx.load_from_string(data).graph.node if n.op_type in operators.OPERATORS]
+    nodes = [
+        n.op_type
+        for n in onnx.load_from_string(data).graph.node
+        if n.op_type in operators.OPERATORS
+    ]
     assert len(nodes) == (4 if kind is Torchs else 2)
     assert alike(run(data, tmp_path).run(["logits"], {"inputs": inputs.numpy()})[0], learned, quant)
     assert torch.backends.mha.get_fastpath_enabled()
@@ -325,6 +379,8 @@ def test_what_has_no_operator_is_named():
         def forward(self, inputs: Tensor) -> Tensor:
             return torch.linalg.eigvals(self.layer(inputs)).real
 
-    with pytest.raises(RecipeError, match=r"Odd can not be written as ONNX: .*linalg_eig.*; write that part"):
+    with pytest.raises(
+        RecipeError, match=r"Odd can not be written as ONNX: .*linalg_eig.*; write that part"
+    ):
         write_onnx.to_onnx(rounding(Odd(), Quant(skip=[])), torch.randn(2, 32, 32))
     assert torch.backends.mha.get_fastpath_enabled()

@@ -1,8 +1,10 @@
-"""A language model's ONNX file beside the module that trains, token by token with both caches, on a model that learnt.
+"""A language model's ONNX file beside the module that trains, token by token with both caches, on a
+model that learnt.
 
-The model reads bytes of the standard library's sources; each scheme trains on under its rounding. int8 activations of
-MatMulInteger are rounded over the whole call ("int8"), so there a token by itself is compared with a token by itself;
-every other scheme answers alike whatever the size of a call.
+The model reads bytes of the standard library's sources; each scheme trains on under its rounding.
+int8 activations of MatMulInteger are rounded over the whole call ("int8"), so there a token by
+itself is compared with a token by itself; every other scheme answers alike whatever the size of a
+call.
 """
 
 import copy
@@ -53,7 +55,10 @@ def bytes_of(*names: str) -> Tensor:
 
 def train(module: Llama, steps: int, rate: float) -> Llama:
     """Plain cross-entropy on windows of the text, the same ones at every call."""
-    text, draw = bytes_of("textwrap.py", "argparse.py", "heapq.py"), torch.Generator().manual_seed(0)
+    text, draw = (
+        bytes_of("textwrap.py", "argparse.py", "heapq.py"),
+        torch.Generator().manual_seed(0),
+    )
     optim = torch.optim.AdamW(module.parameters(), lr=rate)
     for _ in range(steps):
         first = torch.randint(len(text) - 65, (8,), generator=draw)
@@ -129,7 +134,10 @@ def test_token_by_token_the_file_answers_as_the_module_does(name, exported):
     assert expected < 3.1, "nats a byte; without context 3.4, untrained 5.5"
     each, bar = apart(found, wanted), bar_of(case.quant)
     agreement = (found.argmax(-1) == wanted.argmax(-1)).mean()
-    print(f"{name}: NLL {expected:.4f} and {nll(found, case.tokens):.4f}, {agreement:.2%} decided alike, ", end="")
+    print(
+        f"{name}: NLL {expected:.4f} and {nll(found, case.tokens):.4f}, {agreement:.2%} decided alike, ",
+        end="",
+    )
     print(f"apart by {each.max():.1e}, 99 % by {np.quantile(each, 0.99):.1e}")
     assert agreement >= bar.agreement
     assert np.quantile(each, 0.99) <= bar.relative
@@ -189,7 +197,9 @@ def test_greedy_text_is_that_of_the_module(exported):
 
 
 @ROUNDED
-def test_the_file_holds_the_trained_codes_an_operator_for_each_layer_and_no_table_of_positions(name, exported):
+def test_the_file_holds_the_trained_codes_an_operator_for_each_layer_and_no_table_of_positions(
+    name, exported
+):
     case = exported(name)
     proto = onnx.load_from_string(case.data)
     kind = "MatMulInteger" if case.quant.weights == "int8" else "MatMulNBits"
@@ -203,7 +213,9 @@ def test_the_file_holds_the_trained_codes_an_operator_for_each_layer_and_no_tabl
     held = [onnx.numpy_helper.to_array(t).tobytes() for t in proto.graph.initializer]
     assert [w for w in wanted if w not in held] == []
     bits = sum(m.weight.numel() for m in linear) * BITS[case.quant.weights]
-    table = 256 * (64 + 4)  # int8, with a scale a row; a tied one stands once, or as the head's own codes too
+    table = 256 * (
+        64 + 4
+    )  # int8, with a scale a row; a tied one stands once, or as the head's own codes too
     scales = sum(operators.operator_of(m).scales.numel() for m in linear)
     assert len(case.data) < bits / 8 + 4 * scales + table + 14_000, "14 kB of graph and norms"
     assert not any(STEPS in t.dims for t in proto.graph.initializer)
@@ -215,7 +227,9 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
     first = decoder.step(case.tokens[:2, :100])
     assert first.shape == (2, 100, 256)
     for wrong in (case.tokens[:2, :29], case.tokens[:1, :5], case.tokens[:2, :0]):
-        with pytest.raises(DataError, match="after 100; this decoder takes 2 rows, and 128 tokens in all"):
+        with pytest.raises(
+            DataError, match="after 100; this decoder takes 2 rows, and 128 tokens in all"
+        ):
             decoder.step(wrong)
     for length in (-1, 101):
         with pytest.raises(DataError, match="keep 0 to 100"):
@@ -225,8 +239,12 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
 
 
 def test_a_file_that_does_not_decode_is_refused():
-    value = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in ("inputs", "logits")]
-    graph = helper.make_graph([helper.make_node("Abs", ["inputs"], ["logits"])], "other", value[:1], value[1:])
+    value = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in ("inputs", "logits")
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Abs", ["inputs"], ["logits"])], "other", value[:1], value[1:]
+    )
     opset = [helper.make_opsetid("", operators.OPSET)]
     with pytest.raises(StoreError, match="does not decode"):
         Decoder(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
@@ -250,7 +268,10 @@ def test_lookup_tables_answer_within_the_bar_of_blocks_and_others_pass_over_what
     x = torch.randn(64, 5, 384)
     wanted = module(x).detach().numpy()
     data = write_onnx.to_onnx(module, x[:2])
-    plain, tables = (onnx_session.session(data, lut=lut).run(None, {"inputs": x.numpy()})[0] for lut in (False, True))
+    plain, tables = (
+        onnx_session.session(data, lut=lut).run(None, {"inputs": x.numpy()})[0]
+        for lut in (False, True)
+    )
     assert np.quantile(np.abs(plain - wanted), 0.99) <= 1e-5 * np.abs(wanted).max()
     assert np.abs(tables - wanted).max() <= BLOCKS.relative * np.abs(wanted).max()
     options = onnxruntime.SessionOptions()
@@ -261,7 +282,9 @@ def test_lookup_tables_answer_within_the_bar_of_blocks_and_others_pass_over_what
 
 def test_as_many_heads_of_keys_as_of_queries_are_written_too():
     torch.manual_seed(0)
-    module = Llama(classes=50, steps=32, width=32, layers=1, heads=4, kv_heads=4, inner=64, tied=False).eval()
+    module = Llama(
+        classes=50, steps=32, width=32, layers=1, heads=4, kv_heads=4, inner=64, tied=False
+    ).eval()
     tokens = torch.randint(50, (1, 12))
     with torch.inference_mode():
         said = module(tokens)["logits"].numpy()

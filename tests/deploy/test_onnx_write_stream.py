@@ -1,8 +1,10 @@
-"""A series encoder that reads a window on: step by step, in any chunks and at once it answers alike, under each scheme.
+"""A series encoder that reads a window on: step by step, in any chunks and at once it answers
+alike, under each scheme.
 
-The law is of the file and of the module alike. Where activations are floats the answers are equal up to the order of
-sums, 1e-5 of the largest; rounded by row or block, but for flips at ties. Activations rounded over the whole call
-("int8") have the range of each chunk: there the file answers as the module does that reads the same chunks.
+The law is of the file and of the module alike. Where activations are floats the answers are equal
+up to the order of sums, 1e-5 of the largest; rounded by row or block, but for flips at ties.
+Activations rounded over the whole call ("int8") have the range of each chunk: there the file
+answers as the module does that reads the same chunks.
 """
 
 import copy
@@ -57,7 +59,11 @@ class Exported:
 
     def trained(self, cuts: list[int]) -> dict[str, np.ndarray]:
         """The module's answers, its past handed from call to call between the cuts."""
-        step, state, found = write_stream.Step(self.module), write_stream.empty(self.module, ROWS), []
+        step, state, found = (
+            write_stream.Step(self.module),
+            write_stream.empty(self.module, ROWS),
+            [],
+        )
         with torch.inference_mode():
             for a, b in pairwise(cuts):
                 logits, valence, tail, *kept = step(self.inputs[:, a:b], *state)
@@ -91,7 +97,10 @@ def exported():
             if quant:
                 phases.round_as(module, quant)
             made[name] = Exported(
-                quant, module, write_stream.to_onnx(copy.deepcopy(module)), torch.randn(ROWS, STEPS, CHANNELS)
+                quant,
+                module,
+                write_stream.to_onnx(copy.deepcopy(module)),
+                torch.randn(ROWS, STEPS, CHANNELS),
             )
         return made[name]
 
@@ -116,7 +125,9 @@ def test_with_the_same_past_the_file_answers_as_the_module_does(name, exported):
 
 @EACH
 @pytest.mark.parametrize("cuts", CUTS)
-def test_any_chunks_answer_as_the_whole_window_unless_activations_are_rounded_over_the_call(name, cuts, exported):
+def test_any_chunks_answer_as_the_whole_window_unless_activations_are_rounded_over_the_call(
+    name, cuts, exported
+):
     case = exported(name)
     found, whole = case.answered(CUTS[cuts]), case.plain()
     if name == "int8" and cuts != "whole":
@@ -137,7 +148,9 @@ def test_rows_do_not_depend_on_each_other(name, exported):
 
 @EACH
 def test_a_step_is_blind_to_what_comes_after_it_and_sees_all_before(name, exported):
-    """Changed later inputs change nothing; a changed first one changes the last answer, through keys and values."""
+    """Changed later inputs change nothing; a changed first one changes the last answer, through
+    keys and values.
+    """
     case = exported(name)
     stream, inputs = Stream(case.data, rows=ROWS), case.inputs.numpy()
     first = stream.step(inputs[:, :6])
@@ -155,7 +168,14 @@ def test_its_operators_and_its_bytes_are_those_of_the_file_of_a_window(name, exp
     proto = onnx.load_from_string(case.data)
     whole = onnx.load_from_string(write_onnx.to_onnx(copy.deepcopy(case.module), case.inputs[:2]))
     ours, theirs = (Counter(n.op_type for n in p.graph.node) for p in (proto, whole))
-    for kind in (*operators.OPERATORS, "DynamicQuantizeLinear", "MatMul", "Conv", "Attention", "LayerNormalization"):
+    for kind in (
+        *operators.OPERATORS,
+        "DynamicQuantizeLinear",
+        "MatMul",
+        "Conv",
+        "Attention",
+        "LayerNormalization",
+    ):
         assert ours[kind] == theirs[kind], kind
     assert sum(ours[kind] for kind in operators.OPERATORS) == (8 if case.quant else 0)
     assert ours["MatMul"] == (2 if case.quant else 10), "two heads, and four layers of each block"
@@ -204,7 +224,9 @@ def test_a_state_can_be_put_down_and_taken_up_elsewhere(exported):
     other = Stream(case.data, rows=3)
     other.reset({name: value[5:8] for name, value in state.items()})
     assert other.length == 7
-    assert_alike(other.step(inputs[5:8, 7:]), {name: value[5:8] for name, value in wanted.items()}, INTEGER)
+    assert_alike(
+        other.step(inputs[5:8, 7:]), {name: value[5:8] for name, value in wanted.items()}, INTEGER
+    )
 
 
 def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
@@ -214,12 +236,15 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
     first = stream.step(inputs[:2, :10])
     for wrong in (inputs[:2, :7], inputs[:1, :5], inputs[:2, :0], inputs[:2, :5, :2]):
         with pytest.raises(
-            DataError, match="after 10 steps; this stream takes 2 rows of 3 channels, and 16 steps in all"
+            DataError,
+            match="after 10 steps; this stream takes 2 rows of 3 channels, and 16 steps in all",
         ):
             stream.step(wrong)
     others = Stream(case.data, rows=3)
     others.step(inputs[:3, :10])
-    with pytest.raises(DataError, match=r"state: tail is float32 \(3, 3, 4\), this stream of 2 rows takes float32"):
+    with pytest.raises(
+        DataError, match=r"state: tail is float32 \(3, 3, 4\), this stream of 2 rows takes float32"
+    ):
         stream.reset(others.state)
     longer = {
         n: v if n == "tail" else np.zeros((2, *v.shape[1:2], 17, v.shape[3]), np.float32)
@@ -228,7 +253,8 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
     with pytest.raises(DataError, match="of 17 steps, but a window ends after 16"):
         stream.reset(longer)
     with pytest.raises(
-        DataError, match=r"state: holds tail, this stream keeps tail, keys.0, keys.1, values.0, values.1"
+        DataError,
+        match=r"state: holds tail, this stream keeps tail, keys.0, keys.1, values.0, values.1",
     ):
         stream.reset({"tail": stream.state["tail"]})
     assert stream.length == 10
@@ -241,15 +267,28 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
 
 def test_the_file_and_the_module_end_where_their_positions_end(exported):
     tail, keys, values = write_stream.empty(encoder(), 2, past=10)
-    feed = dict(zip(["past_tail", *(f"past_{name}" for name in names(2))], [tail, *keys, *values], strict=True))
+    feed = dict(
+        zip(
+            ["past_tail", *(f"past_{name}" for name in names(2))],
+            [tail, *keys, *values],
+            strict=True,
+        )
+    )
     feed = {name: value.numpy() for name, value in feed.items()}
     session = onnx_session.session(exported("ternary").data)
-    assert session.run(["logits"], feed | {"inputs": np.zeros((2, 6, CHANNELS), np.float32)})[0].shape[1] == 6
+    assert (
+        session.run(["logits"], feed | {"inputs": np.zeros((2, 6, CHANNELS), np.float32)})[0].shape[
+            1
+        ]
+        == 6
+    )
     with pytest.raises(Exception, match=r"invalid ind|out of"):
         session.run(["logits"], feed | {"inputs": np.zeros((2, 7, CHANNELS), np.float32)})
     module = encoder()
     step, state = write_stream.Step(module), write_stream.empty(module, 2, past=10)
-    with pytest.raises(ValueError, match="7 steps after 10, but this encoder was built for at most 16"):
+    with pytest.raises(
+        ValueError, match="7 steps after 10, but this encoder was built for at most 16"
+    ):
         step(torch.zeros(2, 7, CHANNELS), *state)
 
 

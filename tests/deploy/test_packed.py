@@ -1,4 +1,5 @@
-"""Rounded students as packed files: equal answers, the bytes that their bits say, and files that were made to harm.
+"""Rounded students as packed files: equal answers, the bytes that their bits say, and files that
+were made to harm.
 
 Those are sealed as their author would seal them, so that only the checks of each tensor stand.
 """
@@ -31,7 +32,9 @@ SCHEMES = {
     "int8-learned": Quant(scale="learned", rest="fp32"),
     "int4": Quant(weights="int4", embeddings="int4"),
     "int4-g16": Quant(weights="int4", per="group", group=16, embeddings="int4"),
-    "int4-learned": Quant(weights="int4", per="group", group=16, scale="learned", activations="none"),
+    "int4-learned": Quant(
+        weights="int4", per="group", group=16, scale="learned", activations="none"
+    ),
     "ternary": Quant(weights="ternary", embeddings="ternary", activations="none"),
     "ternary-twn": Quant(weights="ternary", scale="twn", embeddings="int4", rest="fp32"),
     "ternary-untabled": Quant(weights="ternary", skip=["outer", "head"]),
@@ -42,7 +45,9 @@ EACH = pytest.mark.parametrize("quant", SCHEMES.values(), ids=SCHEMES)
 
 
 class Speaker(nn.Module):
-    """A table tied to the head, another, a convolution, a norm with a buffer of integers, a layer with two names."""
+    """A table tied to the head, another, a convolution, a norm with a buffer of integers, a layer
+    with two names.
+    """
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -132,13 +137,19 @@ def test_codes_take_the_bytes_that_their_bits_say_and_the_rest_is_small(name, bi
     module = speaker(SCHEMES[name])
     data = packed_file.write(module)
     tensors = parts(data)[1]
-    rounding = [(n, layer) for n, layer in quantised(module) if layer.quant and not isinstance(layer, Stored)]
+    rounding = [
+        (n, layer)
+        for n, layer in quantised(module)
+        if layer.quant and not isinstance(layer, Stored)
+    ]
     assert len(rounding) == 4
     for layer, rounded in rounding:
         packed = tensors[f"{layer}.codes"].nbytes
         assert packed == math.ceil(rounded.weight.numel() * bits / 8)
     assert "words.weight" not in tensors
-    assert tensors["head.weight.codes"].nbytes == WORDS * WIDTH, "once: the table that is tied to it has its own"
+    assert tensors["head.weight.codes"].nbytes == WORDS * WIDTH, (
+        "once: the table that is tied to it has its own"
+    )
     assert tensors["mix.weight.codes"].nbytes == WIDTH * WIDTH
     assert len(data) - sum(t.nbytes for t in tensors.values()) < 2_500, "names and settings"
 
@@ -169,7 +180,10 @@ def test_the_metadata_names_every_rounded_layer_and_how(tmp_path):
     with safe_open(tmp_path / "student", "np") as file:
         layers = json.loads(file.metadata()["layers"].partition(" ")[2])
     assert layers.keys() == {"words", "places", "inner", "outer"}
-    assert layers["inner"].items() >= {"weights": "int8", "per": "tensor", "activations": "int8_token"}.items()
+    assert (
+        layers["inner"].items()
+        >= {"weights": "int8", "per": "tensor", "activations": "int8_token"}.items()
+    )
 
 
 def test_a_tied_parameter_is_stored_once_under_its_first_name():
@@ -222,34 +236,71 @@ HOSTILE = {
     "half of it": (DATA[: len(DATA) // 2], "damaged"),
     "bytes after the end": (DATA + b"\0", "damaged"),
     "no metadata": (save(load(DATA)), "no 'layers'"),
-    "null as metadata": (edited(save(load(DATA)), lambda t: '{"__metadata__":null,' + t[1:]), "no 'layers'"),
-    "a tensor of another dtype": (changed("inner.scales", torch.ones(48, 1).double()), r"inner.scales: torch.float64"),
+    "null as metadata": (
+        edited(save(load(DATA)), lambda t: '{"__metadata__":null,' + t[1:]),
+        "no 'layers'",
+    ),
+    "a tensor of another dtype": (
+        changed("inner.scales", torch.ones(48, 1).double()),
+        r"inner.scales: torch.float64",
+    ),
     "a tensor of another shape": (changed("inner.scales", torch.ones(48, 2)), r"\(48, 2\)"),
-    "codes of another shape": (changed("inner.codes", torch.zeros(3, dtype=torch.uint8)), r"inner.codes: .*\(3,\)"),
-    "trits above 242": (changed("inner.codes", torch.full((317,), 243, dtype=torch.uint8)), "do not hold"),
-    "a nibble below -7": (changed("inner.codes", torch.zeros(792, dtype=torch.uint8), INT4), "codes below -7"),
+    "codes of another shape": (
+        changed("inner.codes", torch.zeros(3, dtype=torch.uint8)),
+        r"inner.codes: .*\(3,\)",
+    ),
+    "trits above 242": (
+        changed("inner.codes", torch.full((317,), 243, dtype=torch.uint8)),
+        "do not hold",
+    ),
+    "a nibble below -7": (
+        changed("inner.codes", torch.zeros(792, dtype=torch.uint8), INT4),
+        "codes below -7",
+    ),
     "a scale of zero": (changed("inner.scales", torch.zeros(48, 1)), "above 0"),
     "a scale below zero": (changed("inner.scales", -torch.ones(48, 1)), "above 0"),
     "a scale of NaN": (changed("inner.scales", torch.full((48, 1), torch.nan)), "finite"),
     "no scales": (changed("inner.scales", None), "inner.scales: missing"),
     "no bias": (changed("inner.bias", None), "inner.bias: missing"),
     "no head": (changed("head.weight.codes", None), "head.weight: missing"),
-    "scales of the head of zero": (changed("head.weight.scales", torch.zeros(WORDS)), "head.weight.scales: not all"),
-    "a head twice": (changed("head.weight", torch.zeros(WORDS, WIDTH)), "head.weight: the module has no such"),
+    "scales of the head of zero": (
+        changed("head.weight.scales", torch.zeros(WORDS)),
+        "head.weight.scales: not all",
+    ),
+    "a head twice": (
+        changed("head.weight", torch.zeros(WORDS, WIDTH)),
+        "head.weight: the module has no such",
+    ),
     "a vector as codes": (
-        changed("norm.bias.codes", torch.zeros(STEPS, dtype=torch.int8), changed("norm.bias", None)),
+        changed(
+            "norm.bias.codes", torch.zeros(STEPS, dtype=torch.int8), changed("norm.bias", None)
+        ),
         "norm.bias: missing",
     ),
     "one tensor more": (changed("zzz", torch.zeros(2)), "zzz: the module has no such tensor"),
-    "weights beside codes": (changed("inner.weight", torch.zeros(48, WIDTH)), "inner.weight: the module has no such"),
+    "weights beside codes": (
+        changed("inner.weight", torch.zeros(48, WIDTH)),
+        "inner.weight: the module has no such",
+    ),
     "a dtype torch has not": (edited(DATA, lambda t: t.replace('"U8"', '"F4"')), "damaged"),
     "a key twice": (
-        edited(DATA, lambda t: '{"head.weight.codes":' + t[t.index('{"dtype') :].split("}")[0] + "}," + t[1:]),
+        edited(
+            DATA,
+            lambda t: (
+                '{"head.weight.codes":' + t[t.index('{"dtype') :].split("}")[0] + "}," + t[1:]
+            ),
+        ),
         "a key stands twice",
     ),
     "another digest": (edited(DATA, lambda t: t.replace('"layers":"', '"layers":"0')), "digest"),
-    "a Quant that is none": (requanted(weights="int9"), r"inner.weights Input should be 'int8', 'int4' or 'ternary'"),
-    "another Quant": (requanted(weights="int8", activations="int8"), r"inner.codes: torch.uint8 .* asks torch.int8"),
+    "a Quant that is none": (
+        requanted(weights="int9"),
+        r"inner.weights Input should be 'int8', 'int4' or 'ternary'",
+    ),
+    "another Quant": (
+        requanted(weights="int8", activations="int8"),
+        r"inner.codes: torch.uint8 .* asks torch.int8",
+    ),
     "a setting more": (requanted(run="os.system"), "inner.run Extra inputs"),
 }
 
@@ -293,7 +344,9 @@ EXPECTED = answers(speaker(QUANT))
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, len(DATA) - 1), st.integers(1, 255)), min_size=1, max_size=3))
+@given(
+    st.lists(st.tuples(st.integers(0, len(DATA) - 1), st.integers(1, 255)), min_size=1, max_size=3)
+)
 def test_flipped_bytes_are_refused_or_change_nothing(flips):
     mutant = bytearray(DATA)
     for where, by in flips:
@@ -310,7 +363,9 @@ def test_another_header_is_refused_or_changes_nothing(where, word):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_sealed_mutants_are_refused_or_answer(data):
-    """Their author chose the codes: whatever is accepted holds codes and scales that training could have left."""
+    """Their author chose the codes: whatever is accepted holds codes and scales that training could
+    have left.
+    """
     layers, tensors = parts(DATA)
     name = data.draw(st.sampled_from(sorted(tensors)))
     raw = tensors[name].contiguous().flatten().view(torch.uint8).numpy().copy()
@@ -335,5 +390,8 @@ def refused_or_equal(data: bytes) -> None:
     except StoreError:
         assert isinstance(found.inner, nn.Linear)
         return
-    # to less than a flipped code: CPU kernels choose by the alignment of memory, which differs from call to call
-    torch.testing.assert_close(answers(found), EXPECTED, rtol=0, atol=1e-2 * float(EXPECTED.abs().max()))
+    # to less than a flipped code: CPU kernels choose by the alignment of memory, which differs from
+    # call to call
+    torch.testing.assert_close(
+        answers(found), EXPECTED, rtol=0, atol=1e-2 * float(EXPECTED.abs().max())
+    )

@@ -1,8 +1,10 @@
-"""The ExecuTorch program of a rounded module: the trained integers, and answers alike under XNNPACK's own rounding.
+"""The ExecuTorch program of a rounded module: the trained integers, and answers alike under
+XNNPACK's own rounding.
 
-Two references. One rounds activations as XNNPACK does, at every step, and has bfloat16 scales under 4 bits: 99 % of
-the logits are within 1e-5 of the largest (measured: 2e-7), and a flip at a tie is worth 1e-2. The module that trains
-rounds activations over the call (int8), or not at all (int4 here): 99 % are within 1e-2, the largest 5e-2 away.
+Two references. One rounds activations as XNNPACK does, at every step, and has bfloat16 scales under
+4 bits: 99 % of the logits are within 1e-5 of the largest (measured: 2e-7), and a flip at a tie is
+worth 1e-2. The module that trains rounds activations over the call (int8), or not at all (int4
+here): 99 % are within 1e-2, the largest 5e-2 away.
 """
 
 import copy
@@ -44,7 +46,9 @@ def four_bits(layer: QuantLinear) -> bool:
 
 
 class AsXnnpack(nn.Module):
-    """A layer with activations rounded over each step's own range, and scales as XNNPACK holds them."""
+    """A layer with activations rounded over each step's own range, and scales as XNNPACK holds
+    them.
+    """
 
     def __init__(self, layer: QuantLinear):
         super().__init__()
@@ -56,7 +60,9 @@ class AsXnnpack(nn.Module):
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         scale = (high - low) / 255
         zero = (-low / scale).round()
-        return F.linear(((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale, self.weight, self.bias)
+        return F.linear(
+            ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale, self.weight, self.bias
+        )
 
 
 def rounding(module: nn.Module, quant: Quant) -> nn.Module:
@@ -95,7 +101,9 @@ def stored(module: nn.Module) -> list[tuple[bytes, bytes]]:
     for _, layer in quantised(module):
         codes, scales = layer.codes().numpy(), layer.scales()
         if four_bits(layer):
-            found.append((pack(codes, 4).tobytes(), scales.bfloat16().view(torch.int16).numpy().tobytes()))
+            found.append(
+                (pack(codes, 4).tobytes(), scales.bfloat16().view(torch.int16).numpy().tobytes())
+            )
         else:
             found.append((codes.tobytes(), scales.numpy().tobytes()))
     return found
@@ -149,7 +157,9 @@ def decided(logits: np.ndarray) -> np.ndarray:
 
 
 def apart(found: np.ndarray, expected: np.ndarray, share: float = 1.0) -> float:
-    """The difference that this share of the answers does not exceed, relative to the largest answer."""
+    """The difference that this share of the answers does not exceed, relative to the largest
+    answer.
+    """
     return float(np.quantile(np.abs(found - expected), share) / np.abs(expected).max())
 
 
@@ -164,7 +174,9 @@ def test_a_gesture_students_program_answers_as_the_module_that_trained(quant, st
     program = pte.to_pte(module, inputs[:1], quant)
     answer = pte.load(program)
     found = alone(lambda x: answer(x)[0], inputs)
-    assert [tuple(said.shape) for said in answer(inputs[:1])] == [(1, 16, 7), (1, 16)], "the valence, too"
+    assert [tuple(said.shape) for said in answer(inputs[:1])] == [(1, 16, 7), (1, 16)], (
+        "the valence, too"
+    )
     assert len(layers) == 4
     assert all(part in program for layer in layers for part in layer)
     assert apart(found, expected, 0.99) <= 1e-5
@@ -204,7 +216,9 @@ def test_a_step_is_answered_alone_as_among_others():
     quant, x = SMALL["int8-channel"], torch.randn(1, 8, 64) * torch.logspace(-2, 2, 8)[:, None]
     module = rounded(quant, nn.Linear(64, 24))
     trained = module(x).detach()[:, :1], module(x[:, :1]).detach()
-    answers = [pte.load(pte.to_pte(copy.deepcopy(module), part, quant))(part)[0] for part in (x, x[:, :1])]
+    answers = [
+        pte.load(pte.to_pte(copy.deepcopy(module), part, quant))(part)[0] for part in (x, x[:, :1])
+    ]
     assert torch.equal(answers[0][:, :1], answers[1])
     assert not torch.allclose(*trained, rtol=1e-2)
 
@@ -253,6 +267,8 @@ def test_what_can_not_be_exported_is_named():
             return inputs if self.layer(inputs).sum().item() > 0 else -inputs
 
     quant = Quant(skip=[])
-    with pytest.raises(RecipeError, match=r"Odd can not be written as an ExecuTorch program: .*; write that part"):
+    with pytest.raises(
+        RecipeError, match=r"Odd can not be written as an ExecuTorch program: .*; write that part"
+    ):
         pte.to_pte(rounding(Odd(), quant), torch.randn(1, 2, 32), quant)
     assert torch.backends.mha.get_fastpath_enabled()

@@ -1,4 +1,5 @@
-"""The folder of a language model: what it says of itself is so, and it is there only if it answers as its student.
+"""The folder of a language model: what it says of itself is so, and it is there only if it answers
+as its student.
 
 Its tokeniser is held against the tokenizers library, on any text.
 """
@@ -73,10 +74,20 @@ def exported(student, tokenizer, tmp_path_factory):
 
     def written(name: str):
         if name not in made:
-            folder, before = tmp_path_factory.mktemp(name) / "artefact", copy.deepcopy(get(name).state_dict())
-            made[name] = folder, export_decoder(get(name), folder, tokens=tokens, tokenizer=tokenizer[1], title="Small")
+            folder, before = (
+                tmp_path_factory.mktemp(name) / "artefact",
+                copy.deepcopy(get(name).state_dict()),
+            )
+            made[name] = (
+                folder,
+                export_decoder(
+                    get(name), folder, tokens=tokens, tokenizer=tokenizer[1], title="Small"
+                ),
+            )
             after = get(name).state_dict().values()
-            assert all(torch.equal(a, b) for a, b in zip(before.values(), after, strict=True)), "it is not changed"
+            assert all(torch.equal(a, b) for a, b in zip(before.values(), after, strict=True)), (
+                "it is not changed"
+            )
         return made[name]
 
     return written
@@ -110,7 +121,9 @@ def test_the_manifest_says_what_is_there(name, student, exported):
     assert manifest == json.loads((folder / "manifest.json").read_text())
     held = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
     assert held.keys() == {"student.onnx", "model.json", "tokenizer.json", "run.py", "README.md"}
-    assert manifest["files"] == {n: {"bytes": len(d), "sha256": sha256(d).hexdigest()} for n, d in held.items()}
+    assert manifest["files"] == {
+        n: {"bytes": len(d), "sha256": sha256(d).hexdigest()} for n, d in held.items()
+    }
     assert held["README.md"].startswith(b"# Small\n")
     kinds = manifest["bytes_by_kind"]
     assert sum(kinds.values()) == manifest["bytes"] == len(held["student.onnx"])
@@ -136,8 +149,13 @@ def test_parity_is_that_of_plain_answers_and_of_a_model_that_learnt(name, studen
     module, found = get(name), manifest["parity"]
     decoder = Decoder(folder / "student.onnx", rows=ROWS)
     with torch.inference_mode():
-        said = {"trained": module(tokens)["logits"], "artefact": torch.from_numpy(decoder.step(tokens.numpy()))}
-    exact = quant is None or quant.activations == "none"  # else the size of a call matters, or where a tie falls
+        said = {
+            "trained": module(tokens)["logits"],
+            "artefact": torch.from_numpy(decoder.step(tokens.numpy())),
+        }
+    exact = (
+        quant is None or quant.activations == "none"
+    )  # else the size of a call matters, or where a tie falls
     for key, logits in said.items():
         nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
         accuracy = (logits[:, :-1].argmax(-1) == tokens[:, 1:]).float().mean().item()
@@ -146,13 +164,19 @@ def test_parity_is_that_of_plain_answers_and_of_a_model_that_learnt(name, studen
         assert found["accuracy"][key] == pytest.approx(accuracy, abs=1e-6 if exact else 0.01)
     print(f"\n{name}: {found}")
     assert found["positions"] == ROWS * STEPS >= 1000
-    assert found["nll"]["artefact"] == pytest.approx(found["nll"]["trained"], rel=1e-5 if exact else 5e-3)
-    assert abs(found["accuracy"]["artefact"] - found["accuracy"]["trained"]) <= (0 if exact else 0.01)
+    assert found["nll"]["artefact"] == pytest.approx(
+        found["nll"]["trained"], rel=1e-5 if exact else 5e-3
+    )
+    assert abs(found["accuracy"]["artefact"] - found["accuracy"]["trained"]) <= (
+        0 if exact else 0.01
+    )
     assert found["agreement"] >= (1 if exact else 0.98)
     assert found["alone_agreement"] >= (1 if exact else 0.9)
 
 
-def test_a_file_that_answers_otherwise_is_refused_and_an_older_folder_stays(student, exported, monkeypatch):
+def test_a_file_that_answers_otherwise_is_refused_and_an_older_folder_stays(
+    student, exported, monkeypatch
+):
     (get, tokens), (folder, _) = student, exported("int4-g32")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     written = write_decoder.to_onnx
@@ -172,7 +196,9 @@ def test_a_file_that_answers_otherwise_is_refused_and_an_older_folder_stays(stud
 def test_too_few_tokens_and_anothers_tokeniser_are_refused(student, tokenizer, tmp_path):
     get, tokens = student
     for wrong in (tokens[:7], tokens[:, :1], torch.cat([tokens, tokens], 1)):
-        with pytest.raises(DataError, match="give rows of 2 to 128, with 1,000 tokens that follow another"):
+        with pytest.raises(
+            DataError, match="give rows of 2 to 128, with 1,000 tokens that follow another"
+        ):
             export_decoder(get("fp32"), tmp_path / "artefact", tokens=wrong)
     small = Llama(classes=50, steps=STEPS, width=16, layers=1)
     with pytest.raises(RecipeError, match="384 tokens, and the model has 50 classes"):
@@ -193,7 +219,8 @@ def card():
 
 
 WRITTEN = st.text(
-    st.characters(exclude_categories=["Cs", "Cn"]) | st.sampled_from(" \n\t'strevmld09_-\xa0\u2028\x1c\x85")
+    st.characters(exclude_categories=["Cs", "Cn"])
+    | st.sampled_from(" \n\t'strevmld09_-\xa0\u2028\x1c\x85")
 )
 
 
@@ -205,7 +232,9 @@ def by_digits(tokenizer, tmp_path_factory):
     cut = {"type": "Digits", "individual_digits": True}
     held["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, held["pre_tokenizer"]]}
     gone = {byte_bpe.letters()[byte]: f"<none {byte}>" for byte in (4, 196, 241)}
-    held["model"]["vocab"] = {gone.get(token, token): i for token, i in held["model"]["vocab"].items()}
+    held["model"]["vocab"] = {
+        gone.get(token, token): i for token, i in held["model"]["vocab"].items()
+    }
     path.write_text(json.dumps(held))
     return Tokenizer.from_file(str(path)), path
 
@@ -217,17 +246,28 @@ def test_run_py_cuts_out_digits_and_leaves_out_bytes_as_the_library_does(card, b
     found = byte_bpe.read(path)
     assert found.digits
     ranks = {m: i for i, m in enumerate(found.merges)}
-    assert card.encode(written, {t: i for i, t in enumerate(found.tokens)}, ranks, True) == library.encode(written).ids
+    assert (
+        card.encode(written, {t: i for i, t in enumerate(found.tokens)}, ranks, True)
+        == library.encode(written).ids
+    )
 
 
 @given(WRITTEN)
-@example("it's  I'll\t\n  42\u00b2 \u2167 \u4e09\u3007 caf\u00e9 \u0e01\u0e33 a\u0301 \U0001f600!? _x_  \xa0 y")
+@example(
+    "it's  I'll\t\n  42\u00b2 \u2167 \u4e09\u3007 caf\u00e9 \u0e01\u0e33 a\u0301 \U0001f600!? _x_  \xa0 y"
+)
 def test_run_py_tokenises_as_the_tokenizers_library_does(card, tokenizer, written):
     library, path = tokenizer
     found = byte_bpe.read(path)
-    ids = card.encode(written, {t: i for i, t in enumerate(found.tokens)}, {m: i for i, m in enumerate(found.merges)})
+    ids = card.encode(
+        written,
+        {t: i for i, t in enumerate(found.tokens)},
+        {m: i for i, m in enumerate(found.merges)},
+    )
     assert ids == library.encode(written).ids
-    assert card.decode([0, *ids], json.loads(path.read_bytes())).decode() == written, "token 0 is the end, and silent"
+    assert card.decode([0, *ids], json.loads(path.read_bytes())).decode() == written, (
+        "token 0 is the end, and silent"
+    )
 
 
 def test_a_vocabulary_is_read_as_the_tokenizers_library_has_it(tokenizer):
@@ -260,7 +300,9 @@ def test_a_tokeniser_of_another_kind_is_refused_by_the_key_that_says_so(name, to
         byte_bpe.read(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"model": 3}', b'{"model": {"vocab": {}, "merges": [3]}}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b'{"model": 3}', b'{"model": {"vocab": {}, "merges": [3]}}']
+)
 def test_what_is_no_tokeniser_is_refused(data, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(data)
     with pytest.raises(RecipeError, match=r"not a tokenizer\.json of BPE"):

@@ -1,8 +1,10 @@
-"""Our fake rounding against torchao's, where both define the same: levels, scales, codes, rounded values, gradients.
+"""Our fake rounding against torchao's, where both define the same: levels, scales, codes, rounded
+values, gradients.
 
-Ours divides by the scale and theirs multiplies with its reciprocal, so that the two codes of a quotient within 4 ulp
-of a tie may differ, by one. Everywhere else, and everywhere under scales that are powers of two, they are equal.
-torchao's own recipes have another range: max / 7.5 on -8..7 for int4, where ours is max / 7 on -7..7.
+Ours divides by the scale and theirs multiplies with its reciprocal, so that the two codes of a
+quotient within 4 ulp of a tie may differ, by one. Everywhere else, and everywhere under scales that
+are powers of two, they are equal. torchao's own recipes have another range: max / 7.5 on -8..7 for
+int4, where ours is max / 7 on -7..7.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,7 +105,9 @@ def test_scales_are_torchaos_bit_for_bit_and_codes_away_from_ties(quant, kind):
     layer = layer_of(kind(torch.Generator().manual_seed(0)), quant)
     weight = layer.weight.detach()
     scale, codes, values = theirs(weight, block_of(quant, weight), LEVELS[quant.weights])
-    assert torch.equal(layer.scales(), scale.expand(OUTPUTS, -1) if quant.per == "tensor" else scale)
+    assert torch.equal(
+        layer.scales(), scale.expand(OUTPUTS, -1) if quant.per == "tensor" else scale
+    )
     spread = layer.scales().repeat_interleave(INPUTS // scale.shape[1], 1)
     assert_equal_codes(layer.codes(), codes, weight / spread)
     same = layer.codes() == codes
@@ -113,7 +117,9 @@ def test_scales_are_torchaos_bit_for_bit_and_codes_away_from_ties(quant, kind):
 
 @EACH
 def test_on_a_grid_of_ties_codes_are_equal_where_scales_are_powers_of_two(quant):
-    """Every half and every whole number of the range, the largest among them in each group: ties go to even."""
+    """Every half and every whole number of the range, the largest among them in each group: ties go
+    to even.
+    """
     largest = LEVELS[quant.weights]
     halves = torch.arange(-2 * largest, 2 * largest + 1) / 2
     draws = torch.Generator().manual_seed(0)
@@ -143,7 +149,9 @@ def test_any_group_of_weights_has_torchaos_scale_and_codes(values, largest):
 @WEIGHTS
 @EACH
 def test_gradients_are_torchaos(quant, kind):
-    """Straight through; under absmax no weight is out of range, so that nothing is cut off in either."""
+    """Straight through; under absmax no weight is out of range, so that nothing is cut off in
+    either.
+    """
     weight = kind(torch.Generator().manual_seed(1))
     upstream, largest = torch.randn(OUTPUTS, INPUTS), LEVELS[quant.weights]
     ours = layer_of(weight, quant)
@@ -151,9 +159,9 @@ def test_gradients_are_torchaos(quant, kind):
     other = weight.clone().requires_grad_()
     block = block_of(quant, weight)
     scale, _, _ = theirs(weight, block, largest)
-    _fake_quantize_affine(other, block, scale, torch.zeros_like(scale), torch.int8, -largest, largest).backward(
-        upstream
-    )
+    _fake_quantize_affine(
+        other, block, scale, torch.zeros_like(scale), torch.int8, -largest, largest
+    ).backward(upstream)
     torch.testing.assert_close(ours.weight.grad, other.grad, rtol=1e-6, atol=0)
 
 
@@ -164,7 +172,9 @@ def activations(draws: torch.Generator) -> list[Tensor]:
 
 def asymmetric(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """torchao's int8 activations: scales, codes and rounded values."""
-    scale, zero = choose_qparams_affine(x, MappingType.ASYMMETRIC, block, torch.int8, eps=LEAST, keepdim=True)
+    scale, zero = choose_qparams_affine(
+        x, MappingType.ASYMMETRIC, block, torch.int8, eps=LEAST, keepdim=True
+    )
     codes = quantize_affine(x, block, scale, zero, torch.int8)
     return scale, zero, dequantize_affine(codes, block, scale, zero, torch.int8)
 
@@ -188,7 +198,9 @@ def test_activations_of_a_call_are_torchaos_with_one_range_for_all(kind):
 
 @pytest.mark.parametrize("kind", range(6))
 def test_activations_of_one_step_are_torchaos_per_token(kind):
-    """What its recipes and XNNPACK do at every step; ours does so over a call of one, and else coarser."""
+    """What its recipes and XNNPACK do at every step; ours does so over a call of one, and else
+    coarser.
+    """
     x = activations(torch.Generator().manual_seed(0))[kind] * torch.logspace(-2, 2, 64)[:, None]
     scale, _, values = asymmetric(x, [1, 96])
     alone = torch.stack([Activations.apply(row) for row in x])
@@ -204,12 +216,16 @@ def test_activations_in_blocks_are_torchaos_symmetric_groups(kind):
     assert close(Blocks.apply(x, 32), values, scale.repeat_interleave(32, 1))
 
 
-@pytest.mark.parametrize("ours", [Activations.apply, lambda x: Blocks.apply(x, 32)], ids=["call", "blocks"])
+@pytest.mark.parametrize(
+    "ours", [Activations.apply, lambda x: Blocks.apply(x, 32)], ids=["call", "blocks"]
+)
 def test_gradients_of_activations_go_straight_through_as_torchaos(ours: Callable[[Tensor], Tensor]):
     x, upstream = torch.randn(8, 96, requires_grad=True), torch.randn(8, 96)
     ours(x).backward(upstream)
     other = x.detach().clone().requires_grad_()
-    scale, zero = choose_qparams_affine(x.detach(), MappingType.ASYMMETRIC, [8, 96], torch.int8, eps=LEAST)
+    scale, zero = choose_qparams_affine(
+        x.detach(), MappingType.ASYMMETRIC, [8, 96], torch.int8, eps=LEAST
+    )
     _fake_quantize_affine(other, [8, 96], scale, zero, torch.int8, -128, 127).backward(upstream)
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-6, atol=0)
 
@@ -218,7 +234,9 @@ def test_the_range_of_torchaos_recipes_is_another():
     """Its int4 leaves -8 to the lowest and cuts the highest: half a level more, or less, than ours."""
     weight = gaussian(torch.Generator().manual_seed(0))
     layer = layer_of(weight, SCHEMES["int4-g32"])
-    scale, _ = choose_qparams_affine(weight, MappingType.SYMMETRIC, [1, 32], torch.int8, -8, 7, keepdim=True)
+    scale, _ = choose_qparams_affine(
+        weight, MappingType.SYMMETRIC, [1, 32], torch.int8, -8, 7, keepdim=True
+    )
     torch.testing.assert_close(layer.scales() / scale, torch.full_like(scale, 7.5 / 7))
     codes = quantize_affine(weight, [1, 32], scale, torch.zeros_like(scale), torch.int8, -8, 7)
     assert codes.min() == -8

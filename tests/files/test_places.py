@@ -1,6 +1,8 @@
-"""Laws of where a store stands: in a folder or a bucket the bytes, the deaths survived and the faults told are alike.
+"""Laws of where a store stands: in a folder or a bucket the bytes, the deaths survived and the
+faults told are alike.
 
-The reference is the store in a folder, byte for byte. The bucket is on a real S3 server of this machine.
+The reference is the store in a folder, byte for byte. The bucket is on a real S3 server of this
+machine.
 """
 
 import os
@@ -49,8 +51,14 @@ def server():
 
 
 def new(kind: str, tmp_path: Path) -> Address:
-    """The address of a store that does not exist; its last part is the same everywhere, as it is in the manifest."""
-    return tmp_path / "stores" / "store" if kind == "folder" else f"s3://bucket/{uuid.uuid4().hex}/stores/store"
+    """The address of a store that does not exist; its last part is the same everywhere, as it is in
+    the manifest.
+    """
+    return (
+        tmp_path / "stores" / "store"
+        if kind == "folder"
+        else f"s3://bucket/{uuid.uuid4().hex}/stores/store"
+    )
 
 
 @pytest.fixture(params=KINDS)
@@ -108,7 +116,10 @@ def test_a_place_gives_what_was_put(store):
     )
     place.put("data/x", b"third.")
     place.below("signals/h").put("y", b"")
-    assert {name: found.bytes for name, found in place.listed().items()} == {"data/x": 6, "signals/h/y": 0}
+    assert {name: found.bytes for name, found in place.listed().items()} == {
+        "data/x": 6,
+        "signals/h/y": 0,
+    }
     assert abs(place.listed("data")["data/x"].written_s - time.time()) < 60
     assert (place.folders(), place.folders("signals"), list(place.listed("signals"))) == (
         ["data", "signals"],
@@ -123,7 +134,9 @@ def test_a_place_gives_what_was_put(store):
 def test_a_store_has_the_same_bytes_wherever_it_stands(store, whole):
     fill(store)
     assert content(store) == content(whole)
-    assert [ours.equals(theirs) for ours, theirs in zip(read_all(store), read_all(whole), strict=True)] == [True] * 3
+    assert [
+        ours.equals(theirs) for ours, theirs in zip(read_all(store), read_all(whole), strict=True)
+    ] == [True] * 3
     assert care.verify(store) == care.verify(whole)
     assert care.show(store) | {"store": ""} == care.show(whole) | {"store": ""}
     fill(store)
@@ -132,7 +145,11 @@ def test_a_store_has_the_same_bytes_wherever_it_stands(store, whole):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_that_race_end_with_one_commit_a_shard(kind, server, tmp_path):
-    where, gate, told = new(kind, tmp_path), CONTEXT.Barrier(2), [tmp_path / "a.json", tmp_path / "b.json"]
+    where, gate, told = (
+        new(kind, tmp_path),
+        CONTEXT.Barrier(2),
+        [tmp_path / "a.json", tmp_path / "b.json"],
+    )
     assert wait([start(race, where, salt, gate, told[salt], **server) for salt in (0, 1)]) == [0, 0]
     assert told[0].read_bytes() == told[1].read_bytes()
     assert len(at(where).listed("_commits")) == len(SHARDS)
@@ -148,7 +165,9 @@ def test_a_killed_scorer_resumes_to_the_same_manifest(point, store, whole, serve
     with pytest.raises(StoreError, match="no manifest"):
         Store(store)
     stood = {name: data for name, data in content(store).items() if name.startswith("_commits/")}
-    assert len(stood) == {"before_write": 3, "before_commit": 3, "after_commit": 4}.get(point, len(SHARDS))
+    assert len(stood) == {"before_write": 3, "before_commit": 3, "after_commit": 4}.get(
+        point, len(SHARDS)
+    )
     assert wait([start(fill, store, **fault, **server)]) == [0]
     assert content(store) == content(whole)
 
@@ -157,7 +176,9 @@ def test_a_killed_scorer_resumes_to_the_same_manifest(point, store, whole, serve
 def test_a_flipped_bit_is_named_and_repaired(kind, store, whole):
     fill(store)
     part = Store(store).manifest["shards"][2]["file"]
-    spoil(store, {"data": part, "record": "_commits/00002.json", "manifest": "_MANIFEST.json"}[kind])
+    spoil(
+        store, {"data": part, "record": "_commits/00002.json", "manifest": "_MANIFEST.json"}[kind]
+    )
     code, text = typed("verify", store)
     assert code == 3
     assert f"type: raykd store repair {store}" in text
@@ -206,7 +227,9 @@ def test_a_layer_is_a_store_below_the_first(store):
     assert scoring.is_complete(store, ["hidden.a"])
     assert care.verify(store) == {"complete": True, "shards": 2 * len(SHARDS), "damaged": []}
     spoil(within(store, "signals/hidden.a"), "_commits/00001.json")
-    assert [d["file"] for d in care.verify(store)["damaged"]] == ["signals/hidden.a/_commits/00001.json"]
+    assert [d["file"] for d in care.verify(store)["damaged"]] == [
+        "signals/hidden.a/_commits/00001.json"
+    ]
     assert care.repair(store) == ["signals/hidden.a/_commits/00001.json"]
 
 
@@ -265,7 +288,10 @@ def test_a_server_that_creates_a_name_twice_is_refused():
 
 
 def test_a_bucket_that_is_not_there_is_named():
-    for do in (lambda: StoreWriter("s3://nobodys/store", IDENTITY), lambda: care.verify("s3://nobodys/store")):
+    for do in (
+        lambda: StoreWriter("s3://nobodys/store", IDENTITY),
+        lambda: care.verify("s3://nobodys/store"),
+    ):
         with pytest.raises(InfraError, match=r"there is no bucket 'nobodys'; create it"):
             do()
 
@@ -294,7 +320,9 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(InfraError, match=r"needs the package obstore; type: pip install 'raykd\[s3\]'"):
+    with pytest.raises(
+        InfraError, match=r"needs the package obstore; type: pip install 'raykd\[s3\]'"
+    ):
         care.verify("s3://bucket/stores/store")
 
 
@@ -302,14 +330,26 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
 def test_a_student_is_the_same_from_a_bucket(cluster, tiny, scored, stocked, server, tmp_path):
     from test_recovery import in_workers, trained
 
-    session = {"RAY_ADDRESS": cluster} | {key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    session = {"RAY_ADDRESS": cluster} | {
+        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    }
     home = f"s3://bucket/{uuid.uuid4().hex}"
-    command: tuple[Any, ...] = ("train", tiny, "--set", f"scale.store={home}", "--out", tmp_path / "out")
+    command: tuple[Any, ...] = (
+        "train",
+        tiny,
+        "--set",
+        f"scale.store={home}",
+        "--out",
+        tmp_path / "out",
+    )
     done = raykd(tmp_path, *command, **session, **server, **in_workers(server))
     assert done.code == 0, done.err
     assert not (tmp_path / "out" / "stores").exists()
     (name,) = at(home).folders()
-    assert at(home).get(f"{name}/_MANIFEST.json") == (scored / "stores" / name / "_MANIFEST.json").read_bytes()
+    assert (
+        at(home).get(f"{name}/_MANIFEST.json")
+        == (scored / "stores" / name / "_MANIFEST.json").read_bytes()
+    )
     local = stocked("local")
     assert raykd(tmp_path, "train", tiny, "--out", local, **session).code == 0
     assert trained(tmp_path / "out") == trained(local)

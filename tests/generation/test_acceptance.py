@@ -1,4 +1,6 @@
-"""Laws of a student judged as its drafter by the teacher, then a run that reports it, and one from its weights on."""
+"""Laws of a student judged as its drafter by the teacher, then a run that reports it, and one from
+its weights on.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,9 @@ TEXT = Text(STEPS, None, VOCAB)
 
 def llama(seed: int) -> Llama:
     torch.manual_seed(seed)
-    module = Llama(classes=VOCAB, steps=STEPS, width=16, layers=1, heads=2, kv_heads=1, inner=32, tied=False)
+    module = Llama(
+        classes=VOCAB, steps=STEPS, width=16, layers=1, heads=2, kv_heads=1, inner=32, tied=False
+    )
     module.lm_head.weight.data.mul_(40)
     return module.eval()
 
@@ -41,16 +45,29 @@ def llama(seed: int) -> Llama:
 def rows(*, told: int = 0) -> Rows:
     """Two rows to a document of random tokens; those from step `told` on are told."""
     tokens = np.random.default_rng(0).integers(1, VOCAB, (ROWS, STEPS + 1))
-    inputs = np.stack([tokens[:, :-1], np.broadcast_to(np.arange(STEPS), (ROWS, STEPS))], -1).astype(np.int32)
+    inputs = np.stack(
+        [tokens[:, :-1], np.broadcast_to(np.arange(STEPS), (ROWS, STEPS))], -1
+    ).astype(np.int32)
     mask = np.broadcast_to(np.arange(STEPS) >= told, (ROWS, STEPS))
-    return Rows(np.arange(ROWS) + 100, inputs, mask, np.where(mask, tokens[:, 1:], -100), np.arange(ROWS) // 2)
+    return Rows(
+        np.arange(ROWS) + 100,
+        inputs,
+        mask,
+        np.where(mask, tokens[:, 1:], -100),
+        np.arange(ROWS) // 2,
+    )
 
 
 def judged(teacher: Llama, student: Llama, **how) -> Drafts:
     settings = {"prompt": 8, "count": 24, "gamma": 3} | how
     read, split, asked = TorchReader(teacher), rows(), Drafter.model_validate(settings)
     return judge_drafter.judge(
-        read, TorchReader(student), split, asked, TEXT, judge_drafter.alone(read, split, asked, TEXT)
+        read,
+        TorchReader(student),
+        split,
+        asked,
+        TEXT,
+        judge_drafter.alone(read, split, asked, TEXT),
     )
 
 
@@ -73,7 +90,9 @@ def test_what_stays_is_in_the_mean_what_both_laws_share():
 
 
 def test_the_teacher_s_own_texts_are_the_same_for_every_drafter_and_shared_alike():
-    """Drafts of one token test every token of a text of the teacher's law, so there acceptance and overlap agree."""
+    """Drafts of one token test every token of a text of the teacher's law, so there acceptance and
+    overlap agree.
+    """
     one, other = (judged(llama(0), llama(seed), gamma=1) for seed in (1, 2))
     assert np.array_equal(one.places, other.places)
     assert (one.places == 24).all()
@@ -85,7 +104,10 @@ def test_the_teacher_s_own_texts_are_the_same_for_every_drafter_and_shared_alike
     assert not np.array_equal(swapped.shared, one.shared)
     read = [TorchReader(llama(seed)) for seed in (0, 1)]
     seen, told, how = [3, 1, 4], [1, 5, 9, 2], Drafter()
-    p, q = (torch.stack([each.step([t])[0] for t in [*seen, *told[:-1]]])[2:].softmax(-1).detach() for each in read)
+    p, q = (
+        torch.stack([each.step([t])[0] for t in [*seen, *told[:-1]]])[2:].softmax(-1).detach()
+        for each in read
+    )
     shared = judge_drafter.shares(*read, seen, told, how, VOCAB)
     assert torch.allclose(shared, torch.minimum(p, q).sum(1), atol=1e-6)
 
@@ -106,7 +128,9 @@ def test_texts_begin_in_every_document_before_any_begins_a_second_one():
     last = split.group[order[ROWS // 2 :]].tolist()
     assert last == [0, 4, 8], "spread over the documents"
     for prompt in (STEPS, 60):  # one that fills the row leaves no token to draft
-        with pytest.raises(DataError, match=rf"drafter\.prompt = {prompt}: no row of the test split"):
+        with pytest.raises(
+            DataError, match=rf"drafter\.prompt = {prompt}: no row of the test split"
+        ):
             judge_drafter.openings(split, Drafter(prompt=prompt))
 
 
@@ -126,7 +150,9 @@ def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
     assert sample.control[0] == pytest.approx(pooled)
     assert sample.n == len(one.group)
     efficiency = found["block_efficiency"].sample().student
-    assert efficiency[0] == pytest.approx((one.tokens + other.tokens).sum() / (one.calls + other.calls).sum())
+    assert efficiency[0] == pytest.approx(
+        (one.tokens + other.tokens).sum() / (one.calls + other.calls).sum()
+    )
     assert np.quantile(efficiency[1:], 0.1) < efficiency[0] < np.quantile(efficiency[1:], 0.9)
     same = text_measures.of_drafts({"student": {0: one}})["acceptance"]
     beside = same.beside(same).sample()
@@ -161,7 +187,9 @@ def walked(cluster, recipe) -> tuple[dict, Path]:
 
 def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
     report, folder = walked
-    found = [acceptance.read(folder / "arms" / f"student-{seed}" / acceptance.NAME) for seed in (0, 1)]
+    found = [
+        acceptance.read(folder / "arms" / f"student-{seed}" / acceptance.NAME) for seed in (0, 1)
+    ]
     told = report["student"]["metrics"]
     assert told["acceptance"]["value"] == pytest.approx(
         sum(f.overlap.sum() for f in found) / sum(f.tested.sum() for f in found)
@@ -178,7 +206,9 @@ def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
     assert set(report["control"]["metrics"]) == {"accuracy", "nll", "kl"} | of_drafts
     artefact, seed = report["artefact"]["metrics"], report["artefact"]["seed"]
     own = found[seed]
-    assert artefact["acceptance"]["value"] == pytest.approx(own.overlap.sum() / own.tested.sum(), abs=5e-3)
+    assert artefact["acceptance"]["value"] == pytest.approx(
+        own.overlap.sum() / own.tested.sum(), abs=5e-3
+    )
     said = predictions.read(folder / "arms" / f"student-{seed}" / "predictions.parquet")
     assert artefact["nll"]["value"] == pytest.approx(said.metrics()["nll"], abs=1e-4)
 
@@ -187,7 +217,14 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
     _, folder = walked
     sets = (
         f"student.weights={folder}/arms/student-{{seed}}/weights.safetensors",
-        *("drafter.prompts=12", "drafter.prompt=6", "drafter.count=12", "seeds=[0, 1]", "optim.steps=1", "name=on"),
+        *(
+            "drafter.prompts=12",
+            "drafter.prompt=6",
+            "drafter.count=12",
+            "seeds=[0, 1]",
+            "optim.steps=1",
+            "name=on",
+        ),
     )
     on = load(recipe, (*sets, "optim.learning_rate=1e-9"))
     shape = data.load(on.data).shape

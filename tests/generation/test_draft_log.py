@@ -1,4 +1,6 @@
-"""Drafts that are kept and read again: the log says what was drafted live, whoever wrote it, and damage is refused."""
+"""Drafts that are kept and read again: the log says what was drafted live, whoever wrote it, and
+damage is refused.
+"""
 
 import multiprocessing
 import time
@@ -59,7 +61,9 @@ ANY_CODEC = ["ghost", "correction", "pair", "distilspec"]
 
 def llama(seed: int) -> Llama:
     torch.manual_seed(seed)
-    module = Llama(classes=V, steps=STEPS, width=16, layers=1, heads=2, kv_heads=1, inner=24, tied=False)
+    module = Llama(
+        classes=V, steps=STEPS, width=16, layers=1, heads=2, kv_heads=1, inner=24, tied=False
+    )
     module.lm_head.weight.data.mul_(8)
     return module
 
@@ -83,12 +87,16 @@ def place(folder: Path, codec: str = "dense", run: str = "a/student-0") -> Kept:
 
 
 def wrote(log: Kept, *, world: World = ALONE, first: int = 0, last: int = 20) -> dict[int, Batch]:
-    """The batches of a training of 20 steps, two to a group, that is reported every 4; from one step to another."""
+    """The batches of a training of 20 steps, two to a group, that is reported every 4; from one
+    step to another.
+    """
     share = world.share(OWN)
 
     def draw(group: int):
         every = rows(group)
-        mine = replace(every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share])
+        mine = replace(
+            every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share]
+        )
         source = Source(kind="drafts", length=LENGTH)
         return written(source, Text(STEPS, EOS, V), group, 3, STUDENT, TEACHER, mine, share=share)
 
@@ -111,7 +119,9 @@ def told(batch: Batch) -> dict[str, list[Any]]:
     """Each draft's numbers where a token is told."""
     rollout, mask = batch.rollout, batch.mask
     assert rollout is not None
-    values = {name: getattr(rollout, name) for name in ("accepted", "rejected", "correction", "tail")}
+    values = {
+        name: getattr(rollout, name) for name in ("accepted", "rejected", "correction", "tail")
+    }
     values |= {"label": batch.label, "place": batch.inputs[..., 1]}
     return {"row": batch.row_id.tolist()} | {
         k: [v[m].tolist() for v, m in zip(x, mask, strict=True)] for k, x in values.items()
@@ -132,7 +142,11 @@ def test_a_log_holds_every_draft_as_it_was(both):
         assert found.rollout
         assert live[group].rollout
         for one, two, a, b in zip(
-            found.rollout.log_q, live[group].rollout.log_q, found.mask, live[group].mask, strict=True
+            found.rollout.log_q,
+            live[group].rollout.log_q,
+            found.mask,
+            live[group].mask,
+            strict=True,
         ):
             assert torch.allclose(one[a], two[b], rtol=2**-11, atol=1e-7)
         for row, mask in enumerate(live[group].mask):
@@ -151,9 +165,13 @@ def test_a_kept_draft_teaches_what_it_taught_live(name, both):
 
     def gradient(batch: Batch) -> tuple[Tensor, Tensor]:
         STUDENT.zero_grad()
-        loss = objective.total(*objective(Signals(STUDENT(batch.inputs)["logits"], batch.mask), batch))
+        loss = objective.total(
+            *objective(Signals(STUDENT(batch.inputs)["logits"], batch.mask), batch)
+        )
         loss.backward()
-        return loss.detach(), torch.cat([p.grad.flatten() for p in STUDENT.parameters() if p.grad is not None])
+        return loss.detach(), torch.cat(
+            [p.grad.flatten() for p in STUDENT.parameters() if p.grad is not None]
+        )
 
     again = read(log).batch(np.flatnonzero(Store(log.where).column("drawn", "train").values == 6))
     sparse = log.codec.name in ("comb", "topk")
@@ -219,7 +237,8 @@ def test_workers_that_end_a_log_at_once_leave_it_whole(wait_s, tmp_path):
     several = multiprocessing.get_context("fork")
     barrier = several.Barrier(2)
     workers = [
-        several.Process(target=last_of, args=(rank, shared, batches, wait_s * (1 - rank), barrier)) for rank in (0, 1)
+        several.Process(target=last_of, args=(rank, shared, batches, wait_s * (1 - rank), barrier))
+        for rank in (0, 1)
     ]
     for worker in workers:
         worker.start()
@@ -247,7 +266,9 @@ def test_every_worker_reads_its_part_of_one_order(both):
     parts = [replayed(again, 6, 1, 9, share=World(rank, 4).share(6))() for rank in range(4)]
     assert torch.cat([part.row_id for part in parts]).equal(whole.row_id)
     seen = torch.cat([replayed(again, 8, 1, step, share=slice(0, 8))().row_id for step in range(5)])
-    assert len(set(seen.tolist())) == len(again), "once through the log before any draft comes again"
+    assert len(set(seen.tolist())) == len(again), (
+        "once through the log before any draft comes again"
+    )
 
 
 def test_a_wider_student_has_its_padding_left_out(both):
@@ -276,7 +297,9 @@ def test_numbers_that_can_not_be_are_refused(name, tmp_path):
     wrote(log)
     store, writer = Store(log.where), StoreWriter(bad.where, bad.identity)
     shards = DraftLog(bad, GROUPS, OWN, slice(0, OWN)).shards
-    for shard, table in zip([s for each in shards for s in each], store.shards("train"), strict=True):
+    for shard, table in zip(
+        [s for each in shards for s in each], store.shards("train"), strict=True
+    ):
         at = table.schema.get_field_index(column)
         wrong = np.full(len(table), value, np.int32)
         writer.commit(shard, table.set_column(at, table.schema.field(at), pa.array(wrong)))
@@ -324,7 +347,9 @@ def test_terms_that_a_log_can_not_tell_are_refused_before_training(both):
     again = read(both[0])
     again.check({"ghost": TermSpec(), "kd": TermSpec(temperature=3.0)}, 1.0)
     again.check({"gkd": TermSpec(beta=0.0)}, 1.0)
-    with pytest.raises(RecipeError, match=r"source\.temperature = 0\.7, but .* was drafted at 1\.0; write that"):
+    with pytest.raises(
+        RecipeError, match=r"source\.temperature = 0\.7, but .* was drafted at 1\.0; write that"
+    ):
         again.check({"ghost": TermSpec()}, 0.7)
     lk = {"distilspec": TermSpec(divergence="lk")}
     if both[0].codec.name == "dense":
@@ -338,10 +363,14 @@ def test_a_log_of_others_is_refused(both, tmp_path):
     log = both[0]
     with pytest.raises(DataError, match="equal in number, different in meaning"):
         read(log, [*CLASSES[1:], CLASSES[0]])
-    with pytest.raises(DataError, match=r"source\.log: texts of \d+ tokens, but the student was built for 9"):
+    with pytest.raises(
+        DataError, match=r"source\.log: texts of \d+ tokens, but the student was built for 9"
+    ):
         read(log, steps=9)
     with pytest.raises(StoreError, match="another recipe"):
-        wrote(replace(log, identity=log.identity | {"drafts": {"run": "another", "temperature": 1.0}}))
+        wrote(
+            replace(log, identity=log.identity | {"drafts": {"run": "another", "temperature": 1.0}})
+        )
     with pytest.raises(RecipeError, match='"hidden" keeps no answers'):
         kept(tmp_path, "run", CLASSES, 1.0, {"codec": "hidden", "head": "head"})
 
@@ -355,7 +384,9 @@ def test_a_run_keeps_its_drafts_and_another_learns_from_them_without_a_teacher(t
     assert Store(log).row_id("train").tolist() == list(range(8 * 20))
     sets = (*sets, "source.kind=replay", f"source.log={run}/drafts/student-{{seed}}")
     replay = load(recipe, sets).model_copy(update={"teacher": None})
-    history = read_json(walk.train(replay, tmp_path / "runs") / "arms" / "student-0" / "arm.json")["history"]
+    history = read_json(walk.train(replay, tmp_path / "runs") / "arms" / "student-0" / "arm.json")[
+        "history"
+    ]
     assert history[-1]["terms"]["ghost"] < history[0]["terms"]["ghost"]
     assert "lag" not in history[0]
     (log / "_MANIFEST.json").unlink()

@@ -1,4 +1,6 @@
-"""Laws of a training on text that the student writes: how old it may be, resumed, shared out; then that it learns."""
+"""Laws of a training on text that the student writes: how old it may be, resumed, shared out; then
+that it learns.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,9 @@ def rows() -> DeviceRows:
     inputs = torch.stack([tokens[:, :-1], torch.arange(STEPS).expand(ROWS, -1)], -1)
     mask = torch.ones(ROWS, STEPS, dtype=torch.bool)
     logits = teacher()(inputs)["logits"]
-    return DeviceRows(torch.arange(ROWS), inputs, mask, tokens[:, 1:], None, {"logits": logits}, mask)
+    return DeviceRows(
+        torch.arange(ROWS), inputs, mask, tokens[:, 1:], None, {"logits": logits}, mask
+    )
 
 
 def arm(terms: dict, source: Source, phases: tuple[Phase, ...] = ()) -> Arm:
@@ -55,13 +59,19 @@ ARMS = {
     "fading": arm(
         {"minillm": {}},
         Source(length=5, share=1.0),
-        (Phase(until=0.25), Phase.model_validate({"until": 1.0, "blend": 0.9, "quant": {"weights": "ternary"}})),
+        (
+            Phase(until=0.25),
+            Phase.model_validate({"until": 1.0, "blend": 0.9, "quant": {"weights": "ternary"}}),
+        ),
     ),
     "late": arm({"kd": {"temperature": 1.0}, "gkd": {"since": 0.6}}, Source(length=5)),
     "rounded": arm(
         {"kd": {"temperature": 1.0}, "distilspec": {}},
         Source(length=5),
-        (Phase(until=0.4), Phase.model_validate({"until": 1.0, "quant": {"activations": "int8_token"}})),
+        (
+            Phase(until=0.4),
+            Phase.model_validate({"until": 1.0, "quant": {"activations": "int8_token"}}),
+        ),
     ),
 }
 EVERY = pytest.mark.parametrize("name", ARMS)
@@ -73,7 +83,16 @@ def run(name: str, *, world: World | None = None, optim: Optim = OPTIM, **option
     module = Llama(classes=VOCAB, steps=STEPS, **SIZES)
     prepare(module, found.phases)
     live = Live(Frozen(teacher()), Text(STEPS, 0, VOCAB))
-    return train(found, optim, Adapter(module), rows(), lambda _: {}, world=world or World(), live=live, **options)
+    return train(
+        found,
+        optim,
+        Adapter(module),
+        rows(),
+        lambda _: {},
+        world=world or World(),
+        live=live,
+        **options,
+    )
 
 
 def weights(state: State) -> dict[str, torch.Tensor]:
@@ -112,7 +131,9 @@ def test_a_training_resumed_at_a_report_ends_with_the_same_bits(name, tmp_path):
     with pytest.raises(Killed):
         run(name, checkpoints=kept, checkpoint_every=6, report=die)
     told: list[int] = []
-    resumed = run(name, checkpoints=kept, checkpoint_every=6, report=lambda step, _: told.append(step))
+    resumed = run(
+        name, checkpoints=kept, checkpoint_every=6, report=lambda step, _: told.append(step)
+    )
     alone = run(name)
     assert told[0] in (18, 24)
     assert resumed.history == alone.history
@@ -123,7 +144,9 @@ def share(rank: int, size: int, meeting: Path, out: Path, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     optim = OPTIM.model_copy(update={"steps": 12})
-    save_file(weights(run(name, world=World(rank, size), optim=optim)), out / f"{name}-{rank}.safetensors")
+    save_file(
+        weights(run(name, world=World(rank, size), optim=optim)), out / f"{name}-{rank}.safetensors"
+    )
     dist.destroy_process_group()
 
 
@@ -139,7 +162,9 @@ def test_two_workers_write_and_learn_as_one(name, tmp_path):
 
 def test_what_the_student_writes_comes_to_be_the_teachers():
     """KL(q || p) on the student's own text falls to less than half within 150 steps of gkd alone."""
-    found = replace(ARMS["gkd"], terms={"gkd": TermSpec(beta=1.0)}, source=Source(length=8, share=1.0))
+    found = replace(
+        ARMS["gkd"], terms={"gkd": TermSpec(beta=1.0)}, source=Source(length=8, share=1.0)
+    )
     torch.manual_seed(1)
     student = Adapter(Llama(classes=VOCAB, steps=STEPS, **SIZES))
     optim = Optim(steps=150, batch=24, learning_rate=1e-2, evaluate_every=10)

@@ -1,4 +1,5 @@
-"""Text that the student writes: drawn from what it says, scored where it says it, verified as speculative sampling is.
+"""Text that the student writes: drawn from what it says, scored where it says it, verified as
+speculative sampling is.
 
 Distributions stand against the models' own probabilities, within 4 standard errors of a fixed draw.
 """
@@ -54,13 +55,17 @@ def text(rows: int, count: int, seed: int = 0) -> Tensor:
 
 
 def uniforms(rows: int, count: int, seed: int = 1) -> Tensor:
-    return torch.rand(rows, count, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(
+        rows, count, dtype=torch.double, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def made(name: str, student: Any, teacher: Any, prompt: Tensor, count: int, **how: Any) -> Batch:
     """A batch of either kind, `count` tokens a row."""
     numbers = uniforms(len(prompt), count if name == "on_policy" else 2 * count + 1)
-    return MAKERS[name](student, teacher, prompt, row_id=torch.arange(len(prompt)), uniforms=numbers, **how)()
+    return MAKERS[name](
+        student, teacher, prompt, row_id=torch.arange(len(prompt)), uniforms=numbers, **how
+    )()
 
 
 def log_q_of(module: Any, inputs: Tensor, temperature: float = 1.0) -> Tensor:
@@ -70,7 +75,9 @@ def log_q_of(module: Any, inputs: Tensor, temperature: float = 1.0) -> Tensor:
 
 def near(found: Tensor, expected: Tensor, trials: int) -> bool:
     """Frequencies within 4 standard errors of the probabilities."""
-    return bool(((found - expected).abs() <= 4 * (expected * (1 - expected) / trials).sqrt() + 1e-9).all())
+    return bool(
+        ((found - expected).abs() <= 4 * (expected * (1 - expected) / trials).sqrt() + 1e-9).all()
+    )
 
 
 def frequencies(tokens: Tensor) -> Tensor:
@@ -114,7 +121,9 @@ def test_mixed_tokens_come_from_the_mixture_with_bounded_weights(student, teache
     q, p = (log_q_of(m, prompt[:1])[0, -1].exp() for m in (student, teacher.module))
     mixture = share * p + (1 - share) * q
     assert near(frequencies(drawn.inputs[:, 0, 0]), mixture, rows)
-    torch.testing.assert_close(drawn.weight[:, 0], (q / mixture)[drawn.inputs[:, 0, 0]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        drawn.weight[:, 0], (q / mixture)[drawn.inputs[:, 0, 0]], rtol=1e-5, atol=1e-6
+    )
     assert drawn.weight.max() <= 1 / (1 - share) + 1e-12
 
 
@@ -131,7 +140,10 @@ def test_a_teacher_without_a_cache_is_read_again_to_the_same_end(student, teache
         def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
             return teacher.ask(inputs)
 
-    found = [sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=Mixed(0.5, t)) for t in (teacher, Remote())]
+    found = [
+        sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=Mixed(0.5, t))
+        for t in (teacher, Remote())
+    ]
     assert torch.equal(found[0].inputs, found[1].inputs)
     torch.testing.assert_close(found[0].weight, found[1].weight, rtol=1e-5, atol=1e-6)
 
@@ -140,7 +152,9 @@ def test_a_teacher_without_a_cache_is_read_again_to_the_same_end(student, teache
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_position_is_about_the_token_after_it(name, temperature, eos, student, teacher):
-    """Probabilities of drawing, through the cache, are those of one pass over the whole text, a position earlier."""
+    """Probabilities of drawing, through the cache, are those of one pass over the whole text, a
+    position earlier.
+    """
     prompt, count = text(32, 5), 6
     batch = made(name, student, teacher, prompt, count, temperature=temperature, eos=eos)
     assert batch.inputs.shape == (32, 5 + count - 1, 2)
@@ -152,7 +166,9 @@ def test_a_position_is_about_the_token_after_it(name, temperature, eos, student,
     assert batch.rollout
     assert batch.teacher
     log_q = log_q_of(student, batch.inputs, temperature).gather(-1, batch.label[..., None])[..., 0]
-    torch.testing.assert_close(batch.rollout.log_q[batch.mask].double(), log_q[batch.mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        batch.rollout.log_q[batch.mask].double(), log_q[batch.mask], rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(batch.teacher.logits, teacher.logits(batch.inputs))
     assert torch.equal(batch.teacher.mask, batch.mask)
 
@@ -179,7 +195,9 @@ def test_rows_are_drawn_alike_however_they_are_shared_out(student, teacher):
 
 def test_short_prompts_are_continued_as_if_they_stood_alone(student):
     rows, mask = text(4, 8), torch.arange(8) < torch.tensor([8, 3, 5, 8])[:, None]
-    mask[0, :4] = False  # an instruction of five tokens, of which the last tells the first of its answer
+    mask[0, :4] = (
+        False  # an instruction of five tokens, of which the last tells the first of its answer
+    )
     prompt, numbers = prompts(rows, mask, 6, 8), uniforms(4, 4)
     together = sample(student, prompt, uniforms=numbers)
     for row, size in enumerate([5, 3, 5, 6]):
@@ -206,8 +224,13 @@ def test_what_a_quantised_student_drafts_is_drawn_from_its_rounded_weights(teach
     phases.round_as(student, Quant(weights="ternary", activations="none"))
     batch = made("drafted", student, teacher, text(64, 5), 6)
     assert batch.rollout
-    rounded, shadow = (log_q_of(m, batch.inputs).gather(-1, batch.label[..., None])[..., 0] for m in (student, full))
-    torch.testing.assert_close(batch.rollout.log_q[batch.mask].double(), rounded[batch.mask], rtol=1e-4, atol=1e-4)
+    rounded, shadow = (
+        log_q_of(m, batch.inputs).gather(-1, batch.label[..., None])[..., 0]
+        for m in (student, full)
+    )
+    torch.testing.assert_close(
+        batch.rollout.log_q[batch.mask].double(), rounded[batch.mask], rtol=1e-4, atol=1e-4
+    )
     assert (batch.rollout.log_q.double() - shadow)[batch.mask].abs().mean() > 0.1
 
 
@@ -231,14 +254,18 @@ def test_nothing_is_dropped_while_it_writes_and_every_mode_is_restored(teacher):
     assert torch.equal(first.label, second.label)
     assert first.rollout
     log_q = log_q_of(student, first.inputs).gather(-1, first.label[..., None])[..., 0]
-    torch.testing.assert_close(first.rollout.log_q[first.mask].double(), log_q[first.mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        first.rollout.log_q[first.mask].double(), log_q[first.mask], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_no_gradient_flows_through_the_sampling_or_the_teacher(student, teacher):
     batch = made("on_policy", student, teacher, text(4, 5), 6, mixed=0.3)
     assert batch.rollout
     assert batch.teacher
-    assert not any(x.requires_grad for x in (batch.rollout.log_q, batch.rollout.weight, batch.teacher.logits))
+    assert not any(
+        x.requires_grad for x in (batch.rollout.log_q, batch.rollout.weight, batch.teacher.logits)
+    )
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -257,9 +284,13 @@ def test_padded_columns_are_never_drawn_and_take_no_gradient(name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_can_not_be_written_is_said(name, student, teacher):
-    with pytest.raises(RecipeError, match=r"teacher's head has 9 columns and the student's 7.*give vocab ="):
+    with pytest.raises(
+        RecipeError, match=r"teacher's head has 9 columns and the student's 7.*give vocab ="
+    ):
         made(name, student, Frozen(llama(1, classes=9)), text(2, 5), 6)
-    with pytest.raises(DataError, match=r"18 tokens of prompt and 6 new ones make 23 positions.*built for 20"):
+    with pytest.raises(
+        DataError, match=r"18 tokens of prompt and 6 new ones make 23 positions.*built for 20"
+    ):
         made(name, student, teacher, text(2, 18), 6)
     with pytest.raises(RecipeError, match="SeriesEncoder keeps no cache"):
         made(name, SeriesEncoder(channels=2, classes=V, steps=8), teacher, text(2, 5), 6)
@@ -284,7 +315,9 @@ def test_a_draft_is_accepted_as_often_as_the_distributions_overlap(many, student
 
 
 def test_what_verification_puts_out_is_distributed_as_the_teacher(many, teacher):
-    """The first token, and the second after one context of the first (arXiv 2211.17192, appendix A.1)."""
+    """The first token, and the second after one context of the first (arXiv 2211.17192, appendix
+    A.1).
+    """
     r = many.rollout
     out = torch.where(r.rejected, r.correction, many.label)
     first = log_q_of(teacher.module, many.inputs[:1, :4])[0, -1].exp()

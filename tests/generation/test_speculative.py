@@ -1,7 +1,9 @@
-"""Speculative text against the teacher's own: token by token at temperature 0, by chi-square above it.
+"""Speculative text against the teacher's own: token by token at temperature 0, by chi-square above
+it.
 
-Teachers are small random Llamas, drafters a noisy copy or what the teacher says after one token, so that some drafts
-stay and some do not; tables of fixed laws have closed forms of acceptance and block efficiency.
+Teachers are small random Llamas, drafters a noisy copy or what the teacher says after one token, so
+that some drafts stay and some do not; tables of fixed laws have closed forms of acceptance and
+block efficiency.
 """
 
 import copy
@@ -21,7 +23,16 @@ from raykd.deploy.onnx import write_decoder
 from raykd.deploy.onnx.decoder import Decoder
 from raykd.errors import DataError, RecipeError
 from raykd.generation.reader import OnnxReader, TorchReader
-from raykd.generation.speculative import Text, draw, generate, judge, law, predicted, residual, speculate
+from raykd.generation.speculative import (
+    Text,
+    draw,
+    generate,
+    judge,
+    law,
+    predicted,
+    residual,
+    speculate,
+)
 from raykd.models.llama import Llama
 
 VOCAB, STEPS = 50, 96
@@ -29,9 +40,13 @@ LEVEL = 1e-3  # of every chi-square test, whose seeds are fixed
 
 
 def llama(vocab: int = VOCAB, steps: int = STEPS, seed: int = 0) -> Llama:
-    """Weights large enough that no law is flat, attention's smaller: the last token decides more than half the time."""
+    """Weights large enough that no law is flat, attention's smaller: the last token decides more
+    than half the time.
+    """
     torch.manual_seed(seed)
-    module = Llama(classes=vocab, steps=steps, width=16, layers=1, heads=2, kv_heads=1, inner=24, tied=False)
+    module = Llama(
+        classes=vocab, steps=steps, width=16, layers=1, heads=2, kv_heads=1, inner=24, tied=False
+    )
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(12) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
@@ -44,16 +59,22 @@ def noisy(module: Llama, noise: float = 0.04) -> Llama:
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=draws, dtype=parameter.dtype)
+            parameter += noise * torch.randn(
+                parameter.shape, generator=draws, dtype=parameter.dtype
+            )
     return other
 
 
 def prompts(count: int, *, length: int = 4, vocab: int = VOCAB) -> list[list[int]]:
-    return torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(2)).tolist()
+    return torch.randint(
+        vocab, (count, length), generator=torch.Generator().manual_seed(2)
+    ).tolist()
 
 
 class Table:
-    """A reader whose next token depends on the last one alone, by rows of a table of probabilities (V, V)."""
+    """A reader whose next token depends on the last one alone, by rows of a table of probabilities
+    (V, V).
+    """
 
     def __init__(self, table: Tensor, steps: int = 10**6):
         self.steps, self.length, self._logits = steps, 0, table.log()
@@ -106,7 +127,9 @@ def some_law(size: int) -> st.SearchStrategy[Tensor]:
 @given(some_law(6), some_law(6))
 def test_what_stays_and_what_replaces_it_add_up_to_the_teachers_law(p, q):
     overlap = torch.minimum(p, q)
-    torch.testing.assert_close(overlap + (1 - overlap.sum()) * residual(p, q), p, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        overlap + (1 - overlap.sum()) * residual(p, q), p, rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(residual(p, q).sum(), torch.ones((), dtype=torch.float64))
 
 
@@ -126,7 +149,9 @@ def test_equal_laws_leave_no_residual_and_every_draft_stays(p):
 @given(some_law(7), st.sampled_from([torch.float32, torch.float64]))
 def test_draws_over_an_even_grid_count_the_law_and_nothing_of_weight_0_is_drawn(p, dtype):
     grid = 100
-    counts = torch.bincount(torch.tensor([draw(3 * p.to(dtype), (i + 0.5) / grid) for i in range(grid)]), minlength=7)
+    counts = torch.bincount(
+        torch.tensor([draw(3 * p.to(dtype), (i + 0.5) / grid) for i in range(grid)]), minlength=7
+    )
     assert (counts / grid - p).abs().max() <= 1.01 / grid
     for u in (0.0, 1 - 2**-53):
         assert p[draw(p.to(dtype), u)] > 0
@@ -151,7 +176,9 @@ ASKED = int(os.environ.get("RAYKD_GREEDY_PROMPTS", "150"))  # 1,000 take a minut
 
 @pytest.mark.parametrize(("kind", "number"), [("after one", ASKED), ("noisy", 15)])
 def test_greedy_text_is_the_teachers(kind, number):
-    """In float64, where one call for many tokens and one for each differ by 1e-15 and no two logits are that near."""
+    """In float64, where one call for many tokens and one for each differ by 1e-15 and no two logits
+    are that near.
+    """
     teacher, count = llama().double(), 64
     asked = prompts(number)
     ids, cache = torch.tensor(asked), teacher.cache(number)
@@ -162,13 +189,23 @@ def test_greedy_text_is_the_teachers(kind, number):
             wanted.append(teacher(wanted[-1], cache)["logits"][:, -1:].argmax(-1))
     straight = torch.cat(wanted[1:], 1).tolist()
     drafter = after_one(teacher) if kind == "after one" else TorchReader(noisy(teacher))
-    found = [speculate(TorchReader(teacher), drafter, prompt, count, gamma=4, temperature=0.0) for prompt in asked]
+    found = [
+        speculate(TorchReader(teacher), drafter, prompt, count, gamma=4, temperature=0.0)
+        for prompt in asked
+    ]
     assert [text.tokens for text in found] == straight
-    calls, tested = sum(t.teacher_calls for t in found), sum(r.tested for t in found for r in t.rounds)
+    calls, tested = (
+        sum(t.teacher_calls for t in found),
+        sum(r.tested for t in found for r in t.rounds),
+    )
     share = sum(r.accepted for t in found for r in t.rounds) / tested
-    print(f"greedy: {share:.3f} of {tested} tested drafts stayed, {number * count / calls:.2f} tokens a call")
+    print(
+        f"greedy: {share:.3f} of {tested} tested drafts stayed, {number * count / calls:.2f} tokens a call"
+    )
     assert 0.3 < share < 0.95, "neither side decides alone"
-    assert all(t.acceptance == t.accepted_share for t in found), "one-point laws overlap wholly or not at all"
+    assert all(t.acceptance == t.accepted_share for t in found), (
+        "one-point laws overlap wholly or not at all"
+    )
     assert len({tuple(text) for text in straight}) > number / 2
 
 
@@ -201,7 +238,9 @@ def counted(texts: Sequence[Text], vocab: int, count: int) -> Tensor:
 
 
 def test_sampled_texts_have_the_law_of_the_teacher():
-    """All 27 texts of three tokens, their probabilities by the teacher's whole pass; caches on both sides."""
+    """All 27 texts of three tokens, their probabilities by the teacher's whole pass; caches on both
+    sides.
+    """
     vocab, count, prompt, number, temperature = 3, 3, [1, 2], 1000, 0.8
     teacher = llama(vocab, seed=3)
     with torch.no_grad():
@@ -212,17 +251,24 @@ def test_sampled_texts_have_the_law_of_the_teacher():
         logp = (teacher(whole)["logits"][:, 1:-1] / temperature).log_softmax(-1)
     p = logp.gather(2, every[..., None]).sum((1, 2)).double().exp()
     ours, theirs = TorchReader(teacher), TorchReader(noisy(teacher, 0.3))
-    found = [speculate(ours, theirs, prompt, count, gamma=2, temperature=temperature, seed=i) for i in range(number)]
+    found = [
+        speculate(ours, theirs, prompt, count, gamma=2, temperature=temperature, seed=i)
+        for i in range(number)
+    ]
     plain, alone = (
         [generate(reader, prompt, count, temperature=temperature, seed=i) for i in range(number)]
         for reader in (ours, theirs)
     )
     overlap = [value for t in found for r in t.rounds for value in r.overlap]
     levels = [chi_square_level(counted(texts, vocab, count), p) for texts in (found, plain)]
-    print(f"chi-square levels {levels}, mean overlap {sum(overlap) / len(overlap):.3f}, {p.min():.4f} the rarest text")
+    print(
+        f"chi-square levels {levels}, mean overlap {sum(overlap) / len(overlap):.3f}, {p.min():.4f} the rarest text"
+    )
     assert 0.4 < sum(overlap) / len(overlap) < 0.95
     assert min(levels) > LEVEL
-    assert chi_square_level(counted(alone, vocab, count), p) < LEVEL**2, "the test tells the drafter's law apart"
+    assert chi_square_level(counted(alone, vocab, count), p) < LEVEL**2, (
+        "the test tells the drafter's law apart"
+    )
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 6])
@@ -230,8 +276,12 @@ def test_texts_of_a_table_have_its_law_for_any_number_of_drafts(gamma):
     draws = torch.Generator().manual_seed(4)
     ours, theirs = (torch.rand(3, 3, generator=draws, dtype=torch.float64) + 0.15 for _ in range(2))
     ours, theirs = ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True)
-    p = torch.stack([ours[1, a] * ours[a, b] * ours[b, c] for a, b, c in itertools.product(range(3), repeat=3)])
-    found = [speculate(Table(ours), Table(theirs), [1], 3, gamma=gamma, seed=i) for i in range(2500)]
+    p = torch.stack(
+        [ours[1, a] * ours[a, b] * ours[b, c] for a, b, c in itertools.product(range(3), repeat=3)]
+    )
+    found = [
+        speculate(Table(ours), Table(theirs), [1], 3, gamma=gamma, seed=i) for i in range(2500)
+    ]
     assert chi_square_level(counted(found, 3, 3), p) > LEVEL
 
 
@@ -245,11 +295,17 @@ def test_fixed_laws_are_accepted_by_their_overlap_and_a_call_gives_the_closed_fo
     assert found.acceptance == pytest.approx(a, abs=1e-9)
     tested = sum(r.tested for r in found.rounds)
     assert abs(found.accepted_share - a) < 3 * sqrt(a * (1 - a) / tested)
-    each = torch.tensor([len(r.tokens) for r in found.rounds if len(r.drafted) == gamma], dtype=torch.float64)
+    each = torch.tensor(
+        [len(r.tokens) for r in found.rounds if len(r.drafted) == gamma], dtype=torch.float64
+    )
     wanted = (1 - a ** (gamma + 1)) / (1 - a)
     assert (each.mean() - wanted).abs() < 3 * each.std() / sqrt(len(each))
     assert predicted(a, gamma, 0.0, 1.0) == pytest.approx(wanted)
-    assert found.block_efficiency == count / len(found.rounds) == pytest.approx(each.mean().item(), rel=1e-2)
+    assert (
+        found.block_efficiency
+        == count / len(found.rounds)
+        == pytest.approx(each.mean().item(), rel=1e-2)
+    )
     assert 3 not in found.tokens, "the teacher never says it"
 
 
@@ -257,25 +313,35 @@ def test_the_share_that_stays_is_the_mean_overlap_of_what_was_tested():
     """Accepted less overlap has mean 0 at every test, whatever came before."""
     teacher = llama()
     readers = TorchReader(teacher), TorchReader(noisy(teacher, 0.12))
-    found = [speculate(*readers, prompt, 60, gamma=4, seed=i) for i, prompt in enumerate(prompts(8))]
+    found = [
+        speculate(*readers, prompt, 60, gamma=4, seed=i) for i, prompt in enumerate(prompts(8))
+    ]
     rounds = [r for t in found for r in t.rounds]
     overlap = torch.tensor([value for r in rounds for value in r.overlap], dtype=torch.float64)
     ratio = torch.tensor([min(1, p / q) for r in rounds for p, q in zip(r.p, r.q, strict=True)])
     stayed = sum(r.accepted for r in rounds) / len(overlap)
     error = (overlap * (1 - overlap)).sum().sqrt() / len(overlap)
-    print(f"overlap {overlap.mean():.4f}, stayed {stayed:.4f}, s.e. {error:.4f}, {len(overlap)} tests")
+    print(
+        f"overlap {overlap.mean():.4f}, stayed {stayed:.4f}, s.e. {error:.4f}, {len(overlap)} tests"
+    )
     assert 0.3 < stayed < 0.9
     assert abs(stayed - overlap.mean()) < 3 * error
-    assert abs(ratio.mean() - overlap.mean()) < 3 * error, "E[min(1, p / q)] under q, by the recorded p and q"
+    assert abs(ratio.mean() - overlap.mean()) < 3 * error, (
+        "E[min(1, p / q)] under q, by the recorded p and q"
+    )
 
 
 def test_a_drafter_that_is_the_teacher_is_always_right():
     teacher = llama()
-    found = speculate(TorchReader(teacher), TorchReader(copy.deepcopy(teacher)), [1, 2], 90, gamma=5)
+    found = speculate(
+        TorchReader(teacher), TorchReader(copy.deepcopy(teacher)), [1, 2], 90, gamma=5
+    )
     assert found.accepted_share == 1
     assert found.acceptance == pytest.approx(1, abs=1e-5)
     assert (found.teacher_calls, found.block_efficiency) == (15, 6)
-    assert found.drafter_calls == 75, "one call for each drafted token, the one that closed the last round read along"
+    assert found.drafter_calls == 75, (
+        "one call for each drafted token, the one that closed the last round read along"
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -314,7 +380,9 @@ def test_files_draft_and_verify_as_modules_do():
 
 @pytest.mark.parametrize("length", [1, 60, 95, 96])
 def test_a_text_ends_one_token_beyond_the_teachers_context(length):
-    """With drafters of a context as long, shorter than the prompt or ending within the text, and a longer one."""
+    """With drafters of a context as long, shorter than the prompt or ending within the text, and a
+    longer one.
+    """
     teacher = llama().double()
     prompt = prompts(1, length=length)[0]
     straight = generate(TorchReader(teacher), prompt, 200, temperature=0.0)
@@ -323,7 +391,9 @@ def test_a_text_ends_one_token_beyond_the_teachers_context(length):
     for steps in (STEPS, 20, 70, 300):
         drafter = llama(steps=steps).double()
         drafter.load_state_dict(noisy(teacher).state_dict())
-        found = speculate(TorchReader(teacher), TorchReader(drafter), prompt, 200, gamma=4, temperature=0.0)
+        found = speculate(
+            TorchReader(teacher), TorchReader(drafter), prompt, 200, gamma=4, temperature=0.0
+        )
         assert (found.tokens, found.ended) == (straight.tokens, "context")
         assert sum(len(r.drafted) for r in found.rounds) == found.drafter_calls
         assert (found.drafter_calls == 0) == (length > min(steps, STEPS - 1))
@@ -341,9 +411,13 @@ def test_a_text_ends_behind_the_token_that_ends_it_wherever_it_stands():
             assert found.tokens == generate(readers[0], prompt, 24, temperature=0.0, eos=eos).tokens
             assert found.ended == "eos"
             ended.add((found.rounds[-1].token is None, found.rounds[-1].accepted > 0))
-    assert {(True, True), (False, True), (False, False)} <= ended, "as a draft, behind drafts, and alone"
+    assert {(True, True), (False, True), (False, False)} <= ended, (
+        "as a draft, behind drafts, and alone"
+    )
     prompt = [*prompts(1)[0], 7]
-    assert len(generate(readers[0], prompt, 3, eos=7).tokens) >= 1, "one that stands in the prompt does not count"
+    assert len(generate(readers[0], prompt, 3, eos=7).tokens) >= 1, (
+        "one that stands in the prompt does not count"
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
@@ -366,7 +440,9 @@ def test_columns_that_only_one_side_has_are_outside_both_laws():
             mine.fill_(5.0)[tuple(map(slice, weight.shape))] = weight
     drafter = TorchReader(wide)
     for ours, theirs in ((TorchReader(teacher), drafter), (drafter, TorchReader(teacher))):
-        with pytest.raises(DataError, match=r"are (50|64) columns .* vocab=vocabulary.shared_tokens"):
+        with pytest.raises(
+            DataError, match=r"are (50|64) columns .* vocab=vocabulary.shared_tokens"
+        ):
             speculate(ours, theirs, [1, 2], 10)
         found = speculate(ours, theirs, [1, 2], 90, vocab=VOCAB)
         assert max(found.tokens) < VOCAB
@@ -378,7 +454,10 @@ def test_columns_that_only_one_side_has_are_outside_both_laws():
 def test_what_can_not_be_decoded_is_refused():
     module = llama()
     reader = TorchReader(module)
-    for call in (lambda *a, **k: generate(reader, *a, **k), lambda *a, **k: speculate(reader, reader, *a, **k)):
+    for call in (
+        lambda *a, **k: generate(reader, *a, **k),
+        lambda *a, **k: speculate(reader, reader, *a, **k),
+    ):
         with pytest.raises(DataError, match="no token in it"):
             call([], 5)
         with pytest.raises(DataError, match="97 tokens, but the teacher reads 96"):

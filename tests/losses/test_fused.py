@@ -1,4 +1,6 @@
-"""The fused losses against plain PyTorch: log_softmax and kl_div over whole matrices of logits, and autograd."""
+"""The fused losses against plain PyTorch: log_softmax and kl_div over whole matrices of logits, and
+autograd.
+"""
 
 import json
 import subprocess
@@ -21,22 +23,31 @@ NAMES = ("hidden", "weight", "bias")
 def leaves(dtype: torch.dtype = torch.float32, width: int = V) -> list[Tensor]:
     """hidden (P, D), weight (width, D), bias (width,), as leaves that take gradients."""
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in ((P, D), (width, D), (width,))]
+    return [
+        torch.randn(s, generator=g, dtype=dtype).requires_grad_()
+        for s in ((P, D), (width, D), (width,))
+    ]
 
 
 def sparse(tail: bool = False, dtype: torch.dtype = torch.float32) -> SparseTargets:
-    """1 to 6 classes a place, with weights that do not sum to 1 without a tail, as those of a temperature grid."""
+    """1 to 6 classes a place, with weights that do not sum to 1 without a tail, as those of a
+    temperature grid.
+    """
     g = torch.Generator().manual_seed(1)
     counts = torch.randint(1, 7, (P,), generator=g)
     ids = torch.cat([torch.randperm(V, generator=g)[:n].sort().values for n in counts.tolist()])
     start = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     weight = torch.rand(len(ids), generator=g, dtype=dtype) / counts.repeat_interleave(counts)
-    rest = 1 - torch.zeros(P, dtype=dtype).index_add_(0, torch.arange(P).repeat_interleave(counts), weight)
+    rest = 1 - torch.zeros(P, dtype=dtype).index_add_(
+        0, torch.arange(P).repeat_interleave(counts), weight
+    )
     entropy = torch.rand(P, generator=g, dtype=dtype)
     return SparseTargets(ids, start, weight, V, entropy, rest if tail else None)
 
 
-def naive_sparse(hidden: Tensor, weight: Tensor, bias: Tensor | None, t: SparseTargets, temperature: float) -> Tensor:
+def naive_sparse(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, t: SparseTargets, temperature: float
+) -> Tensor:
     log_q = (F.linear(hidden, weight, bias)[:, : t.vocab] / temperature).log_softmax(1)
     w = t.dense().to(log_q.dtype)
     assert t.entropy is not None
@@ -47,7 +58,9 @@ def naive_sparse(hidden: Tensor, weight: Tensor, bias: Tensor | None, t: SparseT
     return value
 
 
-def naive_dense(z: Tensor, y: Tensor, temperature: float, divergence: str, beta: float = 0.5) -> Tensor:
+def naive_dense(
+    z: Tensor, y: Tensor, temperature: float, divergence: str, beta: float = 0.5
+) -> Tensor:
     log_q, log_p = (z / temperature).log_softmax(1), (y / temperature).log_softmax(1)
     if divergence == "forward":
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
@@ -74,7 +87,10 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-
 @pytest.mark.parametrize("tail", [False, True])
 def test_sparse_values_and_gradients_equal_the_naive_ones(tail, temperature):
     inputs, t = leaves(), sparse(tail)
-    ours, theirs = sparse_kl(*inputs, t, temperature=temperature), naive_sparse(*inputs, t, temperature)
+    ours, theirs = (
+        sparse_kl(*inputs, t, temperature=temperature),
+        naive_sparse(*inputs, t, temperature),
+    )
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert_same(gradients(ours.mean(), inputs), gradients(theirs.mean(), inputs))
 
@@ -83,13 +99,19 @@ def test_sparse_values_and_gradients_equal_the_naive_ones(tail, temperature):
 def test_any_upstream_gradient_is_exact_whether_told_before_or_not(upstream):
     inputs, t = leaves(), sparse()
     g = torch.Generator().manual_seed(2)
-    w = {"mask": (torch.arange(P) % 3 > 0).float(), "rows": torch.rand(P, generator=g)}.get(upstream)
+    w = {"mask": (torch.arange(P) % 3 > 0).float(), "rows": torch.rand(P, generator=g)}.get(
+        upstream
+    )
     ours, theirs = sparse_kl(*inputs, t, place_weight=w), naive_sparse(*inputs, t, 1.0)
     if w is not None:
         expected = gradients((w * naive_sparse(*inputs, t, 1.0)).sum() / 7, inputs)
         for _ in range(2):  # the graph may be kept and walked again
-            assert_same(list(torch.autograd.grad((w * ours).sum() / 7, inputs, retain_graph=True)), expected)
-    assert_same(gradients(ours.square().sum(), inputs), gradients(theirs.square().sum(), inputs), 3e-5)
+            assert_same(
+                list(torch.autograd.grad((w * ours).sum() / 7, inputs, retain_graph=True)), expected
+            )
+    assert_same(
+        gradients(ours.square().sum(), inputs), gradients(theirs.square().sum(), inputs), 3e-5
+    )
 
 
 def test_places_of_weight_zero_have_no_gradient():
@@ -110,7 +132,9 @@ def test_gradients_pass_gradcheck_in_float64(form):
     inputs = [x.detach().requires_grad_() for x in (hidden[:4], weight, bias)]
     if form in ("sparse", "tail"):
         t = sparse(form == "tail", torch.float64).take(torch.arange(4))
-        assert torch.autograd.gradcheck(lambda *x: sparse_kl(*x, t, temperature=1.5, chunk=3), inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda *x: sparse_kl(*x, t, temperature=1.5, chunk=3), inputs, fast_mode=True
+        )
     else:
         y = 2 * torch.randn(4, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         loss = lambda *x: dense_kl(*x, y, temperature=1.5, divergence=form, beta=0.3, chunk=3)  # noqa: E731
@@ -131,7 +155,9 @@ def test_the_size_of_a_chunk_changes_nothing(chunk):
 def test_dense_values_and_gradients_equal_the_naive_ones(divergence, live):
     inputs = leaves()
     g = torch.Generator().manual_seed(4)
-    head = Head(torch.randn(P, 5, generator=g), torch.randn(V, 5, generator=g), torch.randn(V, generator=g))
+    head = Head(
+        torch.randn(P, 5, generator=g), torch.randn(V, 5, generator=g), torch.randn(V, generator=g)
+    )
     y = F.linear(*head)
     ours = dense_kl(*inputs, head if live else y, temperature=2.0, divergence=divergence, beta=0.3)
     theirs = naive_dense(F.linear(*inputs), y, 2.0, divergence, 0.3)
@@ -142,7 +168,9 @@ def test_dense_values_and_gradients_equal_the_naive_ones(divergence, live):
 def test_the_ends_of_js_are_forward_and_reverse():
     inputs, y = leaves(), torch.randn(P, V, generator=torch.Generator().manual_seed(5))
     for beta, name in ((0, "forward"), (1, "reverse")):
-        assert torch.equal(dense_kl(*inputs, y, divergence="js", beta=beta), dense_kl(*inputs, y, divergence=name))
+        assert torch.equal(
+            dense_kl(*inputs, y, divergence="js", beta=beta), dense_kl(*inputs, y, divergence=name)
+        )
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
@@ -156,7 +184,11 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence):
 
 def test_all_classes_as_a_sparse_target_are_the_dense_loss_and_t_squared_keeps_its_gradient():
     """T^2 KL_T has the gradient T (q - p) with respect to the logits."""
-    inputs, y, temperature = leaves(), torch.randn(P, V, generator=torch.Generator().manual_seed(6)), 3.0
+    inputs, y, temperature = (
+        leaves(),
+        torch.randn(P, V, generator=torch.Generator().manual_seed(6)),
+        3.0,
+    )
     p = (y / temperature).softmax(1)
     ids, start = torch.arange(V).repeat(P), torch.arange(P + 1) * V
     every = SparseTargets(ids, start, p.flatten(), V, -(p * p.log()).sum(1))
@@ -165,7 +197,11 @@ def test_all_classes_as_a_sparse_target_are_the_dense_loss_and_t_squared_keeps_i
     z = F.linear(*inputs)
     logit_gradient = temperature * ((z / temperature).softmax(1) - p).detach()
     ours = gradients(temperature**2 * dense.sum(), inputs)
-    assert_same(ours, [logit_gradient @ inputs[1], logit_gradient.T @ inputs[0], logit_gradient.sum(0)], 1e-4)
+    assert_same(
+        ours,
+        [logit_gradient @ inputs[1], logit_gradient.T @ inputs[0], logit_gradient.sum(0)],
+        1e-4,
+    )
 
 
 def test_padded_columns_are_outside_the_softmax_and_have_no_gradient():
@@ -211,7 +247,9 @@ def test_half_precision_inputs_meet_fp32_arithmetic():
     exact = [x.detach().float().requires_grad_() for x in inputs]
     reference = sparse_kl(*exact, t)
     assert (value - reference).abs().max() < 0.1  # the logits themselves are products of bf16
-    for ours, theirs in zip(gradients(value.mean(), inputs), gradients(reference.mean(), exact), strict=True):
+    for ours, theirs in zip(
+        gradients(value.mean(), inputs), gradients(reference.mean(), exact), strict=True
+    ):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - theirs).abs().max() < 0.02
 
@@ -255,7 +293,9 @@ print(json.dumps([step(256), step(256), step(4096)]))
 
 def test_memory_does_not_grow_with_the_number_of_places():
     """16 times the places would be 310 MiB more of logits alone; here it is the places' own inputs."""
-    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
+    )
     _, few, many = json.loads(done.stdout)
     assert many - few < 16
 
@@ -263,10 +303,17 @@ def test_memory_does_not_grow_with_the_number_of_places():
 def test_tokenisers_agree_by_content_and_not_by_size():
     teacher = {f"t{i}": i for i in range(100)}
     padded = [*teacher, *(f"<pad{i}>" for i in range(28))]
-    assert shared_tokens(teacher, teacher) == shared_tokens(teacher, padded) == shared_tokens(padded, teacher) == 100
+    assert (
+        shared_tokens(teacher, teacher)
+        == shared_tokens(teacher, padded)
+        == shared_tokens(padded, teacher)
+        == 100
+    )
     permuted = list(teacher)
     permuted[17], permuted[40] = permuted[40], permuted[17]
-    with pytest.raises(DataError, match="id 17 is 't17' to the teacher and 't40' to the student; id 40"):
+    with pytest.raises(
+        DataError, match="id 17 is 't17' to the teacher and 't40' to the student; id 40"
+    ):
         shared_tokens(teacher, permuted)
     assert table_digest(teacher) == table_digest(list(teacher)) != table_digest(permuted)
     assert check_digest(table_digest(teacher), 100, padded) == 100

@@ -1,7 +1,9 @@
-"""Laws and closed forms of valence: normalised return-to-go, prefix confidence, coherence, saliency.
+"""Laws and closed forms of valence: normalised return-to-go, prefix confidence, coherence,
+saliency.
 
-The reference for the return-to-go is its definition, sum_k g^k v_{t+k} / sum_k g^k over the known steps from t on,
-in float64. Coherence stands against its two limits, saliency against arithmetic by hand.
+The reference for the return-to-go is its definition, sum_k g^k v_{t+k} / sum_k g^k over the known
+steps from t on, in float64. Coherence stands against its two limits, saliency against arithmetic by
+hand.
 """
 
 import numpy as np
@@ -23,7 +25,9 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8))
 def trajectories(draw):
     """(valence with NaN holes, mask) as float32 and bool arrays of one shape."""
     shape = draw(SHAPES)
-    value = draw(hnp.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32, allow_subnormal=False)))
+    value = draw(
+        hnp.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32, allow_subnormal=False))
+    )
     hole, mask = draw(hnp.arrays(bool, shape)), draw(hnp.arrays(bool, shape))
     return np.where(hole, np.float32(np.nan), value), mask
 
@@ -53,7 +57,9 @@ def test_the_future_is_what_it_is_defined_to_be(drawn, discount):
     found, known = future(value, mask, discount)
     expected, expected_known = defined(value, mask, discount)
     assert np.array_equal(known, expected_known)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # float32: at most 8 terms of size 1
+    np.testing.assert_allclose(
+        found, expected, rtol=1e-5, atol=1e-6
+    )  # float32: at most 8 terms of size 1
 
 
 @settings(deadline=None)
@@ -82,7 +88,9 @@ def test_discount_1_gives_the_mean_of_the_remainder(drawn):
     found, known = future(value, mask, 1.0)
     left = np.where(mask, value, np.nan)
     for row, t in zip(*np.nonzero(known), strict=True):
-        assert found[row, t] == pytest.approx(np.nanmean(left[row, t:].astype(np.float64)), abs=1e-6)
+        assert found[row, t] == pytest.approx(
+            np.nanmean(left[row, t:].astype(np.float64)), abs=1e-6
+        )
 
 
 @settings(deadline=None)
@@ -90,7 +98,9 @@ def test_discount_1_gives_the_mean_of_the_remainder(drawn):
 def test_padding_and_what_stands_at_invalid_steps_change_nothing(drawn, discount, garbage):
     value, mask = drawn
     found, known = future(value, mask, discount)
-    wider = np.pad(np.where(mask, value, np.float32(garbage)), ((0, 0), (0, 3)), constant_values=garbage)
+    wider = np.pad(
+        np.where(mask, value, np.float32(garbage)), ((0, 0), (0, 3)), constant_values=garbage
+    )
     found2, known2 = future(wider, np.pad(mask, ((0, 0), (0, 3))), discount)
     assert np.array_equal(found2[:, : mask.shape[1]], found)
     assert np.array_equal(known2[:, : mask.shape[1]], known)
@@ -112,7 +122,9 @@ def test_a_long_gap_under_a_small_discount_keeps_the_value():
     np.testing.assert_allclose(found, 0.75, rtol=1e-5)
 
 
-def random_logits(rows: int = 4, steps: int = 6, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_logits(
+    rows: int = 4, steps: int = 6, classes: int = 3
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(rows, steps, classes, generator=draw)
     mask = torch.arange(steps) < torch.tensor([6, 4, 1, 3])[:, None]
@@ -124,13 +136,17 @@ def test_prefix_confidence_is_the_softmax_of_mean_logits_so_far():
     found = prefix_confidence(logits, mask, label)
     for row, t in mask.nonzero().tolist():
         mean = logits[row, : t + 1].double().mean(0)
-        assert found[row, t].item() == pytest.approx(2 * mean.softmax(-1)[label[row]].item() - 1, abs=1e-6)
+        assert found[row, t].item() == pytest.approx(
+            2 * mean.softmax(-1)[label[row]].item() - 1, abs=1e-6
+        )
     assert found[~mask].isnan().all()
 
 
 def test_prefix_confidence_lies_between_its_bounds():
     logits = torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]], [[7.0, 7.0]]])
-    found = prefix_confidence(logits, torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, dtype=torch.int64))
+    found = prefix_confidence(
+        logits, torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    )
     assert found.squeeze(1).tolist() == [1.0, -1.0, 0.0]
 
 
@@ -138,11 +154,17 @@ def test_prefix_confidence_lies_between_its_bounds():
 def test_prefix_confidence_of_a_causal_model_reads_no_later_step(t):
     torch.manual_seed(0)
     model = SeriesEncoder(channels=3, classes=4, steps=16, width=8)
-    inputs, mask, label = torch.randn(5, 6, 3), torch.ones(5, 6, dtype=torch.bool), torch.arange(5) % 4
+    inputs, mask, label = (
+        torch.randn(5, 6, 3),
+        torch.ones(5, 6, dtype=torch.bool),
+        torch.arange(5) % 4,
+    )
     changed = inputs.clone()
     changed[:, t:] = 9 * torch.randn(5, 6 - t, 3)
     with torch.no_grad():
-        before, after = (prefix_confidence(model(x)["logits"], mask, label) for x in (inputs, changed))
+        before, after = (
+            prefix_confidence(model(x)["logits"], mask, label) for x in (inputs, changed)
+        )
     # the same sums in the same order, but attention may block its rows otherwise for other values
     torch.testing.assert_close(before[:, :t], after[:, :t], rtol=0, atol=1e-6)
     assert not torch.allclose(before[:, t:], after[:, t:], atol=1e-3)

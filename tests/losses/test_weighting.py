@@ -1,6 +1,8 @@
-"""Row weights: the reference formula and code by hand, the effective sample size's law, and what never changes them.
+"""Row weights: the reference formula and code by hand, the effective sample size's law, and what
+never changes them.
 
-The closed form for Gaussian saliency, ESS / n -> exp(-boost^2), is the ratio E[w]^2 / E[w^2] of log-normal weights.
+The closed form for Gaussian saliency, ESS / n -> exp(-boost^2), is the ratio E[w]^2 / E[w^2] of
+log-normal weights.
 """
 
 import math
@@ -46,7 +48,9 @@ def test_raw_is_the_formula(boost):
 
 @pytest.mark.parametrize("boost", [0.5, 6.0])
 def test_snippet_is_one_number_for_all_rows(boost):
-    np.testing.assert_allclose(of(SALIENCY, mode="snippet", boost=boost), [statistics.mean(by_hand(boost))] * 4)
+    np.testing.assert_allclose(
+        of(SALIENCY, mode="snippet", boost=boost), [statistics.mean(by_hand(boost))] * 4
+    )
 
 
 def test_capped_cuts_the_formula_at_the_cap():
@@ -56,14 +60,19 @@ def test_capped_cuts_the_formula_at_the_cap():
 
 def test_selfnorm_is_a_softmax_times_the_number_of_rows():
     raw = by_hand(2.0)
-    np.testing.assert_allclose(of(SALIENCY, mode="selfnorm", boost=2.0), [4 * w / sum(raw) for w in raw])
+    np.testing.assert_allclose(
+        of(SALIENCY, mode="selfnorm", boost=2.0), [4 * w / sum(raw) for w in raw]
+    )
 
 
 SALIENT = hnp.arrays(
     np.float64,
     st.integers(1, 64),
     elements=st.one_of(
-        st.floats(-1, 1), st.sampled_from([0.0, 1.0, 1e6, -1e6, math.nan]), st.floats(-1e-7, 1e-7), st.floats(-1e6, 1e6)
+        st.floats(-1, 1),
+        st.sampled_from([0.0, 1.0, 1e6, -1e6, math.nan]),
+        st.floats(-1e-7, 1e-7),
+        st.floats(-1e6, 1e6),
     ),
 )
 
@@ -93,7 +102,9 @@ def test_ess_uses_the_whole_boost_where_it_may_and_else_the_largest_it_can(fract
 
 @pytest.mark.parametrize("boost", [0.25, 0.5, 0.83])
 def test_the_effective_sample_of_gaussian_saliency_has_its_closed_form(boost):
-    """400,000 draws: the standard error of the ratio, from 50 batches of them, is below 0.4 % at these boosts."""
+    """400,000 draws: the standard error of the ratio, from 50 batches of them, is below 0.4 % at
+    these boosts.
+    """
     z = np.random.default_rng(1).standard_normal((50, 8000))
     shares = [ess(np.exp(boost * row)) for row in z]
     error = np.std(shares, ddof=1) / math.sqrt(len(shares))
@@ -165,7 +176,9 @@ def test_with_dataset_statistics_a_row_weighs_the_same_in_every_batch():
 
 def test_local_statistics_are_those_of_a_workers_own_rows():
     saliency = torch.arange(8.0)
-    row_weights = RowWeights.of(saliency, Weighting(mode="raw", boost=1.0, statistics="local_batch"))
+    row_weights = RowWeights.of(
+        saliency, Weighting(mode="raw", boost=1.0, statistics="local_batch")
+    )
     first, _ = row_weights(np.arange(8), World(0, 2).share(8))
     second, _ = row_weights(np.arange(8), World(1, 2).share(8))
     np.testing.assert_allclose(first, second)
@@ -176,9 +189,14 @@ def rows_of_steps(steps: int) -> tuple[Signals, Batch, Tensor]:
     """Four rows of up to `steps` steps, their batch, and the weights of the formula."""
     torch.manual_seed(0)
     mask = torch.arange(steps) < torch.tensor([steps, 1, max(1, steps - 1), steps])[:, None]
-    student, teacher = torch.randn(4, steps, 3, dtype=torch.float64), torch.randn(4, steps, 3, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(4, steps, 3, dtype=torch.float64),
+        torch.randn(4, steps, 3, dtype=torch.float64),
+    )
     label = torch.tensor([0, 2, 1, 1])
-    batch = Batch(torch.arange(4), torch.zeros(4, steps, 1), mask, label, None, Signals(teacher, mask))
+    batch = Batch(
+        torch.arange(4), torch.zeros(4, steps, 1), mask, label, None, Signals(teacher, mask)
+    )
     return Signals(student, mask), batch, torch.tensor(by_hand(6.0))
 
 
@@ -188,14 +206,18 @@ def loss_of(student: Signals, batch: Batch, weight: Tensor | None, **terms) -> T
 
 
 def test_the_weighted_loss_is_the_formula():
-    """L = (1 / N) sum_i w_i lambda_1 KL(softmax(z_T / T) || softmax(z_S / T)), a row's KL the mean over its steps."""
+    """L = (1 / N) sum_i w_i lambda_1 KL(softmax(z_T / T) || softmax(z_S / T)), a row's KL the mean
+    over its steps.
+    """
     student, batch, w = rows_of_steps(5)
     log_q, log_p = ((s.logits / 4).log_softmax(-1) for s in (student, batch.teacher))
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     rows = [float(divergence[i, : int(n)].mean()) for i, n in enumerate(student.mask.sum(1))]
     expected = sum(0.8 * float(w[i]) * rows[i] for i in range(4)) / 4
     found = loss_of(student, batch, w, kd={"weight": 0.8, "temperature": 4.0, "t_squared": False})
-    assert found.item() == pytest.approx(expected, rel=5e-6)  # float32: at T = 4 a KL is the difference of near numbers
+    assert found.item() == pytest.approx(
+        expected, rel=5e-6
+    )  # float32: at T = 4 a KL is the difference of near numbers
 
 
 def test_the_snippets_loss_is_the_reference_code():
@@ -206,7 +228,9 @@ def test_the_snippets_loss_is_the_reference_code():
     z_s, z_t = student.logits[:, 0], batch.teacher.logits[:, 0]
     w = torch.exp(6.0 * (valence - valence.mean()) / (valence.std() + 1e-8))
     kl = F.kl_div(F.log_softmax(z_s / 4, 1), F.softmax(z_t / 4, 1), reduction="batchmean") * 4**2
-    expected = (F.cross_entropy(z_s, batch.label) + 0.8 * kl + 0.6 * F.mse_loss(value, truth)) * w.mean()
+    expected = (
+        F.cross_entropy(z_s, batch.label) + 0.8 * kl + 0.6 * F.mse_loss(value, truth)
+    ) * w.mean()
 
     weight = torch.from_numpy(of(SALIENCY, mode="snippet", least_std=1e-8))
     found = loss_of(

@@ -1,4 +1,6 @@
-"""Hugging Face's layout: what is written is read back alike, and their own Llama answers alike from the same folder."""
+"""Hugging Face's layout: what is written is read back alike, and their own Llama answers alike from
+the same folder.
+"""
 
 import json
 
@@ -41,7 +43,8 @@ def test_what_is_written_is_read_back(name, tmp_path):
     found = hf_folder.read(tmp_path)
     assert found.settings == module.settings
     assert all(
-        torch.equal(a, b) for a, b in zip(found.state_dict().values(), module.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(found.state_dict().values(), module.state_dict().values(), strict=True)
     )
     assert torch.equal(found(TOKENS)["logits"], module(TOKENS)["logits"])
     assert (hf_folder.HEAD in load_file(tmp_path / hf_folder.WEIGHTS)) != module.settings["tied"]
@@ -66,8 +69,12 @@ def test_their_model_answers_alike_from_the_folder(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     module = llama(name)
     hf_folder.write(module, tmp_path / "ours")
-    theirs, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert type(theirs).__name__ == ("BitNetForCausalLM" if module.settings["sub_norm"] else "LlamaForCausalLM")
+    theirs, said = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert type(theirs).__name__ == (
+        "BitNetForCausalLM" if module.settings["sub_norm"] else "LlamaForCausalLM"
+    )
     assert not any(said[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs.save_pretrained(tmp_path / "theirs")
     again = hf_folder.read(tmp_path / "theirs")
@@ -100,7 +107,11 @@ def test_older_keys_mean_what_they_meant(tmp_path):
         ("attention_bias", True, "attention_bias is True"),
         ("quantization_config", {"quant_method": "bitnet"}, "quantization_config is"),
         ("intermediate_size", None, "no intermediate_size"),
-        ("intermediate_size", 64, r"mlp.down_proj.weight: the module has \(32, 64\), the file \(32, 48\)"),
+        (
+            "intermediate_size",
+            64,
+            r"mlp.down_proj.weight: the module has \(32, 64\), the file \(32, 48\)",
+        ),
     ],
 )
 def test_what_is_another_model_is_named(key, value, words, tmp_path):

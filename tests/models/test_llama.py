@@ -92,14 +92,22 @@ def test_rows_do_not_depend_on_each_other_with_or_without_a_cache():
 
 @given(st.integers(0, 5000), st.integers(0, 50), st.integers(0, 5000))
 def test_rotated_products_depend_on_the_distance_alone(at, apart, shift):
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k = torch.randn(
+        2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
     def product(first: int, second: int) -> float:
-        turned = [rotate(x, rotations(torch.tensor([i]), 8, 100.0)) for x, i in ((q, first), (k, second))]
+        turned = [
+            rotate(x, rotations(torch.tensor([i]), 8, 100.0)) for x, i in ((q, first), (k, second))
+        ]
         return (turned[0] * turned[1]).sum().item()
 
-    assert product(at + apart, at) == pytest.approx(product(at + apart + shift, at + shift), abs=3e-3)
-    assert rotate(q, rotations(torch.tensor([at]), 8, 100.0)).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
+    assert product(at + apart, at) == pytest.approx(
+        product(at + apart + shift, at + shift), abs=3e-3
+    )
+    assert rotate(q, rotations(torch.tensor([at]), 8, 100.0)).norm().item() == pytest.approx(
+        q.norm().item(), rel=1e-6
+    )
 
 
 def test_heads_that_share_keys_are_heads_whose_keys_are_equal():
@@ -110,7 +118,9 @@ def test_heads_that_share_keys_are_heads_whose_keys_are_equal():
         if "k_proj" in name or "v_proj" in name:
             state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
     each.load_state_dict(state)
-    torch.testing.assert_close(each(tokens())["logits"], shared(tokens())["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        each(tokens())["logits"], shared(tokens())["logits"], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -150,7 +160,9 @@ def test_more_tokens_than_there_is_room_for_are_refused_and_change_nothing():
         module(ids[:, :5], small)
 
 
-@pytest.mark.parametrize("wrong", [{"width": 30}, {"heads": 4, "kv_heads": 3}, {"width": 4, "heads": 4, "kv_heads": 4}])
+@pytest.mark.parametrize(
+    "wrong", [{"width": 30}, {"heads": 4, "kv_heads": 3}, {"width": 4, "heads": 4, "kv_heads": 4}]
+)
 def test_heads_that_do_not_divide_are_refused(wrong):
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads"):
         Llama(classes=VOCABULARY, steps=STEPS, **wrong)
@@ -173,7 +185,10 @@ def test_every_projection_can_be_rounded_and_every_parameter_learns(name):
 def test_a_tied_head_is_the_embedding():
     tied, free = llama(), llama(tied=False)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in tied.parameters()) == VOCABULARY * 32
+    assert (
+        sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in tied.parameters())
+        == VOCABULARY * 32
+    )
 
 
 def test_under_sub_norm_the_last_projections_see_inputs_of_unit_scale():
@@ -224,4 +239,6 @@ def test_padding_before_a_row_changes_nothing():
     padding = torch.zeros(2, 5, dtype=torch.int64)
     before = torch.stack([torch.cat([padding, ids], 1), torch.cat([padding, places], 1)], -1)
     with torch.no_grad():
-        torch.testing.assert_close(module(before)["logits"][:, 5:], module(ids)["logits"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            module(before)["logits"][:, 5:], module(ids)["logits"], rtol=1e-5, atol=1e-5
+        )

@@ -1,4 +1,6 @@
-"""A folder of Hugging Face in a recipe: padding is cut, content makes the digest, what is unfit is refused in words."""
+"""A folder of Hugging Face in a recipe: padding is cut, content makes the digest, what is unfit is
+refused in words.
+"""
 
 import json
 import shutil
@@ -46,7 +48,10 @@ def test_padding_of_a_teachers_head_changes_nothing_that_is_stored(home):
 
 
 def test_a_cache_of_a_folders_model_holds_a_row_of_the_data_not_its_whole_context(home):
-    assert models.build(load(home).teacher, **SHAPE, key="teacher").cache(2).keys.shape[-2] == texts.STEPS
+    assert (
+        models.build(load(home).teacher, **SHAPE, key="teacher").cache(2).keys.shape[-2]
+        == texts.STEPS
+    )
 
 
 class Doubled(Llama):
@@ -56,10 +61,17 @@ class Doubled(Llama):
         return {"logits": 2 * super().forward(tokens, cache)["logits"]}
 
 
-def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refused(home, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "few", lambda classes, steps: Llama(classes=classes - 1, steps=steps))
+def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refused(
+    home, monkeypatch
+):
+    monkeypatch.setitem(
+        models.MODELS, "few", lambda classes, steps: Llama(classes=classes - 1, steps=steps)
+    )
     monkeypatch.setitem(models.MODELS, "doubled", Doubled)
-    for name, codec, words in (("few", "dense", r"and the data have \d+"), ("doubled", "hidden", "can not stand for")):
+    for name, codec, words in (
+        ("few", "dense", r"and the data have \d+"),
+        ("doubled", "hidden", "can not stand for"),
+    ):
         recipe = load(home, f"store.codec={codec}", 'store.head="lm_head"')
         teacher = ModelRef(model=name)
         scorer = Scorer(recipe.model_copy(update={"teacher": teacher}))
@@ -118,14 +130,38 @@ def _indexed(name: str):
 
 FAULTS = {
     "pickles": (_pickled, "teacher.weights", "pytorch_model.bin is a pickle, which can run code"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "teacher.weights", "neither model.safetensors nor"),
+    "no weights": (
+        lambda f: (f / WEIGHTS).unlink(),
+        "teacher.weights",
+        "neither model.safetensors nor",
+    ),
     "no config": (lambda f: (f / CONFIG).unlink(), "teacher.weights", "no config.json"),
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "teacher.weights", "not JSON"),
-    "code": (_config(auto_map={"AutoModel": "modeling.Model"}), "teacher.weights", "code of its own"),
-    "rounded": (_config(quantization_config={"bits": 4}), "teacher.weights", "name a folder of whole ones"),
-    "elsewhere": (_indexed("../other.safetensors"), "teacher.weights", "no .safetensors file beside it"),
-    "a file gone": (_indexed("model-1.safetensors"), "teacher.weights", "names model-1.safetensors, which is missing"),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "teacher.weights", "merge that"),
+    "code": (
+        _config(auto_map={"AutoModel": "modeling.Model"}),
+        "teacher.weights",
+        "code of its own",
+    ),
+    "rounded": (
+        _config(quantization_config={"bits": 4}),
+        "teacher.weights",
+        "name a folder of whole ones",
+    ),
+    "elsewhere": (
+        _indexed("../other.safetensors"),
+        "teacher.weights",
+        "no .safetensors file beside it",
+    ),
+    "a file gone": (
+        _indexed("model-1.safetensors"),
+        "teacher.weights",
+        "names model-1.safetensors, which is missing",
+    ),
+    "an adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "teacher.weights",
+        "merge that",
+    ),
 }
 
 
@@ -152,8 +188,14 @@ def test_what_does_not_go_with_a_folder_is_refused(home, tmp_path):
     assert '"transformers"' in told(home, "teacher.model=series_encoder")["teacher.model"]
     file = f"teacher.weights={home / 'narrow.safetensors'}"
     assert "reads a folder" in told(home, file, "teacher.model=transformers")["teacher.weights"]
-    assert "nor is it a folder" in told(home, f"teacher.weights={tmp_path / 'none'}")["teacher.weights"]
-    assert "keeps no cache" in told(home, "teacher.model=transformers", "drafter={ count = 4 }")["drafter"]
+    assert (
+        "nor is it a folder"
+        in told(home, f"teacher.weights={tmp_path / 'none'}")["teacher.weights"]
+    )
+    assert (
+        "keeps no cache"
+        in told(home, "teacher.model=transformers", "drafter={ count = 4 }")["drafter"]
+    )
     series = {"teacher": {"model": "llama", "weights": str(home / "wide")}}
     with pytest.raises(RecipeError, match=r"name data\.tokenizer"):
         resolve(series)

@@ -1,6 +1,8 @@
-"""Laws of the models: what an Adapter hears equals calling the module by hand; the encoder against its own definition.
+"""Laws of the models: what an Adapter hears equals calling the module by hand; the encoder against
+its own definition.
 
-The references are the modules themselves, torch's fused attention, and files that safetensors did not write.
+The references are the modules themselves, torch's fused attention, and files that safetensors did
+not write.
 """
 
 import os
@@ -88,7 +90,9 @@ def test_any_answer_becomes_signals(batch, form, per_step):
         assert torch.equal(signals.logits, logits)
         assert torch.equal(signals.mask, mask)
         weight = mask.float() / mask.sum(1, keepdim=True)
-        torch.testing.assert_close(signals.sequence_logits(), torch.einsum("bt,btc->bc", weight, logits))
+        torch.testing.assert_close(
+            signals.sequence_logits(), torch.einsum("bt,btc->bc", weight, logits)
+        )
     else:
         assert torch.equal(signals.logits, logits[:, None])
         assert signals.mask.tolist() == [[True]] * B
@@ -97,7 +101,9 @@ def test_any_answer_becomes_signals(batch, form, per_step):
     assert signals.layers == {}
 
 
-@pytest.mark.parametrize("answer", [torch.zeros(B), torch.zeros(B, T, C, 1), {"out": torch.zeros(B, C)}, None, (1, 2)])
+@pytest.mark.parametrize(
+    "answer", [torch.zeros(B), torch.zeros(B, T, C, 1), {"out": torch.zeros(B, C)}, None, (1, 2)]
+)
 def test_an_answer_without_logits_is_refused(batch, answer):
     class Mute(nn.Module):
         def forward(self, _inputs):
@@ -110,7 +116,9 @@ def test_an_answer_without_logits_is_refused(batch, answer):
 def test_a_hidden_layer_is_what_the_layer_gives_by_hand(batch):
     inputs, mask = batch
     net = Net().eval()
-    signals = Adapter(net, want=frozenset({"hidden.embed", "hidden.mix", "hidden.head"}))(inputs, mask)
+    signals = Adapter(net, want=frozenset({"hidden.embed", "hidden.mix", "hidden.head"}))(
+        inputs, mask
+    )
     embedded = net.embed(inputs)
     assert torch.equal(signals.layers["hidden.embed"], embedded)
     assert torch.equal(signals.layers["hidden.mix"], net.mix(embedded)[0])
@@ -185,7 +193,9 @@ class Encoder(nn.Module):
 ATTENTION = {
     "attend": lambda: Net(),
     "layers.layers.0.self_attn": Encoder,
-    "blocks.1.attention": lambda: SeriesEncoder(channels=K, classes=C, steps=T, width=D, heads=H, layers=2),
+    "blocks.1.attention": lambda: SeriesEncoder(
+        channels=K, classes=C, steps=T, width=D, heads=H, layers=2
+    ),
 }
 
 
@@ -205,9 +215,15 @@ def test_attention_rows_sum_to_one(batch, layer, training):
 def test_attention_of_torch_is_the_softmax_of_its_own_weights(batch):
     inputs, mask = batch
     net = Net().eval()
-    maps = Adapter(net, want=frozenset({"attention.attend"}))(inputs, mask).layers["attention.attend"]
+    maps = Adapter(net, want=frozenset({"attention.attend"}))(inputs, mask).layers[
+        "attention.attend"
+    ]
     x = net.mix(net.embed(inputs))[0]
-    q, k, _ = F.linear(x, net.attend.in_proj_weight, net.attend.in_proj_bias).unflatten(-1, (3, H, -1)).unbind(2)
+    q, k, _ = (
+        F.linear(x, net.attend.in_proj_weight, net.attend.in_proj_bias)
+        .unflatten(-1, (3, H, -1))
+        .unbind(2)
+    )
     scores = torch.einsum("bqhd,bkhd->bqhk", q, k) / (D / H) ** 0.5
     torch.testing.assert_close(maps, scores.softmax(-1))
 
@@ -248,7 +264,9 @@ def encoder(request) -> SeriesEncoder:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_later_steps_change_no_earlier_answer(encoder, kept):
-    """To 1e-5, because a matrix product may add in another order when its numbers change; a leak is of order 1."""
+    """To 1e-5, because a matrix product may add in another order when its numbers change; a leak is
+    of order 1.
+    """
     for block in encoder.blocks:
         block.attention.keep_attention = kept
     inputs = torch.randn(4, 16, K)
@@ -257,7 +275,9 @@ def test_later_steps_change_no_earlier_answer(encoder, kept):
         other = torch.cat([inputs[:, :cut], 10 * torch.randn(4, 16 - cut, K)], 1)
         for changed in (encoder(other), encoder(inputs[:, :cut])):
             for key in ("logits", "valence"):
-                torch.testing.assert_close(changed[key][:, :cut], whole[key][:, :cut], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    changed[key][:, :cut], whole[key][:, :cut], rtol=1e-5, atol=1e-5
+                )
 
 
 def test_no_gradient_flows_back_from_earlier_answers(encoder):
@@ -363,11 +383,15 @@ def payloads(folder: str) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch.save", "empty", "cut", "longer", "header", "words"])
+@pytest.mark.parametrize(
+    "kind", ["pickle", "torch.save", "empty", "cut", "longer", "header", "words"]
+)
 def test_a_corrupt_file_is_refused_and_never_run(tmp_path, kind):
     trap = tmp_path / "it_ran"
     (tmp_path / "w.safetensors").write_bytes(payloads(str(trap))[kind])
-    with pytest.raises(RecipeError, match=r"teacher\.weights .*w\.safetensors: not a readable safetensors file"):
+    with pytest.raises(
+        RecipeError, match=r"teacher\.weights .*w\.safetensors: not a readable safetensors file"
+    ):
         load_weights(made(width=8), tmp_path / "w.safetensors", "teacher")
     assert not trap.exists()
 
@@ -390,13 +414,20 @@ def registry(monkeypatch):
 @pytest.mark.usefixtures("registry")
 def test_a_registered_model_is_known_by_its_name():
     register_model("mine", lambda *, channels, classes, width: nn.Linear(channels, classes + width))
-    module = build(ModelRef(model="mine", settings={"width": 2}), channels=K, classes=C, steps=16, key="student")
+    module = build(
+        ModelRef(model="mine", settings={"width": 2}),
+        channels=K,
+        classes=C,
+        steps=16,
+        key="student",
+    )
     assert tuple(module.weight.shape) == (C + 2, K)
 
 
 def test_an_unknown_model_is_refused_with_the_nearest():
     with pytest.raises(
-        RecipeError, match=r"student\.model 'series_encodr': no such model\. Did you mean series_encoder\?"
+        RecipeError,
+        match=r"student\.model 'series_encodr': no such model\. Did you mean series_encoder\?",
     ):
         build(ModelRef(model="series_encodr"), channels=K, classes=C, steps=16, key="student")
 

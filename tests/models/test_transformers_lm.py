@@ -1,6 +1,8 @@
-"""A model of transformers as a teacher: documents that share a row are read as alone, whatever its architecture.
+"""A model of transformers as a teacher: documents that share a row are read as alone, whatever its
+architecture.
 
-The reference is that model on each document by itself; where the library is missing, our Llama stands in its place.
+The reference is that model on each document by itself; where the library is missing, our Llama
+stands in its place.
 """
 
 import json
@@ -35,7 +37,9 @@ LENGTHS = ((7, 5, 8, 4), (24,), (1, 1, 16, 1, 5))  # of the documents in each ro
 
 def packed() -> torch.Tensor:
     """(3, STEPS, 2): rows of text, whose documents have LENGTHS."""
-    tokens = torch.randint(CLASSES, (len(LENGTHS), STEPS), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        CLASSES, (len(LENGTHS), STEPS), generator=torch.Generator().manual_seed(1)
+    )
     places = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
     return torch.stack([tokens, places], -1).int()
 
@@ -85,7 +89,9 @@ def test_documents_that_share_a_row_are_read_as_alone_by_a_model_without_masks_b
     with torch.no_grad():
         expected = Adapter(ours, want=frozenset(want))(packed(), mask)
         found = Adapter(theirs, want=frozenset(inner))(packed(), mask)
-        torch.testing.assert_close(theirs(packed()[..., 0])["logits"], ours(packed()[..., 0])["logits"])
+        torch.testing.assert_close(
+            theirs(packed()[..., 0])["logits"], ours(packed()[..., 0])["logits"]
+        )
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     for name, same in zip(inner, want, strict=True):
         torch.testing.assert_close(found.layers[name], expected.layers[same], rtol=1e-5, atol=1e-5)
@@ -129,7 +135,9 @@ def made(kind: str, folder: Path, settings: dict):
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, f"{kind}Config")(**settings | ends)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)
@@ -143,9 +151,14 @@ def test_documents_that_share_a_row_are_read_as_alone_by_any_architecture(kind, 
     found = transformers_lm.read(tmp_path)
     assert found.settings["classes"] == CLASSES
     with torch.no_grad():
-        expected, answer = each_alone(lambda tokens: theirs(tokens).logits), found(packed())["logits"]
+        expected, answer = (
+            each_alone(lambda tokens: theirs(tokens).logits),
+            found(packed())["logits"],
+        )
     assert expected.std() > 0.1
-    torch.testing.assert_close(answer / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        answer / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("files", [1, 2])
@@ -157,7 +170,9 @@ def test_a_llama_is_the_same_model_read_by_either(files, home, tmp_path):
         where = tmp_path / "two"
     rows = Scorer(load(home)).dataset.splits["train"].inputs[:4]
     shape, refs = {"channels": 2, "classes": 300, "steps": texts.STEPS}, ("llama", "transformers")
-    both = [models.build(ModelRef(model=m, weights=str(where)), **shape, key="teacher") for m in refs]
+    both = [
+        models.build(ModelRef(model=m, weights=str(where)), **shape, key="teacher") for m in refs
+    ]
     with torch.no_grad():
         ours, theirs = (module.eval()(torch.from_numpy(rows))["logits"] for module in both)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
@@ -169,7 +184,8 @@ def test_the_hidden_codec_keeps_what_the_head_of_any_architecture_reads(home):
     pytest.importorskip("transformers")
     heads = (("llama", "lm_head"), ("transformers", "model.lm_head"))
     ours, theirs = (
-        stored(load(home, f"teacher.model={m}", "store.codec=hidden", f"store.head={head}")) for m, head in heads
+        stored(load(home, f"teacher.model={m}", "store.codec=hidden", f"store.head={head}"))
+        for m, head in heads
     )
     np.testing.assert_allclose(theirs["logits"], ours["logits"], rtol=2e-3, atol=2e-3)
 
@@ -188,5 +204,7 @@ def test_weights_that_are_missing_are_named_not_drawn(tmp_path):
     with pytest.raises(RecipeError, match=r"its files lack transformer\.h\.1\.mlp\.c_fc\.weight"):
         transformers_lm.read(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({"model_type": "unheard"}))
-    with pytest.raises(RecipeError, match="transformers can not read it as a causal language model"):
+    with pytest.raises(
+        RecipeError, match="transformers can not read it as a causal language model"
+    ):
         transformers_lm.read(tmp_path)

@@ -1,4 +1,6 @@
-"""The road to a cluster, on this machine: a head behind a token, jobs sent to it, and nothing left when it stops."""
+"""The road to a cluster, on this machine: a head behind a token, jobs sent to it, and nothing left
+when it stops.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ BIN = str(Path(sys.executable).parent)
 
 def environment(folder: Path) -> dict[str, str]:
     """A shell's environment that knows of no other cluster."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "PATH": f"{BIN}:{os.environ['PATH']}"
+    }
     return plain | {
         "HOME": str(folder),
         "COLUMNS": "80",  # ps cuts what it tells to these
@@ -62,7 +66,9 @@ def sources(tmp_path_factory) -> Path:
 
 def submit(head: dict[str, str], sources: Path, *argv: object) -> subprocess.CompletedProcess[str]:
     return call(
-        *("ray", "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", *argv), env=head, cwd=sources
+        *("ray", "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", *argv),
+        env=head,
+        cwd=sources,
     )
 
 
@@ -74,21 +80,27 @@ def test_nobody_without_the_token_is_let_in(head):
     assert refused.value.code in (401, 403)
     refused.value.close()
     token = Path(head["RAY_AUTH_TOKEN_PATH"]).read_text()
-    with opener.open(urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=30) as answer:
+    with opener.open(
+        urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=30
+    ) as answer:
         assert answer.status == 200
 
 
 def test_readmes_job_walks_the_whole_example(head, sources, tmp_path):
     told = re.search(r"ray job submit .* --smoke$", (ROOT / "README.md").read_text(), re.M)
     assert told
-    done = call(*told[0].split(), "--set", "data.stride=40", "--out", tmp_path, env=head, cwd=sources)
+    done = call(
+        *told[0].split(), "--set", "data.stride=40", "--out", tmp_path, env=head, cwd=sources
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(next(tmp_path.glob("gesture-*/report.json")).read_bytes())
     assert len(report["search"]["trials"]) == 4
 
 
 def test_a_job_with_a_broken_recipe_fails(head, sources, tmp_path):
-    done = submit(head, sources, "pipelines.run", "examples/gesture/recipe.toml", "--set", "optim.stepz=1")
+    done = submit(
+        head, sources, "pipelines.run", "examples/gesture/recipe.toml", "--set", "optim.stepz=1"
+    )
     assert done.returncode != 0
     assert "optim.stepz: unknown key. Did you mean steps?" in done.stdout
 
@@ -111,5 +123,9 @@ def test_stop_ends_every_process_of_the_head_and_no_other(head):
 def others(temp: str) -> list[list[str]]:
     """The command lines of living processes that name the head's own folder."""
     found = [process.info for process in psutil.process_iter(["cmdline", "status"])]
-    lines = [info["cmdline"] for info in found if info["status"] != psutil.STATUS_ZOMBIE and info["cmdline"]]
+    lines = [
+        info["cmdline"]
+        for info in found
+        if info["status"] != psutil.STATUS_ZOMBIE and info["cmdline"]
+    ]
     return [line for line in lines if any(temp in part for part in line)]

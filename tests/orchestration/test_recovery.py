@@ -1,7 +1,7 @@
 """What a killed process costs: time, and not one bit of the result.
 
-The kills are real (SIGKILL at a named point, once), the workers are Ray's, and each result is compared with that of
-the same recipe left alone.
+The kills are real (SIGKILL at a named point, once), the workers are Ray's, and each result is
+compared with that of the same recipe left alone.
 """
 
 import json
@@ -28,11 +28,15 @@ quant = { weights = "ternary", scale = "learned", activations = "none", rest = "
 @pytest.fixture(scope="module")
 def session(cluster) -> dict[str, str]:
     """The environment that leads a command to the test run's cluster."""
-    return {"RAY_ADDRESS": cluster} | {key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    return {"RAY_ADDRESS": cluster} | {
+        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    }
 
 
 def fatal(fault: str, fired: Path) -> dict[str, str]:
-    """Environment variables that kill the first process to reach `fault`, and leave the file `fired`."""
+    """Environment variables that kill the first process to reach `fault`, and leave the file
+    `fired`.
+    """
     return {"RAYKD_FAULT": fault, "RAYKD_FAULT_FIRED": str(fired)}
 
 
@@ -43,25 +47,38 @@ def in_workers(environment: dict[str, str]) -> dict[str, str]:
 
 def trained(out: Path) -> dict[str, bytes]:
     """The weights of every arm under `out`."""
-    return {path.parent.name: path.read_bytes() for path in sorted(out.rglob("arms/*/weights.safetensors"))}
+    return {
+        path.parent.name: path.read_bytes()
+        for path in sorted(out.rglob("arms/*/weights.safetensors"))
+    }
 
 
 def alike(out: Path, reference: Path) -> bool:
     """Whether every arm's weights are those of the reference, up to the last bits.
 
-    Mostly they are bit-equal. But CPU kernels choose by the alignment of memory, so that two undisturbed runs of two
-    workers were seen to differ too; a lost or repeated step moves weights by about the learning rate, 2e-3.
+    Mostly they are bit-equal. But CPU kernels choose by the alignment of memory, so that two
+    undisturbed runs of two workers were seen to differ too; a lost or repeated step moves weights
+    by about the learning rate, 2e-3.
     """
     found, wanted = trained(out), trained(reference)
     assert found.keys() == wanted.keys()
     pairs = [(load(found[arm]), load(wanted[arm])) for arm in found]
-    return all(np.allclose(a[name], b[name], rtol=0, atol=1e-3) for a, b in pairs for name in a.keys() | b.keys())
+    return all(
+        np.allclose(a[name], b[name], rtol=0, atol=1e-3)
+        for a, b in pairs
+        for name in a.keys() | b.keys()
+    )
 
 
 def losses(out: Path) -> dict[str, list[float]]:
     """The training loss of every arm at each evaluation."""
-    records = {path.parent.name: json.loads(path.read_bytes()) for path in sorted(out.rglob("arms/*/arm.json"))}
-    return {name: [point["loss"] for point in record["history"]] for name, record in records.items()}
+    records = {
+        path.parent.name: json.loads(path.read_bytes())
+        for path in sorted(out.rglob("arms/*/arm.json"))
+    }
+    return {
+        name: [point["loss"] for point in record["history"]] for name, record in records.items()
+    }
 
 
 def sound(done: Done) -> None:
@@ -78,7 +95,9 @@ def alone(tiny, scored, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pair(tiny, scored, session, tmp_path_factory) -> Path:
     """An --out whose arms were trained by a group of two workers, undisturbed."""
-    return _trained(tiny, scored, tmp_path_factory.mktemp("pair"), "--set", "scale.workers=2", **session)
+    return _trained(
+        tiny, scored, tmp_path_factory.mktemp("pair"), "--set", "scale.workers=2", **session
+    )
 
 
 def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environment: str) -> Path:
@@ -92,7 +111,9 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
 def test_a_worker_killed_in_training_changes_no_weight(tiny, pair, stocked, session, tmp_path):
     fired, out = tmp_path / "fired", stocked("out")
     fault = in_workers(fatal("train:step=25,rank=1,arm=student-0", fired))
-    sound(raykd(tmp_path, "train", tiny, "--out", out, "--set", "scale.workers=2", **session, **fault))
+    sound(
+        raykd(tmp_path, "train", tiny, "--out", out, "--set", "scale.workers=2", **session, **fault)
+    )
     assert fired.exists()
     assert trained(out).keys() == {"control-0", "student-0"}
     assert alike(out, pair)
@@ -107,15 +128,22 @@ def test_a_worker_killed_within_a_phase_resumes_in_it(tiny, scored, stocked, ses
     wanted = _trained(recipe, scored, undisturbed, "--set", "scale.workers=2", **session)
     fired, out = tmp_path / "fired", stocked("out")
     fault = in_workers(fatal("train:step=35,rank=1,arm=student-0", fired))
-    sound(raykd(tmp_path, "train", recipe, "--out", out, "--set", "scale.workers=2", **session, **fault))
+    sound(
+        raykd(
+            tmp_path, "train", recipe, "--out", out, "--set", "scale.workers=2", **session, **fault
+        )
+    )
     assert fired.exists()
     assert any(name.endswith(".scale") for name in load(trained(out)["student-0"]))
     assert alike(out, wanted)
 
 
 def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
-    # a sum of 32 rows in another order differs in the last bits of fp32 (6e-8); 40 steps of AdamW magnify that
-    assert losses(pair) == {name: pytest.approx(values, rel=1e-4) for name, values in losses(alone).items()}
+    # a sum of 32 rows in another order differs in the last bits of fp32 (6e-8); 40 steps of AdamW
+    # magnify that
+    assert losses(pair) == {
+        name: pytest.approx(values, rel=1e-4) for name, values in losses(alone).items()
+    }
     ours, theirs = (next(out.rglob("student-0/weights.safetensors")) for out in (pair, alone))
     for name, value in load_file(ours).items():
         np.testing.assert_allclose(value, load_file(theirs)[name], atol=1e-3, err_msg=name)
@@ -123,7 +151,9 @@ def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
 
 def test_a_killed_driver_is_run_again_and_changes_no_weight(tiny, alone, stocked, tmp_path):
     fired, out = tmp_path / "fired", stocked("out")
-    killed = raykd(tmp_path, "train", tiny, "--out", out, **fatal("train:step=25,rank=0,arm=student-0", fired))
+    killed = raykd(
+        tmp_path, "train", tiny, "--out", out, **fatal("train:step=25,rank=0,arm=student-0", fired)
+    )
     assert killed.code == -9
     assert fired.exists()
     assert trained(out).keys() == {"control-0"}
@@ -132,17 +162,23 @@ def test_a_killed_driver_is_run_again_and_changes_no_weight(tiny, alone, stocked
     assert alike(out, alone)
 
 
-def test_a_scorer_killed_between_shard_and_record_changes_no_byte_of_the_manifest(tiny, scored, session, tmp_path):
+def test_a_scorer_killed_between_shard_and_record_changes_no_byte_of_the_manifest(
+    tiny, scored, session, tmp_path
+):
     fired, out = tmp_path / "fired", tmp_path / "out"
     fault = in_workers(fatal("score:shard=1,at=before_commit", fired))
     sound(raykd(tmp_path, "score", tiny, "--out", out, **session, **fault))
     assert fired.exists()
     manifests: list[Any] = [list(where.glob("stores/*/_MANIFEST.json")) for where in (out, scored)]
-    assert [path.parent.name for path in manifests[0]] == [path.parent.name for path in manifests[1]]
+    assert [path.parent.name for path in manifests[0]] == [
+        path.parent.name for path in manifests[1]
+    ]
     assert manifests[0][0].read_bytes() == manifests[1][0].read_bytes()
 
 
-def test_a_command_in_a_ray_session_is_terminated_in_two_lines_and_the_rerun_continues(tiny, session, tmp_path):
+def test_a_command_in_a_ray_session_is_terminated_in_two_lines_and_the_rerun_continues(
+    tiny, session, tmp_path
+):
     out = tmp_path / "out"
     asked = ("score", tiny, "--out", out, "--set", "store.rows_per_shard=64")
     running = start(tmp_path, *asked, **session)

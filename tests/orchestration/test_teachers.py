@@ -1,4 +1,6 @@
-"""A teacher beside the workers: it dies in the middle of a training, and nothing of the result changes."""
+"""A teacher beside the workers: it dies in the middle of a training, and nothing of the result
+changes.
+"""
 
 import json
 import os
@@ -28,16 +30,26 @@ def recipe(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("served")
     path = texts.recipe(home, texts.tokenizer(home))
     text = (
-        path.read_text().replace("[terms.kd]\ntemperature = 1.0\n", "").replace('"vanilla"', '"gkd"\ncontrol = false')
+        path.read_text()
+        .replace("[terms.kd]\ntemperature = 1.0\n", "")
+        .replace('"vanilla"', '"gkd"\ncontrol = false')
     )
     path.write_text(text + OWN)
     return path
 
 
-def trained(recipe: Path, out: Path, cluster: str, **environment: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def trained(
+    recipe: Path, out: Path, cluster: str, **environment: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arm.json, weights) of the student, trained by two workers on the test run's cluster."""
-    session = {"RAY_ADDRESS": cluster} | {key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": environment}})} if environment else {}
+    session = {"RAY_ADDRESS": cluster} | {
+        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    }
+    job = (
+        {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": environment}})}
+        if environment
+        else {}
+    )
     done = raykd(out, "train", recipe, "--out", out, "--set", "scale.workers=2", **session, **job)
     assert done.code == 0, done.err
     (arm,) = out.glob("text-*/arms/student-0")
@@ -52,5 +64,11 @@ def test_a_teacher_that_dies_costs_time_alone(recipe, cluster, tmp_path):
     killed, found = trained(recipe, tmp_path / "killed", cluster, **fault)
     assert (tmp_path / "fired").exists()
     assert killed["steps"] == undisturbed["steps"] == 30
-    assert [h["lag"] for h in killed["history"]] == [h["lag"] for h in undisturbed["history"]] == [2, 2, 2]
-    assert max(abs(found[name] - wanted[name]).max() for name in wanted) < 1e-3  # mostly none: see test_recovery
+    assert (
+        [h["lag"] for h in killed["history"]]
+        == [h["lag"] for h in undisturbed["history"]]
+        == [2, 2, 2]
+    )
+    assert (
+        max(abs(found[name] - wanted[name]).max() for name in wanted) < 1e-3
+    )  # mostly none: see test_recovery

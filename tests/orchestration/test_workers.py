@@ -1,4 +1,6 @@
-"""Any number of workers trains as one, for every technique that there is: losses, row weights, the learned maps."""
+"""Any number of workers trains as one, for every technique that there is: losses, row weights, the
+learned maps.
+"""
 
 import json
 from collections.abc import Callable
@@ -26,9 +28,16 @@ from raykd.training.phases import prepare
 
 techniques.load_terms()
 # Of text that the student writes, what workers draw together is tested in tests/generation.
-RECIPES = {t.name: t.recipe for t in techniques.all_techniques() if t.name != "none" and "source" not in t.recipe}
+RECIPES = {
+    t.name: t.recipe
+    for t in techniques.all_techniques()
+    if t.name != "none" and "source" not in t.recipe
+}
 DRAWN = {"infonce": {"pairs": [["norm", "norm"]], "negatives": 16, "hard": 2.0}}
-RECIPES["infonce-drawn"] = {"terms": DRAWN, "weighting": {"mode": "ess", "statistics": "global_batch"}}
+RECIPES["infonce-drawn"] = {
+    "terms": DRAWN,
+    "weighting": {"mode": "ess", "statistics": "global_batch"},
+}
 OPTIM = Optim(steps=12, batch=12, learning_rate=1e-2, evaluate_every=1)
 
 
@@ -55,10 +64,14 @@ def rows_for(arm: Arm) -> DeviceRows:
     signals = {"logits": said.logits, "trajectory": said.valence} | said.layers
     saliency, answer = torch.randn(40, generator=draw), said.sequence_logits().argmax(1)
     label = torch.arange(40) % 4
-    return DeviceRows(torch.arange(40), inputs, mask, label, None, signals, mask, saliency=saliency, answer=answer)
+    return DeviceRows(
+        torch.arange(40), inputs, mask, label, None, signals, mask, saliency=saliency, answer=answer
+    )
 
 
-def trained(recipe: dict[str, Any], world: World, make: Callable[[dict[str, Any]], Arm] = arm_of) -> State:
+def trained(
+    recipe: dict[str, Any], world: World, make: Callable[[dict[str, Any]], Arm] = arm_of
+) -> State:
     arm = make(recipe)
     torch.manual_seed(1)
     module = SeriesEncoder(channels=3, classes=4, steps=8, width=8)
@@ -82,12 +95,15 @@ def train_on(rank: int, size: int, meeting: Path, out: Path, recipe: dict[str, A
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_workers_train_as_one(name, tmp_path):
-    """To float32's rounding of sums in another order: 1e-5 relative in the losses, ten times what was seen.
+    """To float32's rounding of sums in another order: 1e-5 relative in the losses, ten times what
+    was seen.
 
-    Left out of the weights is the keys' bias: its true gradient is zero, because softmax ignores it, so that Adam
-    scales up rounding noise there, to no effect.
+    Left out of the weights is the keys' bias: its true gradient is zero, because softmax ignores
+    it, so that Adam scales up rounding noise there, to no effect.
     """
-    workers = [start(train_on, rank, 2, tmp_path / "meeting", tmp_path, RECIPES[name]) for rank in range(2)]
+    workers = [
+        start(train_on, rank, 2, tmp_path / "meeting", tmp_path, RECIPES[name]) for rank in range(2)
+    ]
     alone = trained(RECIPES[name], World())
     assert wait(workers) == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
@@ -112,7 +128,9 @@ ROUNDED = {"terms": {"ce": {}, "kd": {}}, "phases": [
 
 
 def rounded_on(rank: int, size: int, meeting: Path, out: Path) -> None:
-    """One worker of a group that trains in phases; it writes down what it would round to after the last step."""
+    """One worker of a group that trains in phases; it writes down what it would round to after the
+    last step.
+    """
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     found = trained(ROUNDED, World(rank, size), in_phases)
     module = found.learner.student.module
@@ -132,18 +150,25 @@ def test_every_rank_has_the_same_scales_and_codes_to_the_bit(tmp_path):
     assert first.keys() == second.keys()
     assert {name.rsplit(".", 1)[1] for name in first} >= {"scale", "codes", "scales"}
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(set(value.unique().tolist()) == {-1, 0, 1} for name, value in first.items() if name.endswith("codes"))
+    assert all(
+        set(value.unique().tolist()) == {-1, 0, 1}
+        for name, value in first.items()
+        if name.endswith("codes")
+    )
 
 
 def gather_on(rank: int, size: int, meeting: Path, out: Path) -> None:
-    """Unequal shares of ten rows; the loss of each worker uses every row once, weighted by the worker's number."""
+    """Unequal shares of ten rows; the loss of each worker uses every row once, weighted by the
+    worker's number.
+    """
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     values = torch.arange(20.0).view(10, 2)
     own = values[World(rank, size).share(10)].clone().requires_grad_()
     every, first = everyone(own)
     (every.square().sum() * (rank + 1)).backward()
     save_file(
-        {"every": every.detach(), "gradient": own.grad, "first": torch.tensor(first)}, out / f"{rank}.safetensors"
+        {"every": every.detach(), "gradient": own.grad, "first": torch.tensor(first)},
+        out / f"{rank}.safetensors",
     )
     dist.destroy_process_group()
 

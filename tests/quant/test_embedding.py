@@ -1,4 +1,6 @@
-"""Rounded embeddings: rows by their definition, gradients of a table, and onnxruntime's own look-up bit for bit."""
+"""Rounded embeddings: rows by their definition, gradients of a table, and onnxruntime's own look-up
+bit for bit.
+"""
 
 import numpy as np
 import onnx
@@ -20,7 +22,9 @@ from raykd.training import phases
 ROWS = 30
 KINDS = ("int8", "int4", "ternary")
 QUANTS = {f"{kind}-row": Quant(weights="int8", embeddings=kind) for kind in KINDS}
-QUANTS |= {f"{kind}-g16": Quant(weights="int4", per="group", group=16, embeddings=kind) for kind in KINDS}
+QUANTS |= {
+    f"{kind}-g16": Quant(weights="int4", per="group", group=16, embeddings=kind) for kind in KINDS
+}
 EACH = pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS)
 
 
@@ -44,7 +48,11 @@ def test_a_table_is_codes_times_the_scales_of_its_rows(quant, width):
     largest = LEVELS[quant.embeddings]
     whole = quant.per != "group" or width % quant.group
     groups = table.weight.detach().reshape(ROWS, 1 if whole else width // quant.group, -1)
-    size = groups.abs().amax(-1) / largest if SCALES[quant.embeddings] == "absmax" else groups.abs().mean(-1)
+    size = (
+        groups.abs().amax(-1) / largest
+        if SCALES[quant.embeddings] == "absmax"
+        else groups.abs().mean(-1)
+    )
     scales = size.clamp(min=LEAST)
     assert torch.equal(table.scales(), scales)
     codes = (groups / scales[..., None]).round().clamp(-largest, largest)
@@ -80,7 +88,9 @@ def test_gradients_go_straight_through_to_the_rows_that_were_looked_up(quant):
     for each in (table, plain):
         each(ids).backward(upstream)
     assert torch.equal(table.weight.grad, plain.weight.grad)
-    assert table.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 5, 9], "nor to what pads"
+    assert table.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 5, 9], (
+        "nor to what pads"
+    )
 
 
 @EACH
@@ -152,7 +162,14 @@ def answered(module: nn.Module, ids: Tensor, folder) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("int8-row", 40), ("int4-row", 33), ("ternary-row", 33), ("int8-g16", 64), ("int4-g16", 48), ("ternary-g16", 64)],
+    [
+        ("int8-row", 40),
+        ("int4-row", 33),
+        ("ternary-row", 33),
+        ("int8-g16", 64),
+        ("int4-g16", 48),
+        ("ternary-g16", 64),
+    ],
 )
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_onnxruntime_looks_up_the_trained_table_bit_for_bit(name, width, kind, tmp_path):
@@ -173,7 +190,9 @@ def test_onnxruntime_looks_up_the_trained_table_bit_for_bit(name, width, kind, t
     assert np.array_equal(found[:, :width], codes)
     assert not found[:, width:].any()
     assert np.array_equal(held[node.input[2]], scales)
-    assert not any(array.size == ROWS * width and array.dtype == np.float32 for array in held.values())
+    assert not any(
+        array.size == ROWS * width and array.dtype == np.float32 for array in held.values()
+    )
 
 
 TIED = {
@@ -220,7 +239,9 @@ def tables(module: nn.Module) -> list[Tensor]:
 def test_a_rounded_speaker_learns_and_is_executed_as_it_learnt(tmp_path):
     """To say its own token: a ternary table, ternary layers, 200 steps; from ln 30 = 3.4 nats."""
     torch.manual_seed(0)
-    module = rounding(Speaker(tied=False), Quant(weights="ternary", embeddings="ternary", activations="none")).train()
+    module = rounding(
+        Speaker(tied=False), Quant(weights="ternary", embeddings="ternary", activations="none")
+    ).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
     for _ in range(200):
@@ -256,7 +277,10 @@ def test_only_what_is_asked_is_swapped_and_the_rest_is_named_with_a_reason():
         Left("places", "a Model has no rounded form"),
         Left("normed", "max_norm rewrites its rows as they are read"),
         Left("attention.in_proj_weight", "a MultiheadAttention has no rounded form"),
-        Left("attention.out_proj", "a NonDynamicallyQuantizableLinear may be read by its owner and never called"),
+        Left(
+            "attention.out_proj",
+            "a NonDynamicallyQuantizableLinear may be read by its owner and never called",
+        ),
         Left("conv.weight", "a Conv1d has no rounded form"),
         Left("head", "skip names it"),
     ]
@@ -278,7 +302,12 @@ def test_what_is_prepared_and_what_is_left_are_all_layers():
     for quant in (Quant(), Quant(embeddings="int4"), Quant(skip=["mix"], embeddings="int8")):
         module = Speaker()
         names = prepare(module, quant)
-        assert sorted(names + [name for name, _ in left(module, quant)]) == ["head", "mix", "places", "tokens"]
+        assert sorted(names + [name for name, _ in left(module, quant)]) == [
+            "head",
+            "mix",
+            "places",
+            "tokens",
+        ]
 
 
 def test_a_phase_without_embeddings_leaves_a_prepared_table_as_it_is():

@@ -35,8 +35,12 @@ def rounding(quant: Quant = QUANT) -> SeriesEncoder:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6]))
-def test_codes_times_scales_are_within_half_a_step_and_round_to_themselves(rows, columns, seed, size):
+@given(
+    st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6])
+)
+def test_codes_times_scales_are_within_half_a_step_and_round_to_themselves(
+    rows, columns, seed, size
+):
     value = size * torch.randn(rows, columns, 2, generator=torch.Generator().manual_seed(seed))
     codes, scales = codes_and_scales(value)
     again = codes * scales[:, None, None]
@@ -102,7 +106,11 @@ def test_the_file_holds_the_codes_and_answers_as_the_module():
         said = module(x)
     data = write_onnx.to_onnx(module, x[:2])
     proto = onnx.load_from_string(data)
-    held = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    held = [
+        numpy_helper.to_array(t)
+        for t in proto.graph.initializer
+        if t.data_type == onnx.TensorProto.INT8
+    ]
     assert sorted(a.shape for a in held) == sorted(a.shape for a in wanted.values())
     for name, codes in wanted.items():
         assert any(np.array_equal(codes, a) for a in held), name
@@ -117,7 +125,9 @@ def test_the_file_holds_the_codes_and_answers_as_the_module():
 def test_rounding_saves_the_bytes_it_says():
     x, sizes = torch.randn(2, 12, 3), {}
     for rest in ("fp32", "int8"):
-        sizes[rest] = len(write_onnx.to_onnx(rounding(QUANT.model_copy(update={"rest": rest})).eval(), x))
+        sizes[rest] = len(
+            write_onnx.to_onnx(rounding(QUANT.model_copy(update={"rest": rest})).eval(), x)
+        )
     values = [encoder().get_parameter(name) for name in KEPT]
     saved = sum(3 * value.numel() - 4 * len(value) for value in values)
     assert abs(sizes["fp32"] - sizes["int8"] - saved) < 100 * len(KEPT)
@@ -127,14 +137,19 @@ def test_weights_are_written_and_read_under_the_names_of_the_users_module(tmp_pa
     from safetensors.torch import save_file
 
     module = rounding()
-    save_file({k: v.contiguous() for k, v in plain(module.state_dict()).items()}, tmp_path / "w.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in plain(module.state_dict()).items()},
+        tmp_path / "w.safetensors",
+    )
     plainly, again = encoder(), rounding()
     for other in (plainly, again):
         with torch.no_grad():
             for value in other.parameters():
                 value.zero_()
         models.load_weights(other, tmp_path / "w.safetensors", "student")
-    assert all(torch.equal(a, b) for a, b in zip(encoder().parameters(), plainly.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(encoder().parameters(), plainly.parameters(), strict=True)
+    )
     x = torch.randn(3, 12, 3)
     assert torch.equal(module(x)["logits"], again(x)["logits"])
 
@@ -156,7 +171,11 @@ def test_a_head_tied_to_a_table_stays_tied():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.inner, self.head = nn.Embedding(11, 32), nn.Linear(32, 32), nn.Linear(32, 11, bias=False)
+            self.table, self.inner, self.head = (
+                nn.Embedding(11, 32),
+                nn.Linear(32, 32),
+                nn.Linear(32, 11, bias=False),
+            )
             self.head.weight = self.table.weight
 
         def forward(self, ids):
@@ -173,9 +192,14 @@ def test_a_head_tied_to_a_table_stays_tied():
 
 def test_baked_it_is_a_plain_module_that_answers_alike():
     module, x = rounding(), torch.randn(3, 12, 3)
-    said, kept = module(x)["logits"], {name: module.get_parameter(f"{name}") for name in ("norm.weight", "head.bias")}
+    said, kept = (
+        module(x)["logits"],
+        {name: module.get_parameter(f"{name}") for name in ("norm.weight", "head.bias")},
+    )
     bake(module)
     assert not list(stored(module))
     assert torch.equal(module(x)["logits"], said)
-    assert {name for name, _ in module.named_parameters()} == {name for name, _ in encoder().named_parameters()}
+    assert {name for name, _ in module.named_parameters()} == {
+        name for name, _ in encoder().named_parameters()
+    }
     assert all(module.get_parameter(name) is value for name, value in kept.items())

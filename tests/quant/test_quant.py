@@ -1,7 +1,8 @@
-"""Quantisers: levels, scales and gradients by their definitions, and what rounding must leave alone.
+"""Quantisers: levels, scales and gradients by their definitions, and what rounding must leave
+alone.
 
-Signal-to-noise ratios of Gaussian weights are known numbers of each rule, given to 0.3 dB; the gradients of LSQ stand
-against autograd of its formula with a straight-through rounding, in float64.
+Signal-to-noise ratios of Gaussian weights are known numbers of each rule, given to 0.3 dB; the
+gradients of LSQ stand against autograd of its formula with a straight-through rounding, in float64.
 """
 
 import numpy as np
@@ -32,10 +33,18 @@ SCHEMES = {
     "ternary-learned": Quant(weights="ternary", scale="learned"),
 }
 LAWS = pytest.mark.parametrize("quant", SCHEMES.values(), ids=SCHEMES)
-SQNR = {"int8-channel": 42.1, "int4-channel": 16.9, "int4-g32": 20.2, "ternary-channel": 5.8, "ternary-twn": 7.2}
+SQNR = {
+    "int8-channel": 42.1,
+    "int4-channel": 16.9,
+    "int4-g32": 20.2,
+    "ternary-channel": 5.8,
+    "ternary-twn": 7.2,
+}
 
 
-def layer_of(quant: Quant | None, inputs: int = 64, outputs: int = 16, seed: int = 0) -> QuantLinear:
+def layer_of(
+    quant: Quant | None, inputs: int = 64, outputs: int = 16, seed: int = 0
+) -> QuantLinear:
     torch.manual_seed(seed)
     layer = QuantLinear.of(nn.Linear(inputs, outputs))
     nn.init.normal_(layer.weight)
@@ -70,7 +79,8 @@ def test_without_blend_a_layer_is_the_plain_one_bit_for_bit(quant):
 def test_the_noise_of_gaussian_weights_is_the_known_one(name):
     layer = layer_of(SCHEMES[name], inputs=4096, outputs=64)
     noise = (layer.rounded() - layer.weight).square().mean() / layer.weight.square().mean()
-    # per channel of 4,096 Gaussians the largest is 3.6 sd, of 1,024 (where the figures come from) 3.2: 1 dB in absmax
+    # per channel of 4,096 Gaussians the largest is 3.6 sd, of 1,024 (where the figures come from)
+    # 3.2: 1 dB in absmax
     allowed = 1.2 if SCHEMES[name].rule == "absmax" else 0.3
     assert -10 * torch.log10(noise).item() == pytest.approx(SQNR[name], abs=allowed)
 
@@ -85,7 +95,9 @@ def test_absmax_may_be_applied_twice(name):
 
 
 def test_absmean_may_not_so_that_its_scale_must_be_carried():
-    """A third of Gaussian weights become 0, so that the mean of the rest over all is 0.69 of the scale."""
+    """A third of Gaussian weights become 0, so that the mean of the rest over all is 0.69 of the
+    scale.
+    """
     layer = layer_of(Quant(weights="ternary", per="tensor"), inputs=1024, outputs=256)
     gamma = layer.scales()[0, 0].clone()
     with torch.no_grad():
@@ -134,9 +146,17 @@ def test_lsq_equals_autograd_of_its_formula(largest):
 
 
 @settings(max_examples=50, deadline=None)
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 8)), elements=st.floats(-50, 50, width=32)))
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.integers(1, 8)),
+        elements=st.floats(-50, 50, width=32),
+    )
+)
 def test_activations_are_those_of_dynamic_quantize_linear(x):
-    """ONNX's definition in numpy: uint8 over the range of the whole tensor, zero included, ties to even."""
+    """ONNX's definition in numpy: uint8 over the range of the whole tensor, zero included, ties to
+    even.
+    """
     low, high = min(x.min(), 0), max(x.max(), 0)
     scale = np.float32(max((high - low) / np.float32(255), 1e-8))
     zero = np.clip(np.rint(-low / scale), 0, 255)
@@ -147,7 +167,11 @@ def test_activations_are_those_of_dynamic_quantize_linear(x):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 70)), elements=st.floats(-50, 50, width=32)),
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 70)),
+        elements=st.floats(-50, 50, width=32),
+    ),
     st.sampled_from([16, 32]),
 )
 def test_blocks_of_activations_have_a_scale_each(x, block):
@@ -157,13 +181,17 @@ def test_blocks_of_activations_have_a_scale_each(x, block):
         for first in range(0, len(row), block):
             part = row[first : first + block]
             scale = np.float32(max(np.abs(part).max() / np.float32(127), 1e-8))
-            np.testing.assert_allclose(said[first : first + block], np.rint(part / scale) * scale, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(
+                said[first : first + block], np.rint(part / scale) * scale, rtol=1e-6, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("quant", [Quant(weights="int4"), Quant(weights="ternary", per="group")])
 def test_a_row_of_int4_or_ternary_does_not_depend_on_its_batch(quant):
     layer, x = layer_of(quant), torch.randn(8, 64) * torch.logspace(-2, 2, 8)[:, None]
-    torch.testing.assert_close(torch.cat([layer(row[None]) for row in x]), layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([layer(row[None]) for row in x]), layer(x), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rule", [Activations.apply, lambda x: Blocks.apply(x, 32)])
@@ -175,12 +203,17 @@ def test_the_gradient_of_rounded_activations_goes_straight_through(rule):
 
 def test_the_scale_of_clipped_weights_has_the_gradient_of_finite_differences():
     """Where every weight is beyond the range, LSQ's slope is the true one: the outer code."""
-    weight, scale = torch.tensor([[[3.0, -5.0, 9.0]]]), torch.full((1, 1, 1), 0.25, requires_grad=True)
+    weight, scale = (
+        torch.tensor([[[3.0, -5.0, 9.0]]]),
+        torch.full((1, 1, 1), 0.25, requires_grad=True),
+    )
     Learned.apply(weight, scale, 7).sum().backward()
     step = 1e-3
     rise = [Learned.apply(weight, scale.detach() + sign * step, 7).sum() for sign in (1, -1)]
     share = (3 * 7) ** -0.5
-    assert scale.grad.item() == pytest.approx(share * ((rise[0] - rise[1]) / (2 * step)).item(), rel=1e-3)
+    assert scale.grad.item() == pytest.approx(
+        share * ((rise[0] - rise[1]) / (2 * step)).item(), rel=1e-3
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -200,7 +233,9 @@ def test_no_learned_scale_flips_a_sign_or_divides_by_zero(weight, scale, largest
 
 @pytest.mark.parametrize("start", [0.0, -0.5, LEAST])
 def test_a_learned_scale_at_its_least_takes_only_what_raises_it(start):
-    """As clipped to the range of what divides; and so it comes back to the weights, whose sizes are 1."""
+    """As clipped to the range of what divides; and so it comes back to the weights, whose sizes are
+    1.
+    """
     weight = torch.tensor([[[1.0, -1.0]]])
     scale = torch.full((1, 1, 1), start, requires_grad=True)
     Learned.apply(weight, scale, 7).sub(weight).square().sum().backward()
@@ -289,7 +324,11 @@ def test_every_parameter_learns(quant):
 @given(st.integers(1, 3), st.sampled_from([2, 4, 8]), st.data())
 def test_packing_is_undone(rows, bits, data):
     size = data.draw(st.integers(1, 6)) * 8
-    codes = data.draw(hnp.arrays(np.int8, (rows, size), elements=st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)))
+    codes = data.draw(
+        hnp.arrays(
+            np.int8, (rows, size), elements=st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
+    )
     packed = pack(codes, bits)
     assert packed.nbytes == rows * size * bits // 8
     assert np.array_equal(unpack(packed, bits), codes)
@@ -320,7 +359,12 @@ def test_layers_are_swapped_by_name_and_keep_their_weights():
     plain, x = {k: v.clone() for k, v in module.state_dict().items()}, torch.randn(2, 8, 3)
     before = module(x)["logits"]
     names = prepare(module, Quant())
-    assert names == ["blocks.0.attention.qkv", "blocks.0.attention.out", "blocks.0.mlp.0", "blocks.0.mlp.2"]
+    assert names == [
+        "blocks.0.attention.qkv",
+        "blocks.0.attention.out",
+        "blocks.0.mlp.0",
+        "blocks.0.mlp.2",
+    ]
     assert [n for n, _ in quantised(module)] == names
     assert torch.equal(module(x)["logits"], before), "in full precision until a Quant is set"
     assert module.state_dict().keys() == plain.keys()
@@ -345,7 +389,9 @@ def test_torchs_encoder_layer_does_not_slip_past_rounding_in_evaluation():
     """It reads the weights of submodules that have no hook, in a fused path."""
     module = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True).eval()
     x = torch.randn(4, 8, 32)
-    assert prepare(module, Quant(skip=[])) == ["linear1", "linear2"], "not out_proj, which is never called"
+    assert prepare(module, Quant(skip=[])) == ["linear1", "linear2"], (
+        "not out_proj, which is never called"
+    )
     for _, layer in quantised(module):
         layer.set(Quant(weights="ternary", activations="none"))
     with torch.inference_mode():

@@ -1,4 +1,6 @@
-"""Int8 activations with a scale a row: no answer depends on the other rows of its call, in training and executed."""
+"""Int8 activations with a scale a row: no answer depends on the other rows of its call, in training
+and executed.
+"""
 
 import numpy as np
 import onnx
@@ -44,14 +46,26 @@ def inputs_of_all_sizes() -> Tensor:
 def executed(module: nn.Module, inputs: Tensor, folder, calls: list[slice]) -> np.ndarray:
     (folder / "student.onnx").write_bytes(write_onnx.to_onnx(module, inputs[:2]))
     session = onnx_session.session(folder / "student.onnx")
-    return np.concatenate([session.run(["logits"], {"inputs": inputs[rows].numpy()})[0] for rows in calls])
+    return np.concatenate(
+        [session.run(["logits"], {"inputs": inputs[rows].numpy()})[0] for rows in calls]
+    )
 
 
-ALONE, WHOLE, SHUFFLED = [slice(i, i + 1) for i in range(ROWS)], [slice(None)], [slice(5, None), slice(0, 5)]
+ALONE, WHOLE, SHUFFLED = (
+    [slice(i, i + 1) for i in range(ROWS)],
+    [slice(None)],
+    [slice(5, None), slice(0, 5)],
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 70)), elements=st.floats(-50, 50, width=32)))
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.integers(1, 70)),
+        elements=st.floats(-50, 50, width=32),
+    )
+)
 def test_a_row_is_int8_of_its_own_largest(x):
     """scale = max|x| / 127, ties to even, in numpy."""
     scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(1e-8))
@@ -70,9 +84,14 @@ def test_rows_scaled_by_powers_of_two_round_alike_which_a_call_does_not(power):
 
 
 def test_a_row_is_answered_alone_to_the_last_bit_as_in_any_call(tmp_path):
-    """As executed: integers are added in any order, and each row has a scale of its own. Over a call, none of it."""
+    """As executed: integers are added in any order, and each row has a scale of its own.
+
+    Over a call, none of it.
+    """
     inputs = inputs_of_all_sizes()
-    whole, alone, shuffled = (executed(one_layer(BY_ROW), inputs, tmp_path, c) for c in (WHOLE, ALONE, SHUFFLED))
+    whole, alone, shuffled = (
+        executed(one_layer(BY_ROW), inputs, tmp_path, c) for c in (WHOLE, ALONE, SHUFFLED)
+    )
     assert np.array_equal(alone, whole)
     assert np.array_equal(shuffled, np.concatenate([whole[5:], whole[:5]]))
     by_call = [executed(one_layer(BY_CALL), inputs, tmp_path, c) for c in (WHOLE, ALONE)]
@@ -81,10 +100,15 @@ def test_a_row_is_answered_alone_to_the_last_bit_as_in_any_call(tmp_path):
 
 
 def test_the_file_answers_as_the_layer_that_was_trained_at_every_size(tmp_path):
-    """Within 1e-6 of each row's own answers, which a scale for the whole call misses by its smallest row."""
+    """Within 1e-6 of each row's own answers, which a scale for the whole call misses by its
+    smallest row.
+    """
     inputs, layer = inputs_of_all_sizes(), one_layer(BY_ROW)
     with torch.inference_mode():
-        trained, plain = layer(inputs).numpy(), nn.functional.linear(inputs, layer[0].weight, layer[0].bias).numpy()
+        trained, plain = (
+            layer(inputs).numpy(),
+            nn.functional.linear(inputs, layer[0].weight, layer[0].bias).numpy(),
+        )
     found = executed(layer, inputs, tmp_path, WHOLE)
     sizes = np.abs(trained).max(-1, keepdims=True)
     assert (np.abs(found - trained) / sizes).max() <= 1e-6
@@ -106,7 +130,9 @@ def test_the_largest_sums_of_int8_do_not_saturate(tmp_path):
 
 
 def test_an_encoder_s_file_answers_as_the_encoder_and_alone_as_in_a_batch(tmp_path):
-    """97 rows of five steps in 100 to 1e-5 of the largest; a sum in another order flips a tie in few (98 here)."""
+    """97 rows of five steps in 100 to 1e-5 of the largest; a sum in another order flips a tie in
+    few (98 here).
+    """
     torch.manual_seed(0)
     module = rounding(SeriesEncoder(channels=3, classes=4, steps=STEPS, width=32, layers=2), BY_ROW)
     inputs = torch.randn(300, STEPS, 3)
@@ -115,7 +141,9 @@ def test_an_encoder_s_file_answers_as_the_encoder_and_alone_as_in_a_batch(tmp_pa
     (tmp_path / "student.onnx").write_bytes(write_onnx.to_onnx(module, inputs[:2]))
     session = onnx_session.session(tmp_path / "student.onnx")
     whole = session.run(["logits"], {"inputs": inputs.numpy()})[0]
-    alone = np.concatenate([session.run(["logits"], {"inputs": row[None].numpy()})[0] for row in inputs])
+    alone = np.concatenate(
+        [session.run(["logits"], {"inputs": row[None].numpy()})[0] for row in inputs]
+    )
     for found in (whole, alone):
         each = np.abs(found - trained).max((1, 2)) / np.abs(trained).max()
         assert np.quantile(each, 0.97) <= 1e-5

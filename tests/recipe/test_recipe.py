@@ -1,4 +1,5 @@
-"""Laws of the recipe: every fault at once with its key, precedence, and a digest of what decides the result alone.
+"""Laws of the recipe: every fault at once with its key, precedence, and a digest of what decides
+the result alone.
 
 The references are the models' own fields: a new key is covered by being there.
 """
@@ -21,21 +22,33 @@ from raykd.recipe.recipe import Range, Recipe
 from raykd.stages.load import SMOKE, apply_trial, load, resolve
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path for folder in ("examples", "pipelines") for path in (ROOT / folder).glob("**/*.toml"))
-FREE = {"name", "setting", "scale", "track", "export"}  # how a run is called, where it runs, is told, and its forms
+RECIPES = sorted(
+    path for folder in ("examples", "pipelines") for path in (ROOT / folder).glob("**/*.toml")
+)
+FREE = {
+    "name",
+    "setting",
+    "scale",
+    "track",
+    "export",
+}  # how a run is called, where it runs, is told, and its forms
 SEARCH = '[search]\n"terms.kd.temperature" = { uniform = [1, 4] }\n'
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """A function that writes a recipe beside teacher.safetensors; the folder is also the current directory."""
+    """A function that writes a recipe beside teacher.safetensors; the folder is also the current
+    directory.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "teacher.safetensors")
 
     def write(text: str, *, teacher: bool = True) -> Path:
         path = tmp_path / "recipe.toml"
-        path.write_text(text + ('\n[teacher]\nweights = "teacher.safetensors"\n' if teacher else ""))
+        path.write_text(
+            text + ('\n[teacher]\nweights = "teacher.safetensors"\n' if teacher else "")
+        )
         return path
 
     yield write
@@ -58,7 +71,9 @@ def test_every_recipe_of_the_repository_loads(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
     if path.parent.name == "smollm2" and not (path.parent / "teacher.safetensors").exists():
-        assert set(faults(path)) == {"teacher.weights", "data.tokenizer"}, "which make_teacher.py makes"
+        assert set(faults(path)) == {"teacher.weights", "data.tokenizer"}, (
+            "which make_teacher.py makes"
+        )
         return
     found = load(path)
     assert resolve(found.model_dump(mode="json")) == found
@@ -132,7 +147,9 @@ def tables(model: Any, key: str = "") -> list[tuple[str, type[BaseModel]]]:
     return [(key, model)] + [found for k, m in inner for found in tables(m, k)]
 
 
-@pytest.mark.parametrize(("key", "model"), [t for t in tables(Recipe) if t[0] not in ("terms", "search.space")])
+@pytest.mark.parametrize(
+    ("key", "model"), [t for t in tables(Recipe) if t[0] not in ("terms", "search.space")]
+)
 def test_a_misspelt_key_of_any_table_is_named_with_the_right_one(write, key, model):
     name = max(model.model_fields, key=len)
     dotted = f"{key}.{name}x".lstrip(".")
@@ -195,7 +212,10 @@ def test_terms_that_read_a_teacher_need_one_with_weights(write):
 @pytest.mark.parametrize("table", ["teacher", "student"])
 def test_weights_that_can_run_code_are_refused(write, tmp_path, table, suffix):
     (tmp_path / f"w.{suffix}").write_bytes(b"")
-    assert "others can run code" in faults(write(""), f"{table}.weights='w.{suffix}'")[f"{table}.weights"]
+    assert (
+        "others can run code"
+        in faults(write(""), f"{table}.weights='w.{suffix}'")[f"{table}.weights"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +269,9 @@ def test_a_setting_without_key_or_sign_is_refused(write, text):
         load(write(""), (text,))
 
 
-def test_paths_are_found_from_the_file_and_set_from_the_current_directory(write, tmp_path, monkeypatch):
+def test_paths_are_found_from_the_file_and_set_from_the_current_directory(
+    write, tmp_path, monkeypatch
+):
     (tmp_path / "rows").mkdir()
     path = write('[data]\nsource = "./rows"')
     (tmp_path / "else").mkdir()
@@ -276,7 +298,12 @@ def test_smoke_cuts_steps_seeds_and_trials(write):
 
 def test_smoke_cuts_rows_of_text_and_keeps_a_smaller_limit(write, tmp_path):
     (tmp_path / "tokenizer.json").touch()
-    for settings, limit in (("", 62), ("limit = 600", 62), ("limit = 7", 7), ("window = 500\nlimit = 600", 32)):
+    for settings, limit in (
+        ("", 62),
+        ("limit = 600", 62),
+        ("limit = 7", 7),
+        ("window = 500\nlimit = 600", 32),
+    ):
         window = "" if "window" in settings else "window = 64\n"
         text = write(f"[data]\ntokenizer = '{tmp_path / 'tokenizer.json'}'\n{window}{settings}")
         small = load(text, smoke=True)
@@ -287,7 +314,9 @@ def test_smoke_cuts_rows_of_text_and_keeps_a_smaller_limit(write, tmp_path):
 @pytest.fixture
 def rich(write) -> Recipe:
     own = "[source]\n[terms.gkd]\n[drafter]\n"
-    table = "[weighting]\nboost = 2\n[[phases]]\nuntil = 0.5\n[phases.quant]\n[[phases]]\nuntil = 1\n"
+    table = (
+        "[weighting]\nboost = 2\n[[phases]]\nuntil = 0.5\n[phases.quant]\n[[phases]]\nuntil = 1\n"
+    )
     return load(write(f"seeds = [0, 1]\n{own}{table}[terms.ce]\non = 'sequence'\n{SEARCH}"))
 
 
@@ -302,7 +331,11 @@ def test_a_recipe_error_survives_pickle(write):
     with pytest.raises(RecipeError) as caught:
         load(write("nme = 1\n[optim]\nstep = 1"))
     copy = pickle.loads(pickle.dumps(caught.value))
-    assert (type(copy), str(copy), copy.problems) == (RecipeError, str(caught.value), caught.value.problems)
+    assert (type(copy), str(copy), copy.problems) == (
+        RecipeError,
+        str(caught.value),
+        caught.value.problems,
+    )
     assert len(copy.problems) == 2
     assert copy.exit_code == 2
 
@@ -329,7 +362,9 @@ def other(value: Any, annotation: Any) -> Any:
 
 
 def choices() -> list[tuple[str, str]]:
-    """(table, field) of every value that a recipe sets, tables within tables and names of one value left out."""
+    """(table, field) of every value that a recipe sets, tables within tables and names of one value
+    left out.
+    """
     return [
         (key, name)
         for key, model in tables(Recipe)
@@ -345,11 +380,15 @@ def changed(table: Any, keys: list[str], name: str) -> Any:
         return [changed(table[0], keys, name), *table[1:]]
     if keys:
         return table.model_copy(update={keys[0]: changed(getattr(table, keys[0]), keys[1:], name)})
-    return table.model_copy(update={name: other(getattr(table, name), type(table).model_fields[name].annotation)})
+    return table.model_copy(
+        update={name: other(getattr(table, name), type(table).model_fields[name].annotation)}
+    )
 
 
 @pytest.mark.parametrize(("key", "name"), choices())
-def test_the_digest_changes_with_what_decides_the_result_and_nothing_else(rich, tmp_path, key, name):
+def test_the_digest_changes_with_what_decides_the_result_and_nothing_else(
+    rich, tmp_path, key, name
+):
     (tmp_path / "teacher.safetensorsx").write_bytes(b"other weights")
     keys = [k for k in key.split(".") if k]
     if keys == ["terms"]:
@@ -357,7 +396,9 @@ def test_the_digest_changes_with_what_decides_the_result_and_nothing_else(rich, 
         moved = rich.model_copy(update={"terms": rich.terms | one})
     elif keys == ["search", "space"]:
         old = rich.search.space["terms.kd.temperature"]
-        new = old.model_copy(update={name: {"choice": [1], "integer": (1, 2)}.get(name, (1.0, 2.0))})
+        new = old.model_copy(
+            update={name: {"choice": [1], "integer": (1, 2)}.get(name, (1.0, 2.0))}
+        )
         search = rich.search.model_copy(update={"space": {"terms.kd.temperature": new}})
         moved = rich.model_copy(update={"search": search})
     else:
@@ -422,7 +463,11 @@ def test_a_range_has_one_of_four_forms(write, span, ends):
         ("optim.labelled_share", "{ uniform = [0.5, 2] }", "2.0 leads to optim.labelled_share"),
         ("optim.batch", "{ choice = [8, 1] }", "1 leads to optim.batch = 1"),
         ("student.model", '{ choice = ["series_encoder", "os:system"] }', "add --allow-import os"),
-        ("data.window", "{ integer = [8, 16] }", "only terms, source, weighting, optim, student can be searched"),
+        (
+            "data.window",
+            "{ integer = [8, 16] }",
+            "only terms, source, weighting, optim, student can be searched",
+        ),
         ("store.batch", "{ integer = [8, 16] }", "trials share one store"),
     ],
 )
@@ -438,17 +483,26 @@ def test_a_search_needs_a_key(write):
 
 
 def test_a_trial_is_a_plain_recipe(rich):
-    made = Recipe.model_validate(apply_trial(rich.model_dump(mode="json"), {"terms.kd.temperature": 3.0}))
+    made = Recipe.model_validate(
+        apply_trial(rich.model_dump(mode="json"), {"terms.kd.temperature": 3.0})
+    )
     assert made.search is None
     assert made.terms["kd"].settings == {"temperature": 3.0}
     assert made.terms["ce"] == rich.terms["ce"]
 
 
-NAMES = {"data.source": "{}:rows", "student.model": "{}:rows", "teacher.model": "{}:rows", "technique": "{}.kd"}
+NAMES = {
+    "data.source": "{}:rows",
+    "student.model": "{}:rows",
+    "teacher.model": "{}:rows",
+    "technique": "{}.kd",
+}
 
 
 @pytest.mark.parametrize("key", NAMES)
-def test_code_from_outside_the_current_directory_is_not_imported_unless_allowed(write, tmp_path, monkeypatch, key):
+def test_code_from_outside_the_current_directory_is_not_imported_unless_allowed(
+    write, tmp_path, monkeypatch, key
+):
     package = tmp_path / "elsewhere" / "mine_far"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("def rows(**_): ...")
@@ -460,7 +514,10 @@ def test_code_from_outside_the_current_directory_is_not_imported_unless_allowed(
     line = f"{key}={NAMES[key].format('mine_far')}"
     path = write("")
     assert "add --allow-import mine_far if you trust it" in faults(path, line)[key]
-    assert "add --allow-import" in faults(path, line, allow_import=("mine_fa", "mine_far.kd", "os"))[key]
+    assert (
+        "add --allow-import"
+        in faults(path, line, allow_import=("mine_fa", "mine_far.kd", "os"))[key]
+    )
     assert "mine_far" not in sys.modules
     assert load(path, (line,), allow_import=("mine_far",))
     monkeypatch.chdir(tmp_path)
@@ -478,7 +535,9 @@ def test_code_of_the_current_directory_is_found_and_only_a_technique_is_run(writ
     assert (found.terms["ce"].weight == 0.3) == (key == "technique")
 
 
-@pytest.mark.parametrize("name", ["subprocess", "os", "sys", "builtins", "torch", "numpy", "__main__"])
+@pytest.mark.parametrize(
+    "name", ["subprocess", "os", "sys", "builtins", "torch", "numpy", "__main__"]
+)
 def test_no_recipe_calls_python_or_an_installed_package(write, name):
     assert set(faults(write(""), f"data.source={name}:getoutput")) == {"data.source"}
 
@@ -511,7 +570,9 @@ def test_a_module_that_does_not_exist_is_named_even_if_allowed(write):
         ("RECIPE = {'terms': {'ce': {}}}\nimport mine_missing", "No module named 'mine_missing'"),
     ],
 )
-def test_a_technique_that_can_not_be_read_is_one_problem_among_the_others(write, tmp_path, text, words):
+def test_a_technique_that_can_not_be_read_is_one_problem_among_the_others(
+    write, tmp_path, text, words
+):
     (tmp_path / "mine_bad").mkdir()
     (tmp_path / "mine_bad" / "kd.py").write_text(text)
     found = faults(write("technique = 'mine_bad.kd'\n[optim]\nstep = 1"))
@@ -521,7 +582,8 @@ def test_a_technique_that_can_not_be_read_is_one_problem_among_the_others(write,
 
 def test_loading_names_the_key_and_what_is_missing():
     with pytest.raises(
-        RecipeError, match=r"data\.source: 'json:lods' can not be imported: json has no function 'lods'"
+        RecipeError,
+        match=r"data\.source: 'json:lods' can not be imported: json has no function 'lods'",
     ):
         imports.load("json:lods", "data.source")
     assert imports.load("json:loads", "data.source") is json.loads

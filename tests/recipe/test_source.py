@@ -1,4 +1,6 @@
-"""When text is drawn and used, and that students learn from what they write: small runs that must reach a number."""
+"""When text is drawn and used, and that students learn from what they write: small runs that must
+reach a number.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,19 +95,25 @@ def language() -> Callable[[int, int], Tensor]:
 def rows(language) -> Callable[[int], Batch]:
     def batch(step: int) -> Batch:
         text = language(ROWS, 10_000 + step)
-        return Batch(torch.arange(ROWS), text[:, :-1], torch.ones(ROWS, T, dtype=torch.bool), text[:, 1:, 0])
+        return Batch(
+            torch.arange(ROWS), text[:, :-1], torch.ones(ROWS, T, dtype=torch.bool), text[:, 1:, 0]
+        )
 
     return batch
 
 
-def fitted(language: Callable[[int, int], Tensor], seed: int, steps: int, rate: float, **shape: int) -> Llama:
+def fitted(
+    language: Callable[[int, int], Tensor], seed: int, steps: int, rate: float, **shape: int
+) -> Llama:
     """A model after so many steps of plain cross-entropy."""
     torch.manual_seed(seed)
     module = Llama(classes=V, steps=ROOM, **shape)
     optim = torch.optim.AdamW(module.parameters(), rate)
     for step in range(steps):
         text = language(ROWS, step)
-        loss = F.cross_entropy(module(text[:, :-1])["logits"].flatten(0, 1), text[:, 1:, 0].flatten())
+        loss = F.cross_entropy(
+            module(text[:, :-1])["logits"].flatten(0, 1), text[:, 1:, 0].flatten()
+        )
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -119,7 +127,9 @@ def teacher(language) -> Frozen:
 
 @pytest.fixture(scope="module")
 def begun(language) -> dict[str, Tensor]:
-    return fitted(language, 1, 150, 1e-2, width=16, layers=1, heads=2, kv_heads=1, inner=32).state_dict()
+    return fitted(
+        language, 1, 150, 1e-2, width=16, layers=1, heads=2, kv_heads=1, inner=32
+    ).state_dict()
 
 
 def student_of(weights: dict[str, Tensor]) -> Llama:
@@ -137,20 +147,32 @@ def test_workers_draw_the_rows_of_one_global_batch(kind, rows, begun, teacher):
     )
 
     def drawn(share: slice) -> Batch:
-        mine = replace(every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share])
+        mine = replace(
+            every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share]
+        )
         return written(source, Text(ROOM), 7, 3, student, teacher, mine, share=share)()
 
     whole, parts = drawn(slice(0, ROWS)), [drawn(World(rank, 3).share(ROWS)) for rank in range(3)]
     for name in ("row_id", "inputs", "label", "mask"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert not torch.equal(
-        written(source, Text(ROOM), 8, 3, student, teacher, every, share=slice(0, ROWS))().label, whole.label
+        written(source, Text(ROOM), 8, 3, student, teacher, every, share=slice(0, ROWS))().label,
+        whole.label,
     )
 
 
 def test_a_source_that_leaves_no_prompt_is_refused(rows, begun, teacher):
     with pytest.raises(DataError, match=r"source.length = 37 leaves no position.*give at most 36"):
-        written(Source(length=37), Text(ROOM), 0, 0, student_of(begun), teacher, rows(0), share=slice(0, ROWS))
+        written(
+            Source(length=37),
+            Text(ROOM),
+            0,
+            0,
+            student_of(begun),
+            teacher,
+            rows(0),
+            share=slice(0, ROWS),
+        )
 
 
 def trained(
@@ -168,7 +190,9 @@ def trained(
     optim = optim or torch.optim.AdamW(module.parameters(), 5e-3)
 
     def draw(group: int) -> Callable[[], Batch]:
-        return written(source, Text(ROOM), group, 0, module, teacher, rows(group), share=slice(0, ROWS))
+        return written(
+            source, Text(ROOM), group, 0, module, teacher, rows(group), share=slice(0, ROWS)
+        )
 
     own, used = Written(Schedule(source.passes, source.ahead, every=10), draw), []
     for step in range(first, steps):
@@ -183,7 +207,9 @@ def trained(
 
 
 @pytest.mark.parametrize(("passes", "ahead"), [(1, 0), (4, 0), (2, 3)])
-def test_a_training_resumed_at_a_report_ends_as_one_that_was_not(passes, ahead, rows, begun, teacher):
+def test_a_training_resumed_at_a_report_ends_as_one_that_was_not(
+    passes, ahead, rows, begun, teacher
+):
     source = Source(length=6, share=1.0, passes=passes, ahead=ahead)
     terms = {"minillm": {}}
     whole = student_of(begun)
@@ -199,14 +225,23 @@ def test_a_training_resumed_at_a_report_ends_as_one_that_was_not(passes, ahead, 
         assert one.rollout
         assert two.rollout
         assert one.rollout.lag == two.rollout.lag
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )
     assert max(b.rollout.lag for b in used if b.rollout) == ahead + passes - 1
 
 
-def measured(module: nn.Module, teacher: Frozen, language: Callable[[int, int], Tensor]) -> dict[str, float]:
-    """On text that the student writes after 256 prompts: KL(q || p), and the share of drafts that p accepts."""
+def measured(
+    module: nn.Module, teacher: Frozen, language: Callable[[int, int], Tensor]
+) -> dict[str, float]:
+    """On text that the student writes after 256 prompts:
+
+    KL(q || p), and the share of drafts that p accepts.
+    """
     numbers = torch.rand(256, 12, dtype=torch.double, generator=torch.Generator().manual_seed(5))
-    batch = on_policy(module, teacher, language(256, 9999)[:, :6], row_id=torch.arange(256), uniforms=numbers)()
+    batch = on_policy(
+        module, teacher, language(256, 9999)[:, :6], row_id=torch.arange(256), uniforms=numbers
+    )()
     assert batch.teacher
     with torch.no_grad():
         q = module(batch.inputs)["logits"].log_softmax(-1)[batch.mask]
@@ -219,7 +254,12 @@ def measured(module: nn.Module, teacher: Frozen, language: Callable[[int, int], 
 
 RUNS = {  # source, terms, what is measured, and by how much it must change in 100 steps: half of what was seen
     "gkd": (Source(length=12, share=1.0), {"gkd": {}}, "reverse", -0.14),
-    "minillm": (Source(length=12, share=1.0, mixed=0.2, passes=4), {"minillm": {}}, "reverse", -0.09),
+    "minillm": (
+        Source(length=12, share=1.0, mixed=0.2, passes=4),
+        {"minillm": {}},
+        "reverse",
+        -0.09,
+    ),
     "distilspec": (Source(length=12, share=1.0), {"distilspec": {}}, "accepted", 0.07),
     "qat_speculative": (Source(length=12, share=1.0), {"distilspec": {}}, "accepted", 0.06),
     "ghost": (Source(kind="drafts", length=6, share=1.0), {"ghost": {}}, "accepted", 0.02),
@@ -245,10 +285,22 @@ LINES = {
         {"technique": "gkd", "source": {"passes": 9, "ahead": 9}},
         "17 steps after it was drawn, above limit",
     ),
-    "source.share": ({"technique": "gkd", "source": {"share": 1.0}}, "leaves no row of the data to the terms kd"),
-    "source.share below 1": ({"technique": "ghost", "source": {"share": 0.5}}, "leaves rows to the data that no term"),
-    "source without a term": ({"technique": "vanilla", "source": {}}, "no term reads what the student writes"),
-    "terms without a source": ({"technique": "vanilla", "terms": {"gkd": {}}}, "source: missing, but the terms gkd"),
+    "source.share": (
+        {"technique": "gkd", "source": {"share": 1.0}},
+        "leaves no row of the data to the terms kd",
+    ),
+    "source.share below 1": (
+        {"technique": "ghost", "source": {"share": 0.5}},
+        "leaves rows to the data that no term",
+    ),
+    "source without a term": (
+        {"technique": "vanilla", "source": {}},
+        "no term reads what the student writes",
+    ),
+    "terms without a source": (
+        {"technique": "vanilla", "terms": {"gkd": {}}},
+        "source: missing, but the terms gkd",
+    ),
     "no teacher": ({"technique": "ghost"}, "teacher: missing, but it scores"),
     "no term at first": (
         {"technique": "ghost", "terms": {"ghost": {"since": 0.6}, "distilspec": {"since": 0.6}}},
@@ -266,9 +318,18 @@ LINES = {
         {"technique": "gkd", "source": {"keep": True}},
         'nothing to write down: kind = "on_policy" tests no drafts',
     ),
-    "a log without replay": ({"technique": "ghost", "source": {"log": "x"}}, 'is not read by kind = "drafts"'),
-    "replay without a log": ({"technique": "ghost", "source": {"kind": "replay"}}, "names the log that is read"),
-    "a log elsewhere": ({"technique": "ghost", "source": {"kind": "replay", "log": "gs://bucket/x"}}, "is no folder"),
+    "a log without replay": (
+        {"technique": "ghost", "source": {"log": "x"}},
+        'is not read by kind = "drafts"',
+    ),
+    "replay without a log": (
+        {"technique": "ghost", "source": {"kind": "replay"}},
+        "names the log that is read",
+    ),
+    "a log elsewhere": (
+        {"technique": "ghost", "source": {"kind": "replay", "log": "gs://bucket/x"}},
+        "is no folder",
+    ),
     "a log that is read otherwise": (
         {"technique": "ghost", "source": {"kind": "replay", "log": "x", "passes": 4}},
         "passes: without effect on a log",

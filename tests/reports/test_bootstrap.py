@@ -1,4 +1,6 @@
-"""Laws of the intervals: against row-by-row resampling, exact limits, theory, data whose truth is known."""
+"""Laws of the intervals: against row-by-row resampling, exact limits, theory, data whose truth is
+known.
+"""
 
 from dataclasses import replace
 
@@ -16,7 +18,9 @@ def logistic(x):
 
 
 def world(seed, *, groups=40, rows=5, seeds=3, spread=1.0, training=0.2) -> Hits:
-    """A teacher, students and controls; `spread` and `training` are log odds of recordings and seeds."""
+    """A teacher, students and controls; `spread` and `training` are log odds of recordings and
+    seeds.
+    """
     rng = np.random.default_rng(seed)
     ease = rng.normal(0, spread, groups).repeat(rows)
     n = groups * rows
@@ -56,15 +60,24 @@ def test_constant_hits_have_no_width(right):
 
 
 def test_the_interval_covers_the_truth():
-    """400 data sets: the share covered has a standard error of 1.1 points, and 0.95 must lie within four."""
+    """400 data sets: the share covered has a standard error of 1.1 points, and 0.95 must lie within
+    four.
+    """
     spread, training = 1.0, 0.2
     z = np.random.default_rng(9).normal(0, 1, 1_000_000)
     teacher = logistic(2 + spread * z).mean()
     student, control = (logistic(m + np.hypot(spread, training) * z).mean() for m in (1.0, 0.2))
-    truths = [student, student / teacher, (student - control) / (teacher - control), student - control]
+    truths = [
+        student,
+        student / teacher,
+        (student - control) / (teacher - control),
+        student - control,
+    ]
     covered = np.zeros(4)
     for seed in range(400):
-        sample = bootstrap.resample(world(seed, spread=spread, training=training), num=400, seed=seed)
+        sample = bootstrap.resample(
+            world(seed, spread=spread, training=training), num=400, seed=seed
+        )
         found = [
             bootstrap.interval(sample.student, sample.n),
             bootstrap.retention(sample),
@@ -105,7 +118,9 @@ def test_copies_of_rows_in_a_group_do_not_narrow_the_interval():
 def test_a_row_bootstrap_would_be_too_narrow():
     hits = world(2, rows=20, spread=2.0)
     by_row = replace(hits, groups=np.arange(len(hits.groups)))
-    wide, narrow = (bootstrap.interval(s.teacher, s.n) for s in map(bootstrap.resample, (hits, by_row)))
+    wide, narrow = (
+        bootstrap.interval(s.teacher, s.n) for s in map(bootstrap.resample, (hits, by_row))
+    )
     assert width(wide) > 1.5 * width(narrow)
 
 
@@ -127,7 +142,11 @@ def test_a_student_like_the_teacher_closes_the_gap():
 def test_a_student_like_its_control_closes_nothing():
     hits = world(5)
     sample = bootstrap.resample(replace(hits, student=hits.control))
-    assert bootstrap.gap_closed(sample) == bootstrap.difference(sample) == bootstrap.Interval(0, 0, 0, 200)
+    assert (
+        bootstrap.gap_closed(sample)
+        == bootstrap.difference(sample)
+        == bootstrap.Interval(0, 0, 0, 200)
+    )
 
 
 def test_order_of_rows_and_of_seeds_changes_nothing():
@@ -172,7 +191,9 @@ def test_same_seed_same_numbers():
 
 
 def test_seeds_are_paired_where_both_arms_have_them():
-    """Control and student move together by seed, so the difference is constant although each is not."""
+    """Control and student move together by seed, so the difference is constant although each is
+    not.
+    """
     level = np.zeros((4, 40), bool)
     for seed in range(4):
         level[seed, : 8 * (seed + 1)] = True
@@ -206,8 +227,15 @@ def test_nothing_is_kept_of_a_teacher_at_chance_or_absent():
     hits = world(12)
     sample = bootstrap.resample(hits)
     assert bootstrap.corrected_retention(sample, float(sample.teacher[0])) is None
-    bare = bootstrap.resample(replace(hits, teacher=None, control=None, control_seeds=(), artefact=None))
-    assert bootstrap.retention(bare) is bootstrap.gap_closed(bare) is bootstrap.difference(bare) is None
+    bare = bootstrap.resample(
+        replace(hits, teacher=None, control=None, control_seeds=(), artefact=None)
+    )
+    assert (
+        bootstrap.retention(bare)
+        is bootstrap.gap_closed(bare)
+        is bootstrap.difference(bare)
+        is None
+    )
 
 
 def test_chance_is_the_most_frequent_class():
@@ -217,7 +245,9 @@ def test_chance_is_the_most_frequent_class():
 
 
 def test_the_width_agrees_with_theory():
-    """sqrt(p (1 - p) / n) * 2 * 1.96 for independent rows; 2000 resamples know a width to about 4 %."""
+    """sqrt(p (1 - p) / n) * 2 * 1.96 for independent rows; 2000 resamples know a width to about 4
+    %.
+    """
     n = 1000
     hits = Hits(np.arange(n), (np.arange(n) < 800)[None], [0])
     expected = 2 * 1.96 * np.sqrt(0.8 * 0.2 / n)
@@ -226,7 +256,9 @@ def test_the_width_agrees_with_theory():
 
 
 def test_seeds_spread_the_mean_by_their_unbiased_variance():
-    """Var of the drawn mean is s^2 / S with s^2 over S - 1, which S of S draws would miss by (S - 1) / S."""
+    """Var of the drawn mean is s^2 / S with s^2 over S - 1, which S of S draws would miss by (S -
+    1) / S.
+    """
     n, rates = 1000, np.array([0.5, 0.6, 0.8])
     student = np.arange(n) < (rates * n)[:, None]
     sample = bootstrap.resample(Hits(np.zeros(n), student, range(3)), num=20_000)

@@ -1,4 +1,6 @@
-"""Laws of a comparison: copies differ by exactly nothing, sides swap signs, pairing sharpens; and what is refused."""
+"""Laws of a comparison: copies differ by exactly nothing, sides swap signs, pairing sharpens; and
+what is refused.
+"""
 
 import json
 import re
@@ -29,9 +31,15 @@ TERMS = {"ce": {}, "kd": {"temperature": 1.5}}
 
 
 def world(
-    rate: dict[str, float], *, seed: int = 0, seeds: tuple[int, ...] = (0, 1, 2), shared: float = 3.0
+    rate: dict[str, float],
+    *,
+    seed: int = 0,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    shared: float = 3.0,
 ) -> Evidence:
-    """A run's evidence: recordings are as hard for every run (`shared` log odds apart), each training is its own."""
+    """A run's evidence: recordings are as hard for every run (`shared` log odds apart), each
+    training is its own.
+    """
     hard = np.random.default_rng(99).normal(0, shared, GROUPS).repeat(WINDOWS)
     rng = np.random.default_rng(seed)
     group = np.repeat(np.arange(GROUPS), WINDOWS)
@@ -58,7 +66,13 @@ def world(
         teacher=said("teacher"),
         thriving=np.arange(len(label)) % 4 == 0,
         training_cost=1.6,
-        store={"id": "s", "rows": 1240, "bytes": 1_240_000, "bytes_per_row": 1000.0, "codec": "dense"},
+        store={
+            "id": "s",
+            "rows": 1240,
+            "bytes": 1_240_000,
+            "bytes_per_row": 1000.0,
+            "codec": "dense",
+        },
     )
 
 
@@ -67,7 +81,12 @@ RATES = {"teacher": 0.97, "student": 0.85, "control": 0.7}
 
 def write(folder: Path, found: Evidence, **keys: Any) -> Path:
     """A finished run in `folder`, as `raykd report` leaves it."""
-    raw = {"name": "few", "terms": TERMS, "seeds": list(found.seeds), "teacher": {"model": "series_encoder"}}
+    raw = {
+        "name": "few",
+        "terms": TERMS,
+        "seeds": list(found.seeds),
+        "teacher": {"model": "series_encoder"},
+    }
     recipe = Recipe.model_validate(raw | keys)
     made = evidence.build(replace(found, recipe_digest=digest(recipe))) | {"inputs": "x"}
     answers.write(found, folder)
@@ -121,7 +140,9 @@ def test_the_other_run_first_turns_the_sign(first, tmp_path, seeds):
 def test_the_order_of_seeds_changes_nothing(first, second, tmp_path):
     found = world(RATES | {"student": 0.93}, seed=1)
     turned = {s: found.student[s] for s in (2, 0, 1)}
-    moved = write(tmp_path / second.name, replace(found, student=turned, seeds=[2, 0, 1]), seeds=[2, 0, 1])
+    moved = write(
+        tmp_path / second.name, replace(found, student=turned, seeds=[2, 0, 1]), seeds=[2, 0, 1]
+    )
     one, other = build(first, second)["runs"][1], build(first, moved)["runs"][1]
     assert one["accuracy"] == other["accuracy"]
     assert one["thriving"] == other["thriving"]
@@ -139,7 +160,9 @@ def test_the_differences_are_those_of_the_predictions(first, second):
 
 
 def test_pairing_is_sharper_than_two_intervals_apart(first, tmp_path):
-    """Recordings as hard for one run as for the other: the variance that they share leaves the difference."""
+    """Recordings as hard for one run as for the other: the variance that they share leaves the
+    difference.
+    """
     one, other = runs.read([first, write(tmp_path / "again", world(RATES, seed=4))])
     paired = compare.difference(other, one)
     apart = [
@@ -154,11 +177,18 @@ def test_pairing_is_sharper_than_two_intervals_apart(first, tmp_path):
 def test_the_interval_is_that_of_theory(first, tmp_path):
     """One seed, independent rows: 2 * 1.96 * sd(d) / sqrt(n) with d in {-1, 0, 1}.
 
-    Of 2000 resamples an end of the interval has a standard error of sqrt(.025 * .975 / 2000) / .0584 = 0.060 sd, the
-    width one of 2.2 %; four of them are allowed.
+    Of 2000 resamples an end of the interval has a standard error of sqrt(.025 * .975 / 2000) /
+    .0584 = 0.060 sd, the width one of 2.2 %; four of them are allowed.
     """
     n, rng = 4000, np.random.default_rng(3)
-    base = replace(world(RATES, seeds=(0,)), control={}, teacher=None, thriving=None, store={}, training_cost=None)
+    base = replace(
+        world(RATES, seeds=(0,)),
+        control={},
+        teacher=None,
+        thriving=None,
+        store={},
+        training_cost=None,
+    )
     both = []
     for name, rate in (("a", 0.8), ("b", 0.83)):
         said = {0: (rng.random(n) > rate).astype(int)}
@@ -183,10 +213,15 @@ def test_a_file_elsewhere_with_the_same_content_is_no_change(first, tmp_path):
     for name, data in (("a", b"same"), ("b", b"same"), ("c", b"other")):
         (tmp_path / f"{name}.safetensors").write_bytes(data)
     a, b, c = (
-        write(tmp_path / n, world(RATES), teacher={"weights": str(tmp_path / f"{n}.safetensors")}) for n in "abc"
+        write(tmp_path / n, world(RATES), teacher={"weights": str(tmp_path / f"{n}.safetensors")})
+        for n in "abc"
     )
     made = build(a, b, c)["runs"]
-    assert [[change["key"] for change in row["changes"]] for row in made] == [[], [], ["teacher.weights"]]
+    assert [[change["key"] for change in row["changes"]] for row in made] == [
+        [],
+        [],
+        ["teacher.weights"],
+    ]
 
 
 def test_what_the_runs_do_not_share_is_warned_of(first, tmp_path):
@@ -201,8 +236,12 @@ def test_what_the_runs_do_not_share_is_warned_of(first, tmp_path):
 
 
 def test_a_first_run_without_a_teacher_is_held_against_all_the_same(second, tmp_path):
-    bare = replace(world(RATES), teacher=None, control={}, thriving=None, store={}, training_cost=None)
-    alone = write(tmp_path / "alone", bare, technique="none", terms={"ce": {}}, teacher=None, control=False)
+    bare = replace(
+        world(RATES), teacher=None, control={}, thriving=None, store={}, training_cost=None
+    )
+    alone = write(
+        tmp_path / "alone", bare, technique="none", terms={"ce": {}}, teacher=None, control=False
+    )
     made = build(alone, second)
     assert made["thriving_of"] == second.name
     assert made["runs"][1]["thriving"]["value"] > 0
@@ -222,9 +261,13 @@ def spoil(folder: Path, found: Evidence, how: str) -> None:
         case "damaged answers":
             (folder / answers.NAME).write_bytes(b"PAR1 and nothing more PAR1")
         case "damaged report":
-            write_json(folder / "report.json", read_json(folder / "report.json") | {"seeds": "many"})
+            write_json(
+                folder / "report.json", read_json(folder / "report.json") | {"seeds": "many"}
+            )
         case "other students":
-            answers.write(replace(found, student={0: found.label, 1: found.label, 2: found.label}), folder)
+            answers.write(
+                replace(found, student={0: found.label, 1: found.label, 2: found.label}), folder
+            )
         case "other metric":
             made = read_json(folder / "report.json")
             made["student"]["metrics"] = {"nll": made["student"]["metrics"]["accuracy"]}
@@ -238,7 +281,10 @@ def spoil(folder: Path, found: Evidence, how: str) -> None:
 
 
 REFUSED = {
-    "unfinished": (StoreError, "is not finished: it has no report.json; type: raykd run RECIPE --out"),
+    "unfinished": (
+        StoreError,
+        "is not finished: it has no report.json; type: raykd run RECIPE --out",
+    ),
     "no run": (StoreError, "is not a run folder"),
     "no answers": (StoreError, "type: raykd report RECIPE"),
     "damaged answers": (StoreError, "is damaged"),
@@ -263,7 +309,11 @@ def test_what_can_not_be_compared_is_refused(first, tmp_path, how):
 
 def test_a_run_named_twice_and_no_folder_are_usage_errors(first, tmp_path):
     (tmp_path / "link").symlink_to(first)
-    for other, text in ((first, "named twice"), (tmp_path / "link", "named twice"), (tmp_path / "x", "no folder")):
+    for other, text in (
+        (first, "named twice"),
+        (tmp_path / "link", "named twice"),
+        (tmp_path / "x", "no folder"),
+    ):
         with pytest.raises(RecipeError, match=text):
             runs.read([first, other])
     with pytest.raises(RecipeError, match="is a file"):
@@ -284,7 +334,9 @@ def test_answers_survive_a_round_trip_without_unlabelled_rows(tmp_path):
     assert {"teacher", "artefact", "control-2", "student-0"} <= kept
 
 
-@pytest.mark.parametrize("columns", [{"row_id": [1]}, {"row_id": [1], "label": ["a"], "group": [0]}])
+@pytest.mark.parametrize(
+    "columns", [{"row_id": [1]}, {"row_id": [1], "label": ["a"], "group": [0]}]
+)
 def test_answers_of_other_columns_are_damaged(tmp_path, columns):
     pq.write_table(pa.table(columns), tmp_path / answers.NAME)
     with pytest.raises(StoreError, match="damaged"):
@@ -334,11 +386,20 @@ def test_the_page_needs_no_network_and_names_are_text_never_markup(first, tmp_pa
 
 
 def test_the_table_fits_a_terminal_and_tells_every_run(first, second, tmp_path):
-    third = write(tmp_path / "worse-33333333", world(RATES | {"student": 0.6}, seed=3), optim={"steps": 40})
+    third = write(
+        tmp_path / "worse-33333333", world(RATES | {"student": 0.6}, seed=3), optim={"steps": 40}
+    )
     made = build(first, second, third)
     text = words.table(made)
     assert max(map(len, text.splitlines())) <= 100
-    for part in (first.name, second.name, third.name, "better", "worse", "terms.valence.weight: - -> 0.5"):
+    for part in (
+        first.name,
+        second.name,
+        third.name,
+        "better",
+        "worse",
+        "terms.valence.weight: - -> 0.5",
+    ):
         assert part in text
     assert words.headline(made) == f"Of 2 runs held against {first.name}: 1 better, 1 worse"
 
@@ -377,7 +438,15 @@ def test_the_command_line_writes_where_out_says(first, second, tmp_path):
 
 
 def test_the_pipeline_compares_as_the_command_line_does(first, second, tmp_path):
-    asked = [sys.executable, "-m", "pipelines.report", str(first), str(second), "--out", str(tmp_path)]
+    asked = [
+        sys.executable,
+        "-m",
+        "pipelines.report",
+        str(first),
+        str(second),
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "+" in done.stdout

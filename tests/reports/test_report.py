@@ -1,4 +1,6 @@
-"""Laws of the report: the keys of the contract, words where a figure is missing, a page safe offline."""
+"""Laws of the report: the keys of the contract, words where a figure is missing, a page safe
+offline.
+"""
 
 import json
 import re
@@ -12,7 +14,15 @@ from raykd.files.atomic import read_json, write_json
 from raykd.reports import charts, page, schema, sentences
 from raykd.reports.evidence import Evidence, build
 
-CLASSES = ["Biceps curl", "Shoulder press", "Lateral raise", "Triceps dip", "Chest fly", "Row", "Rest"]
+CLASSES = [
+    "Biceps curl",
+    "Shoulder press",
+    "Lateral raise",
+    "Triceps dip",
+    "Chest fly",
+    "Row",
+    "Rest",
+]
 CONTRACT = {
     "schema": [],
     "recipe_digest": [],
@@ -37,13 +47,20 @@ VOID = {"meta", "br", "link", "img", "hr", "input"}
 def answers(rng, label, rate):
     """A model that is right on `rate` of the rows, else one class on."""
     wrong = rng.random(len(label)) > rate
-    return np.where(wrong, (label + rng.integers(1, len(CLASSES), len(label))) % len(CLASSES), label)
+    return np.where(
+        wrong, (label + rng.integers(1, len(CLASSES), len(label))) % len(CLASSES), label
+    )
 
 
 def curve(rng, top):
     steps = range(250, 2001, 250)
     return [
-        {"step": s, "loss": 2 / s, "val_accuracy": top * (1 - np.exp(-s / 400)) + rng.normal(0, 0.006)} for s in steps
+        {
+            "step": s,
+            "loss": 2 / s,
+            "val_accuracy": top * (1 - np.exp(-s / 400)) + rng.normal(0, 0.006),
+        }
+        for s in steps
     ]
 
 
@@ -100,7 +117,13 @@ def evidence() -> Evidence:
             "latency": {"ratio_vs_teacher": 0.081, "ratio_vs_fp32_student": 0.62},
         },
         training_cost=1.62,
-        store={"id": "s-77aa01", "rows": 2710, "bytes": 3_400_200, "bytes_per_row": 1254.7, "codec": "dense"},
+        store={
+            "id": "s-77aa01",
+            "rows": 2710,
+            "bytes": 3_400_200,
+            "bytes_per_row": 1254.7,
+            "codec": "dense",
+        },
         mlflow={"uri": "sqlite:///runs/mlflow.db", "experiment": "raykd", "run_id": "0b1c2d"},
         history={arm: {s: curve(rng, top) for s in range(3)} for arm, top in arms.items()},
         search={"metric": "val_accuracy", "trials": found, "best": found[3]},
@@ -145,7 +168,10 @@ def test_the_keys_of_the_contract_survive_a_round_trip(full, evidence, tmp_path)
         for part in back["retention"].values():
             assert {"value", "lo", "hi", "chance_corrected"} <= set(part)
         of_text = {"positions", "nll", "accuracy"}
-        assert set(back["artefact"]["parity"]) == {"max_abs_diff", "agreement", "relative", "alone_agreement"} | of_text
+        assert (
+            set(back["artefact"]["parity"])
+            == {"max_abs_diff", "agreement", "relative", "alone_agreement"} | of_text
+        )
         assert set(back["student"]["metrics"]["accuracy"]) == {"value", "lo", "hi", "n"}
 
 
@@ -157,7 +183,9 @@ def test_the_figures_are_those_of_the_predictions(full, evidence):
     guess = np.bincount(label).max() / len(label)
     assert full["student"]["metrics"]["accuracy"]["value"] == pytest.approx(student)
     assert full["retention"]["all"]["value"] == pytest.approx(student / teacher)
-    assert full["retention"]["all"]["chance_corrected"] == pytest.approx((student - guess) / (teacher - guess))
+    assert full["retention"]["all"]["chance_corrected"] == pytest.approx(
+        (student - guess) / (teacher - guess)
+    )
     assert full["gap_closed"]["value"] == pytest.approx((student - control) / (teacher - control))
     assert full["gain"]["value"] == pytest.approx(student - control)
     sizes = full["compression"]
@@ -180,7 +208,9 @@ def test_rows_without_a_label_change_nothing(evidence, full):
     label = longer(evidence.label)
     label[-9:] = -100
     arrays = {k: longer(getattr(evidence, k)) for k in ("group", "teacher", "artefact", "thriving")}
-    arms = {k: {s: longer(p) for s, p in getattr(evidence, k).items()} for k in ("student", "control")}
+    arms = {
+        k: {s: longer(p) for s, p in getattr(evidence, k).items()} for k in ("student", "control")
+    }
     assert build(replace(evidence, label=label, **arrays, **arms)) == full
 
 
@@ -219,7 +249,11 @@ def test_a_student_below_its_control_is_called_harmful(evidence):
 
 def test_few_seeds_few_recordings_and_absent_classes_are_warned_of(evidence):
     one = {0: evidence.student[0]}
-    made = build(replace(evidence, student=one, best_seed=0, group=evidence.group % 4, classes=[*CLASSES, "Jump"]))
+    made = build(
+        replace(
+            evidence, student=one, best_seed=0, group=evidence.group % 4, classes=[*CLASSES, "Jump"]
+        )
+    )
     assert [w.split(":")[0] for w in made["warnings"]] == [
         "1 seed",
         "4 test recordings",
@@ -244,7 +278,15 @@ def test_an_unknown_key_is_refused(evidence):
 def test_the_table_fits_a_terminal_and_names_every_model(full, evidence):
     text = sentences.table(full)
     assert max(map(len, text.splitlines())) <= 100
-    for name in ("teacher", "control", "student", "artefact", "gap closed", "compression", "training cost"):
+    for name in (
+        "teacher",
+        "control",
+        "student",
+        "artefact",
+        "gap closed",
+        "compression",
+        "training cost",
+    ):
         assert re.search(rf"^{name}", text, re.M), name
     bare = sentences.table(build(alone(evidence)))
     assert max(map(len, bare.splitlines())) <= 100

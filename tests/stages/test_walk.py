@@ -1,4 +1,6 @@
-"""The whole walk on one small recipe: what a run leaves, that it is left alone by the next, and what MLflow holds."""
+"""The whole walk on one small recipe: what a run leaves, that it is left alone by the next, and
+what MLflow holds.
+"""
 
 import json
 import shutil
@@ -58,7 +60,10 @@ def test_the_report_is_whole(made, folder):
     for name in ("teacher", "control", "student", "artefact"):
         assert 0 <= made[name]["metrics"]["accuracy"]["value"] <= 1
     assert made["artefact"]["parity"]["agreement"] == 1
-    assert made["search"]["best"] in made["search"]["trials"] or made["search"]["best"]["test_accuracy"] >= 0
+    assert (
+        made["search"]["best"] in made["search"]["trials"]
+        or made["search"]["best"]["test_accuracy"] >= 0
+    )
 
 
 def test_the_run_can_be_compared(folder, tmp_path):
@@ -68,7 +73,9 @@ def test_the_run_can_be_compared(folder, tmp_path):
         "value": 0, "lo": 0, "hi": 0, "n": 0, "verdict": "not shown to differ"
     }  # fmt: skip
     (student,) = answers.read(folder).student.values()
-    np.testing.assert_array_equal(student, predictions.read(folder / "arms/student-0/predictions.parquet").answer)
+    np.testing.assert_array_equal(
+        student, predictions.read(folder / "arms/student-0/predictions.parquet").answer
+    )
 
 
 def test_a_run_reported_without_its_answers_is_reported_again(made, recipe, folder, scored):
@@ -86,7 +93,9 @@ def test_all_trials_are_there_over_one_store_without_a_look_at_test_rows(folder,
     assert len(list((scored / "stores").iterdir())) == 1
     left = {path.name for path in (folder / "trials").rglob("*") if path.is_file()}
     assert left == {"history.jsonl", "weights.safetensors"}
-    assert not any("test" in path.read_text() for path in (folder / "trials").rglob("history.jsonl"))
+    assert not any(
+        "test" in path.read_text() for path in (folder / "trials").rglob("history.jsonl")
+    )
     assert not any("test_accuracy" in trial for trial in table["trials"])
 
 
@@ -94,7 +103,9 @@ def test_the_best_trial_is_a_recipe_that_runs(folder, scored):
     best = load(folder / "best.toml")
     table = json.loads((folder / "tune.json").read_bytes())
     assert best.optim.learning_rate == table["best"]["params"]["optim.learning_rate"]
-    assert best.terms["kd"].settings["temperature"] == table["best"]["params"]["terms.kd.temperature"]
+    assert (
+        best.terms["kd"].settings["temperature"] == table["best"]["params"]["terms.kd.temperature"]
+    )
     assert best.search is None
     found = {stage["stage"]: stage["done"] for stage in plan.plan(best, scored)["stages"]}
     assert found == {"score": True, "train": False, "export": False, "report": False}
@@ -110,7 +121,9 @@ def test_a_second_run_does_nothing_again_and_starts_no_ray(made, recipe, folder,
 
 def times(folder: Path, out: Path) -> dict[Path, int]:
     roots = [out / "stores", *(folder / name for name in KEPT)]
-    return {p: p.stat().st_mtime_ns for root in roots for p in (root, *root.rglob("*")) if p.is_file()}
+    return {
+        p: p.stat().st_mtime_ns for root in roots for p in (root, *root.rglob("*")) if p.is_file()
+    }
 
 
 def _walk_again(recipe: str, out: str, made: dict[str, Any]) -> None:
@@ -122,7 +135,10 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
     tracked = made["mlflow"]
     client = MlflowClient(tracking_uri=tracked["uri"])
     experiment = client.get_experiment_by_name(tracked["experiment"])
-    runs = {run.data.tags["raykd.key"].partition("/")[2]: run for run in client.search_runs([experiment.experiment_id])}
+    runs = {
+        run.data.tags["raykd.key"].partition("/")[2]: run
+        for run in client.search_runs([experiment.experiment_id])
+    }
     trials = {f"trial/{number}" for number in range(4)}
     assert runs.keys() == {"run", "control/seed-0", "student/seed-0"} | trials
     parent = runs.pop("run")
@@ -130,7 +146,9 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["raykd.technique"] == "vanilla"
     assert parent.data.tags["raykd.store_id"] == made["store"]["id"]
-    assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [parent.info.run_id] * 6
+    assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [
+        parent.info.run_id
+    ] * 6
     assert {key: runs[key].data.tags["raykd.arm"] for key in runs} == {
         "control/seed-0": "control",
         "student/seed-0": "student",
@@ -142,7 +160,9 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
     }
     kept = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert kept >= {"recipe.json", "report.json", "report.html", "best.toml", "artefact"}
-    assert parent.data.metrics["student/accuracy"] == made["student"]["metrics"]["accuracy"]["value"]
+    assert (
+        parent.data.metrics["student/accuracy"] == made["student"]["metrics"]["accuracy"]["value"]
+    )
 
 
 def test_control_and_student_start_from_equal_weights(recipe, scored):

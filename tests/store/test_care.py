@@ -1,4 +1,5 @@
-"""Laws of looking after a store: what is wrong is named, what is mended is what was, and nothing sound is touched.
+"""Laws of looking after a store: what is wrong is named, what is mended is what was, and nothing
+sound is touched.
 
 The reference is the store itself before it was damaged, byte for byte.
 """
@@ -39,7 +40,9 @@ def store(made, tmp_path) -> Path:
 
 
 def content(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()
+    }
 
 
 def spoil(path: Path) -> None:
@@ -53,11 +56,27 @@ def part(store: Path, number: int) -> Path:
 
 
 DAMAGE = {
-    "a flipped bit": (lambda s: spoil(part(s, 1)), "sha256 is not the manifest's", "data/part-00001"),
+    "a flipped bit": (
+        lambda s: spoil(part(s, 1)),
+        "sha256 is not the manifest's",
+        "data/part-00001",
+    ),
     "a missing file": (lambda s: part(s, 2).unlink(), "is missing", "data/part-00002"),
-    "a cut file": (lambda s: os.truncate(part(s, 0), 99), "sha256 is not the manifest's", "data/part-00000"),
-    "a lost record": (lambda s: (s / "_commits/00001.json").unlink(), "not the manifest's record", "_commits/00001"),
-    "a bad record": (lambda s: spoil(s / "_commits/00001.json"), "not the manifest's record", "_commits/00001"),
+    "a cut file": (
+        lambda s: os.truncate(part(s, 0), 99),
+        "sha256 is not the manifest's",
+        "data/part-00000",
+    ),
+    "a lost record": (
+        lambda s: (s / "_commits/00001.json").unlink(),
+        "not the manifest's record",
+        "_commits/00001",
+    ),
+    "a bad record": (
+        lambda s: spoil(s / "_commits/00001.json"),
+        "not the manifest's record",
+        "_commits/00001",
+    ),
     "a bad manifest": (lambda s: spoil(s / "_MANIFEST.json"), "damaged", "_MANIFEST.json"),
 }
 
@@ -65,7 +84,10 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_repaired_to_what_was(damage, store, made):
     before = content(store)
-    assert typed("verify", store) == (0, f"{len(care.shards(store)[0])} shards, complete and sound\n")
+    assert typed("verify", store) == (
+        0,
+        f"{len(care.shards(store)[0])} shards, complete and sound\n",
+    )
     do, fault, name = DAMAGE[damage]
     do(store)
     code, text = typed("verify", store)
@@ -108,14 +130,20 @@ def test_show_tells_rows_bytes_and_columns(store, made):
     assert {n: p["rows"] for n, p in found["splits"].items()} == manifest["statistics"]["rows"]
     assert sum(p["bytes"] for p in found["splits"].values()) == manifest["bytes"]
     assert {"row_id", "steps", "logits", "valence"} <= found["columns"].keys()
-    stored = sum(c["bytes_per_row"] for c in found["columns"].values()) * sum(manifest["statistics"]["rows"].values())
+    stored = sum(c["bytes_per_row"] for c in found["columns"].values()) * sum(
+        manifest["statistics"]["rows"].values()
+    )
     assert 0.3 * manifest["bytes"] < stored < manifest["bytes"]  # the rest is footers
     assert found["identity"] == manifest["identity"]
 
 
 def test_gc_takes_only_old_files_that_no_record_names(store):
     before = content(store)
-    left = [store / "data/part-00000-0123456789abcdef.parquet", store / "data/.x.tmp", store / "_commits/.00001.tmp"]
+    left = [
+        store / "data/part-00000-0123456789abcdef.parquet",
+        store / "data/.x.tmp",
+        store / "_commits/.00001.tmp",
+    ]
     for path in left:
         path.write_bytes(b"left behind")
     assert json.loads(typed("gc", store, "--json")[1]) == {"removed": []}
@@ -123,7 +151,9 @@ def test_gc_takes_only_old_files_that_no_record_names(store):
     for path in store.rglob("*"):
         os.utime(path, (old, old))
     spoil(store / "_commits/00002.json")  # its file is still the manifest's
-    assert sorted(care.gc(store, older_than_s=3600)) == sorted(str(p.relative_to(store)) for p in left)
+    assert sorted(care.gc(store, older_than_s=3600)) == sorted(
+        str(p.relative_to(store)) for p in left
+    )
     spoil(store / "_commits/00002.json")
     assert content(store) == before
 

@@ -1,5 +1,6 @@
-"""The codecs' laws, against dense softmax in float64: no bias where none is claimed, a bound where one is, and bytes
-that are the same however rows are batched and never decode to nonsense."""
+"""The codecs' laws, against dense softmax in float64: no bias where none is claimed, a bound where
+one is, and bytes that are the same however rows are batched and never decode to nonsense.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,9 @@ SPARSE = [Comb(V), Comb(V, GRID), Comb(V, (2.0,), points=12), TopK(V, k=8), TopK
 EVERY = [*SPARSE, Dense(V), Dense(V, "int8")]
 
 
-def rows(lengths: list[int], vocab: int = V, seed: int = 0, scale: float = 2.5) -> tuple[Tensor, Tensor, np.ndarray]:
+def rows(
+    lengths: list[int], vocab: int = V, seed: int = 0, scale: float = 2.5
+) -> tuple[Tensor, Tensor, np.ndarray]:
     """Logits (B, T, vocab), mask (B, T) and row ids (B,)."""
     g = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(len(lengths), max(lengths), vocab, generator=g)
@@ -43,7 +46,9 @@ def own(codec: Codec) -> float:
     return getattr(codec, "grid", (1.0,))[-1]
 
 
-def targets(codec: Codec, logits: Tensor, mask: Tensor, row_id: np.ndarray, temperature: float = 1.0) -> SparseTargets:
+def targets(
+    codec: Codec, logits: Tensor, mask: Tensor, row_id: np.ndarray, temperature: float = 1.0
+) -> SparseTargets:
     found = codec.decode(codec.encode(logits, mask, row_id, KEY), steps_of(mask), temperature)
     assert isinstance(found, SparseTargets)
     return found
@@ -52,13 +57,21 @@ def targets(codec: Codec, logits: Tensor, mask: Tensor, row_id: np.ndarray, temp
 @pytest.mark.parametrize("temperature", GRID)
 @pytest.mark.parametrize("grid", [GRID, None], ids=["mixture", "alone"])
 def test_the_mean_stored_gradient_is_the_dense_one_within_3_standard_errors(grid, temperature):
-    """W q - w per class, 20,000 draws of one place; its direction towards q - p too, where errors would add up."""
+    """W q - w per class, 20,000 draws of one place; its direction towards q - p too, where errors
+    would add up.
+    """
     draws_count, vocab = 20_000, 24
     g = torch.Generator().manual_seed(3)
     z, q = 2.5 * torch.randn(vocab, generator=g), torch.randn(vocab, generator=g).softmax(0)
     codec = Comb(vocab, grid or (temperature,), points=5)
     logits = z.expand(draws_count, 1, vocab)
-    t = targets(codec, logits, torch.ones(draws_count, 1, dtype=torch.bool), np.arange(draws_count), temperature)
+    t = targets(
+        codec,
+        logits,
+        torch.ones(draws_count, 1, dtype=torch.bool),
+        np.arange(draws_count),
+        temperature,
+    )
     w = t.dense().double()
     exact = q.double() - (z.double() / temperature).softmax(0)
     stored = w.sum(1, keepdim=True) * q.double() - w
@@ -67,7 +80,8 @@ def test_the_mean_stored_gradient_is_the_dense_one_within_3_standard_errors(grid
         assert ((found.mean(0) - wanted).abs() <= 3 * error).all()
     if grid is None:
         assert torch.equal(
-            t.weight.new_zeros(len(t)).index_add_(0, t.rows(), t.weight).round(decimals=6), torch.ones(len(t))
+            t.weight.new_zeros(len(t)).index_add_(0, t.rows(), t.weight).round(decimals=6),
+            torch.ones(len(t)),
         )
         assert t.entropy is not None
         p = (z.double() / temperature).softmax(0)
@@ -123,7 +137,10 @@ def test_the_tail_bucket_is_at_most_the_full_kl_and_equal_where_all_classes_are_
 def test_dense_values_are_within_the_bounds_of_their_formats():
     logits, mask, row_id = rows([9, 4, 0, 7])
     log_p = logits[mask].log_softmax(1)
-    fp16, int8 = (c.decode(c.encode(logits, mask, row_id, KEY), steps_of(mask)) for c in (Dense(V), Dense(V, "int8")))
+    fp16, int8 = (
+        c.decode(c.encode(logits, mask, row_id, KEY), steps_of(mask))
+        for c in (Dense(V), Dense(V, "int8"))
+    )
     bound = 2**-10 * logits[mask].abs().max()
     assert (fp16.float().log_softmax(1) - log_p).abs().max() <= bound
     assert (int8 - log_p).abs().max() <= (0.5 / 255 + 2**-10) * log_p.abs().max()
@@ -139,7 +156,9 @@ def test_hidden_states_and_their_own_head_give_the_logits_and_another_head_is_re
     found = codec.decode(codec.encode(hidden, mask, np.arange(2), KEY), steps_of(mask))
     codec.check_head(weight)
     assert (found.float() @ weight.T - hidden[mask] @ weight.T).abs().max() < 0.02
-    with pytest.raises(StoreError, match=r"belong to the output head \w{12}, and this teacher's is"):
+    with pytest.raises(
+        StoreError, match=r"belong to the output head \w{12}, and this teacher's is"
+    ):
         codec.check_head(weight + 1e-6)
 
 
@@ -148,12 +167,15 @@ def test_bytes_are_the_same_however_rows_are_batched_and_padded(codec):
     logits, mask, row_id = rows([9, 1, 0, 7, 30, 2])
     whole = codec.encode(logits, mask, row_id, KEY)
     parts = [
-        codec.encode(logits[i : i + n], mask[i : i + n], row_id[i : i + n], KEY) for i, n in ((0, 1), (1, 3), (4, 2))
+        codec.encode(logits[i : i + n], mask[i : i + n], row_id[i : i + n], KEY)
+        for i, n in ((0, 1), (1, 3), (4, 2))
     ]
     assert pa.concat_arrays(parts).equals(whole)
     left = torch.stack([z.roll(30 - int(m.sum()), 0) for z, m in zip(logits, mask, strict=True)])
     assert codec.encode(left, mask.flip(1), row_id, KEY).equals(whole)
-    assert codec.encode(torch.nn.functional.pad(logits, (0, 5), value=99.0), mask, row_id, KEY).equals(whole)
+    assert codec.encode(
+        torch.nn.functional.pad(logits, (0, 5), value=99.0), mask, row_id, KEY
+    ).equals(whole)
 
 
 def test_draws_depend_on_store_row_and_step_and_nothing_else():
@@ -176,7 +198,9 @@ def test_packed_columns_decode_the_same_from_parquet_and_in_any_slices(codec, tm
     column = codec.encode(logits, mask, row_id, KEY)
     packed, name = codec.pack(column, steps)
     assert layout.compressed(packed) <= layout.compressed(column)
-    pq.write_table(pa.table({"logits": packed}), tmp_path / "t.parquet", row_group_size=4, use_dictionary=False)
+    pq.write_table(
+        pa.table({"logits": packed}), tmp_path / "t.parquet", row_group_size=4, use_dictionary=False
+    )
     read = pq.read_table(tmp_path / "t.parquet")["logits"]
     whole = codec.decode(column, steps, own(codec))
     for found, places in (
@@ -187,7 +211,9 @@ def test_packed_columns_decode_the_same_from_parquet_and_in_any_slices(codec, tm
             assert torch.equal(found, whole if places is None else whole[places[0] : places[1]])
         else:
             wanted = whole if places is None else whole.take(torch.arange(*places))
-            assert all(torch.equal(a, b) for a, b in zip(parts_of(found), parts_of(wanted), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(parts_of(found), parts_of(wanted), strict=True)
+            )
 
 
 def parts_of(t: SparseTargets) -> list[Tensor]:
@@ -205,11 +231,17 @@ def test_a_column_without_a_step_is_read_back_as_one(codec):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_ids_of_every_width_survive_every_layout(data):
-    vocab = data.draw(st.sampled_from([2, 300, 1 << 16, (1 << 16) + 1, 1 << 24, (1 << 24) + 1, (1 << 32) - 1]))
-    places = data.draw(st.lists(st.sets(st.integers(0, vocab - 1), min_size=1, max_size=9), max_size=12))
+    vocab = data.draw(
+        st.sampled_from([2, 300, 1 << 16, (1 << 16) + 1, 1 << 24, (1 << 24) + 1, (1 << 32) - 1])
+    )
+    places = data.draw(
+        st.lists(st.sets(st.integers(0, vocab - 1), min_size=1, max_size=9), max_size=12)
+    )
     cut = data.draw(st.integers(0, len(places)))
     ids = np.array([i for p in places for i in sorted(p)], np.int64)
-    start = np.concatenate([[0], np.cumsum([len(p) for p in places], dtype=np.int64)]).astype(np.int64)
+    start = np.concatenate([[0], np.cumsum([len(p) for p in places], dtype=np.int64)]).astype(
+        np.int64
+    )
     entries = np.array([start[cut], start[-1] - start[cut]])
     for name in ("plain", "planes", "delta"):
         stream = layout.put_ids(ids, start, entries, vocab, name)
@@ -220,17 +252,24 @@ def test_ids_of_every_width_survive_every_layout(data):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_ranked_entries_come_back_as_they_were_in_any_slices(data):
-    """Every width of gap, places without a repeated class and places without a single one, rows without a place."""
+    """Every width of gap, places without a repeated class and places without a single one, rows
+    without a place.
+    """
     vocab = data.draw(st.sampled_from([3, 300, 40_000, ranked.LARGEST]))
     points = data.draw(st.integers(1, 12))
     kinds = st.lists(st.integers(0, vocab - 1), min_size=points, max_size=points)
-    rows = [*data.draw(st.lists(st.lists(kinds, max_size=4), min_size=1, max_size=5)), [[1] * points] * 70]
+    rows = [
+        *data.draw(st.lists(st.lists(kinds, max_size=4), min_size=1, max_size=5)),
+        [[1] * points] * 70,
+    ]
     found = entries_of(rows)
     streams, name = ranked.put(found, np.array([len(r) for r in rows]), vocab)
     cut = data.draw(st.integers(0, len(rows)))
     for part in (slice(0, cut), slice(cut, None), slice(None)):
         kept = layout.streams_of(layout.struct(streams)[part], ranked.STREAMS)
-        back = ranked.take(kept, np.array([len(r) for r in rows[part]], np.int64), vocab, points, name)
+        back = ranked.take(
+            kept, np.array([len(r) for r in rows[part]], np.int64), vocab, points, name
+        )
         assert all(np.array_equal(a, b) for a, b in zip(back, entries_of(rows[part]), strict=True))
 
 
@@ -240,7 +279,9 @@ def entries_of(rows: list[list[list[int]]]) -> ranked.Entries:
     ids = np.concatenate([none, *(i for i, _ in each)])
     counts = np.concatenate([none, *(n for _, n in each)]).astype(np.uint8)
     start = np.cumsum([0, *(len(i) for i, _ in each)])
-    return ranked.Entries(ids, counts, start, np.array([sum(len(set(p)) for p in r) for r in rows], np.int64))
+    return ranked.Entries(
+        ids, counts, start, np.array([sum(len(set(p)) for p in r) for r in rows], np.int64)
+    )
 
 
 def test_a_large_shard_is_ranked_smaller_and_damage_to_it_is_noticed():
@@ -252,7 +293,11 @@ def test_a_large_shard_is_ranked_smaller_and_damage_to_it_is_noticed():
     assert len(name) > len(ranked.PREFIX) + 10
     assert layout.compressed(packed) < 0.95 * layout.compressed(column)
     assert codec.unpack(packed, steps, name).equals(column)
-    for other in ("ranked:~", "ranked:" + 2 * name.removeprefix("ranked:"), name[:-5] + "\u00e9" * 5):
+    for other in (
+        "ranked:~",
+        "ranked:" + 2 * name.removeprefix("ranked:"),
+        name[:-5] + "\u00e9" * 5,
+    ):
         with pytest.raises(StoreError, match="frequent classes"):
             codec.decode(packed, steps, 1.0, other)
     rng, refused = np.random.default_rng(1), 0
@@ -299,7 +344,11 @@ def test_damaged_bytes_give_a_store_error_or_targets_that_are_in_range(codec):
 
 def damaged(column: pa.Array, rng: np.random.Generator) -> pa.Array:
     """One bit flipped, or one value cut short or made longer, in one stream."""
-    streams = [column.field(i) for i in range(column.type.num_fields)] if column.type != pa.binary() else [column]
+    streams = (
+        [column.field(i) for i in range(column.type.num_fields)]
+        if column.type != pa.binary()
+        else [column]
+    )
     at = int(rng.integers(len(streams)))
     values = [bytearray(v.as_py()) for v in streams[at]]
     row, kind = int(rng.integers(len(values))), int(rng.integers(3))
@@ -308,14 +357,22 @@ def damaged(column: pa.Array, rng: np.random.Generator) -> pa.Array:
     elif kind == 0:
         values[row][int(rng.integers(len(values[row])))] ^= 1 << int(rng.integers(8))
     else:
-        values[row] = values[row][: int(rng.integers(len(values[row])))] if kind == 1 else values[row] + b"\1"
+        values[row] = (
+            values[row][: int(rng.integers(len(values[row])))] if kind == 1 else values[row] + b"\1"
+        )
     streams[at] = pa.array([bytes(v) for v in values], pa.binary())
-    return streams[0] if column.type == pa.binary() else pa.StructArray.from_arrays(streams, fields=list(column.type))
+    return (
+        streams[0]
+        if column.type == pa.binary()
+        else pa.StructArray.from_arrays(streams, fields=list(column.type))
+    )
 
 
 @pytest.mark.parametrize("codec", EVERY, ids=str)
 def test_sizes_are_checked_before_anything_is_allocated(codec):
-    """Steps of a billion rows' worth against a column of a few bytes: an array of that size would be gigabytes."""
+    """Steps of a billion rows' worth against a column of a few bytes: an array of that size would
+    be gigabytes.
+    """
     logits, mask, row_id = rows([3, 2])
     column = codec.encode(logits, mask, row_id, KEY)
     with pytest.raises(StoreError, match="damaged"):
@@ -336,11 +393,15 @@ def test_what_a_codec_can_not_serve_is_refused_by_name():
         check_serves(codec, "forward")
         if name in ("comb", "topk"):
             for divergence in ("reverse", "js", "tv"):
-                with pytest.raises(RecipeError, match=rf"{name}.*not {divergence!r}.*codec = \"dense\""):
+                with pytest.raises(
+                    RecipeError, match=rf"{name}.*not {divergence!r}.*codec = \"dense\""
+                ):
                     check_serves(codec, divergence)
         else:
             check_serves(codec, "reverse", 3.0)
-    with pytest.raises(RecipeError, match=r"temperature 3 is not in this store's grid \(1, 1.5, 2, 4\)"):
+    with pytest.raises(
+        RecipeError, match=r"temperature 3 is not in this store's grid \(1, 1.5, 2, 4\)"
+    ):
         check_serves(Comb(V, GRID), "forward", 3.0)
     logits, mask, row_id = rows([3])
     with pytest.raises(RecipeError, match=r"temperature 2 is not in this store's grid \(1\)"):

@@ -1,4 +1,5 @@
-"""A store is extended, never written again: one more layer is one more store below it, of the same rows.
+"""A store is extended, never written again: one more layer is one more store below it, of the same
+rows.
 
 The reference is the teacher's own layer, and the bytes that stood before.
 """
@@ -51,7 +52,9 @@ def test_an_extended_store_keeps_every_byte_and_gains_the_layer(recipes):
     before = content(store)
     with pytest.raises(StoreError, match=r"holds no 'hidden.blocks.0'"):
         Store(store).column(LAYER, "train")
-    assert by_hand.score(reading, folder / "stores") == store, "one teacher and one data set have one store"
+    assert by_hand.score(reading, folder / "stores") == store, (
+        "one teacher and one data set have one store"
+    )
     after = content(store)
     assert {path: after[path] for path in before} == before
     assert {path.parts[0] for path in after.keys() - before.keys()} == {layer_signals.FOLDER}
@@ -59,17 +62,25 @@ def test_an_extended_store_keeps_every_byte_and_gains_the_layer(recipes):
     scorer = Scorer(reading)
     rows = scorer.dataset.splits["val"]
     with torch.inference_mode():
-        live = scorer.teacher(torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)).layers["hidden.blocks.0"]
+        live = scorer.teacher(torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)).layers[
+            "hidden.blocks.0"
+        ]
     kept = to_device(rows, "val", Store(store), frozenset({"logits", LAYER}), torch.device("cpu"))
     read = kept.batch(torch.arange(len(rows))).teacher
     assert read is not None
-    assert torch.allclose(read.layers["hidden.blocks.0"].float(), live, atol=2**-9 * float(live.abs().max()))
+    assert torch.allclose(
+        read.layers["hidden.blocks.0"].float(), live, atol=2**-9 * float(live.abs().max())
+    )
 
 
 def test_an_extended_store_is_cared_for_as_a_whole(recipes):
     _, reading, folder = recipes
     store = by_hand.score(reading, folder / "cared")
-    assert care.verify(store) == {"complete": True, "shards": 2 * len(Store(store).manifest["shards"]), "damaged": []}
+    assert care.verify(store) == {
+        "complete": True,
+        "shards": 2 * len(Store(store).manifest["shards"]),
+        "damaged": [],
+    }
     assert LAYER in care.show(store)["columns"]
     assert care.gc(store, older_than_s=-1) == []
     path = next((store / layer_signals.FOLDER / LAYER / "data").iterdir())
@@ -80,4 +91,6 @@ def test_an_extended_store_is_cared_for_as_a_whole(recipes):
     assert care.repair(store) == [damage["file"]]
     by_hand.score(reading, folder / "cared")
     assert path.read_bytes() == whole
-    assert np.array_equal(Store(store).row_id("test"), Scorer(reading).dataset.splits["test"].row_id)
+    assert np.array_equal(
+        Store(store).row_id("test"), Scorer(reading).dataset.splits["test"].row_id
+    )

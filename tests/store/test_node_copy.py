@@ -1,6 +1,8 @@
-"""Laws of a node's copy of a store: the same rows as the shards, made once, never trusted unverified, held by no one.
+"""Laws of a node's copy of a store: the same rows as the shards, made once, never trusted
+unverified, held by no one.
 
-The references are the shards themselves, and a training that reads its rows from memory and on one thread.
+The references are the shards themselves, and a training that reads its rows from memory and on one
+thread.
 """
 
 import errno
@@ -61,14 +63,21 @@ def test_the_copy_has_the_rows_of_the_shards_one_batch_a_shard(scored, cache):
     table, shards = fresh.table("train"), list(fresh.shards("train"))
     assert [len(c) for c in table.column("logits").chunks] == [s.num_rows for s in shards]
     for name in set(table.column_names) - {"logits"}:
-        assert table.column(name).equals(pa.chunked_array([c for s in shards for c in s.column(name).chunks]))
+        assert table.column(name).equals(
+            pa.chunked_array([c for s in shards for c in s.column(name).chunks])
+        )
     first, stored = 0, fresh.logits("train")
     for shard in shards:
         found = stored.take(np.arange(first, first + shard.num_rows))
         codec, layout = from_metadata(shard.schema.field("logits").metadata)
         temperature = getattr(codec, "grid", (1.0,))[0]
-        ours, theirs = found.at(temperature), codec.decode(shard.column("logits"), found.steps, temperature, layout)
-        for a, b in zip(*(vars(x).values() if hasattr(x, "ids") else [x] for x in (ours, theirs)), strict=True):
+        ours, theirs = (
+            found.at(temperature),
+            codec.decode(shard.column("logits"), found.steps, temperature, layout),
+        )
+        for a, b in zip(
+            *(vars(x).values() if hasattr(x, "ids") else [x] for x in (ours, theirs)), strict=True
+        ):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
         first += shard.num_rows
 
@@ -83,10 +92,15 @@ def test_the_copy_is_mapped_and_not_held(comb, cache):
 
 def test_shards_whose_layouts_differ_are_read_alike(comb, cache, monkeypatch):
     """Each shard's file has its own smallest layout; the column is one."""
-    monkeypatch.setattr("raykd.store.codecs.layout.compressed", lambda column: zlib.crc32(str(column[0]).encode()))
+    monkeypatch.setattr(
+        "raykd.store.codecs.layout.compressed", lambda column: zlib.crc32(str(column[0]).encode())
+    )
     recipe, store = comb
     mixed = by_hand.score(recipe, cache / "mixed")
-    assert len({s.schema.field("logits").metadata[b"layout"] for s in Store(mixed).shards("train")}) > 1
+    assert (
+        len({s.schema.field("logits").metadata[b"layout"] for s in Store(mixed).shards("train")})
+        > 1
+    )
     ours, theirs = Store(mixed).logits("train").at(2.0), Store(store.folder).logits("train").at(2.0)
     assert torch.equal(ours.ids, theirs.ids)
     assert torch.equal(ours.weight, theirs.weight)
@@ -105,13 +119,19 @@ def open_it(store: str, gate, told: str) -> None:
 def test_one_process_makes_the_copy_and_others_wait(comb, cache, tmp_path):
     gate, told = CONTEXT.Barrier(3), [tmp_path / f"{i}.json" for i in range(3)]
     env = {"RAYKD_CACHE": str(cache)}
-    assert wait([start(open_it, str(comb[1].folder), gate, str(t), **env) for t in told]) == [0, 0, 0]
+    assert wait([start(open_it, str(comb[1].folder), gate, str(t), **env) for t in told]) == [
+        0,
+        0,
+        0,
+    ]
     found = [json.loads(t.read_text()) for t in told]
     assert sorted(made for made, _ in found) == [0, 0, 1]
     assert len({rows for _, rows in found}) == 1
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "other store", "no record", "bad record", "half made"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "other store", "no record", "bad record", "half made"]
+)
 def test_a_copy_that_is_not_what_was_written_is_made_again(damage, comb, cache):
     folder = comb[1].folder
     good = Store(folder).table("train").combine_chunks()
@@ -142,7 +162,9 @@ def test_a_copy_that_is_not_what_was_written_is_made_again(damage, comb, cache):
 def test_a_full_disk_is_told_and_leaves_nothing(comb, cache, monkeypatch):
     store = Store(comb[1].folder)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit is an OSError
+    handler = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # then a write beyond the limit is an OSError
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(InfraError, match=r"can not be written: .*RAYKD_CACHE"):
@@ -152,7 +174,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(comb, cache, monkeypatch):
         signal.signal(signal.SIGXFSZ, handler)
     assert list(copy_of(cache, store).parent.iterdir()) == []
     assert store.table("train").num_rows > 0
-    monkeypatch.setattr(node_copy, "_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(
+        node_copy,
+        "_write",
+        lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")),
+    )
     with pytest.raises(InfraError, match="No space left"):
         store.table("val")
 
@@ -210,7 +236,10 @@ def test_rows_in_files_are_the_same_rows(comb, cache, tmp_path):
     mapped = mapped_rows(tmp_path, dataset)
     assert mapped.digest == dataset.digest
     assert data.rows.checked(mapped) is mapped
-    ours, theirs = (to_device(d.splits["train"], "train", store, frozenset({"logits"}), CPU) for d in (mapped, dataset))
+    ours, theirs = (
+        to_device(d.splits["train"], "train", store, frozenset({"logits"}), CPU)
+        for d in (mapped, dataset)
+    )
     assert ours.mapped
     index = torch.tensor([7, 0, 3])
     assert torch.equal(ours.batch(index).inputs, theirs.batch(index).inputs)
@@ -236,7 +265,9 @@ def test_a_function_may_give_a_dataset_of_files(comb, tmp_path, monkeypatch):
         ({"mask": train.mask[:, 1:]}, "equal N and T"),
         ({"row_id": train.row_id[::-1]}, "row ids must ascend"),
     ):
-        given_rows.rows = lambda w=wrong: replace(given, splits=given.splits | {"train": replace(train, **w)})
+        given_rows.rows = lambda w=wrong: replace(
+            given, splits=given.splits | {"train": replace(train, **w)}
+        )
         with pytest.raises(DataError, match=match):
             data.load(DataRef(source="given_rows:rows"))
     given_rows.rows = lambda: given

@@ -1,7 +1,9 @@
-"""Laws of the teacher store: each row once, the same bytes however it was made, and no damage taken for truth.
+"""Laws of the teacher store: each row once, the same bytes however it was made, and no damage taken
+for truth.
 
-The references are equality with the arrays that went in, and of manifests, byte for byte, between stores made in
-different orders, processes and after different deaths. Ray only schedules shards, so none is needed here.
+The references are equality with the arrays that went in, and of manifests, byte for byte, between
+stores made in different orders, processes and after different deaths. Ray only schedules shards, so
+none is needed here.
 """
 
 import json
@@ -58,7 +60,11 @@ def test_what_is_encoded_is_decoded_bit_for_bit(drawn, cut):
     column = field("x", values, "steps")
     table = pa.table([encode(values, mask)], schema=pa.schema([column]))
     shape, steps = list(values.shape[2:]), mask.sum(1).astype(np.int32)
-    for made in (table, through_parquet(table), pa.concat_tables([table.slice(0, cut), table.slice(cut)])):
+    for made in (
+        table,
+        through_parquet(table),
+        pa.concat_tables([table.slice(0, cut), table.slice(cut)]),
+    ):
         assert bits(decode(made.column("x"), shape, steps)) == bits(values[mask])
 
 
@@ -73,7 +79,9 @@ def through_parquet(table: pa.Table) -> pa.Table:
 def test_a_stored_value_is_read_by_numpy_alone(drawn):
     values, mask = drawn
     for row, value in enumerate(encode(values, mask).to_pylist()):
-        assert bits(np.frombuffer(value, "<f2").reshape(-1, *values.shape[2:])) == bits(values[row][mask[row]])
+        assert bits(np.frombuffer(value, "<f2").reshape(-1, *values.shape[2:])) == bits(
+            values[row][mask[row]]
+        )
 
 
 def test_a_column_of_another_length_is_refused():
@@ -84,7 +92,10 @@ def test_a_column_of_another_length_is_refused():
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(["train", "val", "test"]), st.integers(0, 40)), st.integers(1, 50))
+@given(
+    st.dictionaries(st.sampled_from(["train", "val", "test"]), st.integers(0, 40)),
+    st.integers(1, 50),
+)
 def test_shards_cover_every_row_once_and_none_spans_two_splits(rows, size):
     shards = plan_shards(rows, size)
     covered = [(s.split, i) for s in shards for i in range(s.first, s.last)]
@@ -100,13 +111,22 @@ def table_of(shard: Shard, salt: int = 0) -> pa.Table:
     mask = np.arange(6) < draw.integers(1, 7, (rows, 1))
     values = draw.normal(size=(rows, 6, 3)).astype(np.float32)
     schema = pa.schema(
-        [pa.field("row_id", pa.int64()), pa.field("steps", pa.int32()), field("logits", values, "steps")]
+        [
+            pa.field("row_id", pa.int64()),
+            pa.field("steps", pa.int32()),
+            field("logits", values, "steps"),
+        ]
     )
     row_id = np.arange(shard.first, shard.last)
-    return pa.table([pa.array(row_id), pa.array(mask.sum(1).astype(np.int32)), encode(values, mask)], schema=schema)
+    return pa.table(
+        [pa.array(row_id), pa.array(mask.sum(1).astype(np.int32)), encode(values, mask)],
+        schema=schema,
+    )
 
 
-def fill(folder: Path, *, salt: int = 0, backwards: bool = False, gate: Any = None) -> dict[str, Any]:
+def fill(
+    folder: Path, *, salt: int = 0, backwards: bool = False, gate: Any = None
+) -> dict[str, Any]:
     """What scoring does: commit every shard that is missing, then finish."""
     writer = StoreWriter(folder, IDENTITY)
     missing = writer.missing(SHARDS)
@@ -229,7 +249,9 @@ def test_steps_that_do_not_fit_the_data_are_refused(whole):
 
 
 def flips(paths: list[Path], count: int, seed: int) -> list[tuple[Path, int, int]]:
-    """(file, byte, bit): the first and last eight bytes of every file, then random places over all of them."""
+    """(file, byte, bit): the first and last eight bytes of every file, then random places over all
+    of them.
+    """
     draw = np.random.default_rng(seed)
     sizes = np.array([p.stat().st_size for p in paths])
     edges = [(i, k % int(sizes[i])) for i in range(len(paths)) for k in range(-8, 8)]
@@ -312,7 +334,10 @@ def test_a_flipped_bit_in_the_stores_identity_is_never_accepted(store):
 @pytest.mark.parametrize("at", ["before_write", "before_commit"])
 @pytest.mark.parametrize("shard", [0, len(SHARDS) - 1])
 def test_a_scorer_killed_at_any_point_loses_nothing(at, shard, whole, tmp_path):
-    fault = {"RAYKD_FAULT": f"score:shard={shard},at={at}", "RAYKD_FAULT_FIRED": str(tmp_path / "fired")}
+    fault = {
+        "RAYKD_FAULT": f"score:shard={shard},at={at}",
+        "RAYKD_FAULT_FIRED": str(tmp_path / "fired"),
+    }
     folder = tmp_path / "store"
     assert wait([start(fill, folder, **fault)]) == [-signal.SIGKILL]
     assert (tmp_path / "fired").exists()
@@ -336,7 +361,10 @@ def race(folder: Path, salt: int, gate: Any, told: Path) -> None:
 def test_two_processes_that_race_end_with_one_commit_a_shard(tmp_path):
     gate = CONTEXT.Barrier(2)
     told = [tmp_path / "a.json", tmp_path / "b.json"]
-    assert wait([start(race, tmp_path / "store", salt, gate, told[salt]) for salt in (0, 1)]) == [0, 0]
+    assert wait([start(race, tmp_path / "store", salt, gate, told[salt]) for salt in (0, 1)]) == [
+        0,
+        0,
+    ]
     first, second = (json.loads(path.read_text()) for path in told)
     assert first == second == Store(tmp_path / "store").manifest["shards"]
     assert [r["number"] for r in first] == list(range(len(SHARDS)))
@@ -347,11 +375,13 @@ def test_two_processes_that_race_end_with_one_commit_a_shard(tmp_path):
 
 def test_two_processes_that_race_on_the_same_rows_leave_no_trace(whole, tmp_path):
     gate = CONTEXT.Barrier(2)
-    assert wait([start(race, tmp_path / "store", 0, gate, tmp_path / name) for name in ("a", "b")]) == [0, 0]
+    assert wait(
+        [start(race, tmp_path / "store", 0, gate, tmp_path / name) for name in ("a", "b")]
+    ) == [0, 0]
     assert manifest_of(tmp_path / "store") == manifest_of(whole)
-    assert sorted(p.relative_to(tmp_path / "store") for p in (tmp_path / "store").rglob("*")) == sorted(
-        p.relative_to(whole) for p in whole.rglob("*")
-    )
+    assert sorted(
+        p.relative_to(tmp_path / "store") for p in (tmp_path / "store").rglob("*")
+    ) == sorted(p.relative_to(whole) for p in whole.rglob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -380,16 +410,23 @@ def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
     store, dataset = Store(by_hand.score(found, tmp_path)), data.load(found.data)
     module = models.build(found.teacher, **dataset.shape, key="teacher").eval()
     for split, rows in dataset.splits.items():
-        read = to_device(rows, split, store, needs_of(found.terms) | {"trajectory"}, torch.device("cpu"))
+        read = to_device(
+            rows, split, store, needs_of(found.terms) | {"trajectory"}, torch.device("cpu")
+        )
         index = torch.tensor([len(rows) - 1, 0, 5])
         batch = read.batch(index)
         with torch.no_grad():
             said = Adapter(module)(batch.inputs, batch.mask)
         assert torch.equal(batch.row_id, torch.from_numpy(rows.row_id)[index])
         assert torch.equal(batch.teacher.mask, said.mask)
-        # half a unit in the last place of fp16 is 2^-11 relative; batches of other sizes differ by fp32 rounding
-        torch.testing.assert_close(batch.teacher.logits.float(), said.logits, rtol=2**-10, atol=1e-5)
-        torch.testing.assert_close(batch.teacher.valence.float(), said.valence, rtol=2**-10, atol=1e-5)
+        # half a unit in the last place of fp16 is 2^-11 relative; batches of other sizes differ by
+        # fp32 rounding
+        torch.testing.assert_close(
+            batch.teacher.logits.float(), said.logits, rtol=2**-10, atol=1e-5
+        )
+        torch.testing.assert_close(
+            batch.teacher.valence.float(), said.valence, rtol=2**-10, atol=1e-5
+        )
 
 
 def test_the_stored_signals_do_not_know_a_hidden_label(raw):
@@ -400,7 +437,11 @@ def test_the_stored_signals_do_not_know_a_hidden_label(raw):
     assert 0 < len(hidden) < len(rows)
     shard = Shard(0, "train", 0, len(rows))
     before = scorer.table(shard)
-    full = data.load(scorer.recipe.data.model_copy(update={"label_fraction": 1.0})).splits["train"].label
+    full = (
+        data.load(scorer.recipe.data.model_copy(update={"label_fraction": 1.0}))
+        .splits["train"]
+        .label
+    )
     scorer.dataset.splits["train"].label[:] = np.where(
         np.isin(np.arange(len(rows)), hidden), rows.label, (full + 1) % 7
     )
@@ -447,7 +488,10 @@ def test_whatever_decides_the_content_changes_the_id(raw, table, values):
         ("optim", {"steps": 7, "learning_rate": 1.0}),
         ("student", {"settings": {"width": 4}}),
         ("terms", {"kd": {"weight": 0.3, "temperature": 5.0}}),
-        ("terms", {"kd": {"weight": 0.0}}),  # what terms read decides which layers are added, below the store
+        (
+            "terms",
+            {"kd": {"weight": 0.0}},
+        ),  # what terms read decides which layers are added, below the store
     ],
     ids=str,
 )
@@ -456,7 +500,9 @@ def test_whatever_does_not_decide_the_content_leaves_the_id(raw, table, values):
 
 
 def test_names_and_seeds_leave_the_id(raw):
-    assert id_of(raw | {"name": "another", "setting": "elsewhere", "seeds": [4, 5], "control": False}) == id_of(raw)
+    assert id_of(
+        raw | {"name": "another", "setting": "elsewhere", "seeds": [4, 5], "control": False}
+    ) == id_of(raw)
 
 
 def test_the_teachers_weights_change_the_id_and_their_path_does_not(raw, tmp_path):

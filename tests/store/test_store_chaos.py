@@ -1,7 +1,9 @@
-"""What kills, full disks, flipped bits and hostile files cost a store: time, or an error, and never a wrong row.
+"""What kills, full disks, flipped bits and hostile files cost a store: time, or an error, and never
+a wrong row.
 
-The kills are real (SIGKILL, at every named point and at random times), the full disk is a real one where this user may
-mount it, and every manifest is compared byte for byte with that of a run left alone. No Ray: it only schedules.
+The kills are real (SIGKILL, at every named point and at random times), the full disk is a real one
+where this user may mount it, and every manifest is compared byte for byte with that of a run left
+alone. No Ray: it only schedules.
 """
 
 import multiprocessing
@@ -45,7 +47,9 @@ POINTS = [
 
 
 def work(folder: Path, *, backwards: bool = False, die_s: float | None = None) -> None:
-    """A worker: commit every shard that is missing; its own SIGKILL comes after `die_s` of that, if given."""
+    """A worker: commit every shard that is missing; its own SIGKILL comes after `die_s` of that, if
+    given.
+    """
     writer = StoreWriter(folder, IDENTITY)
     missing = writer.missing(SHARDS)
     if die_s is not None:
@@ -59,7 +63,10 @@ def work(folder: Path, *, backwards: bool = False, die_s: float | None = None) -
 
 def drive(folder: Path) -> None:
     """A driver: two workers at once, then the manifest."""
-    workers = [FORK.Process(target=work, args=(folder,), kwargs={"backwards": back}) for back in (False, True)]
+    workers = [
+        FORK.Process(target=work, args=(folder,), kwargs={"backwards": back})
+        for back in (False, True)
+    ]
     for worker in workers:
         worker.start()
     assert wait(workers) == [0, 0]
@@ -100,7 +107,10 @@ def test_ten_kills_of_two_workers_leave_no_trace_in_the_manifest(run, whole, tmp
     plans: list[Any] = working + [draw.uniform(0.001, 0.04) for _ in range(KILLS - len(named))]
     killed = 0
     for at in range(0, len(plans), 2):
-        both = [_victim(folder, plan, tmp_path / f"fired-{at}-{i}", i) for i, plan in enumerate(plans[at : at + 2])]
+        both = [
+            _victim(folder, plan, tmp_path / f"fired-{at}-{i}", i)
+            for i, plan in enumerate(plans[at : at + 2])
+        ]
         killed += sum(code == -signal.SIGKILL for code in wait(both))
     assert not (folder / "_MANIFEST.json").exists()
     for number, plan in enumerate(p for p in named if p not in working):
@@ -119,7 +129,8 @@ def _victim(folder: Path, plan: Any, fired: Path, number: int) -> Any:
 
 def test_every_named_point_of_the_protocol_is_killed_at():
     source = "".join(
-        (Path(__file__).parents[2] / "raykd" / f).read_text() for f in ("files/atomic.py", "store/commit.py")
+        (Path(__file__).parents[2] / "raykd" / f).read_text()
+        for f in ("files/atomic.py", "store/commit.py")
     )
     assert source.count("faults.point(") == len({p.partition("at=")[2] for p in POINTS})
 
@@ -145,14 +156,18 @@ def small_disk(tmp_path):
     """A file system with room for little, or None where this user may mount none."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], capture_output=True
+    )
     yield place if mounted.returncode == 0 else None
     if mounted.returncode == 0:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_full_disk_is_told_and_the_next_call_completes(seed, whole, small_disk, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_the_next_call_completes(
+    seed, whole, small_disk, tmp_path, monkeypatch
+):
     draw = random.Random(seed)
     folder = (small_disk or tmp_path) / "store"
     StoreWriter(folder, IDENTITY)
@@ -165,8 +180,12 @@ def test_a_full_disk_is_told_and_the_next_call_completes(seed, whole, small_disk
     else:
         calls = iter([False] * draw.randrange(1, 40) + [True])
         sync = os.fsync
-        monkeypatch.setattr(os, "fsync", lambda handle: _full() if next(calls, False) else sync(handle))
-    with pytest.raises(InfraError, match=r"No space left on device.*free that disk and give the same command"):
+        monkeypatch.setattr(
+            os, "fsync", lambda handle: _full() if next(calls, False) else sync(handle)
+        )
+    with pytest.raises(
+        InfraError, match=r"No space left on device.*free that disk and give the same command"
+    ):
         finish(folder)
     left = {p for p in folder.rglob("*") if p.is_file()}
     assert not [p for p in left if p.suffix == ".tmp"], "what did not fit stays and fills the disk"
@@ -184,7 +203,9 @@ def _full() -> None:
 
 @pytest.mark.parametrize("where", ["data", "footer"])
 def test_three_hundred_flipped_bits_are_never_accepted(where, whole):
-    """Each shard by itself, so that the place of a flip is known: the pages, or the footer and its length."""
+    """Each shard by itself, so that the place of a flip is known: the pages, or the footer and its
+    length.
+    """
     draw, seen = np.random.default_rng(0), 0
     for record in (Store(whole).manifest["shards"][i] for i in draw.integers(0, len(SHARDS), 300)):
         path = whole / record["file"]

@@ -1,6 +1,8 @@
-"""Files that were made to harm: bombs are refused before they unfold, mutants never crash who reads them.
+"""Files that were made to harm: bombs are refused before they unfold, mutants never crash who reads
+them.
 
-Each is signed as its author would sign it, so that the digest lets it pass and only the bounds and pyarrow stand.
+Each is signed as its author would sign it, so that the digest lets it pass and only the bounds and
+pyarrow stand.
 """
 
 import io
@@ -32,7 +34,9 @@ GIB, MIB = 1 << 30, 1 << 20
 
 def written(write: Any, **options: Any) -> bytes:
     sink = io.BytesIO()
-    write(sink, {"compression": "zstd", "write_statistics": False, "use_dictionary": False} | options)
+    write(
+        sink, {"compression": "zstd", "write_statistics": False, "use_dictionary": False} | options
+    )
     return sink.getvalue()
 
 
@@ -71,7 +75,9 @@ def lying(data: bytes) -> bytes:
     small = bytes([0x80, 0x82, *[0x80] * (len(word) - 3), 0])
     length = int.from_bytes(data[-8:-4], "little") + 8
     changed = data[:-length] + data[-length:].replace(bytes(word), small)
-    assert pq.read_metadata(io.BytesIO(changed)).row_group(0).column(0).total_uncompressed_size == 128
+    assert (
+        pq.read_metadata(io.BytesIO(changed)).row_group(0).column(0).total_uncompressed_size == 128
+    )
     return changed
 
 
@@ -102,7 +108,10 @@ def test_a_bomb_is_refused_before_it_unfolds(bomb, tmp_path):
     (tmp_path / "bomb").write_bytes(data)
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(tmp_path / "bomb"), str(rows)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", CHECK, str(tmp_path / "bomb"), str(rows)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     peak, _, told = done.stdout.partition(" ")
     assert "bomb would take" in told or "which no teacher store has" in told, done.stdout
@@ -137,7 +146,10 @@ def test_a_signed_bomb_in_a_store_is_refused(tmp_path):
     [
         (pa.table({"x": pa.array(["a"])}), "types that no teacher store has: x"),
         (pa.table({"x": pa.array([[1, 2]])}), "no teacher store has"),
-        (pa.table({"x": pa.array([b"a"], pa.large_binary())}), "types that no teacher store has: x"),
+        (
+            pa.table({"x": pa.array([b"a"], pa.large_binary())}),
+            "types that no teacher store has: x",
+        ),
     ],
 )
 def test_types_that_no_store_has_are_refused(table, told):
@@ -145,7 +157,9 @@ def test_types_that_no_store_has_are_refused(table, told):
         bounds.check(to_parquet(table), 1, "file")
 
 
-@pytest.mark.parametrize("options", [{"compression": "snappy"}, {"use_dictionary": True}, {"data_page_version": "2.0"}])
+@pytest.mark.parametrize(
+    "options", [{"compression": "snappy"}, {"use_dictionary": True}, {"data_page_version": "2.0"}]
+)
 def test_encodings_that_no_store_has_are_refused(options):
     data = written(lambda sink, o: pq.write_table(table_of(SHARDS[0]), sink, **o), **options)
     with pytest.raises(StoreError, match="no teacher store has"):
@@ -178,7 +192,11 @@ def mutant(data: bytes, draw: random.Random) -> bytes:
         case 3:
             return data[:at] + data[at + size :]
         case 4:
-            return data[:at] + bytes([draw.choice([0, 127, 128, 255])]) * min(size, len(data) - at) + data[at + size :]
+            return (
+                data[:at]
+                + bytes([draw.choice([0, 127, 128, 255])]) * min(size, len(data) - at)
+                + data[at + size :]
+            )
         case _:
             other = draw.randrange(len(data))
             return data[:at] + data[other : other + size] + data[at + size :]
@@ -206,7 +224,8 @@ def test_five_hundred_mutants_never_crash_their_reader(tmp_path):
     found = Counter(json.loads(line)[1] for line in told.read_text().splitlines())
     assert sum(found.values()) == 500
     assert found["refused"] > 400
-    # without a digest a footer's flip can pass as another column name or key; the digest is what stands against it
+    # without a digest a footer's flip can pass as another column name or key; the digest is what
+    # stands against it
     assert found["other"] < 25, found
 
 

@@ -1,6 +1,8 @@
-"""Stored answers are the live ones, place by place, whatever the codec; and train as the dense ones do.
+"""Stored answers are the live ones, place by place, whatever the codec; and train as the dense ones
+do.
 
-The reference is the teacher itself, run on each row alone. Rows differ in length, so padding and truncation are in it.
+The reference is the teacher itself, run on each row alone. Rows differ in length, so padding and
+truncation are in it.
 """
 
 from dataclasses import replace
@@ -116,9 +118,13 @@ def test_kd_from_the_store_is_kd_from_the_live_teacher(made):
     name, recipe, store = made
     batch, live = batch_of(recipe, store)
     value, gradient = kd_gradient(batch)
-    expected, reference = kd_gradient(replace(batch, teacher=Signals(live, batch.mask), targets=None))
+    expected, reference = kd_gradient(
+        replace(batch, teacher=Signals(live, batch.mask), targets=None)
+    )
     error = (gradient - reference).norm() / reference.norm()
-    assert error < (2e-3 if name in EXACT else 3e-2)  # a comb of 255 teeth is off by less than 1 / 255 in each class
+    assert error < (
+        2e-3 if name in EXACT else 3e-2
+    )  # a comb of 255 teeth is off by less than 1 / 255 in each class
     assert torch.isclose(value, expected, rtol=2e-3 if name in EXACT else 0.2)
 
 
@@ -135,7 +141,9 @@ def test_the_teachers_decisions_are_stored_whatever_the_codec(made):
     scorer = Scorer(recipe)
     rows = scorer.dataset.splits["test"]
     with torch.inference_mode():
-        live = scorer.teacher(torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)).sequence_logits()
+        live = scorer.teacher(
+            torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)
+        ).sequence_logits()
     assert np.array_equal(store.column("answer", "test").values, live.argmax(1).numpy())
 
 
@@ -154,19 +162,25 @@ def test_trials_over_temperatures_share_one_sparse_store(folder):
         value, _ = kd_gradient(batch, temperature)
         assert torch.isfinite(value)
     with pytest.raises(RecipeError, match="choice"):
-        scored(folder, "comb", search={"trials": 2, "terms.kd.temperature": {"uniform": [1.0, 2.0]}})
+        scored(
+            folder, "comb", search={"trials": 2, "terms.kd.temperature": {"uniform": [1.0, 2.0]}}
+        )
 
 
 def test_another_teachers_head_is_refused(folder, tmp_path):
     recipe, store = scored(folder, "hidden")
     other = by_hand.teacher(tmp_path / "other.safetensors", seed=1)
-    changed = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": other["weights"]})})
+    changed = recipe.model_copy(
+        update={"teacher": recipe.teacher.model_copy(update={"weights": other["weights"]})}
+    )
     with pytest.raises(Exception, match="belong to the output head"):
         teacher_head(changed, store, Scorer(recipe).dataset)
 
 
 def test_rows_are_taken_in_any_order_from_any_chunks():
-    column = pa.chunked_array([pa.array([b"a", b"bb"]), pa.array([], pa.binary()), pa.array([b"ccc"])], pa.binary())
+    column = pa.chunked_array(
+        [pa.array([b"a", b"bb"]), pa.array([], pa.binary()), pa.array([b"ccc"])], pa.binary()
+    )
     index = np.array([2, 0, 2, 1])
     assert taken(column, index).to_pylist() == [column[int(i)].as_py() for i in index]
 
@@ -207,14 +221,25 @@ def rows(padding):
 @pytest.mark.parametrize("padding", ["left", "packed", "cut"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
-    """Each target is that of its own place, and of no place beside it: shifted by one, the comparison would fail."""
+    """Each target is that of its own place, and of no place beside it: shifted by one, the
+    comparison would fail.
+    """
     (folder / "shaped.py").write_text(SHAPED)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    recipe, store = scored(folder, codec, data={"source": "shaped:rows", "settings": {"padding": padding}})
+    recipe, store = scored(
+        folder, codec, data={"source": "shaped:rows", "settings": {"padding": padding}}
+    )
     scorer = Scorer(recipe)
     train = scorer.dataset.splits["train"]
-    kept = to_device(train, "train", store, frozenset({"logits"}), CPU, teacher_head(recipe, store, scorer.dataset))
+    kept = to_device(
+        train,
+        "train",
+        store,
+        frozenset({"logits"}),
+        CPU,
+        teacher_head(recipe, store, scorer.dataset),
+    )
     batch = kept.batch(torch.arange(len(train)).flip(0))
     with torch.inference_mode():
         live = (scorer.teacher(batch.inputs, batch.mask).logits / 2).softmax(-1)
@@ -222,7 +247,9 @@ def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
     assert batch.teacher is not None
     found = torch.zeros_like(live)
     found[batch.mask] = (
-        (batch.teacher.logits[batch.mask].float() / 2).softmax(1) if targets is None else targets.float()
+        (batch.teacher.logits[batch.mask].float() / 2).softmax(1)
+        if targets is None
+        else targets.float()
     )
     error, shifted = ((found - p).abs()[batch.mask].max() for p in (live, live.roll(1, 1)))
     assert error <= (1 / 255 if codec == "comb" else 5e-3)
@@ -232,5 +259,12 @@ def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
 def test_a_term_that_needs_every_class_is_refused_by_name_before_the_teacher_runs(folder):
     register("examples.own.reverse")
     for codec in ("comb", "topk"):
-        with pytest.raises(RecipeError, match=rf"terms.reverse: a '{codec}' store .* needs every class"):
-            scored(folder, codec, technique="examples.own.reverse", terms={"reverse": {}, "kd": {"weight": 0}})
+        with pytest.raises(
+            RecipeError, match=rf"terms.reverse: a '{codec}' store .* needs every class"
+        ):
+            scored(
+                folder,
+                codec,
+                technique="examples.own.reverse",
+                terms={"reverse": {}, "kd": {"weight": 0}},
+            )

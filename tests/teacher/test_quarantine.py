@@ -1,4 +1,5 @@
-"""Laws of rows that a teacher can not score: told by id and reason, left out or refused, and nothing else changes.
+"""Laws of rows that a teacher can not score: told by id and reason, left out or refused, and
+nothing else changes.
 
 The reference is the store of the same teacher when it answers for every row.
 """
@@ -48,13 +49,17 @@ class Poisoned(Scorer):
         return replace(signals, logits=logits)
 
 
-def poisoned(recipe: Recipe, out: Path, nan: tuple[int, ...], large: tuple[int, ...] = ()) -> tuple[Path, Any, Any]:
+def poisoned(
+    recipe: Recipe, out: Path, nan: tuple[int, ...], large: tuple[int, ...] = ()
+) -> tuple[Path, Any, Any]:
     """(the store of a teacher that can not score some rows, its writer, its shards)."""
     scorer = Poisoned(recipe)
     scorer.nan, scorer.large = nan, large
     where, wanted = scoring.locate(recipe, scorer.dataset, out)
     writer = StoreWriter(where, wanted)
-    shards = plan_shards({n: len(r) for n, r in scorer.dataset.splits.items()}, recipe.store.rows_per_shard)
+    shards = plan_shards(
+        {n: len(r) for n, r in scorer.dataset.splits.items()}, recipe.store.rows_per_shard
+    )
     for shard in shards:
         writer.commit(shard, *scorer.score(shard))
     kept = Store.of_shards(where, writer.records(shards))
@@ -137,17 +142,25 @@ class OneProcess:
             yield {k: v[0] for k, v in self.actor({k: [v] for k, v in vars(shard).items()}).items()}
 
 
-def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(folder, tmp_path, monkeypatch):
+def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
+    folder, tmp_path, monkeypatch
+):
     recipe, whole = test_stored_logits.scored(folder, "fp16")
     dataset = Scorer(recipe).dataset
     ids = dataset.splits["train"].row_id
     monkeypatch.setattr(scoring, "scored", OneProcess)
     monkeypatch.setattr(scoring, "Scorer", Poisoned)
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]), int(ids[80])))
-    with pytest.raises(DataError, match=rf"can not score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"):
+    with pytest.raises(
+        DataError, match=rf"can not score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"
+    ):
         scoring.score(recipe, dataset, tmp_path)
-    allowed = recipe.model_copy(update={"scale": recipe.scale.model_copy(update={"max_bad_rows": 1})})
-    with pytest.raises(DataError, match=rf"(?s)can not score 2 rows.* row {ids[2]}: .* row {ids[80]}: "):
+    allowed = recipe.model_copy(
+        update={"scale": recipe.scale.model_copy(update={"max_bad_rows": 1})}
+    )
+    with pytest.raises(
+        DataError, match=rf"(?s)can not score 2 rows.* row {ids[2]}: .* row {ids[80]}: "
+    ):
         scoring.score(allowed, dataset, tmp_path)
     where, _ = scoring.locate(recipe, dataset, tmp_path)
     assert not (where / "_MANIFEST.json").exists()

@@ -1,4 +1,6 @@
-"""Terms that read inner layers: known numbers against float64 formulas, what must be zero, and who gets a gradient."""
+"""Terms that read inner layers: known numbers against float64 formulas, what must be zero, and who
+gets a gradient.
+"""
 
 import math
 from dataclasses import replace
@@ -39,7 +41,9 @@ def pair(kind: str, mine: Tensor, theirs: Tensor, mask: Tensor) -> tuple[Signals
     logits = torch.zeros(len(mask), mask.shape[1], 3)
     teacher = Signals(logits, mask, None, {f"{kind}.b": theirs})
     rows = torch.arange(len(mask))
-    return Signals(logits, mask, None, {f"{kind}.a": mine}), Batch(rows, logits, mask, rows % 3, None, teacher)
+    return Signals(logits, mask, None, {f"{kind}.a": mine}), Batch(
+        rows, logits, mask, rows % 3, None, teacher
+    )
 
 
 # hints
@@ -66,7 +70,9 @@ def test_a_hint_is_the_mean_squared_difference(mask, normalise):
     h_t = batch.teacher.layers["hidden.b"].numpy().astype(np.float64)
     if normalise:
         h_t = (h_t - h_t.mean(-1, keepdims=True)) / np.sqrt(h_t.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(value.detach().numpy(), ((h_s @ w.T + b - h_t) ** 2).mean(-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        value.detach().numpy(), ((h_s @ w.T + b - h_t) ** 2).mean(-1), rtol=1e-4
+    )
     assert torch.equal(where, mask)
 
 
@@ -110,7 +116,9 @@ def rows(steps: int = 8) -> DeviceRows:
     mask = torch.ones(60, steps, dtype=torch.bool)
     with torch.no_grad():
         said = teacher(inputs, mask)
-    return DeviceRows(torch.arange(60), inputs, mask, label, None, {"logits": said.logits} | said.layers, mask)
+    return DeviceRows(
+        torch.arange(60), inputs, mask, label, None, {"logits": said.logits} | said.layers, mask
+    )
 
 
 def encoder() -> SeriesEncoder:
@@ -134,7 +142,11 @@ def test_the_first_stage_moves_nothing_above_the_guided_layer():
 
     optim = Optim(steps=12, batch=16, evaluate_every=6)
     state = train(
-        Arm("student", 0, terms), optim, Adapter(module, want=frozenset({"hidden.blocks.0"})), rows(), evaluate
+        Arm("student", 0, terms),
+        optim,
+        Adapter(module, want=frozenset({"hidden.blocks.0"})),
+        rows(),
+        evaluate,
     )
     assert seen[0], "the guided layers move"
     assert all(name.startswith(("conv", "positions", "blocks.0")) for name in seen[0])
@@ -172,7 +184,9 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def test_relation_is_the_divergence_of_rows_of_cut_projections(mask):
-    """Row by row in float64, over the valid keys alone: teacher 3 parts of 4 in 2 heads, student 3 parts of 2 in 2."""
+    """Row by row in float64, over the valid keys alone: teacher 3 parts of 4 in 2 heads, student 3
+    parts of 2 in 2.
+    """
     student, batch = pair("hidden", draw(B, T, 6), 2 * draw(B, T, 12, seed=1), mask)
     value, where = attention(student, batch, pairs=PAIRS, parts=3, heads=2)
     assert torch.equal(where, mask)
@@ -183,13 +197,18 @@ def test_relation_is_the_divergence_of_rows_of_cut_projections(mask):
                 layer[i, :n].numpy().astype(np.float64).reshape(n, 6, -1)[:, head]
                 for layer in (student.layers["hidden.a"], batch.teacher.layers["hidden.b"])
             )
-            q, p = softmax(x @ x.T / math.sqrt(x.shape[1])), softmax(y @ y.T / math.sqrt(y.shape[1]))
+            q, p = (
+                softmax(x @ x.T / math.sqrt(x.shape[1])),
+                softmax(y @ y.T / math.sqrt(y.shape[1])),
+            )
             total += (p * np.log(p / q)).sum(-1) / 6
         np.testing.assert_allclose(value[i, :n].numpy(), total, rtol=1e-4, atol=1e-6)
 
 
 def test_the_size_of_relation_does_not_vanish_with_length_but_that_of_mean_maps_does():
-    """From 16 to 256 steps the mean squared difference of maps falls 100-fold or more, relation by less than half."""
+    """From 16 to 256 steps the mean squared difference of maps falls 100-fold or more, relation by
+    less than half.
+    """
     sizes = {}
     for steps in (16, 256):
         whole = torch.ones(4, steps, dtype=torch.bool)
@@ -230,7 +249,11 @@ def test_activation_ignores_the_scale_of_a_layer_and_its_width(mask):
 
 @pytest.mark.parametrize(
     ("mode", "kind", "shape"),
-    [("relation", "hidden", (B, T, 6)), ("scores", "scores", (B, T, 2, T)), ("activation", "hidden", (B, T, 6))],
+    [
+        ("relation", "hidden", (B, T, 6)),
+        ("scores", "scores", (B, T, 2, T)),
+        ("activation", "hidden", (B, T, 6)),
+    ],
 )
 def test_attention_is_still_when_student_is_teacher(mask, mode, kind, shape):
     x = draw(*shape)
@@ -246,8 +269,12 @@ def test_attention_is_still_when_student_is_teacher(mask, mode, kind, shape):
 def test_what_attention_can_not_compare_is_named(mask):
     with pytest.raises(RecipeError, match="a is 5 wide, not a multiple of 1 parts x 2 heads"):
         attention(*pair("hidden", draw(B, T, 5), draw(B, T, 6), mask), pairs=PAIRS, heads=2)
-    with pytest.raises(RecipeError, match=r"scores need equal head counts, found 2 and 3; use mode = \"relation\""):
-        attention(*pair("scores", draw(B, T, 2, T), draw(B, T, 3, T), mask), pairs=PAIRS, mode="scores")
+    with pytest.raises(
+        RecipeError, match=r"scores need equal head counts, found 2 and 3; use mode = \"relation\""
+    ):
+        attention(
+            *pair("scores", draw(B, T, 2, T), draw(B, T, 3, T), mask), pairs=PAIRS, mode="scores"
+        )
     with pytest.raises(RecipeError, match=r'a has 6 steps, b 3; mode = "activation"'):
         attention(*pair("hidden", draw(B, T, 4), draw(B, 3, 4), mask), pairs=PAIRS)
     with pytest.raises(RecipeError, match=r"a GRU shows no scores; .*weight = 0"):
@@ -257,7 +284,9 @@ def test_what_attention_can_not_compare_is_named(mask):
 # contrast
 
 
-def contrast(mine: Tensor, theirs: Tensor, rows: Batch | None = None, **keywords) -> tuple[infonce, Signals, Batch]:
+def contrast(
+    mine: Tensor, theirs: Tensor, rows: Batch | None = None, **keywords
+) -> tuple[infonce, Signals, Batch]:
     """The term with identity maps, for embeddings (N, D)."""
     whole = torch.ones(len(mine), 1, dtype=torch.bool)
     student, batch = pair("embedding", mine[:, None], theirs[:, None], whole)
@@ -277,7 +306,10 @@ def test_equal_similarities_cost_the_log_of_the_candidates():
 
 def test_perfect_pairs_cost_nothing_as_temperature_falls():
     x = torch.eye(16)
-    costs = [contrast(x, x, alike="row", temperature=t)[0](*contrast(x, x)[1:])[0].max().item() for t in (1, 0.1, 0.01)]
+    costs = [
+        contrast(x, x, alike="row", temperature=t)[0](*contrast(x, x)[1:])[0].max().item()
+        for t in (1, 0.1, 0.01)
+    ]
     assert costs[0] > costs[1] > costs[2]
     assert costs[2] < 1e-6
 
@@ -286,15 +318,22 @@ def test_both_directions_equal_the_formula():
     x, y = draw(10, 5), draw(10, 5, seed=1)
     term, student, batch = contrast(x, y, alike="row", temperature=0.2)
     value, _ = term(student, batch)
-    a, b = (z.numpy().astype(np.float64) / np.linalg.norm(z.numpy(), axis=1, keepdims=True) for z in (x, y))
+    a, b = (
+        z.numpy().astype(np.float64) / np.linalg.norm(z.numpy(), axis=1, keepdims=True)
+        for z in (x, y)
+    )
     s = a @ b.T / 0.2
     log_rows = s - np.logaddexp.reduce(s, axis=1, keepdims=True)
     log_columns = s - np.logaddexp.reduce(s, axis=0, keepdims=True)
-    np.testing.assert_allclose(value.detach().numpy(), -(np.diag(log_rows) + np.diag(log_columns)) / 2, rtol=1e-4)
+    np.testing.assert_allclose(
+        value.detach().numpy(), -(np.diag(log_rows) + np.diag(log_columns)) / 2, rtol=1e-4
+    )
 
 
 def test_the_gradient_with_respect_to_similarities_is_softmax_less_one_hot():
-    """Through identity maps and unit vectors: the student's gradient is the tangent part of (softmax - 1) y / tau."""
+    """Through identity maps and unit vectors: the student's gradient is the tangent part of
+    (softmax - 1) y / tau.
+    """
     x, y = F.normalize(draw(6, 4), dim=1), F.normalize(draw(6, 4, seed=1), dim=1)
     term, student, batch = contrast(x.clone().requires_grad_(), y, alike="row", temperature=0.5)
     leaf = student.layers["embedding.a"]
@@ -312,7 +351,10 @@ def test_a_misaligned_student_scores_below_an_aligned_one():
     aligned_cost = contrast(x, x + 0.1 * draw(64, 16, seed=1), alike="row")
     shifted = contrast(x, x.roll(1, 0), alike="row")
     collapsed = contrast(torch.ones(64, 16), x, alike="row")
-    costs = [term(student, batch)[0].mean().item() for term, student, batch in (aligned_cost, shifted, collapsed)]
+    costs = [
+        term(student, batch)[0].mean().item()
+        for term, student, batch in (aligned_cost, shifted, collapsed)
+    ]
     assert costs[0] < 0.5 < math.log(64) * 0.9 < costs[2] < costs[1]
 
 
@@ -324,7 +366,8 @@ def test_rows_that_are_alike_are_no_negatives():
         kept = [j for j in range(9) if j == i or j % 3 != i % 3]
         alone, some, rows = contrast(x[kept], y[kept], alike="row")
         expected = alone(some, rows)[0][kept.index(i)]
-        # the others of the small batch still see each other, so only this row's two sums are compared
+        # the others of the small batch still see each other, so only this row's two sums are
+        # compared
         torch.testing.assert_close(value[i], expected)
     answered, _, _ = contrast(x, y, alike="answer")
     by_answer, _ = answered(student, replace(batch, answer=batch.label))
@@ -353,7 +396,9 @@ def test_hard_negatives_count_as_often_as_said():
 
 
 def test_more_negatives_are_drawn_from_the_store_alike_for_all_workers():
-    """The row direction gains the drawn candidates that are not alike; the column direction is as it was."""
+    """The row direction gains the drawn candidates that are not alike; the column direction is as
+    it was.
+    """
     split = rows()
     terms = {"infonce": TermSpec(pairs=[["norm", "norm"]], negatives=7, alike="row")}  # type: ignore[call-arg]
     student = Adapter(encoder(), want=frozenset({"embedding.norm"}))
@@ -369,7 +414,9 @@ def test_more_negatives_are_drawn_from_the_store_alike_for_all_workers():
     every = F.normalize(term.theirs[0](split.teacher["embedding.norm"][:, 0]), dim=1)
     s = x @ every[:6].T / 0.1
     kept = [[j for j in drawn.tolist() if j != i] for i in range(6)]
-    row_costs = [torch.cat([s[i], x[i] @ every[kept[i]].T / 0.1]).logsumexp(0) - s[i, i] for i in range(6)]
+    row_costs = [
+        torch.cat([s[i], x[i] @ every[kept[i]].T / 0.1]).logsumexp(0) - s[i, i] for i in range(6)
+    ]
     column_costs = s.logsumexp(0) - s.diag()
     torch.testing.assert_close(value, (torch.stack(row_costs) + column_costs) / 2)
 

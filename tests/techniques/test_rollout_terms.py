@@ -1,7 +1,8 @@
 """Gradients of the on-policy terms against full enumeration, closed forms, and draws.
 
-The reference is autograd through the exact objective in float64: KL(q || p) over all texts of a vocabulary of three
-(MiniLLM, arXiv 2306.08543, eq. 1), and sums over all outcomes of verifying a draft.
+The reference is autograd through the exact objective in float64: KL(q || p) over all texts of a
+vocabulary of three (MiniLLM, arXiv 2306.08543, eq. 1), and sums over all outcomes of verifying a
+draft.
 """
 
 from itertools import product
@@ -43,24 +44,39 @@ class Tabular:
 
     def __init__(self, eos: int | None, seed: int = 0):
         draw = torch.Generator().manual_seed(seed)
-        numbers = {prefix: n for n, prefix in enumerate(p for k in range(LENGTH) for p in product(range(V), repeat=k))}
-        self.mine, self.theirs = (torch.randn(len(numbers), V, generator=draw, dtype=torch.double) for _ in range(2))
+        numbers = {
+            prefix: n
+            for n, prefix in enumerate(
+                p for k in range(LENGTH) for p in product(range(V), repeat=k)
+            )
+        }
+        self.mine, self.theirs = (
+            torch.randn(len(numbers), V, generator=draw, dtype=torch.double) for _ in range(2)
+        )
         self.mine.requires_grad_()
-        texts = [t for t in product(range(V), repeat=LENGTH) if eos not in t or not any(t[t.index(eos) + 1 :])]
+        texts = [
+            t
+            for t in product(range(V), repeat=LENGTH)
+            if eos not in t or not any(t[t.index(eos) + 1 :])
+        ]
         self.label = torch.tensor(texts)
         self.at = torch.tensor([[numbers[t[:i]] for i in range(LENGTH)] for t in texts])
         ended = (self.label == eos).cumsum(1) if eos is not None else torch.zeros_like(self.label)
         self.mask = (ended - (self.label == eos).long() if eos is not None else ended) == 0
 
     def log(self, table: Tensor) -> Tensor:
-        """(texts, LENGTH): log probabilities of each token under one of the tables, 0 after the end."""
+        """(texts, LENGTH): log probabilities of each token under one of the tables, 0 after the
+        end.
+        """
         found = table[self.at].log_softmax(-1).gather(-1, self.label[..., None])[..., 0]
         return torch.where(self.mask, found, 0.0)
 
     def exact(self) -> Tensor:
         """The gradient of KL(q || p) over texts in the student's table."""
         log_q = self.log(self.mine).sum(1)
-        return torch.autograd.grad((log_q.exp() * (log_q - self.log(self.theirs).sum(1))).sum(), self.mine)[0]
+        return torch.autograd.grad(
+            (log_q.exp() * (log_q - self.log(self.theirs).sum(1))).sum(), self.mine
+        )[0]
 
     def estimated(self, share: float = 0.0, weight_of: Any = None, **settings: Any) -> Tensor:
         """The mean of minillm's gradient over all texts, each as likely as it is drawn."""
@@ -76,7 +92,9 @@ class Tabular:
             rollout=Rollout(log_q, weight if weight_of is None else weight_of(weight), 0),
         )
         value, mask = minillm(Signals(self.mine[self.at], self.mask), batch, **EXACT | settings)
-        return torch.autograd.grad((mixture.prod(1) * torch.where(mask, value, 0.0).sum(1)).sum(), self.mine)[0]
+        return torch.autograd.grad(
+            (mixture.prod(1) * torch.where(mask, value, 0.0).sum(1)).sum(), self.mine
+        )[0]
 
 
 def apart(found: Tensor, exact: Tensor) -> float:
@@ -108,13 +126,18 @@ def test_teacher_mixed_texts_with_products_of_weights_are_exact(share, eos):
 def test_weights_of_one_token_are_biased_in_proportion_to_the_teachers_share():
     """At 0.2 by three tenths of the gradient, the mean over eight pairs of random models."""
     found = [Tabular(None, seed) for seed in range(8)]
-    bias = {share: sum(apart(t.estimated(share), t.exact()) for t in found) / 8 for share in (0.05, 0.1, 0.2)}
+    bias = {
+        share: sum(apart(t.estimated(share), t.exact()) for t in found) / 8
+        for share in (0.05, 0.1, 0.2)
+    }
     assert 0.2 < bias[0.2] < 0.4
     assert bias[0.1] / bias[0.05] == pytest.approx(2, rel=0.05)
     assert bias[0.2] / bias[0.1] == pytest.approx(2, rel=0.05)
 
 
-@pytest.mark.parametrize("change", [{"include_current_reward": True}, {"discount": 0.5}, {"discount": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{"include_current_reward": True}, {"discount": 0.5}, {"discount": 0.0}]
+)
 def test_counting_a_reward_twice_or_discounting_is_another_gradient(change):
     table = Tabular(None)
     assert apart(table.estimated(**change), table.exact()) > 0.05
@@ -129,7 +152,9 @@ def test_without_a_future_only_the_single_step_part_is_left():
     assert apart(table.estimated(discount=0.0), expected) < 1e-10
 
 
-@pytest.mark.parametrize("settings", [{}, {"normalise": True}, {"include_current_reward": True}, {"weights": "prefix"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"normalise": True}, {"include_current_reward": True}, {"weights": "prefix"}]
+)
 def test_a_student_that_is_its_teacher_has_no_expected_gradient(settings):
     table = Tabular(None)
     table.theirs = table.mine.detach() + 2.0
@@ -140,30 +165,44 @@ def test_a_return_is_relative_and_counts_what_remains():
     mask = torch.tensor([[False, True, True, True, False]])
     reward = torch.tensor([[torch.nan, 1.0, 10.0, 100.0, torch.inf]])
     assert following(reward, mask, discount=0.5)[0].tolist() == [0, 5 + 25, 50, 0, 0]
-    assert following(reward, mask, discount=0.5, current=True)[0].tolist() == [0, 1 + 5 + 25, 10 + 50, 100, 0]
+    assert following(reward, mask, discount=0.5, current=True)[0].tolist() == [
+        0,
+        1 + 5 + 25,
+        10 + 50,
+        100,
+        0,
+    ]
     assert following(reward, mask, discount=0.0, current=True)[0].tolist() == [0, 1, 10, 100, 0]
     assert following(mask.float(), mask)[0].tolist() == [0, 2, 1, 0, 0]
 
 
 def one_text(log_ratio: float, weight: float) -> tuple[Signals, Batch]:
-    """Two tokens; the second has a reward of log 1.96, and log q_new - log q_old of the first is `log_ratio`."""
+    """Two tokens; the second has a reward of log 1.96, and log q_new - log q_old of the first is
+    `log_ratio`.
+    """
     mask = torch.ones(1, 2, dtype=torch.bool)
     mine = Signals(torch.zeros(1, 2, 2), mask)
     theirs = Signals(torch.tensor([[[0.0, 0.0], [4.0, 0.0]]]), mask)
     log_q = torch.full((1, 2), 0.5).log() - torch.tensor([[log_ratio, 0.0]])
     rollout = Rollout(log_q, torch.full((1, 2), weight), 0)
     label = torch.zeros(1, 2, dtype=torch.int64)
-    return mine, Batch(torch.zeros(1), torch.zeros(1, 2, 2), mask, label, teacher=theirs, rollout=rollout)
+    return mine, Batch(
+        torch.zeros(1), torch.zeros(1, 2, 2), mask, label, teacher=theirs, rollout=rollout
+    )
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(1.0, 1.0), (1.5, 1.2), (0.5, 0.5)])
 def test_a_ratio_is_clipped_where_a_good_token_is_likelier_already(ratio, kept):
-    """A > 0: -min(A s, A clip(s)) (PPO, arXiv 1707.06347, eq. 7), s = w q / q_old; and no gradient where it clips."""
+    """A > 0: -min(A s, A clip(s)) (PPO, arXiv 1707.06347, eq. 7), s = w q / q_old; and no gradient
+    where it clips.
+    """
     for log_ratio, weight in ((torch.tensor(ratio).log().item(), 1.0), (0.0, ratio)):
         mine, batch = one_text(log_ratio, weight)
         logits = mine.logits.requires_grad_()
         value, _ = minillm(mine, batch, discount=1.0, reward_clip=0.3)
-        assert value[0, 0].item() == pytest.approx(-0.3 * kept, rel=1e-5)  # no KL at the first token: q = p
+        assert value[0, 0].item() == pytest.approx(
+            -0.3 * kept, rel=1e-5
+        )  # no KL at the first token: q = p
         gradient = torch.autograd.grad(value[0, 0], logits)[0][0, 0]
         assert gradient[0].item() == pytest.approx(-0.3 * ratio * 0.5 * (ratio == kept), abs=1e-6)
 
@@ -187,7 +226,9 @@ def test_whitening_is_over_the_valid_tokens_of_all_workers(tmp_path):
     alone = whitened(torch.where(mask, values, torch.nan), mask)
     assert alone[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert alone[mask].std(correction=0).item() == pytest.approx(1, abs=1e-6)
-    assert wait([start(whiten_on, rank, 2, tmp_path / "meeting", tmp_path) for rank in range(2)]) == [0, 0]
+    assert wait(
+        [start(whiten_on, rank, 2, tmp_path / "meeting", tmp_path) for rank in range(2)]
+    ) == [0, 0]
     shared = torch.cat([load_file(tmp_path / f"{rank}.safetensors")["values"] for rank in range(2)])
     torch.testing.assert_close(shared, alone, rtol=1e-6, atol=1e-6)
 
@@ -217,26 +258,36 @@ def test_divergences_pass_gradcheck_and_equal_their_definitions(kind):
     }[kind]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     if kind != "hybrid":  # its mixing weight takes no gradient
-        assert torch.autograd.gradcheck(lambda z: divergence(z.log_softmax(-1), log_p, kind, 0.3), (z,))
+        assert torch.autograd.gradcheck(
+            lambda z: divergence(z.log_softmax(-1), log_p, kind, 0.3), (z,)
+        )
 
 
 def test_the_gradients_of_overlap_are_closed_forms():
-    """grad a = q (1[q < p] - sum q 1[q < p]); lk's is that over -a, tvd's its negative, hybrid's a mixture."""
+    """grad a = q (1[q < p] - sum q 1[q < p]); lk's is that over -a, tvd's its negative, hybrid's a
+    mixture.
+    """
     z, y = pair_of()
     p, q = y.softmax(-1), z.softmax(-1).detach()
     below = (q < p).double()
-    grad_a, a = q * (below - (q * below).sum(-1, keepdim=True)), torch.minimum(p, q).sum(-1, keepdim=True)
+    grad_a, a = (
+        q * (below - (q * below).sum(-1, keepdim=True)),
+        torch.minimum(p, q).sum(-1, keepdim=True),
+    )
     k = (-a).exp()
     expected = {"tvd": -grad_a, "lk": -grad_a / a, "hybrid": k * (q - p) - (1 - k) * grad_a}
     for kind, gradient in expected.items():
-        found = torch.autograd.grad(divergence(z.log_softmax(-1), y.log_softmax(-1), kind).sum(), z)[0]
+        found = torch.autograd.grad(
+            divergence(z.log_softmax(-1), y.log_softmax(-1), kind).sum(), z
+        )[0]
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
 
 
 def test_lk_learns_where_tvd_stalls():
     z, y = torch.tensor([[30.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 30.0]])
     found = [
-        torch.autograd.grad(divergence(z.log_softmax(-1), y.log_softmax(-1), kind), z)[0] for kind in ("tvd", "lk")
+        torch.autograd.grad(divergence(z.log_softmax(-1), y.log_softmax(-1), kind), z)[0]
+        for kind in ("tvd", "lk")
     ]
     assert found[0].abs().max() < 1e-10
     assert found[1].abs().max() > 0.4
@@ -252,7 +303,9 @@ def test_a_class_that_the_teacher_rules_out_costs_no_nan(kind):
         assert torch.autograd.grad(value.sum(), z)[0].isfinite().all()
 
 
-def drafts(rows: int = 1, temperature: float = 1.0, **fields: Tensor) -> tuple[Tensor, Tensor, Batch]:
+def drafts(
+    rows: int = 1, temperature: float = 1.0, **fields: Tensor
+) -> tuple[Tensor, Tensor, Batch]:
     """(z, y, batch): `rows` drafts of one position each, at one context (1, 1, V)."""
     z, y = pair_of(1)
     mask = torch.ones(rows, 1, dtype=torch.bool)
@@ -261,7 +314,11 @@ def drafts(rows: int = 1, temperature: float = 1.0, **fields: Tensor) -> tuple[T
     label = found.pop("label", none)
     rollout = Rollout(none.double(), mask.double(), 0, temperature, **found)
     teacher = Signals(y[None].expand(rows, -1, -1), mask)
-    return z, y, Batch(none[:, 0], torch.zeros(rows, 1, 2), mask, label, teacher=teacher, rollout=rollout)
+    return (
+        z,
+        y,
+        Batch(none[:, 0], torch.zeros(rows, 1, 2), mask, label, teacher=teacher, rollout=rollout),
+    )
 
 
 def outcomes() -> tuple[Tensor, dict[str, Tensor]]:
@@ -271,12 +328,22 @@ def outcomes() -> tuple[Tensor, dict[str, Tensor]]:
     accept = (p / q).clamp(max=1)
     residual = (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
     size = len(q)
-    x, c = (i.flatten() for i in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"))
+    x, c = (
+        i.flatten() for i in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    )
     rejected = (q * (1 - accept))[x] * residual[c]
     likely = torch.cat([rejected, q * accept])
-    label, correction = torch.cat([x, torch.arange(size)]), torch.cat([c, torch.zeros(size, dtype=torch.int64)])
+    label, correction = (
+        torch.cat([x, torch.arange(size)]),
+        torch.cat([c, torch.zeros(size, dtype=torch.int64)]),
+    )
     is_rejected = torch.arange(len(likely)) < len(x)
-    fields = {"label": label, "correction": correction, "rejected": is_rejected, "accepted": ~is_rejected}
+    fields = {
+        "label": label,
+        "correction": correction,
+        "rejected": is_rejected,
+        "accepted": ~is_rejected,
+    }
     return likely, {k: v[:, None] for k, v in fields.items()}
 
 
@@ -287,7 +354,11 @@ def mean_gradient(form: str) -> tuple[Tensor, Tensor, Tensor]:
     z, y, batch = drafts(len(likely), **fields)
     value, mask = ghost(Signals(z[None].expand(len(likely), -1, -1), batch.mask), batch, form=form)
     assert mask.all()
-    return torch.autograd.grad((likely * value[:, 0]).sum(), z)[0][0], y.softmax(-1)[0], z.detach().softmax(-1)[0]
+    return (
+        torch.autograd.grad((likely * value[:, 0]).sum(), z)[0][0],
+        y.softmax(-1)[0],
+        z.detach().softmax(-1)[0],
+    )
 
 
 def test_ghosts_pair_has_the_mean_gradient_of_the_forward_kl():
@@ -302,7 +373,9 @@ def test_ghosts_correction_has_its_closed_form():
 
 
 def test_ghosts_pair_agrees_with_the_forward_kl_on_drafts_as_they_are_drawn():
-    """Twenty thousand verified drafts after one context: within 3.5 standard errors in each of 7 classes."""
+    """Twenty thousand verified drafts after one context: within 3.5 standard errors in each of 7
+    classes.
+    """
     torch.manual_seed(0)
     student, teacher = (Llama(classes=7, steps=8, width=16, layers=1, inner=16) for _ in range(2))
     for parameter in [*student.parameters(), *teacher.parameters()]:
@@ -359,7 +432,14 @@ def test_expected_rejections_are_the_mean_of_drawn_ones(tail):
             label,
             (steps - at).clamp(min=0)[None],
         )
-        batch = Batch(label[0], torch.zeros(1, 4, 2), mask, label, teacher=Signals(y[None], mask), rollout=rollout)
+        batch = Batch(
+            label[0],
+            torch.zeros(1, 4, 2),
+            mask,
+            label,
+            teacher=Signals(y[None], mask),
+            rollout=rollout,
+        )
         return ghost(Signals(z[None], mask), batch, rejections=rejections, tail=tail).value
 
     likely = [a[:at].prod() * (1 - a[at] if at < 4 else 1) for at in range(5)]
@@ -368,11 +448,15 @@ def test_expected_rejections_are_the_mean_of_drawn_ones(tail):
 
 
 def test_a_rejected_token_is_not_pushed_down_for_ever():
-    _, _, batch = drafts(rejected=torch.ones(1, 1, dtype=torch.bool), correction=torch.ones(1, 1, dtype=torch.int64))
+    _, _, batch = drafts(
+        rejected=torch.ones(1, 1, dtype=torch.bool), correction=torch.ones(1, 1, dtype=torch.int64)
+    )
     gradients = []
     for low in (-10.0, -20.0):
         z = torch.tensor([[[low, 0.0, 0.0, 0.0, 0.0, 0.0]]], requires_grad=True)
-        gradients.append(torch.autograd.grad(ghost(Signals(z, batch.mask), batch, form="pair").value.sum(), z)[0])
+        gradients.append(
+            torch.autograd.grad(ghost(Signals(z, batch.mask), batch, form="pair").value.sum(), z)[0]
+        )
     assert gradients[0][0, 0, 0] > 0.9
     assert gradients[1][0, 0, 0].abs() < 1e-6
 
@@ -389,14 +473,20 @@ def test_ghost_refuses_text_that_was_not_verified():
 def test_drafts_are_judged_at_their_temperature_and_gkd_at_one():
     z, y, batch = drafts(temperature=2.0)
     mine = Signals(z[None], batch.mask)
-    cold, warm = (divergence((z / t).log_softmax(-1), (y / t).log_softmax(-1), "forward") for t in (1.0, 2.0))
-    assert distilspec(mine, batch, divergence="forward").value.item() == pytest.approx(warm.item(), rel=1e-10)
+    cold, warm = (
+        divergence((z / t).log_softmax(-1), (y / t).log_softmax(-1), "forward") for t in (1.0, 2.0)
+    )
+    assert distilspec(mine, batch, divergence="forward").value.item() == pytest.approx(
+        warm.item(), rel=1e-10
+    )
     assert gkd(mine, batch, beta=0.0).value.item() == pytest.approx(cold.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize(("beta", "kind"), [(0.0, "forward"), (1.0, "reverse")])
 def test_the_ends_of_gkd_are_forward_and_reverse_and_nearly_so_beside_them(beta, kind):
-    """Near its ends js is beta (1 - beta)-ish small: over min(beta, 1 - beta) it tends to the end's divergence."""
+    """Near its ends js is beta (1 - beta)-ish small: over min(beta, 1 - beta) it tends to the end's
+    divergence.
+    """
     z, y, batch = drafts()
     mine = Signals(z[None], batch.mask)
     expected = divergence(z.log_softmax(-1), y.log_softmax(-1), kind)

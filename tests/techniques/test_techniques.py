@@ -1,8 +1,9 @@
 """Laws that every technique and every loss term obeys, and the known numbers of the shared terms.
 
-A new technique or term is tested by being there: the cases are every technique's own terms, and every registered
-term with every choice that its signature offers. Numbers stand against float64 numpy formulas of Hinton, Vinyals and
-Dean 2015 (section 2: the gradient T (q - p) and the high-temperature limit).
+A new technique or term is tested by being there: the cases are every technique's own terms, and
+every registered term with every choice that its signature offers. Numbers stand against float64
+numpy formulas of Hinton, Vinyals and Dean 2015 (section 2: the gradient T (q - p) and the
+high-temperature limit).
 """
 
 import ast
@@ -61,7 +62,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-ATTENTION = {"pairs": [["blocks.0.attention", "blocks.2.attention"]]}  # shows scores; its projection does not
+ATTENTION = {
+    "pairs": [["blocks.0.attention", "blocks.2.attention"]]
+}  # shows scores; its projection does not
 
 
 def specs(terms: dict[str, dict[str, Any]]) -> dict[str, TermSpec]:
@@ -72,10 +75,16 @@ def settings_of(name: str) -> list[dict[str, Any]]:
     """Every choice of a term's Literal and bool settings, over what a technique that names it sets."""
     make = TERMS[name].make
     hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
-    choices = {k: get_args(h) or (False, True) for k, h in hints.items() if h is bool or "Literal[" in str(h)}
+    choices = {
+        k: get_args(h) or (False, True)
+        for k, h in hints.items()
+        if h is bool or "Literal[" in str(h)
+    }
     named = [t.recipe["terms"][name] for t in TECHNIQUES.values() if name in t.recipe["terms"]]
     base = {k: v for k, v in (named[0] if named else {}).items() if k not in ("weight", *choices)}
-    found = [base | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    found = [
+        base | dict(zip(choices, values, strict=True)) for values in product(*choices.values())
+    ]
     return [s | ATTENTION if s.get("mode") == "scores" else s for s in found]
 
 
@@ -84,12 +93,17 @@ def label_of(settings: dict[str, Any]) -> str:
 
 
 def is_own(terms: dict[str, Any]) -> bool:
-    """Whether terms count in the student's own text; in the data's rows if not. A technique may have both kinds."""
+    """Whether terms count in the student's own text; in the data's rows if not.
+
+    A technique may have both kinds.
+    """
     return any(TERMS[name].own for name in terms)
 
 
 def parts_of(terms: dict[str, Any]) -> list[dict[str, Any]]:
-    """A technique's terms of the data's rows and those of the student's own text, which never meet in a batch."""
+    """A technique's terms of the data's rows and those of the student's own text, which never meet
+    in a batch.
+    """
     parts = [{n: s for n, s in terms.items() if TERMS[n].own == own} for own in (False, True)]
     return [part for part in parts if part]
 
@@ -100,14 +114,24 @@ CASES = [
     for n, t in TECHNIQUES.items()
     for part in parts_of(t.recipe["terms"])
 ] + TERM_CASES
-MATCHING = [c for c in TERM_CASES if is_own(c.values[0]) or "logits" in TERMS[next(iter(c.values[0]))].needs]
+MATCHING = [
+    c for c in TERM_CASES if is_own(c.values[0]) or "logits" in TERMS[next(iter(c.values[0]))].needs
+]
 DIVERGENT = [
-    c for c in MATCHING if "minillm" not in c.values[0] and c.values[0].get("ghost", {}).get("form", "soft") == "soft"
+    c
+    for c in MATCHING
+    if "minillm" not in c.values[0] and c.values[0].get("ghost", {}).get("form", "soft") == "soft"
 ]
 DATA = [case for case in CASES if not is_own(case.values[0])]
 EVERY = [specs(case.values[0]) for case in CASES]
-LAYERS = sorted(filter(layer_signals.is_signal, frozenset().union(*(wants_of(t) | needs_of(t) for t in EVERY))))
-SPLITTABLE = [c for c in CASES if not any(TERMS[n].whole_batch or s.get("whiten") for n, s in c.values[0].items())]
+LAYERS = sorted(
+    filter(layer_signals.is_signal, frozenset().union(*(wants_of(t) | needs_of(t) for t in EVERY)))
+)
+SPLITTABLE = [
+    c
+    for c in CASES
+    if not any(TERMS[n].whole_batch or s.get("whiten") for n, s in c.values[0].items())
+]
 
 
 def objective_of(terms: dict[str, dict[str, Any]]) -> Objective:
@@ -116,7 +140,9 @@ def objective_of(terms: dict[str, dict[str, Any]]) -> Objective:
     said = signals(0, torch.ones(1, T, dtype=torch.bool))
     steps = torch.ones(1, T, dtype=torch.bool)
     label = torch.zeros(1, dtype=torch.int64)
-    objective = Objective(specs(terms), (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said)))
+    objective = Objective(
+        specs(terms), (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said))
+    )
     objective.progress = max(spec.since for spec in objective.specs.values())
     return objective
 
@@ -145,7 +171,9 @@ def rollout_of(found: Batch, student: Signals) -> Batch:
     draw = torch.Generator().manual_seed(4)
     label = torch.randint(C, (B, T), generator=draw)
     log_q = student.logits.log_softmax(-1).gather(-1, label[..., None])[..., 0]
-    at = torch.tensor([2, 0, 1, 9, 3, 0])[:, None]  # the rejection: one row has none, one its tail outside the mask
+    at = torch.tensor([2, 0, 1, 9, 3, 0])[
+        :, None
+    ]  # the rejection: one row has none, one its tail outside the mask
     steps = torch.arange(T)
     drawn = Rollout(
         log_q + 0.1 * torch.randn(B, T, generator=draw),
@@ -161,7 +189,9 @@ def rollout_of(found: Batch, student: Signals) -> Batch:
 
 @pytest.fixture
 def batch(student, request) -> Batch:
-    """Rows with labels but one, valence with holes, and another model as teacher; text where the terms read that."""
+    """Rows with labels but one, valence with holes, and another model as teacher; text where the
+    terms read that.
+    """
     label = torch.tensor([0, 1, 2, 3, UNLABELLED, 1])
     draw = torch.Generator().manual_seed(3)
     valence = torch.rand(B, T, generator=draw) * 2 - 1
@@ -169,9 +199,20 @@ def batch(student, request) -> Batch:
     inputs = torch.randn(B, T, 3, generator=draw)
     saliency, answer = torch.linspace(-1, 1, B), torch.tensor([0, 1, 2, 3, 0, 1])
     teacher = signals(2, student.mask)
-    found = Batch(torch.arange(B), inputs, student.mask, label, valence, teacher, saliency=saliency, answer=answer)
+    found = Batch(
+        torch.arange(B),
+        inputs,
+        student.mask,
+        label,
+        valence,
+        teacher,
+        saliency=saliency,
+        answer=answer,
+    )
     called = getattr(request.node, "callspec", None)
-    return rollout_of(found, student) if called and is_own(called.params.get("terms", {})) else found
+    return (
+        rollout_of(found, student) if called and is_own(called.params.get("terms", {})) else found
+    )
 
 
 def tensors(found: Signals) -> list[torch.Tensor]:
@@ -193,16 +234,24 @@ def rows_of(batch: Batch, index: Any) -> Batch:
         return values[index]
 
     fields = {k: pick(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, **fields, teacher=mapped(batch.teacher, pick), rollout=changed(batch.rollout, pick))
+    return replace(
+        batch, **fields, teacher=mapped(batch.teacher, pick), rollout=changed(batch.rollout, pick)
+    )
 
 
 def changed(rollout: Rollout | None, change: Any) -> Rollout | None:
     """`rollout` with every tensor, each (B, T), changed alike."""
-    held = {k: change(v) for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)} if rollout else {}
+    held = (
+        {k: change(v) for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
+        if rollout
+        else {}
+    )
     return replace(rollout, **held) if rollout else None
 
 
-def evaluate(objective: Objective, student: Signals, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list]:
+def evaluate(
+    objective: Objective, student: Signals, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, list]:
     """(sums, counts, gradients of the weighted sum with respect to every tensor of the student)."""
     leaves = replace(
         student,
@@ -213,7 +262,11 @@ def evaluate(objective: Objective, student: Signals, batch: Batch) -> tuple[torc
     sums, counts = objective(leaves, batch)
     wanted = tensors(leaves)
     found = torch.autograd.grad(sums.sum(), wanted, allow_unused=True)
-    return sums.detach(), counts, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+    return (
+        sums.detach(),
+        counts,
+        [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)],
+    )
 
 
 @pytest.mark.parametrize("terms", CASES)
@@ -227,7 +280,9 @@ def test_values_and_gradients_are_finite_and_something_is_learnt(terms, student,
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("terms", CASES)
-def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms, garbage, student, batch):
+def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(
+    terms, garbage, student, batch
+):
     def spoil(values: torch.Tensor) -> torch.Tensor:
         if values.dtype == torch.bool:
             return values
@@ -257,7 +312,9 @@ def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(terms,
 def test_rows_may_be_permuted(terms, student, batch):
     objective, order = objective_of(terms), torch.tensor([3, 0, 5, 1, 4, 2])
     sums, counts, gradients = evaluate(objective, student, batch)
-    sums2, counts2, gradients2 = evaluate(objective, mapped(student, lambda v: v[order]), rows_of(batch, order))
+    sums2, counts2, gradients2 = evaluate(
+        objective, mapped(student, lambda v: v[order]), rows_of(batch, order)
+    )
     torch.testing.assert_close(sums2, sums, rtol=1e-6, atol=1e-6)
     assert torch.equal(counts, counts2)
     for before, after in zip(gradients, gradients2, strict=True):
@@ -272,7 +329,9 @@ def test_padding_further_changes_nothing(terms, student, batch):
         if values.dim() == 4:  # of steps over keys
             values = torch.nn.functional.pad(values, (0, 3), value=2.0)
         extra = values[:, :1].repeat(1, 3, *(1,) * (values.dim() - 2))
-        return torch.cat([values, torch.zeros_like(extra) if values.dtype == torch.bool else extra + 1], 1)
+        return torch.cat(
+            [values, torch.zeros_like(extra) if values.dtype == torch.bool else extra + 1], 1
+        )
 
     def wider(found: Signals) -> Signals:
         return Signals(
@@ -284,7 +343,9 @@ def test_padding_further_changes_nothing(terms, student, batch):
 
     objective = objective_of(terms)
     sums, counts, gradients = evaluate(objective, student, batch)
-    padded = replace(batch, mask=pad(batch.mask), valence=pad(batch.valence), teacher=wider(batch.teacher))
+    padded = replace(
+        batch, mask=pad(batch.mask), valence=pad(batch.valence), teacher=wider(batch.teacher)
+    )
     if batch.rollout:
         padded = replace(padded, label=pad(batch.label), rollout=changed(batch.rollout, pad))
     sums2, counts2, gradients2 = evaluate(objective, wider(student), padded)
@@ -302,17 +363,25 @@ def test_splitting_a_batch_changes_nothing(terms, parts, student, batch):
     sums, counts, gradients = evaluate(objective, student, batch)
     ends = np.cumsum(parts)
     slices = [slice(end - n, end) for end, n in zip(ends, parts, strict=True)]
-    found = [evaluate(objective, mapped(student, lambda v, s=s: v[s]), rows_of(batch, s)) for s in slices]
-    torch.testing.assert_close(torch.stack([f[0] for f in found]).sum(0), sums, rtol=1e-6, atol=1e-6)
+    found = [
+        evaluate(objective, mapped(student, lambda v, s=s: v[s]), rows_of(batch, s)) for s in slices
+    ]
+    torch.testing.assert_close(
+        torch.stack([f[0] for f in found]).sum(0), sums, rtol=1e-6, atol=1e-6
+    )
     assert torch.equal(torch.stack([f[1] for f in found]).sum(0), counts)
     for number, before in enumerate(gradients):
-        torch.testing.assert_close(torch.cat([f[2][number] for f in found]), before, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            torch.cat([f[2][number] for f in found]), before, rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("terms", CASES)
 def test_a_row_without_a_valid_step_counts_nothing(terms, student, batch):
     objective = objective_of(terms)
-    sums, counts, _ = evaluate(objective, mapped(student, lambda v: v[1:]), rows_of(batch, slice(1, None)))
+    sums, counts, _ = evaluate(
+        objective, mapped(student, lambda v: v[1:]), rows_of(batch, slice(1, None))
+    )
     mask = student.mask.clone()
     mask[0] = False
     empty = replace(batch, mask=mask, teacher=replace(batch.teacher, mask=mask))
@@ -345,8 +414,12 @@ def test_halved_precision_is_computed_in_full(terms, student, batch):
 
 
 @pytest.mark.parametrize("terms", MATCHING)
-def test_terms_that_read_the_teachers_logits_are_still_when_student_is_teacher(terms, student, batch):
-    """Twins of drafts have no rejection, and what they drew has no reward; a kink is at rest on its very tip."""
+def test_terms_that_read_the_teachers_logits_are_still_when_student_is_teacher(
+    terms, student, batch
+):
+    """Twins of drafts have no rejection, and what they drew has no reward; a kink is at rest on its
+    very tip.
+    """
     shifted = replace(student, logits=student.logits + 3.0)
     if batch.rollout:
         steps = torch.zeros(B, T, dtype=torch.int64)
@@ -354,7 +427,9 @@ def test_terms_that_read_the_teachers_logits_are_still_when_student_is_teacher(t
         unrejected = {"accepted": batch.mask, "rejected": steps > 0, "tail": steps}
         batch = replace(batch, rollout=replace(batch.rollout, log_q=log_q, **unrejected))
     for twin in (student, shifted):
-        sums, counts, gradients = evaluate(objective_of(terms), twin, replace(batch, teacher=student))
+        sums, counts, gradients = evaluate(
+            objective_of(terms), twin, replace(batch, teacher=student)
+        )
         assert (counts > 0).all()
         assert sums.abs().max() < 1e-5  # float32 rounding of some 20 places, each below 1e-7
         if twin is student or next(iter(terms.values())).get("divergence") not in KINKED:
@@ -403,7 +478,9 @@ TOKENIZER = Path(__file__).parents[2] / "examples" / "code_lm" / "tokenizer.json
 
 
 def resolved(name: str, teacher: dict[str, Any]) -> Recipe:
-    """A technique's recipe over gestures; one that writes its own text is resolved over text, which it asks for."""
+    """A technique's recipe over gestures; one that writes its own text is resolved over text, which
+    it asks for.
+    """
     text = {"tokenizer": str(TOKENIZER)} if "source" in TECHNIQUES[name].recipe else {}
     found = resolve({"technique": name, "teacher": teacher, "data": {"stride": 256} | text})
     return found.model_copy(update={"data": found.data.model_copy(update={"tokenizer": None})})
@@ -440,13 +517,23 @@ def test_the_loss_falls(terms, teacher):
     columns |= said.layers
     answer, saliency = said.sequence_logits().argmax(1), torch.linspace(-1, 1, 64)
     rows = DeviceRows(
-        torch.arange(64), inputs * mask[..., None], mask, label, None, columns, mask, saliency=saliency, answer=answer
+        torch.arange(64),
+        inputs * mask[..., None],
+        mask,
+        label,
+        None,
+        columns,
+        mask,
+        saliency=saliency,
+        answer=answer,
     )
     torch.manual_seed(0)
     student = SeriesEncoder(channels=6, classes=7, steps=8, width=8)
     want = wants_of(specs(terms))
     optim = Optim(steps=60, batch=32, learning_rate=1e-2, evaluate_every=10)
-    state = train(Arm("student", 0, specs(terms)), optim, Adapter(student, want=want), rows, lambda _: {})
+    state = train(
+        Arm("student", 0, specs(terms)), optim, Adapter(student, want=want), rows, lambda _: {}
+    )
     assert state.history[-1]["loss"] < 0.9 * state.history[0]["loss"]
 
 
@@ -466,7 +553,9 @@ def test_kd_equals_the_formula(temperature, t_squared, student, batch):
     value, mask = shared_terms.kd(student, batch, temperature=temperature, t_squared=t_squared)
     expected = kl(batch.teacher.logits.numpy() / temperature, student.logits.numpy() / temperature)
     expected = expected * (temperature**2 if t_squared else 1)
-    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-5)  # float32: sums of C terms of size ~T
+    np.testing.assert_allclose(
+        value.numpy(), expected, rtol=1e-5, atol=1e-5
+    )  # float32: sums of C terms of size ~T
     assert torch.equal(mask, student.mask)
 
 
@@ -492,11 +581,15 @@ def test_the_gradient_of_kd_is_temperature_times_the_difference(temperature, stu
     _, _, gradients = evaluate(objective_of(terms), student, batch)
     q, p = ((z / temperature).double().softmax(-1) for z in (student.logits, batch.teacher.logits))
     expected = temperature * (q - p) * student.mask[..., None]
-    torch.testing.assert_close(gradients[0].double(), expected, rtol=1e-5, atol=1e-5 * temperature)  # q - p cancels
+    torch.testing.assert_close(
+        gradients[0].double(), expected, rtol=1e-5, atol=1e-5 * temperature
+    )  # q - p cancels
 
 
 def test_without_the_factor_the_gradient_of_kd_is_divided_by_temperature(student, batch):
-    _, _, gradients = evaluate(objective_of({"kd": {"temperature": 4.0, "t_squared": False}}), student, batch)
+    _, _, gradients = evaluate(
+        objective_of({"kd": {"temperature": 4.0, "t_squared": False}}), student, batch
+    )
     q, p = ((z / 4).double().softmax(-1) for z in (student.logits, batch.teacher.logits))
     expected = (q - p) / 4 * student.mask[..., None]
     torch.testing.assert_close(gradients[0].double(), expected, rtol=1e-5, atol=1e-6)
@@ -510,21 +603,29 @@ def test_kd_tends_to_matching_centred_logits_as_temperature_rises(student, batch
     for temperature in (8.0, 32.0, 128.0):
         value, _ = shared_terms.kd(student, batch, temperature=temperature)
         errors.append(((value.double() - limit).abs() / limit).mean().item())
-    # the next term of the series is of order 1 / T, so four times the temperature leaves about a quarter of the error
+    # the next term of the series is of order 1 / T, so four times the temperature leaves about a
+    # quarter of the error
     assert errors[1] < 0.4 * errors[0]
     assert errors[2] < 0.4 * errors[1]
     assert errors[2] < 0.03
 
 
 def test_kd_runs_from_teacher_to_student():
-    """On peaked distributions the two directions differ by far: a student that misses a mode pays for it."""
+    """On peaked distributions the two directions differ by far: a student that misses a mode pays
+    for it.
+    """
     mask = torch.ones(1, 1, dtype=torch.bool)
     two_modes, one_mode = torch.tensor([[[5.0, 5.0, 0.0]]]), torch.tensor([[[12.0, 0.0, 0.0]]])
-    batch = Batch(torch.zeros(1), torch.zeros(1, 1, 1), mask, torch.zeros(1, dtype=torch.int64), None)
+    batch = Batch(
+        torch.zeros(1), torch.zeros(1, 1, 1), mask, torch.zeros(1, dtype=torch.int64), None
+    )
     value, _ = shared_terms.kd(
         Signals(one_mode, mask), replace(batch, teacher=Signals(two_modes, mask)), temperature=1.0
     )
-    forward, reverse = kl(two_modes.numpy(), one_mode.numpy()).item(), kl(one_mode.numpy(), two_modes.numpy()).item()
+    forward, reverse = (
+        kl(two_modes.numpy(), one_mode.numpy()).item(),
+        kl(one_mode.numpy(), two_modes.numpy()).item(),
+    )
     assert forward > 5 * reverse
     assert value.item() == pytest.approx(forward, rel=1e-5)
 
@@ -537,7 +638,9 @@ def test_ce_equals_the_formula(student, batch):
             assert not mask[row].any()
         else:
             assert torch.equal(mask[row], student.mask[row])
-            np.testing.assert_allclose(value[row].numpy(), -log_q[row, :, label], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                value[row].numpy(), -log_q[row, :, label], rtol=1e-5, atol=1e-6
+            )
 
 
 def test_ce_on_the_sequence_judges_mean_logits(student, batch):
@@ -554,7 +657,9 @@ def test_rows_without_a_label_contribute_nothing_to_ce(on, student, batch):
     objective = objective_of({"ce": {"on": on}})
     sums, counts, gradients = evaluate(objective, student, batch)
     kept = batch.label != UNLABELLED
-    sums2, counts2, _ = evaluate(objective, mapped(student, lambda v: v[kept]), rows_of(batch, kept))
+    sums2, counts2, _ = evaluate(
+        objective, mapped(student, lambda v: v[kept]), rows_of(batch, kept)
+    )
     torch.testing.assert_close(sums, sums2, rtol=1e-6, atol=1e-6)
     assert torch.equal(counts, counts2)
     assert (gradients[0][~kept] == 0).all()
@@ -563,14 +668,19 @@ def test_rows_without_a_label_contribute_nothing_to_ce(on, student, batch):
 
 def test_a_batch_without_any_label_costs_nothing(student, batch):
     objective = objective_of({"ce": {}})
-    sums, counts, gradients = evaluate(objective, student, replace(batch, label=torch.full((B,), UNLABELLED)))
+    sums, counts, gradients = evaluate(
+        objective, student, replace(batch, label=torch.full((B,), UNLABELLED))
+    )
     assert objective.total(sums, counts).item() == 0
     assert counts.item() == 0
     assert (gradients[0] == 0).all()
 
 
 def test_a_weight_of_0_for_kd_is_ce_alone_bit_for_bit(student, batch):
-    alone, both = objective_of({"ce": {"weight": 0.7}}), objective_of({"ce": {"weight": 0.7}, "kd": {"weight": 0.0}})
+    alone, both = (
+        objective_of({"ce": {"weight": 0.7}}),
+        objective_of({"ce": {"weight": 0.7}, "kd": {"weight": 0.0}}),
+    )
     found = [evaluate(objective, student, batch) for objective in (alone, both)]
     assert torch.equal(alone.total(*found[0][:2]), both.total(*found[1][:2]))
     assert torch.equal(found[0][2][0], found[1][2][0])
@@ -590,7 +700,9 @@ def test_the_loss_is_the_weighted_sum_of_means(student, batch):
     sums, counts, _ = evaluate(objective, student, batch)
     parts = [shared_terms.ce(student, batch), shared_terms.kd(student, batch, temperature=3.0)]
     means = [value[mask].double().mean().item() for value, mask in parts]
-    assert objective.total(sums, counts).item() == pytest.approx(0.2 * means[0] + 0.8 * means[1], rel=1e-6)
+    assert objective.total(sums, counts).item() == pytest.approx(
+        0.2 * means[0] + 0.8 * means[1], rel=1e-6
+    )
     assert counts.tolist() == [int(mask.sum()) for _, mask in parts]
 
 
@@ -598,12 +710,16 @@ def test_future_valence_is_the_squared_error_against_the_discounted_mean():
     mask = torch.tensor([[True, True, True]])
     guess = Signals(torch.zeros(1, 3, 2), mask, torch.tensor([[0.5, 0.0, -0.5]]))
     column = torch.tensor([[1.0, -0.5, 0.25]])
-    row = Batch(torch.zeros(1), torch.zeros(1, 3, 1), mask, torch.zeros(1, dtype=torch.int64), column)
+    row = Batch(
+        torch.zeros(1), torch.zeros(1, 3, 1), mask, torch.zeros(1, dtype=torch.int64), column
+    )
     value, known = shared_terms.future_valence(guess, row, discount=0.5)
     future = [(1 - 0.25 + 0.0625) / 1.75, (-0.5 + 0.125) / 1.5, 0.25]
     assert known.all()
     expected = [(g - f) ** 2 for g, f in zip([0.5, 0, -0.5], future, strict=True)]
-    np.testing.assert_allclose(value[0].numpy(), expected, rtol=1e-5)  # float32; the difference of near numbers
+    np.testing.assert_allclose(
+        value[0].numpy(), expected, rtol=1e-5
+    )  # float32; the difference of near numbers
 
 
 def test_future_valence_falls_back_on_the_confidence_in_the_true_label():
@@ -615,7 +731,9 @@ def test_future_valence_falls_back_on_the_confidence_in_the_true_label():
 
 
 def test_future_valence_leaves_the_logits_alone(student, batch):
-    _, _, gradients = evaluate(objective_of({"future_valence": {}}), student, replace(batch, valence=None))
+    _, _, gradients = evaluate(
+        objective_of({"future_valence": {}}), student, replace(batch, valence=None)
+    )
     assert (gradients[0] == 0).all()
     assert gradients[1].abs().sum() > 0
 
@@ -627,7 +745,10 @@ def test_a_model_without_a_value_head_is_told_what_is_missing(student, batch):
 
 def stored(name: str) -> bool:
     """Whether a technique's teacher is its store alone."""
-    return bool(needs_of(specs(TECHNIQUES[name].recipe["terms"]))) and "source" not in TECHNIQUES[name].recipe
+    return (
+        bool(needs_of(specs(TECHNIQUES[name].recipe["terms"])))
+        and "source" not in TECHNIQUES[name].recipe
+    )
 
 
 @pytest.mark.parametrize("name", list(filter(stored, TECHNIQUES)))
@@ -647,10 +768,17 @@ def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypa
     built = []
     build = models.build
     monkeypatch.setattr(
-        models, "build", lambda *args, key, **shape: built.append(key) or build(*args, key=key, **shape)
+        models,
+        "build",
+        lambda *args, key, **shape: built.append(key) or build(*args, key=key, **shape),
     )
     run_arms(
-        recipe, store, tmp_path / "run", world=World(), device=torch.device("cpu"), tell=lambda key, step, metrics: None
+        recipe,
+        store,
+        tmp_path / "run",
+        world=World(),
+        device=torch.device("cpu"),
+        tell=lambda key, step, metrics: None,
     )
     assert set(built) == {"student"}
     arms = {"student-0", "control-0"} | ({"unrounded-0"} if recipe.phases else set())

@@ -1,4 +1,7 @@
-"""Laws of the record: MLflow holds the journal, once, however often and from wherever it is replayed."""
+"""Laws of the record:
+
+MLflow holds the journal, once, however often and from wherever it is replayed.
+"""
 
 import json
 import math
@@ -65,7 +68,9 @@ def recorded(uri: str, experiment: str) -> dict:
 
 def _contents(client, run, keys: dict[str, str]) -> dict:
     run_id = run.info.run_id
-    points = [point for name in run.data.metrics for point in client.get_metric_history(run_id, name)]
+    points = [
+        point for name in run.data.metrics for point in client.get_metric_history(run_id, name)
+    ]
     return {
         "name": run.info.run_name,
         "status": run.info.status,
@@ -146,7 +151,9 @@ def test_a_server_that_never_answers_is_left_at_the_limit(folder):
         start = time.monotonic()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         result = mlflow_mirror.sync(folder, uri=uri, experiment="silent", limit_s=3)
-        assert time.monotonic() - start < 4, "the limit, and the import of mlflow where it is the first"
+        assert time.monotonic() - start < 4, (
+            "the limit, and the import of mlflow where it is the first"
+        )
     assert not result.done
     assert mlflow_mirror.pending(folder) == result.pending > 0
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
@@ -171,7 +178,20 @@ def test_another_store_is_filled_from_the_start(store, folder):
     assert len(recorded(store, "there")) == 3
 
 
-ODD = ["a/b c", "loss(kd)", "loss[kd]", "../up", "/root", "a//b", "", "50%", "a:b", "a\n", "..a", "x" * 300]
+ODD = [
+    "a/b c",
+    "loss(kd)",
+    "loss[kd]",
+    "../up",
+    "/root",
+    "a//b",
+    "",
+    "50%",
+    "a:b",
+    "a\n",
+    "..a",
+    "x" * 300,
+]
 
 
 def test_odd_names_stay_apart_and_arrive(store, tmp_path):
@@ -244,7 +264,9 @@ def test_a_damaged_line_is_an_error_that_names_it(folder):
 
 def test_the_run_folder_holds_no_environment_and_no_password(store, folder, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "hunter2-hunter2")
-    mlflow_mirror.sync(folder, uri=f"http://me:hunter3@127.0.0.1:{_closed_port()}", experiment="secrets", limit_s=2)
+    mlflow_mirror.sync(
+        folder, uri=f"http://me:hunter3@127.0.0.1:{_closed_port()}", experiment="secrets", limit_s=2
+    )
     mlflow_mirror.sync(folder, uri=store, experiment="secrets")
     text = b"".join(path.read_bytes() for path in folder.glob("journal*"))
     assert b"hunter" not in text

@@ -1,4 +1,6 @@
-"""Beside a rounded student: full precision, rounding it afterwards, labels alone; and the anatomy of its file."""
+"""Beside a rounded student: full precision, rounding it afterwards, labels alone; and the anatomy
+of its file.
+"""
 
 import json
 import shutil
@@ -32,7 +34,9 @@ quant = { weights = "ternary", activations = "none", rest = "int8" }
 @pytest.fixture(scope="module")
 def recipe(tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "rounded.toml"
-    path.write_text(f"rounded_control = true\n{tiny.read_text()}{PHASES}".replace('"tiny"', '"rounded"'))
+    path.write_text(
+        f"rounded_control = true\n{tiny.read_text()}{PHASES}".replace('"tiny"', '"rounded"')
+    )
     return path
 
 
@@ -55,7 +59,10 @@ def folder(made, out) -> Path:
 def test_the_arms_stand_in_their_order_and_only_where_phases_round(recipe, tiny):
     names = [arm.name for arm in arms_of(load(recipe))]
     assert names == ["control", "rounded_control", "unrounded", "student"]
-    assert [arm.name for arm in arms_of(load(tiny, ("rounded_control=true",)))] == ["control", "student"]
+    assert [arm.name for arm in arms_of(load(tiny, ("rounded_control=true",)))] == [
+        "control",
+        "student",
+    ]
     alone = ("control=false", "unrounded=false", "rounded_control=false")
     assert [arm.name for arm in arms_of(load(recipe, alone))] == ["student"]
 
@@ -63,13 +70,16 @@ def test_the_arms_stand_in_their_order_and_only_where_phases_round(recipe, tiny)
 def test_the_unrounded_student_is_the_student_of_a_recipe_without_phases(made, folder, tiny, out):
     plain = walk.train(load(tiny), out)
     ours, theirs = (
-        load_file(f / "weights.safetensors") for f in (folder / "arms/unrounded-0", plain / "arms/student-0")
+        load_file(f / "weights.safetensors")
+        for f in (folder / "arms/unrounded-0", plain / "arms/student-0")
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(made, recipe, folder, out):
+def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(
+    made, recipe, folder, out
+):
     found = load(recipe)
     shop = Workshop(found, walk.score(found, out), torch.device("cpu"))
     student = shop.student(next(arm for arm in arms_of(found) if arm.name == "unrounded"))
@@ -92,7 +102,9 @@ def test_what_was_lost_is_a_paired_difference(made):
     student = made["student"]["metrics"]["accuracy"]["value"]
     assert list(made["beside"]) == ["unrounded", "rounded_control", "post_training"]
     for part in made["beside"].values():
-        assert part["lost"]["value"] == pytest.approx(student - part["metrics"]["accuracy"]["value"])
+        assert part["lost"]["value"] == pytest.approx(
+            student - part["metrics"]["accuracy"]["value"]
+        )
         assert part["lost"]["lo"] <= part["lost"]["value"] <= part["lost"]["hi"]
 
 
@@ -106,7 +118,9 @@ def test_the_report_shows_them(made, folder):
 
 def test_student_weights_keep_their_names(folder, recipe):
     """However a parameter is rounded, its file is one that the user's own module loads."""
-    arms = [load_file(folder / f"arms/{name}-0/weights.safetensors") for name in ("control", "student")]
+    arms = [
+        load_file(folder / f"arms/{name}-0/weights.safetensors") for name in ("control", "student")
+    ]
     assert arms[0].keys() == arms[1].keys()
     assert load_file(folder / "student.safetensors").keys() == arms[0].keys()
 
@@ -117,15 +131,27 @@ def test_the_bytes_by_kind_are_those_of_the_file(made, folder):
     assert sum(sizes.values()) == len(file) == made["artefact"]["bytes"]
     assert sizes == bytes_of(file, tensors)
     assert sizes["codes"] == sum(row["bytes"]["codes"] for row in tensors)
-    assert all(0 < row["error"] < (0.9 if row["kind"].startswith("ternary") else 0.02) for row in tensors)
+    assert all(
+        0 < row["error"] < (0.9 if row["kind"].startswith("ternary") else 0.02) for row in tensors
+    )
     whole = {tuple(row["shape"]) for row in tensors}
-    left = [t for t in onnx.load_from_string(file).graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-    assert not whole & {tuple(t.dims) for t in left}  # nothing that was rounded stands there in full precision, too
+    left = [
+        t
+        for t in onnx.load_from_string(file).graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
+    ]
+    assert not whole & {
+        tuple(t.dims) for t in left
+    }  # nothing that was rounded stands there in full precision, too
 
 
 def test_latency_is_told_beside_every_runtime(made, folder):
     manifest = json.loads((folder / "artefact/manifest.json").read_bytes())
     rows = {(row["model"], row["runtime"]): row["ratio"] for row in manifest["latency"]["rows"]}
-    assert rows.keys() == {(m, r) for m in ("teacher", "fp32 student") for r in ("torch", "onnxruntime")}
-    assert made["artefact"]["latency"]["ratio_vs_teacher"] == pytest.approx(1 / rows["teacher", "onnxruntime"])
+    assert rows.keys() == {
+        (m, r) for m in ("teacher", "fp32 student") for r in ("torch", "onnxruntime")
+    }
+    assert made["artefact"]["latency"]["ratio_vs_teacher"] == pytest.approx(
+        1 / rows["teacher", "onnxruntime"]
+    )
     assert made["artefact"]["latency"]["flags"]

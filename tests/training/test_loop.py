@@ -1,7 +1,9 @@
-"""Laws of the training loop: a run is a function of its recipe, however it is shared out, killed or resumed.
+"""Laws of the training loop: a run is a function of its recipe, however it is shared out, killed or
+resumed.
 
-The references are equality with one uninterrupted process, bit for bit where nothing is reduced across processes,
-and closed forms for the schedule. The data-parallel tolerance is argued where it stands.
+The references are equality with one uninterrupted process, bit for bit where nothing is reduced
+across processes, and closed forms for the schedule. The data-parallel tolerance is argued where it
+stands.
 """
 
 import json
@@ -39,7 +41,13 @@ CPU = torch.device("cpu")
 WIDTH = 8
 OPTIM = Optim(steps=40, batch=15, learning_rate=5e-3, input_noise=0.05, evaluate_every=5)
 ARM = Arm(
-    "student", 3, {"ce": TermSpec(weight=0.5), "kd": TermSpec(weight=0.5), "future_valence": TermSpec(weight=0.1)}
+    "student",
+    3,
+    {
+        "ce": TermSpec(weight=0.5),
+        "kd": TermSpec(weight=0.5),
+        "future_valence": TermSpec(weight=0.1),
+    },
 )
 
 
@@ -61,7 +69,9 @@ def tiny_rows() -> DeviceRows:
     inputs[:, :, 0] += label[:, None]
     teacher = {"logits": (2 * torch.randn(60, 8, 4, generator=draw)).half()}
     hidden = torch.where(torch.arange(60) % 3 == 0, label, UNLABELLED)
-    return DeviceRows(torch.arange(100, 160), inputs * mask[..., None], mask, hidden, None, teacher, mask)
+    return DeviceRows(
+        torch.arange(100, 160), inputs * mask[..., None], mask, hidden, None, teacher, mask
+    )
 
 
 def tiny_student() -> Adapter:
@@ -105,7 +115,9 @@ def test_each_epoch_has_its_own_order():
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_an_epoch(share):
     size, labelled, batch = 48, 6, 16
-    order = Order(hidden_labels(size, labelled) != UNLABELLED, Optim(batch=batch, labelled_share=share), 0)
+    order = Order(
+        hidden_labels(size, labelled) != UNLABELLED, Optim(batch=batch, labelled_share=share), 0
+    )
     drawn = [order.rows(step) for step in range(12)]
     count = round(share * batch)
     streams = {len(stream.pool): stream for stream, _ in order.parts}
@@ -148,7 +160,8 @@ def test_any_number_of_workers_sees_the_same_global_batches(size):
     for step in range(12):
         alone = Order(rows.labelled.numpy(), optim, 0).rows(step)
         parts = [
-            Order(rows.labelled.numpy(), optim, 0).rows(step)[World(r, size).share(optim.batch)] for r in range(size)
+            Order(rows.labelled.numpy(), optim, 0).rows(step)[World(r, size).share(optim.batch)]
+            for r in range(size)
         ]
         ids = torch.cat([rows.batch(torch.from_numpy(part)).row_id for part in parts])
         assert torch.equal(ids, rows.batch(torch.from_numpy(alone)).row_id)
@@ -185,11 +198,12 @@ def spoilt(rows: DeviceRows) -> DeviceRows:
 
 
 def test_two_workers_train_as_one(tmp_path):
-    """Two processes sum the same numbers in another order, so float32 (2^-24 = 6e-8 relative) bounds the difference.
+    """Two processes sum the same numbers in another order, so float32 (2^-24 = 6e-8 relative)
+    bounds the difference.
 
-    Measured over the 40 steps: 3e-7 relative in the losses, 6e-8 in the weights, which are below 2. The bounds allow
-    ten times that. One part is left out: the true gradient of the keys' bias is zero, because softmax ignores it, so
-    Adam scales up mere rounding noise there, to no effect.
+    Measured over the 40 steps: 3e-7 relative in the losses, 6e-8 in the weights, which are below 2.
+    The bounds allow ten times that. One part is left out: the true gradient of the keys' bias is
+    zero, because softmax ignores it, so Adam scales up mere rounding noise there, to no effect.
     """
     workers = [start(train_on, rank, 2, tmp_path / "meeting", tmp_path, False) for rank in range(2)]
     alone = tiny_run(OPTIM.model_copy(update={"evaluate_every": 1}))
@@ -219,9 +233,15 @@ def test_all_workers_stop_when_one_meets_a_nan(tmp_path):
 
 
 def train_in(folder: Path, out: Path) -> None:
-    """A run with checkpoints; it writes down its weights, its history and the steps that it reported."""
+    """A run with checkpoints; it writes down its weights, its history and the steps that it
+    reported.
+    """
     told: list[int] = []
-    state = tiny_run(checkpoints=Checkpoints(folder), checkpoint_every=10, report=lambda step, _: told.append(step))
+    state = tiny_run(
+        checkpoints=Checkpoints(folder),
+        checkpoint_every=10,
+        report=lambda step, _: told.append(step),
+    )
     save_file(weights_of(state), out / "weights.safetensors")
     (out / "history.json").write_text(json.dumps({"history": state.history, "told": told}))
 
@@ -247,9 +267,15 @@ def truncate(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, lambda _: b""], ids=["flipped", "truncated", "empty"])
-@pytest.mark.parametrize(("damaged", "told"), [(0, [35, 40]), (1, [25, 30, 35, 40]), (2, list(range(5, 41, 5)))])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(damage, damaged, told, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "damage", [flip, truncate, lambda _: b""], ids=["flipped", "truncated", "empty"]
+)
+@pytest.mark.parametrize(
+    ("damaged", "told"), [(0, [35, 40]), (1, [25, 30, 35, 40]), (2, list(range(5, 41, 5)))]
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
+    damage, damaged, told, tmp_path, capsys
+):
     kept = Checkpoints(tmp_path)
     alone = tiny_run(checkpoints=kept, checkpoint_every=10)
     paths = [path for _, path in kept._found()]
@@ -257,7 +283,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(damage, damaged, to
     for path in paths[:damaged]:
         path.write_bytes(damage(path.read_bytes()))
     seen: list[int] = []
-    resumed = tiny_run(checkpoints=kept, checkpoint_every=10, report=lambda step, _: seen.append(step))
+    resumed = tiny_run(
+        checkpoints=kept, checkpoint_every=10, report=lambda step, _: seen.append(step)
+    )
     assert seen == told
     said = capsys.readouterr().err
     assert [f"{path} is damaged" in said for path in paths] == [i < damaged for i in range(2)]
@@ -268,7 +296,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(damage, damaged, to
 def test_checkpoints_are_taken_at_the_first_report_after_each_interval(tmp_path):
     kept = Checkpoints(tmp_path, keep=99)
     tiny_run(checkpoints=kept, checkpoint_every=12)
-    assert [step for step, _ in kept._found()] == [25, 15]  # the report after 36 is the last, which ends the run
+    assert [step for step, _ in kept._found()] == [
+        25,
+        15,
+    ]  # the report after 36 is the last, which ends the run
 
 
 def test_a_nan_stops_the_run_names_the_terms_and_reaches_no_weight():
@@ -280,7 +311,9 @@ def test_a_nan_stops_the_run_names_the_terms_and_reaches_no_weight():
 
     snapshot(student)
     optim = OPTIM.model_copy(update={"evaluate_every": 1})
-    with pytest.raises(DataError, match=r"student-3.*not finite at step \d+ \(ce \S+, kd nan, future_valence \S+\)"):
+    with pytest.raises(
+        DataError, match=r"student-3.*not finite at step \d+ \(ce \S+, kd nan, future_valence \S+\)"
+    ):
         train(ARM, optim, student, spoilt(tiny_rows()), snapshot)
     assert 1 < len(snapshots) < OPTIM.steps
     assert all(torch.isfinite(v).all() for v in student.state_dict().values())
@@ -314,7 +347,15 @@ def test_dropout_is_drawn_by_seed_and_step_so_that_a_resumed_run_draws_the_same(
         torch.manual_seed(1)
         students.append(Forgetful())
         torch.manual_seed(len(students))  # whatever was drawn before must not matter
-        train(ARM, optim, Adapter(students[-1]), tiny_rows(), lambda _: {}, checkpoints=kept, checkpoint_every=5)
+        train(
+            ARM,
+            optim,
+            Adapter(students[-1]),
+            tiny_rows(),
+            lambda _: {},
+            checkpoints=kept,
+            checkpoint_every=5,
+        )
     alone, resumed = students
     assert [len(s.dropped) for s in students] == [12, 2]
     assert_equal_bits(alone.state_dict(), resumed.state_dict())
@@ -329,13 +370,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert other.history != first.history
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.1), (100, 0.0), (40, 0.05), (7, 0.5), (1, 0.0), (10, 0.9)])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(100, 0.1), (100, 0.0), (40, 0.05), (7, 0.5), (1, 0.0), (10, 0.9)]
+)
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines(steps, warmup):
     optim = Optim(steps=steps, warmup=warmup, learning_rate=0.3)
     warm = warmup * steps
     found = [spans((), steps)[0].learning_rate(optim, step) for step in range(steps + 1)]
     corners = ([-1, warm - 1, warm, steps], [0, 1, 1, 0]) if warm > 1 else ([warm, steps], [1, 0])
-    np.testing.assert_allclose(found, 0.3 * np.interp(range(steps + 1), *corners), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        found, 0.3 * np.interp(range(steps + 1), *corners), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_history_holds_the_mean_of_each_term_since_the_last_report():
@@ -347,9 +392,13 @@ def test_history_holds_the_mean_of_each_term_since_the_last_report():
     assert [h["step"] for h in seldom.history] == list(range(5, 41, 5))
     assert_equal_bits(weights_of(often), weights_of(seldom))
     for h in seldom.history:
-        assert h["loss"] == pytest.approx(sum(ARM.terms[n].weight * v for n, v in h["terms"].items()))
+        assert h["loss"] == pytest.approx(
+            sum(ARM.terms[n].weight * v for n, v in h["terms"].items())
+        )
         here = slice(h["step"] - 5, h["step"])
-        assert h["terms"]["kd"] == pytest.approx((kd * counts)[here].sum() / counts[here].sum(), rel=1e-6)
+        assert h["terms"]["kd"] == pytest.approx(
+            (kd * counts)[here].sum() / counts[here].sum(), rel=1e-6
+        )
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +446,9 @@ def test_control_and_student_start_from_equal_weights_and_see_equal_rows(distill
         assert seen[f"control-{seed}"] == seen[f"student-{seed}"]
     assert len(seen["control-0"]) == shop.recipe.optim.steps
     assert seen["control-0"] != seen["control-5"]
-    assert not torch.equal(starts["control-0"]["module.head.weight"], starts["control-5"]["module.head.weight"])
+    assert not torch.equal(
+        starts["control-0"]["module.head.weight"], starts["control-5"]["module.head.weight"]
+    )
 
 
 def test_the_control_learns_from_labels_alone(distillation):
@@ -405,24 +456,39 @@ def test_the_control_learns_from_labels_alone(distillation):
     control, student = arms_of(found)[:2]
     assert control.terms == {"ce": TermSpec(weight=1.0)}
     assert student.terms == found.terms
-    assert [arm.name for arm in arms_of(found.model_copy(update={"control": False}))] == ["student"] * 2
+    assert [arm.name for arm in arms_of(found.model_copy(update={"control": False}))] == [
+        "student"
+    ] * 2
 
 
 def run(found: Recipe, store: Path, folder: Path) -> list[tuple[str, int]]:
     told: list[tuple[str, int]] = []
-    run_arms(found, store, folder, world=World(), device=CPU, tell=lambda key, step, _: told.append((key, step)))
+    run_arms(
+        found,
+        store,
+        folder,
+        world=World(),
+        device=CPU,
+        tell=lambda key, step, _: told.append((key, step)),
+    )
     return told
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_arms_that_are_done_are_not_trained_again(distillation, tmp_path):
     keys = ["control-0", "student-0", "control-5", "student-5"]
     assert run(*distillation, tmp_path) == [(key, step) for key in keys for step in (10, 20)]
     before = files_of(tmp_path)
-    assert {Path(p).name for p in before} == {"arm.json", "weights.safetensors", "predictions.parquet"}
+    assert {Path(p).name for p in before} == {
+        "arm.json",
+        "weights.safetensors",
+        "predictions.parquet",
+    }
     assert run(*distillation, tmp_path) == []
     assert files_of(tmp_path) == before
     (tmp_path / "arms" / "student-0" / "arm.json").unlink()
@@ -443,7 +509,9 @@ def test_an_arms_files_belong_together(distillation, tmp_path):
     shop = Workshop(found, store, CPU)
     student = shop.student(Arm("student", 0, dict(found.terms)))
     student.module.load_state_dict(load_file(folder / "weights.safetensors"))
-    np.testing.assert_array_equal(predictions.read(folder / "predictions.parquet").logits, shop.test(student).logits)
+    np.testing.assert_array_equal(
+        predictions.read(folder / "predictions.parquet").logits, shop.test(student).logits
+    )
     record = read_json(folder / "arm.json")
     assert record["val"] == shop.validate(student)
     assert record["steps"] == 20

@@ -1,4 +1,6 @@
-"""A training in phases: which step has which levels, the schedule of each, and what a death in the middle changes."""
+"""A training in phases: which step has which levels, the schedule of each, and what a death in the
+middle changes.
+"""
 
 import subprocess
 import sys
@@ -55,20 +57,33 @@ def student_of(phases: tuple[Phase, ...]) -> Adapter:
 
 
 def trained(phases: tuple[Phase, ...], evaluate=lambda _: {}, **keywords) -> State:
-    return train(arm_of(phases), OPTIM, student_of(phases), rows_for(arm_of(())), evaluate, **keywords)
+    return train(
+        arm_of(phases), OPTIM, student_of(phases), rows_for(arm_of(())), evaluate, **keywords
+    )
 
 
 def test_without_phases_there_is_one_and_with_them_each_has_its_steps():
     assert [(s.first, s.last, s.phase.quant) for s in spans((), 40)] == [(0, 40, None)]
-    assert [(s.first, s.last) for s in spans(PROGRESSIVE, 40)] == [(0, 10), (10, 20), (20, 30), (30, 40)]
+    assert [(s.first, s.last) for s in spans(PROGRESSIVE, 40)] == [
+        (0, 10),
+        (10, 20),
+        (20, 30),
+        (30, 40),
+    ]
 
 
 def test_a_phase_without_a_step_is_refused():
     """A last phase that rounds to nothing would leave the student under the one before it."""
-    phases = [{"until": 0.5}, {"until": 0.75, "quant": {"weights": "int4"}}, {"until": 1.0, "quant": {}}]
+    phases = [
+        {"until": 0.5},
+        {"until": 0.75, "quant": {"weights": "int4"}},
+        {"until": 1.0, "quant": {}},
+    ]
     raw = {"technique": "none", "phases": phases}
     assert resolve(raw | {"optim": {"steps": 4}}).optim.steps == 4
-    with pytest.raises(RecipeError, match=r"optim.steps = 2 leaves a phase without a step: they end at \[1, 2, 2\]"):
+    with pytest.raises(
+        RecipeError, match=r"optim.steps = 2 leaves a phase without a step: they end at \[1, 2, 2\]"
+    ):
         resolve(raw | {"optim": {"steps": 2}})
 
 
@@ -94,7 +109,9 @@ def test_a_phases_forward_has_just_its_levels():
 
     def levels(student) -> dict[str, float]:
         layers = dict(quantised(student.module))
-        seen.append({len(layer.codes().unique()) if layer.quant else 0 for layer in layers.values()})
+        seen.append(
+            {len(layer.codes().unique()) if layer.quant else 0 for layer in layers.values()}
+        )
         return {}
 
     trained(PROGRESSIVE, levels)
@@ -125,10 +142,16 @@ def test_a_run_killed_in_any_phase_ends_as_one_that_was_not(tmp_path):
 
         with pytest.raises(Dead):
             trained(
-                PROGRESSIVE, validated(accuracies), checkpoints=Checkpoints(folder), checkpoint_every=1, report=report
+                PROGRESSIVE,
+                validated(accuracies),
+                checkpoints=Checkpoints(folder),
+                checkpoint_every=1,
+                report=report,
             )
         rest = {step: value for step, value in accuracies.items() if step > death}
-        resumed = trained(PROGRESSIVE, validated(rest), checkpoints=Checkpoints(folder), checkpoint_every=1)
+        resumed = trained(
+            PROGRESSIVE, validated(rest), checkpoints=Checkpoints(folder), checkpoint_every=1
+        )
         assert resumed.history == whole.history
         for name, value in whole.learner.state_dict().items():
             assert torch.equal(resumed.learner.state_dict()[name], value), (death, name)
@@ -148,7 +171,9 @@ def test_a_phase_goes_on_from_its_best_student_and_ends_with_it(tmp_path):
 
 
 def test_learned_scales_join_the_optimiser_without_decay():
-    state = trained((Phase(until=0.5), Phase(until=1.0, quant=Quant(weights="ternary", scale="learned"))))
+    state = trained(
+        (Phase(until=0.5), Phase(until=1.0, quant=Quant(weights="ternary", scale="learned")))
+    )
     *_, group = state.optimizer.param_groups
     scales = [layer.scale for _, layer in quantised(state.learner.student.module)]
     assert [id(p) for p in group["params"]] == [id(s) for s in scales]
@@ -158,7 +183,10 @@ def test_learned_scales_join_the_optimiser_without_decay():
 
 def test_a_layer_that_a_phase_skips_stays_in_full_precision_there():
     module = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
-    phases = (Phase(until=0.5, quant=Quant()), Phase(until=1.0, quant=Quant(skip=["head", "value", "*.mlp.*"])))
+    phases = (
+        Phase(until=0.5, quant=Quant()),
+        Phase(until=1.0, quant=Quant(skip=["head", "value", "*.mlp.*"])),
+    )
     prepare(module, phases)
     enter(module, phases[1])
     assert {n: layer.quant is None for n, layer in quantised(module)} == {
@@ -193,7 +221,9 @@ SCHEMES = {
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
-    """Trained for a moment, exported, executed by onnxruntime on every test row; its codes are the student's own."""
+    """Trained for a moment, exported, executed by onnxruntime on every test row; its codes are the
+    student's own.
+    """
     recipe = resolve(
         {
             "technique": "none",
@@ -202,7 +232,9 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
             "phases": [{"until": 0.5}, {"until": 1.0, "quant": SCHEMES[name]}],
         }
     )
-    run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
+    run_arms(
+        recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None
+    )
     dataset = data.load(recipe.data)
     manifest = artefact.export(recipe, dataset, tmp_path)
     floats = SCHEMES[name].get("activations") == "none"
@@ -210,16 +242,28 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
     assert manifest["parity"]["agreement"] >= (1 if floats else 0.98)
     assert manifest["parity"]["alone_agreement"] >= (1 if floats else 0.98)
     assert manifest["format"] == f"onnx {SCHEMES[name]['weights']}"
-    assert [each["name"] for each in manifest["computed_in_float32"]] == ["positions", "conv.weight", "head", "value"]
+    assert [each["name"] for each in manifest["computed_in_float32"]] == [
+        "positions",
+        "conv.weight",
+        "head",
+        "value",
+    ]
     assert manifest["computed_in_float32"][2]["reason"] == "skip names it"
     files = {p.name for p in (tmp_path / "artefact").iterdir()}
     assert files == {"student.onnx", "model.json", "run.py", "README.md", "manifest.json"}
     own = student_from(recipe, dataset, tmp_path / "arms" / "student-0" / "weights.safetensors")
     codes = sorted(sorted(layer.codes().flatten().tolist()) for _, layer in quantised(own))
-    assert sorted(sorted(c.flatten().tolist()) for c in codes_in(tmp_path / "artefact" / "student.onnx")) == codes
+    assert (
+        sorted(
+            sorted(c.flatten().tolist()) for c in codes_in(tmp_path / "artefact" / "student.onnx")
+        )
+        == codes
+    )
     np.save(tmp_path / "windows.npy", dataset.splits["test"].inputs[:3])
     script = [sys.executable, str(tmp_path / "artefact" / "run.py"), str(tmp_path / "windows.npy")]
-    lines = subprocess.run(script, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    lines = subprocess.run(
+        script, capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout.splitlines()
     answers = artefact.predict(tmp_path / "artefact", dataset).answer[:3]
     assert [line.partition("\t")[0] for line in lines] == [dataset.classes[i] for i in answers]
 
@@ -273,7 +317,9 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
             "phases": [{"until": 1.0, "quant": {"weights": "ternary", "activations": "none"}}],
         }
     )
-    run_arms(recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
+    run_arms(
+        recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None
+    )
     monkeypatch.setattr(operators, "pack", lambda codes, bits: pack(-codes, bits))
     with pytest.raises(GateError, match="no artefact was written"):
         artefact.export(recipe, data.load(recipe.data), tmp_path)
@@ -281,16 +327,26 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
 
 
 def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
-    """Its weights are written under the user's names, with the learned scales, and read under the last phase."""
+    """Its weights are written under the user's names, with the learned scales, and read under the
+    last phase.
+    """
     recipe = resolve(
         {
             "technique": "none",
             "data": {"stride": 128},
             "optim": {"steps": 8, "batch": 16, "evaluate_every": 8},
-            "phases": [{"until": 0.5}, {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned"}}],
+            "phases": [
+                {"until": 0.5},
+                {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned"}},
+            ],
         }
     )
-    shared = {"recipe": recipe.model_dump(mode="json"), "store": None, "folder": str(tmp_path), "trial": "one"}
+    shared = {
+        "recipe": recipe.model_dump(mode="json"),
+        "store": None,
+        "folder": str(tmp_path),
+        "trial": "one",
+    }
     told: list[dict] = []
     tuning._train_trial({}, shared, World(), told.append)
     weights = tmp_path / "trials" / "one" / "weights.safetensors"

@@ -1,4 +1,5 @@
-"""Codes and scales as llama.cpp's blocks of weights: exactly those codes, and their scales as float16.
+"""Codes and scales as llama.cpp's blocks of weights: exactly those codes, and their scales as
+float16.
 
 TQ2_0   256 ternary codes, four a byte, then the scale: 66 bytes
 TQ1_0   256 ternary codes, five a byte (the last 16 four a byte), then the scale: 54 bytes
@@ -22,7 +23,8 @@ Bytes = NDArray[np.uint8]
 def blocks(kind: str, codes: NDArray[np.int8], scales: NDArray[np.float32], name: str) -> Bytes:
     """(N, bytes of a row): codes (N, K) under scales (N, G), each of K / G neighbours.
 
-    RecipeError if K or K / G is no multiple of the type's block, or a scale is outside float16; `name` is the layer's.
+    RecipeError if K or K / G is no multiple of the type's block, or a scale is outside float16;
+    `name` is the layer's.
     """
     size, (rows, width) = SIZES[kind], codes.shape
     group = width // scales.shape[1]
@@ -51,7 +53,9 @@ def blocks(kind: str, codes: NDArray[np.int8], scales: NDArray[np.float32], name
 
 
 def _two_bits(codes: NDArray[np.int8]) -> Bytes:
-    """(..., 64): of each 128 codes, byte i holds i, i + 32, i + 64 and i + 96, from the lowest bits up."""
+    """(..., 64): of each 128 codes, byte i holds i, i + 32, i + 64 and i + 96, from the lowest bits
+    up.
+    """
     parts = (codes + 1).astype(np.uint8).reshape(*codes.shape[:-1], 2, 4, 32)
     return np.bitwise_or.reduce(parts << np.array([[0], [2], [4], [6]], np.uint8), axis=-2).reshape(
         *codes.shape[:-1], -1
@@ -61,7 +65,8 @@ def _two_bits(codes: NDArray[np.int8]) -> Bytes:
 def _trits(codes: NDArray[np.int8]) -> Bytes:
     """(..., 52): trits (t0, t1, ...) as the fraction t0 / 3 + t1 / 9 + ... of 256, rounded up.
 
-    Of 160 codes byte i holds i, i + 32, ...; of the next 80 i, i + 16, ...; of the last 16 i, i + 4, i + 8, i + 12.
+    Of 160 codes byte i holds i, i + 32, ...; of the next 80 i, i + 16, ...; of the last 16 i, i +
+    4, i + 8, i + 12.
     """
     trits = (codes + 1).astype(np.uint16)
     parts = []

@@ -1,7 +1,8 @@
-"""A GGUF file of llama.cpp's "llama" or "bitnet" read back: the model in float32, and its tokeniser.
+"""A GGUF file of llama.cpp's "llama" or "bitnet" read back: the model in float32, and its
+tokeniser.
 
-Blocks become the numbers that they stand for, by the tables of the gguf library; rotary pairs take our order. Nothing
-in the file is executed.
+Blocks become the numbers that they stand for, by the tables of the gguf library; rotary pairs take
+our order. Nothing in the file is executed.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,17 +28,27 @@ KEYS = {  # ours: the file's
 }
 KINDS = ("llama", "bitnet")
 PLAIN = {"rope.scaling.type": ("none",), "expert_count": (0,)}  # where the file has them
-DIGITS = {"gpt-2": False, "default": False, "smollm": True}  # whether a word of "tokenizer.ggml.pre" is cut at each
+DIGITS = {
+    "gpt-2": False,
+    "default": False,
+    "smollm": True,
+}  # whether a word of "tokenizer.ggml.pre" is cut at each
 SPECIAL = (3, 4)  # token types: control, user defined
 
 
 def read(path: Path) -> Llama:
-    """The model of a file. RecipeError if it is of another kind, damaged, or its tensors do not fit."""
+    """The model of a file.
+
+    RecipeError if it is of another kind, damaged, or its tensors do not fit.
+    """
     return _of(path, _model)
 
 
 def tokenizer(path: Path) -> str:
-    """The file's byte-level BPE as a tokenizer.json. RecipeError if it has none, or one of another kind."""
+    """The file's byte-level BPE as a tokenizer.json.
+
+    RecipeError if it has none, or one of another kind.
+    """
     return _of(path, _tokenizer)
 
 
@@ -45,7 +56,14 @@ def _of(path: Path, make: Callable[[Any, Path], Any]) -> Any:
     gguf = gguf_library()
     try:
         return make(gguf.GGUFReader(path), path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:  # what a damaged one raises
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        OSError,
+    ) as error:  # what a damaged one raises
         raise RecipeError(f"{path}: not a GGUF file that can be read here: {error}") from None
 
 
@@ -66,9 +84,13 @@ def _model(reader: Any, path: Path) -> Llama:
             raise RecipeError(f"{path}: no tensor {name_of(owner)} in it")
         values = gguf_library().quants.dequantize(theirs.data, theirs.tensor_type).astype("float32")
         if values.shape != tuple(value.shape):
-            raise RecipeError(f"{path}: {name_of(owner)} is {values.shape}, and its settings say {tuple(value.shape)}")
+            raise RecipeError(
+                f"{path}: {name_of(owner)} is {values.shape}, and its settings say {tuple(value.shape)}"
+            )
         found[name] = torch.empty_like(value)
-        found[name][torch.from_numpy(order_of(owner, len(values), settings))] = torch.from_numpy(values)
+        found[name][torch.from_numpy(order_of(owner, len(values), settings))] = torch.from_numpy(
+            values
+        )
     if extra := sorted(tensors.keys() - read):
         raise RecipeError(f"{path}: {extra[0]} is in it, which this Llama has not")
     fill(module, found, f"{path}: its tensors")
@@ -79,9 +101,14 @@ def _settings(known: Mapping[str, Any], tensors: Mapping[str, Any], path: Path) 
     """A Llama's settings from a file's keys. RecipeError names what it can not be."""
     kind = known.get("general.architecture")
     if kind not in KINDS:
-        raise RecipeError(f"{path}: general.architecture is {kind!r}; what is read here is {' or '.join(KINDS)}")
+        raise RecipeError(
+            f"{path}: general.architecture is {kind!r}; what is read here is {' or '.join(KINDS)}"
+        )
     own = {name.removeprefix(f"{kind}."): value for name, value in known.items()}
-    own = {"attention.head_count_kv": own.get("attention.head_count"), "rope.freq_base": 10_000.0} | own
+    own = {
+        "attention.head_count_kv": own.get("attention.head_count"),
+        "rope.freq_base": 10_000.0,
+    } | own
     if missing := [f"{kind}.{theirs}" for theirs in KEYS.values() if own.get(theirs) is None]:
         raise RecipeError(f"{path}: no {', '.join(missing)} in it")
     head = own["embedding_length"] // own["attention.head_count"]
@@ -90,7 +117,11 @@ def _settings(known: Mapping[str, Any], tensors: Mapping[str, Any], path: Path) 
         if key in own and own[key] not in may:
             raise RecipeError(f"{path}: {kind}.{key} is {own[key]!r}; this Llama has {may[0]!r}")
     settings = {ours: own[theirs] for ours, theirs in KEYS.items()}
-    settings |= {"classes": int(tensors[TABLE].shape[1]), "tied": HEAD not in tensors, "sub_norm": kind == "bitnet"}
+    settings |= {
+        "classes": int(tensors[TABLE].shape[1]),
+        "tied": HEAD not in tensors,
+        "sub_norm": kind == "bitnet",
+    }
     return settings
 
 
@@ -111,5 +142,7 @@ def _tokenizer(reader: Any, path: Path) -> str:
     if DIGITS[before]:
         words = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     found.pre_tokenizer, found.decoder = words, decoders.ByteLevel()  # type: ignore[assignment]
-    found.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, types, strict=True) if k in SPECIAL])
+    found.add_special_tokens(
+        [AddedToken(t, special=True) for t, k in zip(tokens, types, strict=True) if k in SPECIAL]
+    )
     return found.to_str(pretty=True)

@@ -1,14 +1,15 @@
-"""A language model as one GGUF file for llama.cpp: the trained codes, never rounded again, their scales as float16.
+"""A language model as one GGUF file for llama.cpp: the trained codes, never rounded again, their
+scales as float16.
 
-    ternary     TQ2_0, 2.0625 bits a weight, or TQ1_0, 1.6875: rows of a multiple of 256, a scale for 256 or more
-    int4        Q4_0, 4.5 bits: rows of a multiple of 32, a scale for 32 or more
-    int8        Q8_0, 8.5 bits: the same; and what a Quant's rest = "int8" stores
-    matrices    that nothing rounds: float32 or float16, as asked; vectors float32
+    ternary     TQ2_0, 2.0625 bits a weight, or TQ1_0, 1.6875: rows of a multiple of 256, a scale
+    for 256 or more int4        Q4_0, 4.5 bits: rows of a multiple of 32, a scale for 32 or more
+    int8        Q8_0, 8.5 bits: the same; and what a Quant's rest = "int8" stores matrices    that
+    nothing rounds: float32 or float16, as asked; vectors float32
 
-A scale that more weights share stands in each of their blocks. llama.cpp rounds activations itself, to int8 over blocks
-of 256 (ternary) or 32 inputs, whatever the student trained with: answers are alike, not equal.
-A model with sub_norm is llama.cpp's "bitnet", any other its "llama". There rotary pairs are neighbours, so rows of q
-and k stand in another order than ours.
+A scale that more weights share stands in each of their blocks. llama.cpp rounds activations itself,
+to int8 over blocks of 256 (ternary) or 32 inputs, whatever the student trained with: answers are
+alike, not equal. A model with sub_norm is llama.cpp's "bitnet", any other its "llama". There rotary
+pairs are neighbours, so rows of q and k stand in another order than ours.
 """
 
 from collections.abc import Iterator
@@ -57,11 +58,13 @@ def write(
     tokenizer: Path | None = None,
     end: str = "<|endoftext|>",
 ) -> dict[str, int]:
-    """Write a Llama, its layers rounded or not, and give the bytes of its tensors by type. It is not changed.
+    """Write a Llama, its layers rounded or not, and give the bytes of its tensors by type. It is
+    not changed.
 
-    With a tokenizer.json of byte-level BPE, whose special token `end` ends a text, llama.cpp reads and gives text.
-    Without, the file has no vocabulary: its server does not answer then, only callers of its library with token ids.
-    RecipeError where a Quant or a tokeniser has no GGUF form here, or gguf is missing.
+    With a tokenizer.json of byte-level BPE, whose special token `end` ends a text, llama.cpp reads
+    and gives text. Without, the file has no vocabulary: its server does not answer then, only
+    callers of its library with token ids. RecipeError where a Quant or a tokeniser has no GGUF form
+    here, or gguf is missing.
     """
     gguf = gguf_library()
     held = _tensors(module, ternary, matrices)
@@ -88,17 +91,25 @@ def gguf_library() -> Any:
     try:
         import gguf  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
-        raise RecipeError("export: a GGUF file needs gguf; type: pip install 'raykd[gguf]'") from None
+        raise RecipeError(
+            "export: a GGUF file needs gguf; type: pip install 'raykd[gguf]'"
+        ) from None
     return gguf
 
 
 def _tensors(module: Llama, ternary: str, matrices: str) -> dict[str, Held]:
-    """What the file holds, by llama.cpp's names. A head that is the table bit for bit is left out, as it allows."""
+    """What the file holds, by llama.cpp's names.
+
+    A head that is the table bit for bit is left out, as it allows.
+    """
     kinds = {"ternary": ternary, "int4": "Q4_0", "int8": "Q8_0"}
     held: dict[str, Held] = {}
     for name, codes, scales, kind in _rounded(module):
         order = order_of(name, codes.shape[0], module.settings)
-        held[name_of(name)] = kinds[kind], blocks(kinds[kind], codes.numpy()[order], scales.numpy()[order], name)
+        held[name_of(name)] = (
+            kinds[kind],
+            blocks(kinds[kind], codes.numpy()[order], scales.numpy()[order], name),
+        )
     for name, value in other_parameters.plain(module.state_dict()).items():
         owner, _, own = name.rpartition(".")
         if own == "weight" and name_of(owner) not in held:
@@ -118,13 +129,21 @@ def _tensors(module: Llama, ternary: str, matrices: str) -> dict[str, Held]:
 
 
 def _rounded(module: Llama) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    """(name, codes (N, K), scales (N, G), one of LEVELS) of every matrix that the student holds as codes."""
+    """(name, codes (N, K), scales (N, G), one of LEVELS) of every matrix that the student holds as
+    codes.
+    """
     for name, layer in quantised(module):
         if layer.quant is not None:
             assert layer.blend == 1, f"{name} is still fading in"
-            kind = layer.quant.embeddings if isinstance(layer, QuantEmbedding) else layer.quant.weights
+            kind = (
+                layer.quant.embeddings if isinstance(layer, QuantEmbedding) else layer.quant.weights
+            )
             yield name, layer.codes().cpu(), layer.scales().cpu(), kind
-    stored = {id(value) for value, parametrisation in other_parameters.stored(module) if parametrisation.quant}
+    stored = {
+        id(value)
+        for value, parametrisation in other_parameters.stored(module)
+        if parametrisation.quant
+    }
     for name, value in other_parameters.plain(module.state_dict(keep_vars=True)).items():
         if id(value) in stored:
             codes, scales = other_parameters.codes_and_scales(value)
@@ -139,8 +158,12 @@ def name_of(name: str) -> str:
 
 
 def order_of(name: str, rows: int, settings: dict[str, Any]) -> NDArray[np.intp]:
-    """(N,): which of our rows llama.cpp's stand for: of each head of q and k i, i + D / 2, i + 1, ... for i from 0."""
-    heads = {"q_proj": settings["heads"], "k_proj": settings["kv_heads"]}.get(name.rpartition(".")[2])
+    """(N,): which of our rows llama.cpp's stand for: of each head of q and k i, i + D / 2, i + 1,
+    ... for i from 0.
+    """
+    heads = {"q_proj": settings["heads"], "k_proj": settings["kv_heads"]}.get(
+        name.rpartition(".")[2]
+    )
     if heads is None or settings["sub_norm"]:  # its bitnet turns our pairs
         return np.arange(rows)
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
@@ -169,7 +192,9 @@ def _vocabulary(writer: Any, tokenizer: Path | None, end: str, classes: int) -> 
         raise RecipeError(
             f"tokenizer {tokenizer}: {len(found.tokens)} tokens, and the model has {classes} classes; name its own"
         )
-    if end not in found.tokens or found.tokens.index(end) not in found.special:  # llama.cpp would take token 11
+    if (
+        end not in found.tokens or found.tokens.index(end) not in found.special
+    ):  # llama.cpp would take token 11
         raise RecipeError(
             f"tokenizer {tokenizer}: {end!r} is no special token; name the one that ends a text: end = ..."
         )
@@ -177,7 +202,9 @@ def _vocabulary(writer: Any, tokenizer: Path | None, end: str, classes: int) -> 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm" if found.digits else "gpt-2")
     writer.add_token_list(found.tokens)
-    writer.add_token_types([kinds.CONTROL if i in found.special else kinds.NORMAL for i in range(classes)])
+    writer.add_token_types(
+        [kinds.CONTROL if i in found.special else kinds.NORMAL for i in range(classes)]
+    )
     writer.add_token_merges([" ".join(pair) for pair in found.merges])
     for told in (writer.add_bos_token_id, writer.add_eos_token_id):
         told(found.tokens.index(end))

@@ -1,1 +1,4 @@
-"""ONNX: students written as graphs, and the sessions that run them. The only folder that imports onnxruntime."""
+"""ONNX: students written as graphs, and the sessions that run them.
+
+The only folder that imports onnxruntime.
+"""

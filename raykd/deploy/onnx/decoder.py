@@ -1,4 +1,6 @@
-"""A language model's ONNX file as onnxruntime decodes with it, on one thread of a CPU: numpy in, numpy out."""
+"""A language model's ONNX file as onnxruntime decodes with it, on one thread of a CPU: numpy in,
+numpy out.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from raykd.errors import DataError, StoreError
 class Decoder:
     """`rows` sequences that are read on token by token, or many at a time.
 
-    The past is handed from call to call without a copy; after a rollback the next call copies what is kept. With
-    `lut`, onnxruntime multiplies 2-bit weights by its lookup tables. Those round activations in a way of their own
-    (differences up to 1e-2 of a layer's largest output), and on x86 take 0.5 to 0.7 of the time with a scale for 32
-    inputs, 1.1 to 1.7 with blocks of 128, so they are left off where nobody asks.
+    The past is handed from call to call without a copy; after a rollback the next call copies what
+    is kept. With `lut`, onnxruntime multiplies 2-bit weights by its lookup tables. Those round
+    activations in a way of their own (differences up to 1e-2 of a layer's largest output), and on
+    x86 take 0.5 to 0.7 of the time with a scale for 32 inputs, 1.1 to 1.7 with blocks of 128, so
+    they are left off where nobody asks.
     """
 
     def __init__(self, file: Path | bytes, *, rows: int = 1, lut: bool = False):
@@ -29,7 +32,9 @@ class Decoder:
                 "this ONNX file does not decode; export a language model with raykd.deploy.onnx.write_decoder"
             )
         self.steps, self.rows = int(steps), rows
-        self._shapes = {name.removeprefix("past_"): shape for name, shape in shapes.items() if name != "tokens"}
+        self._shapes = {
+            name.removeprefix("past_"): shape for name, shape in shapes.items() if name != "tokens"
+        }
         self._outputs = ["logits", *self._shapes]
         self.reset()
 
@@ -41,16 +46,24 @@ class Decoder:
     def reset(self, rows: int | None = None) -> None:
         """Forget every token, and read so many rows from now on."""
         self.rows = rows or self.rows
-        self._length, self._past = 0, {name: self._empty(shape) for name, shape in self._shapes.items()}
+        self._length, self._past = (
+            0,
+            {name: self._empty(shape) for name, shape in self._shapes.items()},
+        )
 
     def rollback(self, length: int) -> None:
         """Keep the first `length` tokens. DataError if there are fewer."""
         if not 0 <= length <= self._length:
-            raise DataError(f"rollback: {length} tokens, but {self._length} have been read; keep 0 to {self._length}")
+            raise DataError(
+                f"rollback: {length} tokens, but {self._length} have been read; keep 0 to {self._length}"
+            )
         self._length = length
 
     def step(self, tokens: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Read integers (B, S) on; logits (B, S, V). DataError for other rows, none or too many tokens."""
+        """Read integers (B, S) on; logits (B, S, V).
+
+        DataError for other rows, none or too many tokens.
+        """
         rows, count = tokens.shape
         if rows != self.rows or count < 1 or self._length + count > self.steps:
             raise DataError(

@@ -1,14 +1,16 @@
 """The operators that execute rounded layers, each as a module whose trace is its ONNX nodes.
 
-    int8, activations "int8"         DynamicQuantizeLinear, MatMulInteger, times the scales
-    int8, activations "int8_token"   a row's max|x| / 127, MatMulInteger, times the row's scale and the scales
-    int4, ternary                    com.microsoft MatMulNBits of 4 or 2 bits, codes from a zero point of 8 or 2
-    embeddings                       com.microsoft GatherBlockQuantized of 8, 4 or 2 bits, from 128, 8 or 2
-    rest = "int8"                    Cast of the codes and Mul by their scales, which onnxruntime does once, on loading
-                                     (before a MatMul, DequantizeLinear makes it round activations unasked)
+    int8, activations "int8"         DynamicQuantizeLinear, MatMulInteger, times the scales int8,
+    activations "int8_token"   a row's max|x| / 127, MatMulInteger, times the row's scale and the
+    scales int4, ternary                    com.microsoft MatMulNBits of 4 or 2 bits, codes from a
+    zero point of 8 or 2 embeddings                       com.microsoft GatherBlockQuantized of 8, 4
+    or 2 bits, from 128, 8 or 2 rest = "int8"                    Cast of the codes and Mul by their
+    scales, which onnxruntime does once, on loading
+                                     (before a MatMul, DequantizeLinear makes it round activations
+                                     unasked)
 
-MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4) where the student was
-trained with int8 activations.
+MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4)
+where the student was trained with int8 activations.
 """
 
 from typing import Any
@@ -34,11 +36,17 @@ def operator_of(layer: QuantLayer) -> nn.Module:
     assert layer.quant is not None
     if isinstance(layer, QuantEmbedding):
         return GatherBlockQuantized(layer, layer.quant)
-    return MatMulInteger(layer, layer.quant) if layer.quant.weights == "int8" else MatMulNBits(layer, layer.quant)
+    return (
+        MatMulInteger(layer, layer.quant)
+        if layer.quant.weights == "int8"
+        else MatMulNBits(layer, layer.quant)
+    )
 
 
 class MatMulInteger(nn.Module):
-    """An int8 layer: activations rounded over their whole tensor or each row, products of integers, then the scales."""
+    """An int8 layer: activations rounded over their whole tensor or each row, products of integers,
+    then the scales.
+    """
 
     codes: Tensor  # (K, N) int8
     scales: Tensor  # (N,)
@@ -54,10 +62,16 @@ class MatMulInteger(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale, *operands = self._of_rows(x) if self.by_row else self._of_all(x)
         shape = (*x.shape[:-1], self.outputs)
-        total = torch.onnx.ops.symbolic("MatMulInteger", operands, dtype=torch.int32, shape=shape, version=10)
-        # By row the products go one after the other: of scale * scales onnxruntime 1.32 makes a MatMulIntegerToFloat,
-        # which answers wrongly where x has three dimensions.
-        y = total.float() * scale * self.scales if self.by_row else total.float() * (scale * self.scales)
+        total = torch.onnx.ops.symbolic(
+            "MatMulInteger", operands, dtype=torch.int32, shape=shape, version=10
+        )
+        # By row the products go one after the other: of scale * scales onnxruntime 1.32 makes a
+        # MatMulIntegerToFloat, which answers wrongly where x has three dimensions.
+        y = (
+            total.float() * scale * self.scales
+            if self.by_row
+            else total.float() * (scale * self.scales)
+        )
         return y if self.bias is None else y + self.bias
 
     def _of_rows(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +87,9 @@ class MatMulInteger(nn.Module):
 
 
 class MatMulNBits(nn.Module):
-    """An int4 or ternary layer: packed codes in blocks of inputs, a scale each; the last block is filled with zeros."""
+    """An int4 or ternary layer: packed codes in blocks of inputs, a scale each; the last block is
+    filled with zeros.
+    """
 
     codes: Tensor  # (N, blocks, block bits / 8) uint8
     scales: Tensor  # (N, blocks)
@@ -87,7 +103,12 @@ class MatMulNBits(nn.Module):
         codes = np.zeros((outputs, count * block), np.int8)
         codes[:, :inputs] = layer.codes().numpy()
         bits = BITS[quant.weights]
-        self.attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+        self.attributes: dict[str, Any] = {
+            "K": inputs,
+            "N": outputs,
+            "bits": bits,
+            "block_size": block,
+        }
         self.attributes["accuracy_level"] = 4 if quant.activations == "int8" else 1
         packed = pack(codes, bits).reshape(outputs, count, -1)
         self.register_buffer("codes", torch.from_numpy(packed))
@@ -108,7 +129,9 @@ class MatMulNBits(nn.Module):
 
 
 class GatherBlockQuantized(nn.Module):
-    """A rounded table: packed codes in blocks of a row, a scale each; a row's last byte is filled with zeros."""
+    """A rounded table: packed codes in blocks of a row, a scale each; a row's last byte is filled
+    with zeros.
+    """
 
     codes: Tensor  # (V, D' bits / 8) uint8
     scales: Tensor  # (V, G)
@@ -119,9 +142,16 @@ class GatherBlockQuantized(nn.Module):
         bits = BITS[quant.embeddings]
         codes = np.zeros((rows, -(-self.width // (8 // bits)) * (8 // bits)), np.int8)
         codes[:, : self.width] = layer.codes().numpy()
-        whole = max(16, 1 << (self.width - 1).bit_length())  # the operator wants a power of two, and lets it stand over
+        whole = max(
+            16, 1 << (self.width - 1).bit_length()
+        )  # the operator wants a power of two, and lets it stand over
         block = quant.group if quant.columns(self.width) < self.width else whole
-        self.attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": bits}
+        self.attributes: dict[str, Any] = {
+            "gather_axis": 0,
+            "quantize_axis": 1,
+            "block_size": block,
+            "bits": bits,
+        }
         self.register_buffer("codes", torch.from_numpy(pack(codes, bits)))
         self.register_buffer("scales", layer.scales().clone())
         self.stored = codes.shape[1]
@@ -139,9 +169,11 @@ class GatherBlockQuantized(nn.Module):
 
 
 class Unfolded(nn.Module):
-    """A parameter that is stored as int8: codes times the scale of each slice of its first dimension.
+    """A parameter that is stored as int8: codes times the scale of each slice of its first
+    dimension.
 
-    Stands as one unknown operator until the tracer, which folds constants, is done: `write` writes it as two.
+    Stands as one unknown operator until the tracer, which folds constants, is done: `write` writes
+    it as two.
     """
 
     codes: Tensor  # (N, ...) int8
@@ -155,5 +187,9 @@ class Unfolded(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
-            "raykd::Unfolded", (self.codes, self.scales), dtype=torch.float32, shape=value.shape, version=1
+            "raykd::Unfolded",
+            (self.codes, self.scales),
+            dtype=torch.float32,
+            shape=value.shape,
+            version=1,
         )

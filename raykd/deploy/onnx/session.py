@@ -13,7 +13,8 @@ from raykd.recipe.quant import ONNXRUNTIME
 
 
 def session(file: Path | bytes, *, lut: bool = False) -> Any:
-    """An onnxruntime session over a file, or over what one holds; with `lut`, 2-bit weights by lookup tables.
+    """An onnxruntime session over a file, or over what one holds; with `lut`, 2-bit weights by
+    lookup tables.
 
     StoreError if it is no ONNX file, InfraError if this onnxruntime does not execute it.
     """
@@ -21,10 +22,13 @@ def session(file: Path | bytes, *, lut: bool = False) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # Where there is no VNNI, x86's products of uint8 and int8 overflow unless this says they must not.
+    # Where there is no VNNI, x86's products of uint8 and int8 overflow unless this says they must
+    # not.
     options.add_session_config_entry("session.x64quantprecision", "1")
     if lut:
-        options.add_session_config_entry("mlas.use_lut_gemm", "1")  # one that does not know it passes over it
+        options.add_session_config_entry(
+            "mlas.use_lut_gemm", "1"
+        )  # one that does not know it passes over it
     held = file if isinstance(file, bytes) else str(file)
     try:
         return onnxruntime.InferenceSession(held, options, providers=["CPUExecutionProvider"])
@@ -66,7 +70,9 @@ def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:
 
 
 def mean_over(logits: NDArray[np.floating], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """(N, C): the mean of logits (N, T, C) over the steps of a mask (N, T); those of whole rows as they are."""
+    """(N, C): the mean of logits (N, T, C) over the steps of a mask (N, T); those of whole rows as
+    they are.
+    """
     if logits.ndim == 3:
         logits = (logits * mask[..., None]).sum(1) / np.maximum(mask.sum(1)[:, None], 1)
     return logits.astype(np.float32)

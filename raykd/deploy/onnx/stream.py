@@ -1,4 +1,6 @@
-"""A series encoder's stream file as onnxruntime reads on with it, on one thread of a CPU: numpy in, numpy out."""
+"""A series encoder's stream file as onnxruntime reads on with it, on one thread of a CPU: numpy in,
+numpy out.
+"""
 
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from raykd.errors import DataError, StoreError
 
 
 class Stream:
-    """`rows` windows that are read on step by step, or many steps at a time; `state` is what it knows of them.
+    """`rows` windows that are read on step by step, or many steps at a time; `state` is what it
+    knows of them.
 
-    The state is handed from call to call without a copy. A window ends after `steps` steps: `reset` starts the next.
+    The state is handed from call to call without a copy. A window ends after `steps` steps: `reset`
+    starts the next.
     """
 
     def __init__(self, file: Path | bytes, *, rows: int = 1):
@@ -25,7 +29,9 @@ class Stream:
                 "this ONNX file does not read on; export a series encoder with raykd.deploy.onnx.write_stream"
             )
         self.steps, self.rows, self.channels = int(steps), rows, shapes["inputs"][2]
-        self._shapes = {name.removeprefix("past_"): shape for name, shape in shapes.items() if name != "inputs"}
+        self._shapes = {
+            name.removeprefix("past_"): shape for name, shape in shapes.items() if name != "inputs"
+        }
         self._outputs = ["logits", "valence", *self._shapes]
         self.reset()
 
@@ -36,15 +42,22 @@ class Stream:
 
     @property
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """A copy of what later steps need: tail (B, K, kernel - 1), and each layer's keys and values (B, H, P, D)."""
+        """A copy of what later steps need: tail (B, K, kernel - 1), and each layer's keys and
+        values (B, H, P, D).
+        """
         return {name: value.numpy().copy() for name, value in self._state.items()}
 
     def reset(self, state: dict[str, NDArray[np.float32]] | None = None) -> None:
-        """Start a window, or go on from a state. DataError where that is not one of `rows` rows of this file."""
+        """Start a window, or go on from a state.
+
+        DataError where that is not one of `rows` rows of this file.
+        """
         if state is None:
             state = {name: np.zeros(self._shape(name, 0), np.float32) for name in self._shapes}
         if state.keys() != self._shapes.keys():
-            raise DataError(f"state: holds {', '.join(sorted(state))}, this stream keeps {', '.join(self._shapes)}")
+            raise DataError(
+                f"state: holds {', '.join(sorted(state))}, this stream keeps {', '.join(self._shapes)}"
+            )
         length = next(value.shape[2] for name, value in state.items() if name != "tail")
         for name, value in state.items():
             if value.shape != self._shape(name, length) or value.dtype != np.float32:
@@ -53,17 +66,26 @@ class Stream:
                     f"{self._shape(name, length)}; give the state of as many rows, from the same file"
                 )
         if length > self.steps:
-            raise DataError(f"state: of {length} steps, but a window ends after {self.steps}; reset the stream")
+            raise DataError(
+                f"state: of {length} steps, but a window ends after {self.steps}; reset the stream"
+            )
         self._length = length
-        self._state = {name: onnx_session.value(np.ascontiguousarray(value)) for name, value in state.items()}
+        self._state = {
+            name: onnx_session.value(np.ascontiguousarray(value)) for name, value in state.items()
+        }
 
     def step(self, inputs: NDArray[np.number]) -> dict[str, NDArray[np.float32]]:
         """Read numbers (B, S, K) on, as float32; their logits (B, S, C) and valence (B, S).
 
-        DataError for other rows or channels, and none or too many steps; nothing has been read then.
+        DataError for other rows or channels, and none or too many steps; nothing has been read
+        then.
         """
         rows, count, channels = inputs.shape
-        if (rows, channels) != (self.rows, self.channels) or count < 1 or self._length + count > self.steps:
+        if (
+            (rows, channels) != (self.rows, self.channels)
+            or count < 1
+            or self._length + count > self.steps
+        ):
             raise DataError(
                 f"inputs: {inputs.shape} after {self._length} steps; this stream takes {self.rows} rows of "
                 f"{self.channels} channels, and {self.steps} steps in all: make one for other rows, or reset it"

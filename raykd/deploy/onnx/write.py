@@ -1,4 +1,5 @@
-"""A student as one ONNX file that stock onnxruntime executes: the trained codes and scales, never rounded again.
+"""A student as one ONNX file that stock onnxruntime executes: the trained codes and scales, never
+rounded again.
 
 What a layer becomes, `raykd.deploy.onnx.operators` says; everything else is as it is.
 """
@@ -14,7 +15,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from raykd.deploy.onnx.operators import OPERATORS, OPSET, GatherBlockQuantized, Unfolded, operator_of
+from raykd.deploy.onnx.operators import (
+    OPERATORS,
+    OPSET,
+    GatherBlockQuantized,
+    Unfolded,
+    operator_of,
+)
 from raykd.errors import RecipeError
 from raykd.models.adapter import field
 from raykd.quant import other_parameters
@@ -36,10 +43,12 @@ class Answers(nn.Module):
 
 
 def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
-    """The file of a module with quantised layers, for inputs like `example` (B, T, K) of any number of rows.
+    """The file of a module with quantised layers, for inputs like `example` (B, T, K) of any number
+    of rows.
 
-    With `most_steps` the file takes any number of steps up to that, without it as many as the example has. The module
-    is taken over: its layers become what the runtime executes. RecipeError where it can not be exported.
+    With `most_steps` the file takes any number of steps up to that, without it as many as the
+    example has. The module is taken over: its layers become what the runtime executes. RecipeError
+    where it can not be exported.
     """
     free = {0: torch.export.Dim("rows", min=1, max=65536)}
     if most_steps:
@@ -47,7 +56,9 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
     names = {"input_names": ["inputs"], "output_names": ["logits", "valence"]}
     proto = traced(module, Answers(module), (example,), **names, dynamic_shapes=(free,))
     nodes = [n for n in proto.graph.node if n.op_type in OPERATORS]
-    dims = {v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]}
+    dims = {
+        v.name: v.type.tensor_type.shape.dim for v in [*proto.graph.input, *proto.graph.value_info]
+    }
     multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
     if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width
         raise RecipeError(
@@ -57,10 +68,11 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
 
 
 def traced(module: nn.Module, asked: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
-    """The graph of what `asked` makes of `args` by calling `module`, with a node for every call of a rounded layer.
+    """The graph of what `asked` makes of `args` by calling `module`, with a node for every call of
+    a rounded layer.
 
-    The module is taken over. `options` are torch.onnx.export's; names of outputs that there are not are left out.
-    RecipeError where it can not be exported.
+    The module is taken over. `options` are torch.onnx.export's; names of outputs that there are not
+    are left out. RecipeError where it can not be exported.
     """
     swaps = operators(module)
     replace(module, swaps)
@@ -77,20 +89,26 @@ def traced(module: nn.Module, asked: nn.Module, args: tuple[Any, ...], **options
     found = Counter(node.op_type for node in proto.graph.node if node.op_type in OPERATORS)
     asked_for = Counter({name: count for name, count in calls.items() if name in OPERATORS})
     # Two calls of one layer with one input are merged to a node.
-    assert found.keys() == asked_for.keys(), f"{dict(found)} nodes for {dict(asked_for)} calls of layers"
+    assert found.keys() == asked_for.keys(), (
+        f"{dict(found)} nodes for {dict(asked_for)} calls of layers"
+    )
     assert found <= asked_for, f"{dict(found)} nodes for {dict(asked_for)} calls of layers"
     return proto
 
 
 def compact(proto: Any) -> Any:
-    """A traced graph as it is stored: parameters of int8 unfolded when loaded, short names, nothing about exporters."""
+    """A traced graph as it is stored: parameters of int8 unfolded when loaded, short names, nothing
+    about exporters.
+    """
     _unfold(proto)
     _apart(proto)
     return _bare(proto)
 
 
 def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
-    """What executes each layer and each parameter that is rounded, by the module that stands for it in training."""
+    """What executes each layer and each parameter that is rounded, by the module that stands for it
+    in training.
+    """
     found: dict[nn.Module, nn.Module] = {}
     for name, layer in quantised(module):
         assert layer.quant is None or layer.blend == 1, f"{name} is still fading in"
@@ -106,7 +124,9 @@ def operators(module: nn.Module) -> dict[nn.Module, nn.Module]:
 def _called(asked: nn.Module, emitted: list[nn.Module], args: tuple[Any, ...]) -> Counter[str]:
     """How often each operator is called for one answer; a layer may be shared, or unused."""
     calls: Counter[str] = Counter()
-    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([type(m).__name__])) for m in emitted]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, _: calls.update([type(m).__name__])) for m in emitted
+    ]
     asked(*args)
     for hook in hooks:
         hook.remove()
@@ -117,7 +137,9 @@ def _exported(asked: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        made = torch.onnx.export(asked, args, dynamo=True, opset_version=OPSET, verbose=False, **options)
+        made = torch.onnx.export(
+            asked, args, dynamo=True, opset_version=OPSET, verbose=False, **options
+        )
     assert made is not None
     return made.model_proto
 
@@ -141,7 +163,9 @@ def reason(error: BaseException) -> str:
 
 
 def _apart(proto: Any) -> None:
-    """Give each MatMulInteger codes of its own: on x86 without VNNI onnxruntime rewrites them, and shared ones fail."""
+    """Give each MatMulInteger codes of its own: on x86 without VNNI onnxruntime rewrites them, and
+    shared ones fail.
+    """
     held, seen = {value.name: value for value in proto.graph.initializer}, set()
     for node in proto.graph.node:
         if node.op_type == "MatMulInteger" and (name := node.input[1]) in held:
@@ -170,16 +194,22 @@ def _unfold(proto: Any) -> None:
 
 
 def _bare(proto: Any) -> Any:
-    """The model without what exporters say about themselves, and with short names: most of a small file."""
+    """The model without what exporters say about themselves, and with short names: most of a small
+    file.
+    """
     proto.doc_string = ""
     del proto.metadata_props[:]
-    names: dict[str, str] = {"": ""} | {v.name: v.name for v in [*proto.graph.input, *proto.graph.output]}
+    names: dict[str, str] = {"": ""} | {
+        v.name: v.name for v in [*proto.graph.input, *proto.graph.output]
+    }
     _strip(proto.graph, names)
     return proto
 
 
 def _strip(graph: Any, names: dict[str, str]) -> None:
-    """Rename every value of a graph and of the graphs inside it to a short number; drop what no runtime reads."""
+    """Rename every value of a graph and of the graphs inside it to a short number; drop what no
+    runtime reads.
+    """
 
     def short(name: str) -> str:
         return names.setdefault(name, f"{len(names):x}")
@@ -195,7 +225,10 @@ def _strip(graph: Any, names: dict[str, str]) -> None:
         kept = [a for a in node.attribute if not _is_default(node, a)]
         del node.attribute[:]
         node.attribute.extend(kept)
-        node.input[:], node.output[:] = [short(n) for n in node.input], [short(n) for n in node.output]
+        node.input[:], node.output[:] = (
+            [short(n) for n in node.input],
+            [short(n) for n in node.output],
+        )
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 for value in [*attribute.g.input, *attribute.g.output]:
@@ -208,6 +241,6 @@ def _is_default(node: Any, attribute: Any) -> bool:
     if node.domain:
         return False
     known = onnx.defs.get_schema(node.op_type, OPSET).attributes[attribute.name].default_value
-    return known.type == attribute.type and onnx.helper.get_attribute_value(known) == onnx.helper.get_attribute_value(
-        attribute
-    )
+    return known.type == attribute.type and onnx.helper.get_attribute_value(
+        known
+    ) == onnx.helper.get_attribute_value(attribute)

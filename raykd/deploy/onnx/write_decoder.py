@@ -1,14 +1,15 @@
-"""A causal language model as one ONNX file that reads on from where it stopped, for stock onnxruntime.
+"""A causal language model as one ONNX file that reads on from where it stopped, for stock
+onnxruntime.
 
-    tokens             (B, S) int64              the new ones, any number of them
-    past_keys.<i>      (B, H_kv, P, D) float32   what an earlier call gave for layer i; P = 0 at the start
-    past_values.<i>    the same
-    logits             (B, S, V) float32         at every new position: checking a draft needs them all
-    keys.<i>           (B, H_kv, P + S, D)       for the next call
+    tokens             (B, S) int64              the new ones, any number of them past_keys.<i>
+    (B, H_kv, P, D) float32   what an earlier call gave for layer i; P = 0 at the start
+    past_values.<i>    the same logits             (B, S, V) float32         at every new position:
+    checking a draft needs them all keys.<i>           (B, H_kv, P + S, D)       for the next call
     values.<i>         the same
 
-Every row has P tokens before its new ones. Rounded layers are `operators`, as in every file that raykd writes.
-Angles of positions are computed from P, so no table is stored; `steps` in the metadata is the longest context.
+Every row has P tokens before its new ones. Rounded layers are `operators`, as in every file that
+raykd writes. Angles of positions are computed from P, so no table is stored; `steps` in the
+metadata is the longest context.
 """
 
 import torch
@@ -21,7 +22,10 @@ STEPS = "steps"  # key of the metadata
 
 
 class Grown:
-    """A past that is handed in and out: (B, H, P, D) keys and values of each layer, and those with new positions."""
+    """A past that is handed in and out:
+
+    (B, H, P, D) keys and values of each layer, and those with new positions.
+    """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]):
         self.keys, self.values = list(keys), list(values)
@@ -35,25 +39,34 @@ class Grown:
 
 
 class Step(nn.Module):
-    """A Llama as a function without a state: tokens and past to logits and the past of the next call."""
+    """A Llama as a function without a state: tokens and past to logits and the past of the next
+    call.
+    """
 
     def __init__(self, module: Llama):
         super().__init__()
         self.module = module
 
-    def forward(self, tokens: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, tokens: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         past = Grown(keys, values)
         logits = self.module(tokens, past)["logits"]
         return logits, *past.keys, *past.values
 
 
 def to_onnx(module: Llama) -> bytes:
-    """The file of a Llama, its layers rounded or not. It is taken over; RecipeError where it can not be exported."""
+    """The file of a Llama, its layers rounded or not.
+
+    It is taken over; RecipeError where it can not be exported.
+    """
     found = module.settings
     layers, steps, width = found["layers"], found["steps"], found["width"] // found["heads"]
     rows, past, count = 2, 3, 2  # of the example; the tracer takes 0 and 1 for constants
     # a tensor each: the tracer reads one that stands twice from one input
-    keys, values = ([torch.zeros(rows, found["kv_heads"], past, width) for _ in range(layers)] for _ in range(2))
+    keys, values = (
+        [torch.zeros(rows, found["kv_heads"], past, width) for _ in range(layers)] for _ in range(2)
+    )
     free = {
         "rows": torch.export.Dim("rows", min=1, max=65536),
         "past": torch.export.Dim("past", min=0, max=steps),

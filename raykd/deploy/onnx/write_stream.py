@@ -1,16 +1,16 @@
-"""A causal encoder of series as one ONNX file that reads a window on step by step, for stock onnxruntime.
+"""A causal encoder of series as one ONNX file that reads a window on step by step, for stock
+onnxruntime.
 
-    inputs             (B, S, K) float32         the new steps, any number of them
-    past_tail          (B, K, kernel - 1)        the last inputs that the convolution still sees; zeros at the start
-    past_keys.<i>      (B, H, P, D) float32      what an earlier call gave for layer i; P = 0 at the start
-    past_values.<i>    the same
-    logits             (B, S, C) float32         at every new step
-    valence            (B, S)                    the same
-    tail, keys.<i>, values.<i>                   for the next call
+    inputs             (B, S, K) float32         the new steps, any number of them past_tail
+    (B, K, kernel - 1)        the last inputs that the convolution still sees; zeros at the start
+    past_keys.<i>      (B, H, P, D) float32      what an earlier call gave for layer i; P = 0 at the
+    start past_values.<i>    the same logits             (B, S, C) float32         at every new step
+    valence            (B, S)                    the same tail, keys.<i>, values.<i>
+    for the next call
 
-Every row has P steps before its new ones. Rounded layers are `operators`, as in every file that raykd writes.
-Positions end at `steps`, as they do for the module: the metadata says where, and the operator that looks them up
-refuses what is beyond. A new window starts from an empty past.
+Every row has P steps before its new ones. Rounded layers are `operators`, as in every file that
+raykd writes. Positions end at `steps`, as they do for the module: the metadata says where, and the
+operator that looks them up refuses what is beyond. A new window starts from an empty past.
 """
 
 import torch
@@ -33,13 +33,17 @@ class Carried(Grown):
 
 
 class Step(nn.Module):
-    """An encoder as a function without a state: new steps and past to answers and the past of the next call."""
+    """An encoder as a function without a state: new steps and past to answers and the past of the
+    next call.
+    """
 
     def __init__(self, module: SeriesEncoder):
         super().__init__()
         self.module = module
 
-    def forward(self, inputs: Tensor, tail: Tensor, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, inputs: Tensor, tail: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         past = Carried(tail, keys, values)
         said = self.module(inputs, past)
         return said["logits"], said["valence"], past.tail, *past.keys, *past.values
@@ -48,7 +52,9 @@ class Step(nn.Module):
 def check(module: nn.Module) -> None:
     """RecipeError, of the key export.stream, if a module has no such file."""
     if not isinstance(module, SeriesEncoder):
-        found = f"found a {type(module).__name__}, and only a SeriesEncoder hands on what it has read"
+        found = (
+            f"found a {type(module).__name__}, and only a SeriesEncoder hands on what it has read"
+        )
     elif not module.blocks:
         found = "found a student without a layer, which has no past to hand on"
     elif module.steps < PAST + COUNT:
@@ -59,7 +65,10 @@ def check(module: nn.Module) -> None:
 
 
 def to_onnx(module: SeriesEncoder) -> bytes:
-    """The file of an encoder, its layers rounded or not. It is taken over; RecipeError where it can not be exported."""
+    """The file of an encoder, its layers rounded or not.
+
+    It is taken over; RecipeError where it can not be exported.
+    """
     check(module)
     layers, steps = len(module.blocks), module.steps
     tail, keys, values = empty(module, ROWS, PAST)
@@ -83,9 +92,13 @@ def to_onnx(module: SeriesEncoder) -> bytes:
     return file.SerializeToString()
 
 
-def empty(module: SeriesEncoder, rows: int, past: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def empty(
+    module: SeriesEncoder, rows: int, past: int = 0
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Tail, keys and values of zeros, of `past` steps: what a window of `rows` rows starts from."""
     width, heads = module.conv.out_channels, module.heads
     # a tensor each: the tracer reads one that stands twice from one input
-    keys, values = ([torch.zeros(rows, heads, past, width // heads) for _ in module.blocks] for _ in range(2))
+    keys, values = (
+        [torch.zeros(rows, heads, past, width // heads) for _ in module.blocks] for _ in range(2)
+    )
     return torch.zeros(rows, module.conv.in_channels, module.kernel - 1), keys, values

@@ -26,7 +26,9 @@ OF_TEACHER = ("kl", *OF_DRAFTS)
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """compare.json of these run folders as a dict; it stands in `<out>/compare-<digest8>/` with compare.html."""
+    """compare.json of these run folders as a dict; it stands in `<out>/compare-<digest8>/` with
+    compare.html.
+    """
     found = runs.read(folders)
     made = build(found)
     folder = (out / f"compare-{made['digest'][:8]}").resolve()
@@ -36,7 +38,9 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def build(found: Sequence[Run]) -> dict[str, Any]:
-    """The comparison of runs with the first of them, as plain JSON values checked against its schema."""
+    """The comparison of runs with the first of them, as plain JSON values checked against its
+    schema.
+    """
     first = found[0]
     masks = {run.name: rows for run in found if _any(rows := run.answers.thriving)}
     thriving, rows = next(iter(masks.items()), (None, None))
@@ -48,7 +52,9 @@ def build(found: Sequence[Run]) -> dict[str, Any]:
         thriving_of=thriving,
         thriving_rows=0 if rows is None else int(rows.sum()),
         runs=table,
-        warnings=words.cautions(table, first.report.data.groups) + _unlike(masks.values()) + _gapless(found),
+        warnings=words.cautions(table, first.report.data.groups)
+        + _unlike(masks.values())
+        + _gapless(found),
         digest=runs.digest(found),
     )
     return made.model_dump(mode="json", by_alias=True)
@@ -76,11 +82,14 @@ def difference(run: Run, first: Run, rows: NDArray[np.bool_] | None = None) -> D
 def others(run: Run, first: Run) -> dict[str, Difference]:
     """What else both were measured by, over the same tokens or texts, as differences.
 
-    What is of a teacher is left out where the teachers differ, and of drafts where they were asked for otherwise.
+    What is of a teacher is left out where the teachers differ, and of drafts where they were asked
+    for otherwise.
     """
     one, other = _ordered(run, first)
     unlike = any(change.key.startswith("teacher.") for change in changes(first.recipe, run.recipe))
-    left_out = OF_TEACHER if unlike else () if run.recipe.drafter == first.recipe.drafter else OF_DRAFTS
+    left_out = (
+        OF_TEACHER if unlike else () if run.recipe.drafter == first.recipe.drafter else OF_DRAFTS
+    )
     found = {}
     for name in MEASURES:
         if name in run.measures and name in first.measures and name not in left_out:
@@ -90,8 +99,8 @@ def others(run: Run, first: Run) -> dict[str, Difference]:
 
 
 def _ordered(run: Run, first: Run) -> tuple[Run, Run]:
-    """The two in the order of their seeds: either taken as the first gives the same draws, and the same difference with
-    its sign turned.
+    """The two in the order of their seeds: either taken as the first gives the same draws, and the
+    same difference with its sign turned.
     """
     one, other = sorted((run, first), key=lambda r: list(r.answers.student))
     return one, other
@@ -99,7 +108,9 @@ def _ordered(run: Run, first: Run) -> tuple[Run, Run]:
 
 def _judged(sample: bootstrap.Sample, is_student: bool, *, less: bool = False) -> Difference:
     """The difference of the two runs of a sample, with its sign; `less` is better of losses."""
-    found = bootstrap.difference(sample, *(("student", "control") if is_student else ("control", "student")))
+    found = bootstrap.difference(
+        sample, *(("student", "control") if is_student else ("control", "student"))
+    )
     assert found is not None
     up, down = ("worse", "better") if less else ("better", "worse")
     verdict: Verdict = up if found.lo > 0 else down if found.hi < 0 else "not shown to differ"
@@ -130,7 +141,10 @@ def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
         accuracy=None if is_first else difference(run, first),
         measured=report.student.metrics,
         others={} if is_first else others(run, first),
-        **{n: None if is_first or part is None else difference(run, first, part) for n, part in parts.items()},
+        **{
+            n: None if is_first or part is None else difference(run, first, part)
+            for n, part in parts.items()
+        },
     )
 
 

@@ -13,14 +13,24 @@ PATHS = ("data.source", "teacher.weights", "student.weights")
 
 
 def changes(first: Recipe, here: Recipe) -> list[Change]:
-    """The dotted keys that decide a result and differ, in the recipe's order; of files, those of other content."""
-    a, b = (dict(_flat(recipe.model_dump(mode="json", exclude=NOT_HASHED))) for recipe in (first, here))
-    differing = [key for key in {**a, **b} if a.get(key) != b.get(key) and not _same_file(key, a.get(key), b.get(key))]
+    """The dotted keys that decide a result and differ, in the recipe's order; of files, those of
+    other content.
+    """
+    a, b = (
+        dict(_flat(recipe.model_dump(mode="json", exclude=NOT_HASHED))) for recipe in (first, here)
+    )
+    differing = [
+        key
+        for key in {**a, **b}
+        if a.get(key) != b.get(key) and not _same_file(key, a.get(key), b.get(key))
+    ]
     return [Change(key=key, first=a.get(key), here=b.get(key)) for key in differing]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every key that is set; of a term that its weight stands for, none that says nothing."""
+    """(dotted key, value) of every key that is set; of a term that its weight stands for, none that
+    says nothing.
+    """
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

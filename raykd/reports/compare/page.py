@@ -30,32 +30,69 @@ def render(made: Mapping[str, Any]) -> str:
 
 
 def charts(made: Mapping[str, Any]) -> dict[str, str]:
-    """SVG by caption: the differences, the gap closed where any run has one, and what is kept at which size."""
+    """SVG by caption: the differences, the gap closed where any run has one, and what is kept at
+    which size.
+    """
     first, *others = made["runs"]
-    differences = {first["name"]: {"value": 0, "lo": 0, "hi": 0}} | {run["name"]: run["accuracy"] for run in others}
-    closed = {run["name"]: run["gap_closed"] for run in made["runs"] if run["gap_closed"]["value"] is not None}
+    differences = {first["name"]: {"value": 0, "lo": 0, "hi": 0}} | {
+        run["name"]: run["accuracy"] for run in others
+    }
+    closed = {
+        run["name"]: run["gap_closed"]
+        for run in made["runs"]
+        if run["gap_closed"]["value"] is not None
+    }
     told = {
-        "Accuracy less the first run's, in points": ("difference", differences, COLOURS["artefact"]),
+        "Accuracy less the first run's, in points": (
+            "difference",
+            differences,
+            COLOURS["artefact"],
+        ),
         "Share of its gap that each student closes, in %": ("gap", closed, COLOURS["student"]),
     }
-    found = {caption: _chart(name, caption, parts, colour) for caption, (name, parts, colour) in told.items() if parts}
-    sized = [run for run in made["runs"] if run["compression"] and run["retention"]["all"]["value"] is not None]
-    return found | ({"What is kept, and how much smaller the file is": _frontier(sized)} if sized else {})
+    found = {
+        caption: _chart(name, caption, parts, colour)
+        for caption, (name, parts, colour) in told.items()
+        if parts
+    }
+    sized = [
+        run
+        for run in made["runs"]
+        if run["compression"] and run["retention"]["all"]["value"] is not None
+    ]
+    return found | (
+        {"What is kept, and how much smaller the file is": _frontier(sized)} if sized else {}
+    )
 
 
 def _frontier(found: Sequence[Mapping[str, Any]]) -> str:
-    """Retention against compression, a point a run; those that no other run beats in both are joined."""
+    """Retention against compression, a point a run; those that no other run beats in both are
+    joined.
+    """
     points = [(run["compression"], 100 * run["retention"]["all"]["value"]) for run in found]
     best = [p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)]
 
     def draw(axes: Any) -> None:
-        axes.plot(*zip(*sorted(best), strict=True), color=COLOURS["student"], linewidth=1.2, alpha=0.5)
+        axes.plot(
+            *zip(*sorted(best), strict=True), color=COLOURS["student"], linewidth=1.2, alpha=0.5
+        )
         for number, (run, (size, kept)) in enumerate(zip(found, points, strict=True)):
             part = run["retention"]["all"]
-            axes.plot([size, size], [100 * part["lo"], 100 * part["hi"]], color=COLOURS["student"], alpha=0.35)
+            axes.plot(
+                [size, size],
+                [100 * part["lo"], 100 * part["hi"]],
+                color=COLOURS["student"],
+                alpha=0.35,
+            )
             axes.plot(size, kept, "o", color=COLOURS["student"], markersize=7)
             text, below = words.brief(run["name"], LONGEST_NAME), number % 2
-            axes.annotate(text, (size, kept), (5, -9 if below else 5), textcoords="offset points", fontsize=7.5)
+            axes.annotate(
+                text,
+                (size, kept),
+                (5, -9 if below else 5),
+                textcoords="offset points",
+                fontsize=7.5,
+            )
         axes.set_xscale("log")
         axes.set_xlabel("times smaller than the teacher's file")
         axes.set_ylabel("kept of its accuracy, %")
@@ -65,7 +102,12 @@ def _frontier(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _chart(name: str, caption: str, parts: Mapping[str, Mapping[str, Any]], colour: str) -> str:
     def draw(axes: Any) -> None:
-        bars(axes, [words.brief(run, LONGEST_NAME) for run in parts], list(parts.values()), [colour] * len(parts))
+        bars(
+            axes,
+            [words.brief(run, LONGEST_NAME) for run in parts],
+            list(parts.values()),
+            [colour] * len(parts),
+        )
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0), max(high, 0))
         axes.axvline(0, color=INK, linewidth=1.2, linestyle="--")

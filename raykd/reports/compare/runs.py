@@ -38,24 +38,45 @@ class Run:
 
     @cached_property
     def measures(self) -> dict[str, Measure]:
-        """Beside accuracy, what the report tells of the students; nothing of series, whose answers say all."""
+        """Beside accuracy, what the report tells of the students; nothing of series, whose answers
+        say all.
+        """
         told = self.report.student.metrics
         arms = {seed: self.folder / "arms" / f"student-{seed}" for seed in self.answers.student}
         try:
-            predicted = {s: predictions.read(arm / "predictions.parquet") for s, arm in arms.items() if "nll" in told}
-            drafts = {s: acceptance.read(arm / acceptance.NAME) for s, arm in arms.items() if "acceptance" in told}
+            predicted = {
+                s: predictions.read(arm / "predictions.parquet")
+                for s, arm in arms.items()
+                if "nll" in told
+            }
+            drafts = {
+                s: acceptance.read(arm / acceptance.NAME)
+                for s, arm in arms.items()
+                if "acceptance" in told
+            }
         except (pa.ArrowException, OSError, TypeError) as error:
-            raise StoreError(f"{self.folder / 'arms'} is damaged: {error}; delete it and run again") from None
-        found = text_measures.of_predictions({"student": predicted}, self.answers.group) if predicted else {}
+            raise StoreError(
+                f"{self.folder / 'arms'} is damaged: {error}; delete it and run again"
+            ) from None
+        found = (
+            text_measures.of_predictions({"student": predicted}, self.answers.group)
+            if predicted
+            else {}
+        )
         return found | text_measures.of_drafts({"student": drafts})
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, which can be compared row by row. RecipeError, StoreError or DataError if not."""
+    """The runs in these folders, which can be compared row by row.
+
+    RecipeError, StoreError or DataError if not.
+    """
     where = [_folder(path) for path in folders]
     for number, folder in enumerate(where):
         if folder in where[:number]:
-            raise RecipeError(f"{folders[number]} is named twice; a run differs from itself in nothing")
+            raise RecipeError(
+                f"{folders[number]} is named twice; a run differs from itself in nothing"
+            )
     found = [_run(name, folder) for name, folder in zip(_names(where), where, strict=True)]
     for run in found[1:]:
         _check_rows(found[0], run)
@@ -66,15 +87,24 @@ def digest(found: Sequence[Run]) -> str:
     """Hex sha256 of the files that a comparison of these runs is made from, in their order."""
     made_from = ("recipe.json", "report.json", answers.NAME)
     arms = "arms/student-*/*.parquet"
-    files = [[*(run.folder / name for name in made_from), *sorted(run.folder.glob(arms))] for run in found]
-    return digest_of([[run.name, *map(file_sha256, own)] for run, own in zip(found, files, strict=True)])
+    files = [
+        [*(run.folder / name for name in made_from), *sorted(run.folder.glob(arms))]
+        for run in found
+    ]
+    return digest_of(
+        [[run.name, *map(file_sha256, own)] for run, own in zip(found, files, strict=True)]
+    )
 
 
 def _folder(path: Path) -> Path:
     if path.is_file():
-        raise RecipeError(f"{path} is a file; several arguments are run folders, and a recipe is reported on alone")
+        raise RecipeError(
+            f"{path} is a file; several arguments are run folders, and a recipe is reported on alone"
+        )
     if not path.is_dir():
-        raise RecipeError(f"no folder {path}; name the run folders to compare, such as runs/NAME-1234abcd")
+        raise RecipeError(
+            f"no folder {path}; name the run folders to compare, such as runs/NAME-1234abcd"
+        )
     return path.resolve()
 
 
@@ -95,8 +125,12 @@ def _run(name: str, folder: Path) -> Run:
     recipe = _valid(Recipe, resolved, folder / "recipe.json")
     if made is None:
         todo = f"type: raykd run RECIPE --out {folder.parent}"
-        raise StoreError(f"{folder} is not finished: it has no report.json; {todo}, with the recipe of {recipe.name!r}")
-    run = Run(name, folder, recipe, _valid(Report, made, folder / "report.json"), answers.read(folder))
+        raise StoreError(
+            f"{folder} is not finished: it has no report.json; {todo}, with the recipe of {recipe.name!r}"
+        )
+    run = Run(
+        name, folder, recipe, _valid(Report, made, folder / "report.json"), answers.read(folder)
+    )
     _check_metric(run)
     return run
 
@@ -107,30 +141,45 @@ def _valid(model: type[M], values: Any, path: Path) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise StoreError(f"{path} is damaged, or of another version of raykd: {key}: {first['msg'].lower()}") from None
+        raise StoreError(
+            f"{path} is damaged, or of another version of raykd: {key}: {first['msg'].lower()}"
+        ) from None
 
 
 def _check_metric(run: Run) -> None:
-    """DataError if the run was not measured by accuracy; StoreError unless its answers are those reported."""
+    """DataError if the run was not measured by accuracy; StoreError unless its answers are those
+    reported.
+    """
     metrics = run.report.student.metrics
     if METRIC not in metrics:
         measured = ", ".join(metrics) or "nothing"
-        raise DataError(f"{run.folder} is measured by {measured}, and runs are compared by {METRIC}")
+        raise DataError(
+            f"{run.folder} is measured by {measured}, and runs are compared by {METRIC}"
+        )
     if not run.answers.student or abs(run.answers.hits.mean() - metrics[METRIC].value) > 1e-9:
         again = f"delete report.json and type: raykd report RECIPE --out {run.folder.parent}"
-        raise StoreError(f"{run.folder}: {answers.NAME} and report.json are not of the same students; {again}")
+        raise StoreError(
+            f"{run.folder}: {answers.NAME} and report.json are not of the same students; {again}"
+        )
 
 
 def _check_rows(first: Run, run: Run) -> None:
     """DataError unless both runs were tested on the same rows."""
     ours, theirs = first.answers, run.answers
-    same = all(np.array_equal(getattr(ours, k), getattr(theirs, k)) for k in ("row_id", "label", "group"))
+    same = all(
+        np.array_equal(getattr(ours, k), getattr(theirs, k)) for k in ("row_id", "label", "group")
+    )
     if same and (first.report.data.test_sha256, first.report.classes) == (
         run.report.data.test_sha256,
         run.report.classes,
     ):
         return
-    sizes = [f"{r.report.data.name}, {len(r.answers.label):,} test rows in {r.name}" for r in (first, run)]
+    sizes = [
+        f"{r.report.data.name}, {len(r.answers.label):,} test rows in {r.name}"
+        for r in (first, run)
+    ]
     keys = [c for c in changes(first.recipe, run.recipe) if c.key.startswith("data.")]
     why = "".join(f"; {c.key} = {c.first!r} there, {c.here!r} here" for c in keys)
-    raise DataError(f"{run.name} and {first.name} were not tested on the same rows: {'; '.join(sizes)}{why}")
+    raise DataError(
+        f"{run.name} and {first.name} were not tested on the same rows: {'; '.join(sizes)}{why}"
+    )

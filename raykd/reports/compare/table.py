@@ -28,9 +28,11 @@ class Difference(Estimate):
 
 
 class Row(Part):
-    """One run. Its student's accuracy less the first run's, over all rows and by part; null in the first run itself.
+    """One run. Its student's accuracy less the first run's, over all rows and by part; null in the
+    first run itself.
 
-    `others` are the same differences of what else was `measured`: of losses, and of students as drafters.
+    `others` are the same differences of what else was `measured`: of losses, and of students as
+    drafters.
     """
 
     name: str
@@ -59,7 +61,10 @@ class Row(Part):
 
 
 class Comparison(Part):
-    """The whole of it. `digest` is of the files it was made from; `thriving_of` names whose thriving rows are meant."""
+    """The whole of it.
+
+    `digest` is of the files it was made from; `thriving_of` names whose thriving rows are meant.
+    """
 
     version: Literal[1] = Field(
         VERSION, validation_alias=AliasChoices("schema", "version"), serialization_alias="schema"

@@ -9,11 +9,16 @@ from raykd.reports.sentences import MEASURES, count, percent, signed, span, time
 from raykd.reports.sentences import cautions as sparse
 
 MODELS = {"run": 27, "teacher, %": 23, "control, %": 23, "student, %": 23}
-FIGURES = {"technique": 17, "gap closed, %": 19, "kept, thriving, %": 23, "kept, rest, %": 23, "cost": 7, "B/row": 7}
+FIGURES = {
+    "technique": 17,
+    "gap closed, %": 19,
+    "kept, thriving, %": 23,
+    "kept, rest, %": 23,
+    "cost": 7,
+    "B/row": 7,
+}
 SIZES = {"run": 27, "artefact, bytes": 18, "smaller": 10, "kept, all, %": 23}
-UNLIKE = (
-    "the teachers call different rows thriving: one run's are meant in every difference, each its own in what is kept"
-)
+UNLIKE = "the teachers call different rows thriving: one run's are meant in every difference, each its own in what is kept"
 DIFFERING = {
     "data.": "the runs were trained on different rows or labels",
     "teacher.": "the teachers differ: each gap closed, and what is kept, is of the run's own teacher",
@@ -24,10 +29,14 @@ DIFFERING = {
 def cautions(rows: Sequence[Row], groups: int) -> list[str]:
     """Warnings about what the runs do not share, and about too few seeds or recordings."""
     keys = [change.key for row in rows for change in row.changes]
-    found = [text for start, text in DIFFERING.items() if any(key.startswith(start) for key in keys)]
+    found = [
+        text for start, text in DIFFERING.items() if any(key.startswith(start) for key in keys)
+    ]
     seeds = [set(row.seeds) for row in rows]
     if any(own != seeds[0] for own in seeds):
-        found.append("the runs have different seeds: a difference is paired only by those that both have")
+        found.append(
+            "the runs have different seeds: a difference is paired only by those that both have"
+        )
     found += sparse(seeds=min(map(len, seeds)), groups=groups, absent=[], missing={})
     return found
 
@@ -55,11 +64,16 @@ def share(part: Mapping[str, Any] | None, digits: int = 1) -> str:
 
 def models(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(run, teacher, control, student) of each run, accuracies with their intervals."""
-    return [(run["name"], *(share(run[k]) for k in ("teacher", "control", "student"))) for run in made["runs"]]
+    return [
+        (run["name"], *(share(run[k]) for k in ("teacher", "control", "student")))
+        for run in made["runs"]
+    ]
 
 
 def figures(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(technique, gap closed, kept thriving, kept rest, training cost, store bytes a row) of each run."""
+    """(technique, gap closed, kept thriving, kept rest, training cost, store bytes a row) of each
+    run.
+    """
     return [
         (
             run["technique"],
@@ -73,9 +87,16 @@ def figures(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def sizes(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(run, bytes of its artefact, how much smaller than its teacher, what its students keep), where there is one."""
+    """(run, bytes of its artefact, how much smaller than its teacher, what its students keep),
+    where there is one.
+    """
     return [
-        (run["name"], count(run["artefact_bytes"]), times(run["compression"]), share(run["retention"]["all"]))
+        (
+            run["name"],
+            count(run["artefact_bytes"]),
+            times(run["compression"]),
+            share(run["retention"]["all"]),
+        )
         for run in made["runs"]
         if run["artefact_bytes"]
     ]
@@ -83,13 +104,21 @@ def sizes(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def bought(made: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
     """(run, its changes, its differences by name) of every run but the first."""
-    parts = {"accuracy": "all rows", "thriving": "thriving rows", "rest": "the rest", "random": "random rows"}
+    parts = {
+        "accuracy": "all rows",
+        "thriving": "thriving rows",
+        "rest": "the rest",
+        "random": "random rows",
+    }
     return [
         (
             run["name"],
             [change(c) for c in run["changes"]] or ["nothing: the same recipe"],
             [(name, points(run[key])) for key, name in parts.items() if run[key] is not None]
-            + [(MEASURES[key], f"{signed(part)}: {part['verdict']}") for key, part in run["others"].items()],
+            + [
+                (MEASURES[key], f"{signed(part)}: {part['verdict']}")
+                for key, part in run["others"].items()
+            ],
         )
         for run in made["runs"][1:]
     ]
@@ -99,9 +128,7 @@ def headline(made: Mapping[str, Any]) -> str:
     """How many runs differ from the first, and which way."""
     verdicts = [run["accuracy"]["verdict"] for run in made["runs"][1:]]
     shares = [f"{verdicts.count(v)} {v}" for v in get_args(Verdict) if v in verdicts]
-    return (
-        f"Of {len(verdicts)} run{'s' * (len(verdicts) > 1)} held against {made['runs'][0]['name']}: {', '.join(shares)}"
-    )
+    return f"Of {len(verdicts)} run{'s' * (len(verdicts) > 1)} held against {made['runs'][0]['name']}: {', '.join(shares)}"
 
 
 def table(made: Mapping[str, Any]) -> str:
@@ -129,7 +156,10 @@ def _columns(widths: Mapping[str, int], rows: Sequence[tuple[str, ...]]) -> list
     plain = [(first, *(cell.replace(" %", "") for cell in others)) for first, *others in rows]
     found = []
     for number, row in enumerate([tuple(widths), *plain]):
-        cells = [f"{brief(cell, width - 1):<{width}}" for cell, width in zip(row, widths.values(), strict=True)]
+        cells = [
+            f"{brief(cell, width - 1):<{width}}"
+            for cell, width in zip(row, widths.values(), strict=True)
+        ]
         found.append(f"{number or '':>2}  {''.join(cells)}".rstrip())
     return found
 

@@ -1,4 +1,6 @@
-"""How a teacher's answers become bytes, one file each: dense, comb, topk, hidden; and what each can serve."""
+"""How a teacher's answers become bytes, one file each: dense, comb, topk, hidden; and what each can
+serve.
+"""
 
 from typing import Any, ClassVar, Protocol
 
@@ -26,11 +28,18 @@ class Codec(Protocol):
     name: ClassVar[str]
     serves: ClassVar[frozenset[str]]  # divergences
 
-    def encode(self, values: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int, /) -> pa.Array: ...
+    def encode(
+        self, values: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int, /
+    ) -> pa.Array: ...
     def pack(self, column: Any, steps: NDArray[Any], /) -> tuple[pa.Array, Layout]: ...
     def unpack(self, column: Any, steps: NDArray[Any], laid_out: Layout, /) -> pa.Array: ...
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain", /
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
+        /,
     ) -> SparseTargets | Tensor: ...
 
 
@@ -42,8 +51,12 @@ def default_codec(classes: int) -> str:
     return "dense" if classes <= SMALL else "comb"
 
 
-def check_serves(codec: type[Codec] | Codec, divergence: str, temperature: float | None = None) -> None:
-    """RecipeError unless a column of this codec can serve the divergence, at the temperature where one is given."""
+def check_serves(
+    codec: type[Codec] | Codec, divergence: str, temperature: float | None = None
+) -> None:
+    """RecipeError unless a column of this codec can serve the divergence, at the temperature where
+    one is given.
+    """
     if divergence not in codec.serves:
         raise RecipeError(
             f"a {codec.name!r} store serves the {', '.join(sorted(codec.serves))} divergence, not {divergence!r}, "

@@ -1,18 +1,22 @@
 """The comb: N evenly spaced points, one random offset, on the teacher's cumulative distribution.
 
-Each class gets a count of floor or ceil of N r_i, r the distribution drawn from, so the counts sum to N and count / N
-is an unbiased r: the forward KL's gradient from the stored weights is that of all classes in expectation. This is
-systematic sampling in the place of the independent draws of Anshumann et al. 2025 (arXiv 2503.16870): same bytes, a
-smaller error. The vocabulary is never sorted.
+Each class gets a count of floor or ceil of N r_i, r the distribution drawn from, so the counts sum
+to N and count / N is an unbiased r: the forward KL's gradient from the stored weights is that of
+all classes in expectation. This is systematic sampling in the place of the independent draws of
+Anshumann et al. 2025 (arXiv 2503.16870): same bytes, a smaller error. The vocabulary is never
+sorted.
 
-One temperature: r = softmax(z / T), weight = count / N, no value is needed. A grid of temperatures: r is the mean of
-softmax(z / T) over the grid, log p of each drawn class at T = 1 and the log-sum-exp of log p / T are stored, and
+One temperature: r = softmax(z / T), weight = count / N, no value is needed. A grid of temperatures:
+r is the mean of softmax(z / T) over the grid, log p of each drawn class at T = 1 and the
+log-sum-exp of log p / T are stored, and
 
-    weight_T = count / N * p_T / r,    log p_T = log p / T - lse_T,    at most count / N * (number of grid values)
+    weight_T = count / N * p_T / r,    log p_T = log p / T - lse_T,    at most count / N * (number
+    of grid values)
 
-is unbiased for each T of the grid (importance sampling; never renormalised, which would be biased). Outside the grid
-r may miss what p_T needs: refused. Log-probs are rounded to 8 bits at random, so that rounding is no bias either
-(what its curvature leaves is below 0.1 % of a weight). Other divergences are not linear in p: they are not served.
+is unbiased for each T of the grid (importance sampling; never renormalised, which would be biased).
+Outside the grid r may miss what p_T needs: refused. Log-probs are rounded to 8 bits at random, so
+that rounding is no bias either (what its curvature leaves is below 0.1 % of a weight). Other
+divergences are not linear in p: they are not served.
 """
 
 import math
@@ -41,11 +45,12 @@ MOST_NATS = 88  # -log of the smallest probability that is drawn
 
 @dataclass(frozen=True)
 class Comb:
-    """Settings of one column: `points` draws a step, for the temperatures of `grid`, over `vocab` real classes.
+    """Settings of one column: `points` draws a step, for the temperatures of `grid`, over `vocab`
+    real classes.
 
-    `entropy` makes the loss's value a KL instead of a cross-entropy; gradients need none. "row": each row's mean, 4
-    bytes, stands for all its steps; True, as older stores have it: one byte a step. A grid of several temperatures has
-    what it takes anyway.
+    `entropy` makes the loss's value a KL instead of a cross-entropy; gradients need none. "row":
+    each row's mean, 4 bytes, stands for all its steps; True, as older stores have it: one byte a
+    step. A grid of several temperatures has what it takes anyway.
     """
 
     vocab: int
@@ -65,10 +70,14 @@ class Comb:
         return ["ids", "counts", *rest]
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.StructArray:
-        """(B,) struct, ids in the plain layout: valid steps of `logits` (B, T, C), columns beyond `vocab` left out.
+    def encode(
+        self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
+    ) -> pa.StructArray:
+        """(B,) struct, ids in the plain layout: valid steps of `logits` (B, T, C), columns beyond
+        `vocab` left out.
 
-        Draws are keyed by (key, row id, number of the valid step), so neither batches nor padding change a byte.
+        Draws are keyed by (key, row id, number of the valid step), so neither batches nor padding
+        change a byte.
         """
         steps = mask.sum(1).cpu().numpy()
         row = np.repeat(np.arange(len(steps)), steps)
@@ -77,17 +86,25 @@ class Comb:
         parts = [self._draw(z, word[at], room) for at, z in chunks(logits, mask, self.vocab)]
         found, ids, count, log_p, fixed = (np.concatenate(p) for p in zip(*parts, strict=True))
         entries, start = layout.sums(found, steps), np.concatenate([[0], np.cumsum(found)])
-        streams = {"ids": layout.put_ids(ids, start, entries, self.vocab, "plain"), "counts": Stream(count, entries)}
+        streams = {
+            "ids": layout.put_ids(ids, start, entries, self.vocab, "plain"),
+            "counts": Stream(count, entries),
+        }
         if len(self.grid) > 1:
             u = draws.uniform(draws.mix(np.repeat(word, found), ids))
             low, code = _quantise(log_p, entries, u)
-            streams |= {"log_p": Stream(code, entries), "scale": Stream(low.view(np.uint8), 4 * (entries > 0))}
+            streams |= {
+                "log_p": Stream(code, entries),
+                "scale": Stream(low.view(np.uint8), 4 * (entries > 0)),
+            }
             streams["lse"] = Stream(fixed.reshape(-1), steps * 2 * sum(t != 1 for t in self.grid))
         elif self.entropy:
             streams["entropy"] = self._entropies(fixed.reshape(-1), row, steps, word)
         return layout.struct(streams)
 
-    def _entropies(self, found: NDArray[Any], row: Any, steps: NDArray[Any], word: NDArray[np.uint64]) -> Stream:
+    def _entropies(
+        self, found: NDArray[Any], row: Any, steps: NDArray[Any], word: NDArray[np.uint64]
+    ) -> Stream:
         """The stream of the entropies (P,) found at each place."""
         if self.entropy == "row":
             mean = np.bincount(row, found, len(steps)) / np.maximum(steps, 1)
@@ -96,7 +113,9 @@ class Comb:
         return Stream(np.floor(found / ENTROPY_STEP + u).clip(0, 255).astype(np.uint8), steps)
 
     def _draw(self, z: Tensor, word: NDArray[np.uint64], room: Tensor) -> tuple[NDArray[Any], ...]:
-        """Of z (c, V): entries per place (c,), then per entry ids, counts, log p at T = 1; the fixed bytes (c, F)."""
+        """Of z (c, V): entries per place (c,), then per entry ids, counts, log p at T = 1; the
+        fixed bytes (c, F).
+        """
         first, *others = self.grid
         if others:
             log_p = z.log_softmax(1)
@@ -120,17 +139,23 @@ class Comb:
         return new.sum(1), drawn.reshape(-1)[start], count, values.reshape(-1)[start], fixed
 
     def pack(self, column: pa.StructArray, steps: NDArray[Any]) -> tuple[pa.StructArray, Layout]:
-        """A whole shard's column in its smallest layout, and that layout's name, which `decode` must be told."""
+        """A whole shard's column in its smallest layout, and that layout's name, which `decode`
+        must be told.
+        """
         streams, found = self._read(column, steps, "plain")
         if len(self.grid) == 1 and self.vocab <= ranked.LARGEST:
             own, name = ranked.put(found, steps.astype(np.int64), self.vocab)
             packed = layout.struct(own | {k: s for k, s in streams.items() if k == "entropy"})
             named = len(name) * 4 // 3  # a file's metadata is base64
-            if layout.compressed(packed) + named < 0.9 * layout.compressed(column):  # small shards have their own best
+            if layout.compressed(packed) + named < 0.9 * layout.compressed(
+                column
+            ):  # small shards have their own best
                 return packed, name
         return layout.smallest(column, found.ids, found.start, found.entries, self.vocab)
 
-    def unpack(self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout) -> pa.StructArray:
+    def unpack(
+        self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout
+    ) -> pa.StructArray:
         """The inverse of `pack`: the column in the plain layout. StoreError for damaged bytes."""
         streams, found = self._read(column, steps, laid_out)
         streams["ids"] = layout.put_ids(found.ids, found.start, found.entries, self.vocab, "plain")
@@ -138,9 +163,16 @@ class Comb:
         return layout.struct({name: streams[name] for name in self.streams})
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> SparseTargets:
-        """The targets of all rows' steps in turn, at a temperature of the grid. StoreError for damaged bytes."""
+        """The targets of all rows' steps in turn, at a temperature of the grid.
+
+        StoreError for damaged bytes.
+        """
         at = index_of(temperature, self.grid)
         streams, (ids, counts, start, entries) = self._read(column, steps, laid_out)
         weight, entropy = counts.astype(np.float32) / np.float32(self.points), None
@@ -149,38 +181,69 @@ class Comb:
         elif self.entropy:
             entropy = torch.from_numpy(self._entropy(streams["entropy"].data, steps))
         return SparseTargets(
-            torch.from_numpy(ids), torch.from_numpy(start), torch.from_numpy(weight), self.vocab, entropy
+            torch.from_numpy(ids),
+            torch.from_numpy(start),
+            torch.from_numpy(weight),
+            self.vocab,
+            entropy,
         )
 
-    def _read(self, column: Column, steps: NDArray[Any], laid_out: Layout) -> tuple[dict[str, Stream], ranked.Entries]:
+    def _read(
+        self, column: Column, steps: NDArray[Any], laid_out: Layout
+    ) -> tuple[dict[str, Stream], ranked.Entries]:
         """Streams and entries of a column in any layout, every stream's size checked."""
         steps = steps.astype(np.int64)
-        rest = {"entropy": 4 * (steps > 0) if self.entropy == "row" else steps} if "entropy" in self.streams else {}
+        rest = (
+            {"entropy": 4 * (steps > 0) if self.entropy == "row" else steps}
+            if "entropy" in self.streams
+            else {}
+        )
         if laid_out.startswith(ranked.PREFIX) and len(self.grid) == 1:
             streams = layout.streams_of(column, [*ranked.STREAMS, *rest])
             layout.check_sizes(streams, rest)
             return streams, ranked.take(streams, steps, self.vocab, self.points, laid_out)
         streams = layout.streams_of(column, self.streams)
         counts, entries = streams["counts"]
-        if len(entries) != len(steps) or (entries < steps).any() or (entries > self.points * steps).any():
+        if (
+            len(entries) != len(steps)
+            or (entries < steps).any()
+            or (entries > self.points * steps).any()
+        ):
             raise StoreError(
                 f"a comb of {self.points} points has 1 to {self.points} entries a step: the column is damaged"
             )
-        sizes = rest | {"ids": entries * layout.id_bytes(self.vocab), "log_p": entries, "scale": 4 * (entries > 0)}
+        sizes = rest | {
+            "ids": entries * layout.id_bytes(self.vocab),
+            "log_p": entries,
+            "scale": 4 * (entries > 0),
+        }
         sizes["lse"] = 2 * sum(t != 1 for t in self.grid) * steps
-        layout.check_sizes(streams, {name: sizes[name] for name in self.streams if name != "counts"})
+        layout.check_sizes(
+            streams, {name: sizes[name] for name in self.streams if name != "counts"}
+        )
         start = self._starts(counts, steps, entries)
         ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
         return streams, ranked.Entries(ids, counts, start, entries)
 
     def _starts(self, counts: NDArray[np.uint8], steps: Any, entries: Any) -> Any:
         """(P + 1,): a place ends where the counts reach the next multiple of `points`."""
-        end, wanted = np.cumsum(counts, dtype=np.int64), self.points * np.arange(1, int(steps.sum()) + 1)
+        end, wanted = (
+            np.cumsum(counts, dtype=np.int64),
+            self.points * np.arange(1, int(steps.sum()) + 1),
+        )
         start = np.concatenate([[0], np.searchsorted(end, wanted) + 1])
-        if (counts == 0).any() or (start[-1] != len(counts)) or not np.array_equal(end[start[1:] - 1], wanted):
-            raise StoreError(f"a comb's counts do not sum to {self.points} in each step: the column is damaged")
+        if (
+            (counts == 0).any()
+            or (start[-1] != len(counts))
+            or not np.array_equal(end[start[1:] - 1], wanted)
+        ):
+            raise StoreError(
+                f"a comb's counts do not sum to {self.points} in each step: the column is damaged"
+            )
         if not np.array_equal(start[np.cumsum(steps)], np.cumsum(entries)):
-            raise StoreError("a comb's counts are of other steps than its rows have: the column is damaged")
+            raise StoreError(
+                "a comb's counts are of other steps than its rows have: the column is damaged"
+            )
         return start
 
     def _entropy(self, data: NDArray[np.uint8], steps: NDArray[Any]) -> NDArray[np.float32]:
@@ -189,16 +252,27 @@ class Comb:
             return data.astype(np.float32) * np.float32(ENTROPY_STEP)
         mean = data.view("<f4")
         if not ((mean >= 0) & (mean <= MOST_NATS)).all():
-            raise StoreError(f"a row's entropy is not within 0 and {MOST_NATS}: the column is damaged")
+            raise StoreError(
+                f"a row's entropy is not within 0 and {MOST_NATS}: the column is damaged"
+            )
         return np.repeat(mean, steps[steps > 0])
 
     def _weigh(
-        self, share: NDArray[np.float32], streams: dict[str, Stream], start: Any, entries: Any, at: int
+        self,
+        share: NDArray[np.float32],
+        streams: dict[str, Stream],
+        start: Any,
+        entries: Any,
+        at: int,
     ) -> tuple[NDArray[np.float32], Tensor]:
-        """Weights (M,) and entropy (P,) at the grid's temperature number `at`, from shares count / N (M,)."""
+        """Weights (M,) and entropy (P,) at the grid's temperature number `at`, from shares count /
+        N (M,).
+        """
         low = streams["scale"].data.view("<f4")
         if not ((low > LOWEST) & (low < 0)).all():
-            raise StoreError(f"a comb's scale of log-probs is not within {LOWEST:g} and 0: the column is damaged")
+            raise StoreError(
+                f"a comb's scale of log-probs is not within {LOWEST:g} and 0: the column is damaged"
+            )
         log_p = streams["log_p"].data * np.repeat(low / np.float32(255), entries[entries > 0])
         codes, places = (
             streams["lse"].data.view("<u2").reshape(len(start) - 1, sum(t != 1 for t in self.grid)),
@@ -221,14 +295,18 @@ class Comb:
 
 @lru_cache(maxsize=4)
 def _room(device: torch.device, _thread: int) -> Tensor:
-    """One piece of memory for all chunks of a thread: fresh pages cost as much as the softmax, and torn heaps more."""
+    """One piece of memory for all chunks of a thread: fresh pages cost as much as the softmax, and
+    torn heaps more.
+    """
     return torch.empty(0, device=device)
 
 
 def _quantise(
     log_p: NDArray[np.float32], entries: NDArray[np.int64], u: NDArray[np.float64]
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Each filled row's lowest log-prob, and codes c (M,) such that low c / 255 is log p in expectation over u."""
+    """Each filled row's lowest log-prob, and codes c (M,) such that low c / 255 is log p in
+    expectation over u.
+    """
     filled = entries[entries > 0]
     if not len(filled):
         return np.zeros(0, "<f4"), np.zeros(0, np.uint8)

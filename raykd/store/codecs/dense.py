@@ -1,7 +1,9 @@
-"""Every class of every step: fp16 logits, or log-probs in 8 bits. Serves any divergence at any temperature.
+"""Every class of every step: fp16 logits, or log-probs in 8 bits. Serves any divergence at any
+temperature.
 
 fp16   2 V bytes a step; logits within 2^-11 of themselves, so |error of log p| <= 2^-10 max |z|
-int8   V + 2 bytes a step; log p rounded to 1/255 of the step's lowest log p: half the bytes, for small heads
+int8   V + 2 bytes a step; log p rounded to 1/255 of the step's lowest log p: half the bytes, for
+small heads
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ class Dense:
     serves: ClassVar[frozenset[str]] = frozenset({"forward", "reverse", "js", "tv", "any"})
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.BinaryArray:
+    def encode(
+        self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
+    ) -> pa.BinaryArray:
         """(B,) binary: the valid steps of `logits` (B, T, C), columns beyond `vocab` left out."""
         steps = mask.sum(1).cpu().numpy()
         z = logits[mask][:, : self.vocab].float()
@@ -47,13 +51,21 @@ class Dense:
         """The column as it is: it has one layout."""
         return column, "plain"
 
-    def unpack(self, column: pa.BinaryArray, steps: NDArray[Any], laid_out: Layout) -> pa.BinaryArray:
+    def unpack(
+        self, column: pa.BinaryArray, steps: NDArray[Any], laid_out: Layout
+    ) -> pa.BinaryArray:
         return column
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> Tensor:
-        """(P, V): logits as fp16, or log-probs as fp32, of all rows' steps in turn; the loss divides them by T."""
+        """(P, V): logits as fp16, or log-probs as fp32, of all rows' steps in turn; the loss
+        divides them by T.
+        """
         width = 2 * self.vocab if self.values == "fp16" else 2 + self.vocab
         stream = layout.bytes_of(column)
         layout.check_sizes({"values": stream}, {"values": width * steps.astype(np.int64)})
@@ -68,8 +80,12 @@ class Dense:
         return torch.from_numpy(values)
 
 
-def _check_finite(values: NDArray[np.floating], steps: NDArray[Any], row_id: NDArray[np.int64]) -> None:
+def _check_finite(
+    values: NDArray[np.floating], steps: NDArray[Any], row_id: NDArray[np.int64]
+) -> None:
     bad = ~np.isfinite(values).all(1)
     if bad.any():
         rows = np.unique(np.repeat(row_id, steps)[bad])[:5].tolist()
-        raise DataError(f"the teacher gives NaN, infinite or fp16-overflowing values for rows {rows}")
+        raise DataError(
+            f"the teacher gives NaN, infinite or fp16-overflowing values for rows {rows}"
+        )

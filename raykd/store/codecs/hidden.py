@@ -1,6 +1,8 @@
-"""The teacher's last hidden state, for a head that is frozen and kept: exact logits again at training time.
+"""The teacher's last hidden state, for a head that is frozen and kept: exact logits again at
+training time.
 
-    z = hidden W^T + b    2 D bytes a step whatever the vocabulary; fp16 hidden states are the only rounding
+    z = hidden W^T + b    2 D bytes a step whatever the vocabulary; fp16 hidden states are the only
+    rounding
 
 The head's digest stands in the column's settings; another head is refused.
 """
@@ -22,14 +24,18 @@ from raykd.store.codecs.layout import Column, Layout
 
 @dataclass(frozen=True)
 class Hidden:
-    """Settings of one column: the width D of a hidden state, and the `head_digest` of the head it belongs to."""
+    """Settings of one column: the width D of a hidden state, and the `head_digest` of the head it
+    belongs to.
+    """
 
     width: int
     head: str
     name: ClassVar[str] = "hidden"
     serves: ClassVar[frozenset[str]] = frozenset({"forward", "reverse", "js", "tv", "any"})
 
-    def encode(self, hidden: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.BinaryArray:
+    def encode(
+        self, hidden: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
+    ) -> pa.BinaryArray:
         """(B,) binary: the valid steps of `hidden` (B, T, D) as fp16."""
         return Dense(self.width).encode(hidden, mask, row_id, key)
 
@@ -37,13 +43,21 @@ class Hidden:
         """The column as it is: it has one layout."""
         return column, "plain"
 
-    def unpack(self, column: pa.BinaryArray, steps: NDArray[Any], laid_out: Layout) -> pa.BinaryArray:
+    def unpack(
+        self, column: pa.BinaryArray, steps: NDArray[Any], laid_out: Layout
+    ) -> pa.BinaryArray:
         return column
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> Tensor:
-        """(P, D) fp16: hidden states of all rows' steps in turn; with the head they are `raykd.losses.fused.Head`."""
+        """(P, D) fp16: hidden states of all rows' steps in turn; with the head they are
+        `raykd.losses.fused.Head`.
+        """
         return Dense(self.width).decode(column, steps)
 
     def check_head(self, weight: Tensor, bias: Tensor | None = None) -> None:

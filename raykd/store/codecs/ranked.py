@@ -1,15 +1,18 @@
-"""A comb's classes and counts in the fewest bytes: numbered by frequency, those drawn once apart from the others.
+"""A comb's classes and counts in the fewest bytes: numbered by frequency, those drawn once apart
+from the others.
 
-For each place the classes drawn several times, then those drawn once; each of the two runs rises in a numbering where
-the shard's frequent classes come first, the most frequent as 0, and all others follow in their own order. A run is kept
-as gaps of one byte, larger ones with one byte or two more. Five streams:
+For each place the classes drawn several times, then those drawn once; each of the two runs rises in
+a numbering where the shard's frequent classes come first, the most frequent as 0, and all others
+follow in their own order. A run is kept as gaps of one byte, larger ones with one byte or two more.
+Five streams:
 
-    counts                 per place the counts above 1, then a 1; what is left of `points` was drawn once
-    many, once             the gaps' first bytes
-    many_more, once_more   their further bytes
+    counts                 per place the counts above 1, then a 1; what is left of `points` was
+    drawn once many, once             the gaps' first bytes many_more, once_more   their further
+    bytes
 
-The name of this layout carries the frequent classes, because a shard's rows are read in any slices. The order within
-a place is lost, and decoding sorts it back: the result is that of any other layout, to the bit.
+The name of this layout carries the frequent classes, because a shard's rows are read in any slices.
+The order within a place is lost, and decoding sorts it back: the result is that of any other
+layout, to the bit.
 """
 
 import base64
@@ -29,13 +32,16 @@ ONE, TWO = 192, 224  # the first bytes from which on one more byte, or two, foll
 LONG = ONE + (TWO - ONE << 8)  # the smallest gap that takes two
 LARGEST = LONG + (256 - TWO << 16)  # classes that gaps can tell apart
 BASE = np.concatenate(
-    [np.arange(ONE), ONE + (np.arange(TWO - ONE) << 8), LONG + (np.arange(256 - TWO) << 16)], dtype=np.int32
+    [np.arange(ONE), ONE + (np.arange(TWO - ONE) << 8), LONG + (np.arange(256 - TWO) << 16)],
+    dtype=np.int32,
 )  # of each first byte: its smallest gap
 WIDTH = (np.arange(256) >= ONE).astype(np.uint8) + (np.arange(256) >= TWO)
 
 
 class Entries(NamedTuple):
-    """A column's classes and counts (M,), where places start (P + 1,), and how many entries rows have (R,)."""
+    """A column's classes and counts (M,), where places start (P + 1,), and how many entries rows
+    have (R,).
+    """
 
     ids: Ints
     counts: Bytes
@@ -44,7 +50,10 @@ class Entries(NamedTuple):
 
 
 def put(found: Entries, steps: Ints, vocab: int) -> tuple[dict[str, Stream], Layout]:
-    """The streams of a shard's entries, and the name of their layout. `vocab` is LARGEST at most."""
+    """The streams of a shard's entries, and the name of their layout.
+
+    `vocab` is LARGEST at most.
+    """
     ids, counts, start, _ = found
     seen = np.bincount(ids, minlength=vocab)
     common = np.argsort(-seen, kind="stable")[:MOST]
@@ -58,7 +67,10 @@ def put(found: Entries, steps: Ints, vocab: int) -> tuple[dict[str, Stream], Lay
     count = key.astype(np.uint8)
     several = sums(counts > 1, np.diff(start))
     streams = {"counts": Stream(_ended(count[count > 1], several), sums(several + 1, steps))}
-    for name, here, size in (("many", count > 1, several), ("once", count == 1, np.diff(start) - several)):
+    for name, here, size in (
+        ("many", count > 1, several),
+        ("once", count == 1, np.diff(start) - several),
+    ):
         first, more = _gaps(key[here] >> 8 & 0xFFFFFF, size)
         entries = sums(size, steps)
         streams[name] = Stream(first, entries)
@@ -68,7 +80,9 @@ def put(found: Entries, steps: Ints, vocab: int) -> tuple[dict[str, Stream], Lay
     return streams, PREFIX + base64.b85encode(named.tobytes()).decode()
 
 
-def take(streams: dict[str, Stream], steps: Ints, vocab: int, points: int, laid_out: Layout) -> Entries:
+def take(
+    streams: dict[str, Stream], steps: Ints, vocab: int, points: int, laid_out: Layout
+) -> Entries:
     """The inverse of `put`. StoreError for damaged bytes."""
     counts, length = streams["counts"]
     last = np.flatnonzero(counts == 1)
@@ -128,14 +142,18 @@ def _numbers(streams: dict[str, Stream], name: str, size: Ints) -> NDArray[np.in
     """(M,): the numbers of one stream's runs of `size` (P,), modulo 2^32."""
     (first, length), more = streams[name], streams[f"{name}_more"]
     long, longer = np.flatnonzero(first >= ONE), np.flatnonzero(first >= TWO)
-    check_sizes({f"{name}_more": more}, {f"{name}_more": _within(long, length) + _within(longer, length)})
+    check_sizes(
+        {f"{name}_more": more}, {f"{name}_more": _within(long, length) + _within(longer, length)}
+    )
     total = np.concatenate([[-1], first], dtype=np.int32)
     at = np.arange(len(long)) + np.searchsorted(longer, long)
     total[long + 1] = BASE[first[long]] + more.data[at]
     if len(longer):
         total[longer + 1] += more.data[at[np.searchsorted(long, longer)] + 1].astype(np.int32) << 8
     total[1:] += 1
-    np.cumsum(total, dtype=np.int32, out=total)  # it may pass 2^31: no run does, and runs are differences
+    np.cumsum(
+        total, dtype=np.int32, out=total
+    )  # it may pass 2^31: no run does, and runs are differences
     number = total[1:]
     number -= np.repeat(total[np.cumsum(size) - size] + np.int32(1), size)
     return number
@@ -157,10 +175,14 @@ def _named(laid_out: Layout, vocab: int) -> Ints:
     """The classes that a layout's name carries."""
     width = id_bytes(vocab)
     try:
-        data = np.frombuffer(base64.b85decode(laid_out.removeprefix(PREFIX)), np.uint8).reshape(-1, width)
+        data = np.frombuffer(base64.b85decode(laid_out.removeprefix(PREFIX)), np.uint8).reshape(
+            -1, width
+        )
     except (ValueError, binascii.Error):
         raise StoreError("the frequent classes of a shard's layout are not readable") from None
     ids = (data.astype(np.int64) << 8 * np.arange(width)).sum(1)
     if len(ids) and (ids.max() >= vocab or len(np.unique(ids)) < len(ids)):
-        raise StoreError(f"the frequent classes of a shard's layout are not distinct ones of {vocab}")
+        raise StoreError(
+            f"the frequent classes of a shard's layout are not distinct ones of {vocab}"
+        )
     return ids

@@ -1,4 +1,6 @@
-"""Which classes the teeth of a comb fall on, without a sum over all classes' cumulative distribution."""
+"""Which classes the teeth of a comb fall on, without a sum over all classes' cumulative
+distribution.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,11 @@ BLOCK = 32  # classes that are added up before the search
 
 
 def find(r: Tensor, share: Tensor) -> Tensor:
-    """(c, N) int64: the class of r (c, V) whose part of the cumulative distribution holds each `share` (c, N) of it.
+    """(c, N) int64: the class of r (c, V) whose part of the cumulative distribution holds each
+    `share` (c, N) of it.
 
-    Sums over blocks are searched first, then only the blocks found are added up: a third of the cost of all V.
+    Sums over blocks are searched first, then only the blocks found are added up: a third of the
+    cost of all V.
     """
     short = -r.shape[1] % BLOCK
     blocks = (F.pad(r, (0, short)) if short else r).unflatten(1, (-1, BLOCK))
@@ -25,6 +29,8 @@ def find(r: Tensor, share: Tensor) -> Tensor:
 
 
 def _below(value: Tensor, total: Tensor) -> Tensor:
-    """`value` in the type of running sums `total` (.., n), below the last of them: rounding may have lifted it."""
+    """`value` in the type of running sums `total` (.., n), below the last of them: rounding may
+    have lifted it.
+    """
     end = total[..., -1:]
     return torch.minimum(value.to(total.dtype), torch.nextafter(end, torch.zeros_like(end)))

@@ -1,7 +1,8 @@
-"""A column that serves several temperatures: which ones, and the log-sum-exp of log p / T for each step.
+"""A column that serves several temperatures: which ones, and the log-sum-exp of log p / T for each
+step.
 
-lse_T = log sum_i exp(log p_i / T) lies between 0 and (1 - 1/T) log V, so 16 bits of that range move a weight by less
-than 1e-4 of itself. lse_1 = 0 is not stored.
+lse_T = log sum_i exp(log p_i / T) lies between 0 and (1 - 1/T) log V, so 16 bits of that range move
+a weight by less than 1e-4 of itself. lse_1 = 0 is not stored.
 """
 
 import math
@@ -18,12 +19,16 @@ CHUNK = 1 << 20  # logits at a time: smaller ones cost more calls than they save
 
 
 def chunks(logits: Tensor, mask: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of valid steps of `logits` (B, T, C) and their fp32 logits (c, vocab); an empty one if there are none."""
+    """Runs of valid steps of `logits` (B, T, C) and their fp32 logits (c, vocab); an empty one if
+    there are none.
+    """
     places, flat = mask.flatten().nonzero().squeeze(1).cpu(), logits.flatten(0, 1)
     size = max(1, CHUNK // logits.shape[-1])
     for first in range(0, max(len(places), 1), size):
         here = places[first : first + size]
-        whole = len(here) > 0 and int(here[-1] - here[0]) + 1 == len(here)  # most are: no copy is made then
+        whole = len(here) > 0 and int(here[-1] - here[0]) + 1 == len(
+            here
+        )  # most are: no copy is made then
         z = flat[int(here[0]) : int(here[-1]) + 1] if whole else flat[here.to(flat.device)]
         yield slice(first, first + size), z[:, :vocab].float()
 
@@ -61,5 +66,7 @@ def lse_bytes(lse: list[Tensor], grid: tuple[float, ...], vocab: int) -> NDArray
     bounds = [lse_bound(t, vocab) for t in grid if t != 1]
     if not bounds:
         return np.zeros((0, 0), np.uint8)
-    codes = torch.stack([(x.double().abs() / b * 65535).round() for x, b in zip(lse, bounds, strict=True)], 1)
+    codes = torch.stack(
+        [(x.double().abs() / b * 65535).round() for x, b in zip(lse, bounds, strict=True)], 1
+    )
     return codes.clamp(max=65535).cpu().numpy().astype("<u2").view(np.uint8)

@@ -1,9 +1,11 @@
-"""The k likeliest classes and one bucket for all others: KL over k + 1 outcomes, for any temperature of a grid.
+"""The k likeliest classes and one bucket for all others: KL over k + 1 outcomes, for any
+temperature of a grid.
 
     p_i = exp(log p_i / T - lse_T) for the k classes,   p_tail = 1 - sum p_i,   q_tail = 1 - sum q_i
 
-Not more than the full forward KL (merging outcomes never raises it), equal at k = V and 0 only where the k
-probabilities agree. Deterministic and biased: it is blind to how the tail's mass is spread. Only the forward KL.
+Not more than the full forward KL (merging outcomes never raises it), equal at k = V and 0 only
+where the k probabilities agree. Deterministic and biased: it is blind to how the tail's mass is
+spread. Only the forward KL.
 """
 
 from dataclasses import dataclass
@@ -41,8 +43,11 @@ class TopK:
         return ["ids", "log_p", *["lse"] * any(t != 1 for t in self.grid)]
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int) -> pa.StructArray:
-        """(B,) struct, ids in the plain layout: valid steps of `logits` (B, T, C), columns beyond `vocab` left out.
+    def encode(
+        self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
+    ) -> pa.StructArray:
+        """(B,) struct, ids in the plain layout: valid steps of `logits` (B, T, C), columns beyond
+        `vocab` left out.
 
         Nothing is drawn: `row_id` and `key` change nothing.
         """
@@ -64,21 +69,34 @@ class TopK:
         return layout.struct({name: streams[name] for name in self.streams})
 
     def pack(self, column: pa.StructArray, steps: NDArray[Any]) -> tuple[pa.StructArray, Layout]:
-        """A whole shard's column in its smallest layout, and that layout's name, which `decode` must be told."""
+        """A whole shard's column in its smallest layout, and that layout's name, which `decode`
+        must be told.
+        """
         streams, entries, start = self._checked(column, steps)
         ids = layout.take_ids(streams["ids"], start, entries, self.vocab, "plain")
         return layout.smallest(column, ids, start, entries, self.vocab)
 
-    def unpack(self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout) -> pa.StructArray:
+    def unpack(
+        self, column: pa.StructArray, steps: NDArray[Any], laid_out: Layout
+    ) -> pa.StructArray:
         """The inverse of `pack`: the column in the plain layout. StoreError for damaged bytes."""
         streams, entries, start = self._checked(column, steps)
         ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
-        return layout.struct(streams | {"ids": layout.put_ids(ids, start, entries, self.vocab, "plain")})
+        return layout.struct(
+            streams | {"ids": layout.put_ids(ids, start, entries, self.vocab, "plain")}
+        )
 
     def decode(
-        self, column: Column, steps: NDArray[Any], temperature: float = 1.0, laid_out: Layout = "plain"
+        self,
+        column: Column,
+        steps: NDArray[Any],
+        temperature: float = 1.0,
+        laid_out: Layout = "plain",
     ) -> SparseTargets:
-        """The targets of all rows' steps in turn, at a temperature of the grid. StoreError for damaged bytes."""
+        """The targets of all rows' steps in turn, at a temperature of the grid.
+
+        StoreError for damaged bytes.
+        """
         index_of(temperature, self.grid)
         streams, entries, start = self._checked(column, steps)
         ids = layout.take_ids(streams["ids"], start, entries, self.vocab, laid_out)
@@ -87,7 +105,11 @@ class TopK:
             raise StoreError("a stored log-prob is not a number up to 0: the column is damaged")
         if temperature != 1:
             others = [t for t in self.grid if t != 1]
-            codes = streams["lse"].data.view("<u2").reshape(-1, len(others))[:, [others.index(temperature)]]
+            codes = (
+                streams["lse"]
+                .data.view("<u2")
+                .reshape(-1, len(others))[:, [others.index(temperature)]]
+            )
             bound = lse_bound(temperature, self.vocab) / 65535 * (1 if temperature > 1 else -1)
             log_p = log_p / np.float32(temperature) - codes * np.float32(bound)
         p = np.exp(log_p)
@@ -96,7 +118,9 @@ class TopK:
             tail[:] = 0
         entropy = -(p * log_p).sum(1, dtype=np.float64) - tail * np.log(np.maximum(tail, 1e-300))
         flat = [torch.from_numpy(x.astype(np.float32).reshape(-1)) for x in (p, entropy, tail)]
-        return SparseTargets(torch.from_numpy(ids), torch.from_numpy(start), flat[0], self.vocab, flat[1], flat[2])
+        return SparseTargets(
+            torch.from_numpy(ids), torch.from_numpy(start), flat[0], self.vocab, flat[1], flat[2]
+        )
 
     def _starts(self, steps: NDArray[np.integer]) -> Ints:
         """(P + 1,): where each place's entries begin."""
