@@ -3,15 +3,15 @@
     import raykd
     run = raykd.run(raykd.load("recipe.toml"))
 
-The verbs are the command line's; `term`, `Signals`, `Batch` and `Places` are for those who write
-techniques. Nothing heavy is imported until a name is used.
+The verbs are those of the command line. `term`, `Signals`, `Batch` and `TermValues` are for authors
+of techniques. Nothing heavy is imported until a name is used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raykd.losses.term import Places, term
+    from raykd.losses.terms import TermValues, term
     from raykd.models import register_model
     from raykd.recipe.recipe import Recipe
     from raykd.signals import Batch, Signals
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Batch",
-    "Places",
     "Recipe",
     "Signals",
+    "TermValues",
     "export",
     "load",
     "register_model",
@@ -37,7 +37,7 @@ __all__ = [
 
 HOMES = {
     "stages.load": ("load",),
-    "losses.term": ("Places", "term"),
+    "losses.terms": ("TermValues", "term"),
     "models": ("register_model",),
     "recipe.recipe": ("Recipe",),
     "signals": ("Batch", "Signals"),

@@ -19,7 +19,7 @@ import raykd
 from pipelines.bench.table import Clock, Figure, figure, show
 from raykd import techniques
 from raykd.files import place
-from raykd.losses.term import needs_of
+from raykd.losses.terms import needs_of
 from raykd.recipe import toml
 from raykd.recipe.recipe import Recipe
 from raykd.stages.load import resolve

@@ -30,7 +30,7 @@ from raykd.data import UNLABELLED
 from raykd.data.vocabulary import check_digest, table_digest
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.place import Address
-from raykd.losses.term import TERMS
+from raykd.losses.terms import TERMS
 from raykd.recipe.digest import digest_of
 from raykd.recipe.recipe import TermSpec
 from raykd.signals import Batch, Rollout, Signals

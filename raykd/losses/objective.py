@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raykd.losses import shared_terms  # noqa: F401 - registers the terms that all techniques share
-from raykd.losses.term import TERMS, Places, needs_of
+from raykd.losses.terms import TERMS, TermValues, needs_of
 from raykd.recipe.recipe import TermSpec
 from raykd.signals import Batch, Signals
 
@@ -81,7 +81,7 @@ class Objective(nn.Module):
         mean = value.reshape(len(mask), -1).sum(1) / count.clamp(min=1)
         return (mean * batch.weight if spec.weighted else mean).sum(), (count > 0).sum()
 
-    def _places(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> Places:
+    def _places(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> TermValues:
         if name in self.modules_by_term:
             return self.modules_by_term[name](student, batch)
         return TERMS[name].make(student, batch, **spec.settings)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.losses.term import Places, term
+from raykd.losses.terms import TermValues, term
 from raykd.losses.valence import future_valence as realised_future
 from raykd.losses.valence import prefix_confidence
 from raykd.signals import UNLABELLED, Batch, Signals, at_places, log_softmax
@@ -19,7 +19,7 @@ Where = Literal["steps", "sequence"]
 
 
 @term()
-def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
+def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
     """-log q(label), at every valid step or on the sequence's mean logits; rows without a label
     count nothing.
     """
@@ -30,7 +30,7 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> Places:
     target = target.reshape(*target.shape, *(1,) * (mask.dim() - target.dim())).expand(mask.shape)
     mask = mask & (target != UNLABELLED)
     log_q = student.log_q if on == "steps" else log_softmax(student.sequence_logits())
-    return Places(-log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1), mask)
+    return TermValues(-log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1), mask)
 
 
 @term("logits", divergence="forward")
@@ -41,7 +41,7 @@ def kd(
     temperature: Temperature = 2.0,
     on: Where = "steps",
     t_squared: bool = True,
-) -> Places:
+) -> TermValues:
     """T^2 KL(p_T || q_T), p and q the teacher's and student's softmax(z / T) (Hinton et al. 2015,
     section 2).
 
@@ -59,12 +59,12 @@ def kd(
     log_q = log_softmax(z_s.float() / temperature)
     log_p = log_softmax(z_t.float() / temperature)
     value = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    return Places(value * scale, mask)
+    return TermValues(value * scale, mask)
 
 
 def _sparse_kd(
     student: Signals, targets: SparseTargets, temperature: float, scale: float, on: Where
-) -> Places:
+) -> TermValues:
     """kd against sparse targets: what they leave of the KL, -entropy - sum_i w_i log q_i, at every
     valid step.
     """
@@ -78,7 +78,7 @@ def _sparse_kd(
     else:
         log_q = log_softmax(at_places(student.logits, student.mask), temperature)
     value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
-    return Places(
+    return TermValues(
         value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask
     )
 
@@ -86,7 +86,7 @@ def _sparse_kd(
 @term()
 def future_valence(
     student: Signals, batch: Batch, *, discount: Annotated[float, Field(ge=0, le=1)] = 0.95
-) -> Places:
+) -> TermValues:
     """(F_hat - F)^2 of the value head against the realised future valence, a Monte-Carlo fit.
 
     The valence is the data's column where there is one, else the model's own prefix confidence in
@@ -100,11 +100,11 @@ def future_valence(
     target, known = realised_future(
         own if batch.valence is None else batch.valence, student.mask, discount
     )
-    return Places((student.valence.float() - target).square(), known)
+    return TermValues((student.valence.float() - target).square(), known)
 
 
 @term("trajectory")
-def value(student: Signals, batch: Batch) -> Places:
+def value(student: Signals, batch: Batch) -> TermValues:
     """(F_S - F_T)^2: the student's future valence against the teacher's trajectory of it, at every
     valid step.
     """
@@ -120,7 +120,7 @@ def value(student: Signals, batch: Batch) -> Places:
             f"terms.value: the student answers at {student.valence.shape[1]} steps, the teacher's trajectory has "
             f"{theirs.shape[1]}; leave the term out: weight = 0"
         )
-    return Places((student.valence.float() - theirs.float()).square(), student.mask)
+    return TermValues((student.valence.float() - theirs.float()).square(), student.mask)
 
 
 def _places(signals: Signals, on: Where) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from raykd.deploy import artefact, text_artefact
 from raykd.files import place
 from raykd.files.atomic import read_json
 from raykd.generation import acceptance
-from raykd.losses.term import needs_of
+from raykd.losses.terms import needs_of
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.weight_files import tensor_files
 from raykd.reports import text_measures

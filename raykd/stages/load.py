@@ -7,7 +7,7 @@ from typing import Any
 
 from raykd import data, models, techniques
 from raykd.errors import Problem, RecipeError
-from raykd.losses import term
+from raykd.losses import terms
 from raykd.recipe import imports, weight_files
 from raykd.recipe import recipe as recipe_tables
 from raykd.recipe.digest import is_path
@@ -123,13 +123,13 @@ def _term_problems(merged: dict[str, Any]) -> list[Problem]:
         if isinstance(given, dict)
         else {}
     )
-    return term.term_problems({k: v for k, v in specs.items() if v is not None})
+    return terms.term_problems({k: v for k, v in specs.items() if v is not None})
 
 
 def _teacher_problems(found: Recipe) -> list[Problem]:
-    needs = term.needs_of(found.terms)
+    needs = terms.needs_of(found.terms)
     if needs and found.teacher is None:
-        wanting = ", ".join(n for n, s in found.terms.items() if term.needs_of({n: s}))
+        wanting = ", ".join(n for n, s in found.terms.items() if terms.needs_of({n: s}))
         return [
             Problem(
                 "teacher",
@@ -153,8 +153,8 @@ def _teacher_problems(found: Recipe) -> list[Problem]:
 def _source_problems(found: Recipe) -> list[Problem]:
     """Terms that no row of a step would reach, and rows that no term reads."""
     counting = [name for name, spec in found.terms.items() if spec.weight > 0]
-    own = [name for name in counting if term.TERMS[name].own]
-    data_only = [name for name in counting if not term.TERMS[name].own]
+    own = [name for name in counting if terms.TERMS[name].own]
+    data_only = [name for name in counting if not terms.TERMS[name].own]
     key, text = "source", ""
     if found.source is None:
         text = (
@@ -164,7 +164,7 @@ def _source_problems(found: Recipe) -> list[Problem]:
         )
     elif not own:
         text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
-    elif found.teacher is None and not found.source.log and not term.needs_of(found.terms):
+    elif found.teacher is None and not found.source.log and not terms.needs_of(found.terms):
         key, text = "teacher", "missing, but it scores what the student writes"
     elif found.source.share == 1 and data_only:
         key, text = (
@@ -269,7 +269,7 @@ def _search_problems(
             faults = faults or (_source_problems(tried) if tried else [])
             faults = (
                 faults
-                or term.term_problems(tried.terms if tried else {})
+                or terms.term_problems(tried.terms if tried else {})
                 or _name_problems(trial, allow_import)
             )
             if faults:

@@ -9,7 +9,7 @@ from raykd import models
 from raykd.deploy import forms
 from raykd.errors import DataError
 from raykd.files.place import at
-from raykd.losses.term import needs_of
+from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
 from raykd.stages.walk import Place

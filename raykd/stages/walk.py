@@ -24,7 +24,7 @@ from raykd.files import waiting
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.files.place import Address
 from raykd.generation import acceptance, judge_drafter
-from raykd.losses.term import needs_of
+from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.orchestration.session import connect
 from raykd.recipe.digest import digest_of

@@ -6,7 +6,7 @@ from typing import Any
 
 from raykd.data import Dataset
 from raykd.errors import RecipeError
-from raykd.losses.term import TERMS, needs_of
+from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import content_of, digest_of, file_sha256
 from raykd.recipe.digest import identity as recipe_identity
 from raykd.recipe.recipe import Recipe

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.losses.term import Pairs, Places, mean_places, term
+from raykd.losses.terms import Pairs, TermValues, mean_places, term
 from raykd.signals import Batch, Signals, aligned
 
 RECIPE = {
@@ -53,7 +53,7 @@ def attention(
     mode: Literal["relation", "scores", "activation"] = "relation",
     heads: Count = 1,
     parts: Count = 1,
-) -> Places:
+) -> TermValues:
     """The mode's divergence of teacher and student, mean over pairs of layers.
 
     relation: `parts` is what the layer's output is made of (3 for fused queries, keys and values),

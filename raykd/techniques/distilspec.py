@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from raykd.losses.divergences import Kind, from_teacher, spread
-from raykd.losses.term import Places, term
+from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -32,10 +32,10 @@ def distilspec(
     *,
     divergence: Kind = "lk",
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5,
-) -> Places:
+) -> TermValues:
     """D(p, q) at every written or drafted token, at the temperature it was drawn at; `beta` is
     js's.
     """
     assert batch.rollout is not None
     value = from_teacher(student, batch, divergence, beta, batch.rollout.temperature)
-    return Places(spread(value, batch.mask), batch.mask)
+    return TermValues(spread(value, batch.mask), batch.mask)

@@ -10,7 +10,7 @@ late one leaves the student no freedom.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.losses.term import Pairs, Places, mean_places, term
+from raykd.losses.terms import Pairs, TermValues, mean_places, term
 from raykd.signals import Batch, Signals, aligned
 
 RECIPE = {
@@ -42,7 +42,7 @@ class hint(nn.Module):
         ]
         self.maps = nn.ModuleList(nn.Linear(mine, theirs) for mine, theirs in widths)
 
-    def forward(self, student: Signals, batch: Batch) -> Places:
+    def forward(self, student: Signals, batch: Batch) -> TermValues:
         assert batch.teacher is not None
         layers = zip(self.maps, self.pairs, strict=True)
         values = [

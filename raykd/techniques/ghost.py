@@ -18,7 +18,7 @@ from pydantic import Field
 from raykd.errors import RecipeError
 from raykd.losses.divergences import Kind, both, chosen, from_teacher, own, spread
 from raykd.losses.returns import following, through
-from raykd.losses.term import Places, term
+from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -40,7 +40,7 @@ def ghost(
     divergence: Kind = "forward",
     rejections: Literal["drawn", "expected"] = "drawn",
     tail: Annotated[float, Field(ge=0, le=1)] = 0.7,
-) -> Places:
+) -> TermValues:
     """What a draft's rejection teaches; nothing where there was none.
 
     soft: at every drafted token rho D(p, q), rho = 1 at the rejection and tail^k k tokens after it;
@@ -70,7 +70,7 @@ def ghost(
         value = -chosen(log_q, torch.where(rejected, rollout.correction, 0)[mask])
         if form == "pair":
             value = value + chosen(log_q, batch.label[mask]).clamp(min=LEAST)
-        return Places(
+        return TermValues(
             torch.where(rejected, spread(value, mask), 0.0),
             (rollout.accepted | rollout.rejected) & mask,
         )
@@ -84,4 +84,4 @@ def ghost(
         before, until = through(a, mask)
         rho = before - until
         rho = rho + following(rho.flip(1), mask.flip(1), discount=tail).flip(1)
-    return Places(rho * value, mask)
+    return TermValues(rho * value, mask)

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from raykd.losses.divergences import from_teacher, spread
-from raykd.losses.term import Places, term
+from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -24,8 +24,8 @@ RECIPE = {
 @term(own=True)
 def gkd(
     student: Signals, batch: Batch, *, beta: Annotated[float, Field(ge=0, le=1)] = 0.5
-) -> Places:
+) -> TermValues:
     """JS_beta(p, q) at temperature 1 at every written token; beta = 0 is KL(p || q), 1 is KL(q ||
     p) (eq. 1).
     """
-    return Places(spread(from_teacher(student, batch, "js", beta), batch.mask), batch.mask)
+    return TermValues(spread(from_teacher(student, batch, "js", beta), batch.mask), batch.mask)

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raykd.losses.all_rows import everyone
-from raykd.losses.term import Pairs, Places, term
+from raykd.losses.terms import Pairs, TermValues, term
 from raykd.signals import UNLABELLED, Batch, Signals
 
 RECIPE = {
@@ -70,7 +70,7 @@ class infonce(nn.Module):
         self.mine = nn.ModuleList(nn.Linear(size, width) for size, _ in sizes)
         self.theirs = nn.ModuleList(nn.Linear(size, width) for _, size in sizes)
 
-    def forward(self, student: Signals, batch: Batch) -> Places:
+    def forward(self, student: Signals, batch: Batch) -> TermValues:
         assert batch.teacher is not None
         bias, own = self._bias(batch)
         drawn, drawn_bias = self._drawn(batch)
@@ -85,7 +85,7 @@ class infonce(nn.Module):
                 more = _unit(g_t, batch.split.teacher[t][drawn])
                 rows = torch.cat([rows, x @ more.T / self.temperature + drawn_bias], 1)
             values += [F.cross_entropy(s, own, reduction="none") for s in (rows, columns)]
-        return Places(torch.stack(values).mean(0), batch.mask.any(1))
+        return TermValues(torch.stack(values).mean(0), batch.mask.any(1))
 
     @torch.no_grad()
     def _bias(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from raykd.losses.divergences import both, chosen, divergence, spread
 from raykd.losses.returns import following, through, whitened
-from raykd.losses.term import Places, term
+from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -43,7 +43,7 @@ def minillm(
     reward_clip: Annotated[float, Field(gt=0)] = 100.0,
     clip: Annotated[float, Field(gt=0)] = 0.2,
     weights: Literal["token", "prefix"] = "token",
-) -> Places:
+) -> TermValues:
     """KL(q_t || p_t) + max(-A s, -A clip(s, 1 - clip, 1 + clip)), s = w q_t(y_t) / q_old(y_t), at
     every written token.
 
@@ -77,4 +77,4 @@ def minillm(
         advantage = whitened(advantage, mask)
     ratio = weight * (now - then).exp()
     policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    return Places(spread(divergence(log_q, log_p, "reverse"), mask) * before + policy, mask)
+    return TermValues(spread(divergence(log_q, log_p, "reverse"), mask) * before + policy, mask)

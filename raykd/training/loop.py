@@ -25,7 +25,7 @@ from raykd.generation.own_rows import Live, Written, replayed, written
 from raykd.generation.sampling import Later
 from raykd.generation.schedule import Schedule
 from raykd.losses.objective import Objective, learned
-from raykd.losses.term import is_own
+from raykd.losses.terms import is_own
 from raykd.losses.weighting import RowWeights, Spread, mean_spread
 from raykd.models.adapter import Adapter
 from raykd.quant.swap import roundable

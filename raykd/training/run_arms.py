@@ -27,7 +27,7 @@ from raykd.generation.acceptance import Drafts
 from raykd.generation.draft_log import Kept, Replay, kept
 from raykd.generation.own_rows import Live, Text
 from raykd.generation.sampling import Frozen, Teacher
-from raykd.losses.term import needs_of, wants_of
+from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe, TermSpec
 from raykd.stages.load import register

@@ -24,7 +24,7 @@ from raykd.data.rows import UNLABELLED
 from raykd.data.vocabulary import check_digest
 from raykd.errors import DataError, RecipeError
 from raykd.losses.objective import Objective
-from raykd.losses.term import wants_of
+from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.recipe.digest import digest

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from raykd import techniques
 from raykd.losses.all_rows import everyone
-from raykd.losses.term import needs_of, wants_of
+from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.swap import QuantLinear, quantised

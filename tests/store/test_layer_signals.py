@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raykd.errors import StoreError
-from raykd.losses.term import TERMS, Places, term
+from raykd.losses.terms import TERMS, TermValues, term
 from raykd.stages.load import resolve
 from raykd.store import care, layer_signals
 from raykd.store.reader import Store
@@ -25,8 +25,8 @@ def reading_a_layer():
     """A term that reads an inner layer, for this file alone."""
 
     @term("logits", LAYER)
-    def reads_a_layer(student, batch) -> Places:
-        return Places(student.logits.sum(-1) * 0, student.mask)
+    def reads_a_layer(student, batch) -> TermValues:
+        return TermValues(student.logits.sum(-1) * 0, student.mask)
 
     yield
     del TERMS["reads_a_layer"]

@@ -26,7 +26,7 @@ from hypothesis.extra import numpy as hnp
 from raykd import data, models
 from raykd.errors import StoreError
 from raykd.files.atomic import read_json
-from raykd.losses.term import needs_of
+from raykd.losses.terms import needs_of
 from raykd.models.adapter import Adapter
 from raykd.stages.load import resolve
 from raykd.store.columns import decode, encode, field

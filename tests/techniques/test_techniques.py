@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from raykd import models, techniques
 from raykd.losses import shared_terms
 from raykd.losses.objective import Objective
-from raykd.losses.term import TERMS, needs_of, wants_of
+from raykd.losses.terms import TERMS, needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.digest import digest

@@ -1,6 +1,6 @@
 """What a loss term is, and all that are registered.
 
-A term is a function `(student: Signals, batch: Batch, *, settings) -> Places`, or an nn.Module
+A term is a function `(student: Signals, batch: Batch, *, settings) -> TermValues`, or an nn.Module
 class built as `(student: Signals, batch: Batch, *, settings)` from an example of what it will be
 called with: its parameters join the optimiser and never the student. Its name is its key under
 `[terms]`; its annotated keyword arguments are what a recipe may set, and nothing is said twice.
@@ -26,7 +26,7 @@ Pairs = Annotated[
 ]  # of (student's submodule, teacher's submodule)
 
 
-class Places(NamedTuple):
+class TermValues(NamedTuple):
     """A term's value at each place, (B,) or (B, T), and where it counts.
 
     Values elsewhere are ignored.
@@ -36,7 +36,7 @@ class Places(NamedTuple):
     mask: Tensor
 
 
-def mean_places(values: list[Tensor], mask: Tensor) -> Places:
+def mean_places(values: list[Tensor], mask: Tensor) -> TermValues:
     """The mean of a term's values for several pairs of layers: each at every step of `mask` (B, T),
     or (B, 1).
 
@@ -44,9 +44,9 @@ def mean_places(values: list[Tensor], mask: Tensor) -> Places:
     steps.
     """
     if all(value.shape == mask.shape for value in values):
-        return Places(torch.stack(values).mean(0), mask)
+        return TermValues(torch.stack(values).mean(0), mask)
     rows = [masked_mean(v, mask) if v.shape == mask.shape else v[:, 0] for v in values]
-    return Places(torch.stack(rows).mean(0), mask.any(1))
+    return TermValues(torch.stack(rows).mean(0), mask.any(1))
 
 
 class Term(NamedTuple):
