@@ -52,10 +52,10 @@ def readers(recipe: Recipe, shape: dict[str, int], run: Path | None = None) -> l
     """The teacher, or the student of each seed of a run."""
     if run is None:
         assert recipe.teacher is not None
-        return [models.build(recipe.teacher, **shape, key="teacher").eval()]
+        return [models.build_model(recipe.teacher, **shape, key="teacher").eval()]
     weights = sorted(run.glob("arms/student-*/weights.safetensors"))
     tables = [recipe.student.model_copy(update={"weights": str(path)}) for path in weights]
-    return [models.build(table, **shape, key="student").eval() for table in tables]
+    return [models.build_model(table, **shape, key="student").eval() for table in tables]
 
 
 def correlation(x: NDArray, y: NDArray, group: NDArray) -> tuple[float, float, float]:

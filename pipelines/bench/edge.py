@@ -89,7 +89,7 @@ def student_rows(run: Path) -> list[Row]:
     """
     recipe = Recipe.model_validate(read_json(run / "recipe.json"))
     dataset = data.load(recipe.data)
-    module = models.build(recipe.student.bare, **dataset.shape, key="student")
+    module = models.build_model(recipe.student.bare, **dataset.shape, key="student")
     weights = run / "arms" / f"unrounded-{recipe.seeds[0]}" / "weights.safetensors"
     models.load_weights(module, weights, "student")
     test = dataset.splits["test"]

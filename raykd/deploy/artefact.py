@@ -138,7 +138,9 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
     (staged / WEIGHTS).unlink()
     refs = {"teacher": recipe.teacher, "fp32 student": recipe.student.bare}
     others = {
-        name: models.build(ref, **dataset.shape, key=name) for name, ref in refs.items() if ref
+        name: models.build_model(ref, **dataset.shape, key=name)
+        for name, ref in refs.items()
+        if ref
     }
     measured = latency.latency(file, others, rows[:1])
     float32 = [each._asdict() for each in swap.left(others["fp32 student"], quant)]
@@ -174,7 +176,7 @@ def _built(described: Mapping[str, Any]) -> nn.Module:
     shape = {key: described[key] for key in ("channels", "steps")} | {
         "classes": len(described["classes"])
     }
-    return models.build(ref, **shape, key="artefact")
+    return models.build_model(ref, **shape, key="artefact")
 
 
 def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
@@ -193,7 +195,7 @@ def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predi
     without training.
     """
     module, quant = (
-        models.build(recipe.student.bare, **dataset.shape, key="student"),
+        models.build_model(recipe.student.bare, **dataset.shape, key="student"),
         recipe.phases[-1].quant,
     )
     assert quant is not None

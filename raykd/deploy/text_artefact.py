@@ -57,7 +57,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """
     seed = best_seed(recipe, folder)
     weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
-    module = check(models.build(recipe.student.bare, **dataset.shape, key="student"), recipe)
+    module = check(models.build_model(recipe.student.bare, **dataset.shape, key="student"), recipe)
     if quant := recipe.phases[-1].quant if recipe.phases else None:
         phases.round_as(module, quant)
     models.load_weights(module, weights, "student")
@@ -84,7 +84,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Drafts:
     """How the file itself does as the teacher's drafter."""
     assert recipe.teacher is not None
-    module = models.build(recipe.teacher, **dataset.shape, key="teacher").eval()
+    module = models.build_model(recipe.teacher, **dataset.shape, key="teacher").eval()
     teacher, drafter = (
         judge_drafter.reader(module, "teacher"),
         OnnxReader(Decoder(folder / ONNX, rows=1)),

@@ -13,8 +13,8 @@ from safetensors.torch import save
 
 from raykd.errors import RecipeError
 from raykd.files.atomic import write_bytes, write_json
-from raykd.models import fill, read_tensors, weights_of
 from raykd.models.llama import Llama
+from raykd.models.weights import fill, read_tensors, weights_of
 from raykd.recipe.weight_files import CONFIG, WEIGHTS, config_of, tensor_files
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"

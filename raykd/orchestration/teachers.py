@@ -26,7 +26,7 @@ class TeacherActor:
         assert recipe.teacher is not None
         torch.set_num_threads(1)
         self.device, self.calls = device_of(recipe), 0
-        module = models.build(recipe.teacher, **shape, key="teacher").to(self.device)
+        module = models.build_model(recipe.teacher, **shape, key="teacher").to(self.device)
         self.teacher = Frozen(module.requires_grad_(False))
 
     def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:

@@ -5,9 +5,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from raykd import data, models, techniques
+from raykd import data, techniques
 from raykd.errors import Problem, RecipeError
 from raykd.losses import terms
+from raykd.models.build import MODELS
 from raykd.recipe import imports, weight_files
 from raykd.recipe import recipe as recipe_tables
 from raykd.recipe.digest import is_path
@@ -199,8 +200,8 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     problems = []
     for table, key, known in (
         ("data", "source", data.BUILT_IN),
-        ("teacher", "model", {*models.MODELS, weight_files.TRANSFORMERS}),
-        ("student", "model", models.MODELS),
+        ("teacher", "model", {*MODELS, weight_files.TRANSFORMERS}),
+        ("student", "model", MODELS),
     ):
         name, dotted = _text(merged, table, key), f"{table}.{key}"
         if name is None or name in known:

@@ -55,7 +55,7 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def _parameters(ref: Any, shape: dict[str, int], key: str) -> int:
-    return sum(p.numel() for p in models.build(ref, **shape, key=key).parameters())
+    return sum(p.numel() for p in models.build_model(ref, **shape, key=key).parameters())
 
 
 def _stages(place: Place) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ class Place:
         """
         recipe = self.recipe
         if forms.asked(recipe.export) or self.dataset.is_text:
-            student = models.build(recipe.student.bare, **self.dataset.shape, key="student")
+            student = models.build_model(recipe.student.bare, **self.dataset.shape, key="student")
             if self.dataset.is_text:
                 text_artefact.check(student, recipe)
             quant = recipe.phases[-1].quant if recipe.phases else None
@@ -119,7 +119,9 @@ class Place:
             judge_drafter.openings(self.dataset.splits["test"], recipe.drafter)
             for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
                 with torch.device("meta"):
-                    judge_drafter.check(models.build(ref.bare, **self.dataset.shape, key=key), key)
+                    judge_drafter.check(
+                        models.build_model(ref.bare, **self.dataset.shape, key=key), key
+                    )
 
     def journal(self) -> Journal:
         return run_log.open_journal(self.recipe, self.dataset, self.folder, self.store)

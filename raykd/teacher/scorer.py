@@ -51,7 +51,7 @@ class Scorer:
         self.recipe, self.device = recipe, device_of(recipe)
         self.dataset = data.load(recipe.data)
         register(recipe.technique)
-        module = models.build(recipe.teacher, **self.dataset.shape, key="teacher")
+        module = models.build_model(recipe.teacher, **self.dataset.shape, key="teacher")
         want = frozenset(signals_of(recipe))
         self.settings = store_table(recipe, len(self.dataset.classes))
         self.key = int(digest_of(identity(recipe, self.dataset))[:15], 16)

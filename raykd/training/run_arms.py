@@ -127,7 +127,7 @@ class Workshop:
         equal weights.
         """
         torch.manual_seed(arm.seed)
-        module = models.build(
+        module = models.build_model(
             self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student"
         )
         phases.prepare(module, arm.phases)
@@ -160,7 +160,7 @@ class Workshop:
     def frozen(self) -> nn.Module:
         """The teacher in this process."""
         assert self.recipe.teacher is not None
-        module = models.build(self.recipe.teacher, **self.dataset.shape, key="teacher").to(
+        module = models.build_model(self.recipe.teacher, **self.dataset.shape, key="teacher").to(
             self.device
         )
         return module.requires_grad_(False).eval()
@@ -207,7 +207,7 @@ def teacher_head(
     if not isinstance(codec, Hidden):
         return None
     assert recipe.teacher is not None
-    head: Any = models.build(recipe.teacher, **dataset.shape, key="teacher").get_submodule(
+    head: Any = models.build_model(recipe.teacher, **dataset.shape, key="teacher").get_submodule(
         recipe.store.head
     )
     weight, bias = (

@@ -27,6 +27,7 @@ from raykd.losses.objective import Objective
 from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
+from raykd.models.weights import fill
 from raykd.recipe.digest import digest
 from raykd.recipe.recipe import DataRef, TermSpec
 from raykd.stages import walk
@@ -185,8 +186,8 @@ def test_a_file_of_another_shape_of_tie_is_refused():
         Llama(classes=9, steps=4, width=8, heads=2, kv_heads=1, tied=t) for t in (True, False)
     )
     with pytest.raises(RecipeError, match="set tied = false"):
-        ours.fill(tied, apart.state_dict(), "a file")
-    ours.fill(tied, ours.weights_of(tied), "a file")
+        fill(tied, apart.state_dict(), "a file")
+    fill(tied, ours.weights_of(tied), "a file")
 
 
 def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
@@ -278,7 +279,7 @@ def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
     wants = wants_of(spec)
     assert found.teacher
     models = [
-        Adapter(ours.build(ref, **made.shape, key="m"), want=wants)
+        Adapter(ours.build_model(ref, **made.shape, key="m"), want=wants)
         for ref in (found.teacher, found.student)
     ]
     batch = rows.batch(torch.arange(8))
@@ -304,8 +305,8 @@ def test_what_is_reported_of_text_is_what_the_models_say(walked):
     made = data.load(found.data)
     split, shape = made.splits["test"], made.shape
     rows = to_device(split, "test", None, frozenset(), CPU)
-    teacher = ours.build(found.teacher, **shape, key="teacher")
-    student = ours.build(found.student, **shape, key="student")
+    teacher = ours.build_model(found.teacher, **shape, key="teacher")
+    student = ours.build_model(found.student, **shape, key="student")
     ours.load_weights(student, folder / "arms/student-0/weights.safetensors", "student")
     said = measure.told(Adapter(teacher), split, rows)
     assert report["teacher"]["metrics"]["nll"]["value"] == pytest.approx(

@@ -21,6 +21,7 @@ from raykd.generation.acceptance import Drafts
 from raykd.generation.own_rows import Text
 from raykd.generation.reader import TorchReader
 from raykd.models.llama import Llama
+from raykd.models.weights import read_tensors
 from raykd.recipe.digest import digest
 from raykd.recipe.drafter import Drafter
 from raykd.recipe.recipe import Recipe
@@ -229,8 +230,8 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
     on = load(recipe, (*sets, "optim.learning_rate=1e-9"))
     shape = data.load(on.data).shape
     for seed in (0, 1):
-        started = models.build(on.student.of_seed(seed), **shape, key="student")
-        kept = models.read_tensors(folder / "arms" / f"student-{seed}" / "weights.safetensors", "x")
+        started = models.build_model(on.student.of_seed(seed), **shape, key="student")
+        kept = read_tensors(folder / "arms" / f"student-{seed}" / "weights.safetensors", "x")
         assert torch.equal(started.state_dict()["model.norm.weight"], kept["model.norm.weight"])
     assert digest(on) != digest(on.model_copy(update={"seeds": [0]}))
     walk.run(on, folder.parent)

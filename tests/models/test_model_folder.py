@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from raykd import models
 from raykd.errors import RecipeError
-from raykd.models import folder, transformers_lm
+from raykd.models import transformers_lm
+from raykd.models.build import MODELS
 from raykd.models.llama import Llama
 from raykd.recipe.digest import digest
 from raykd.recipe.recipe import ModelRef
@@ -49,7 +50,7 @@ def test_padding_of_a_teachers_head_changes_nothing_that_is_stored(home):
 
 def test_a_cache_of_a_folders_model_holds_a_row_of_the_data_not_its_whole_context(home):
     assert (
-        models.build(load(home).teacher, **SHAPE, key="teacher").cache(2).keys.shape[-2]
+        models.build_model(load(home).teacher, **SHAPE, key="teacher").cache(2).keys.shape[-2]
         == texts.STEPS
     )
 
@@ -65,9 +66,9 @@ def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refuse
     home, monkeypatch
 ):
     monkeypatch.setitem(
-        models.MODELS, "few", lambda classes, steps: Llama(classes=classes - 1, steps=steps)
+        MODELS, "few", lambda classes, steps: Llama(classes=classes - 1, steps=steps)
     )
-    monkeypatch.setitem(models.MODELS, "doubled", Doubled)
+    monkeypatch.setitem(MODELS, "doubled", Doubled)
     for name, codec, words in (
         ("few", "dense", r"and the data have \d+"),
         ("doubled", "hidden", "can not stand for"),
@@ -204,9 +205,9 @@ def test_what_does_not_go_with_a_folder_is_refused(home, tmp_path):
 def test_a_folder_too_small_for_the_data_is_refused(home):
     ref = ModelRef(model="llama", weights=str(home / "wide"))
     with pytest.raises(RecipeError, match="the data's tokeniser 5000"):
-        folder.build(ref, classes=5000, steps=8, key="teacher")
+        models.build_model(ref, channels=2, classes=5000, steps=8, key="teacher")
     with pytest.raises(RecipeError, match=f"at most {texts.STEPS + 9} tokens; lower data.window"):
-        folder.build(ref, classes=10, steps=999, key="teacher")
+        models.build_model(ref, channels=2, classes=10, steps=999, key="teacher")
 
 
 def test_without_the_library_the_extra_is_named(home, monkeypatch):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raykd import models
 from raykd.errors import RecipeError
-from raykd.models import MODELS, build, load_weights, register_model
+from raykd.models import build_model, load_weights, register_model
 from raykd.models.adapter import Adapter
+from raykd.models.build import MODELS
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import ModelRef
 
@@ -321,14 +321,14 @@ def test_the_sizes_told_in_the_examples_are_right(size, thousands):
 
 
 def made(**settings) -> nn.Module:
-    return build(ModelRef(settings=settings), channels=K, classes=C, steps=16, key="student")
+    return build_model(ModelRef(settings=settings), channels=K, classes=C, steps=16, key="student")
 
 
 def test_weights_come_back_bit_for_bit(tmp_path):
     first = made(width=8)
     save_file(first.state_dict(), tmp_path / "w.safetensors")
     ref = ModelRef(weights=str(tmp_path / "w.safetensors"), settings={"width": 8})
-    second = build(ref, channels=K, classes=C, steps=16, key="teacher")
+    second = build_model(ref, channels=K, classes=C, steps=16, key="teacher")
     assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
     assert not torch.equal(made(width=8).head.weight, first.head.weight)
 
@@ -408,13 +408,13 @@ def test_a_missing_file_is_refused(tmp_path):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(models, "MODELS", {**MODELS})
+    monkeypatch.setattr("raykd.models.build.MODELS", {**MODELS})
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_registered_model_is_known_by_its_name():
     register_model("mine", lambda *, channels, classes, width: nn.Linear(channels, classes + width))
-    module = build(
+    module = build_model(
         ModelRef(model="mine", settings={"width": 2}),
         channels=K,
         classes=C,
@@ -429,7 +429,7 @@ def test_an_unknown_model_is_refused_with_the_nearest():
         RecipeError,
         match=r"student\.model 'series_encodr': no such model\. Did you mean series_encoder\?",
     ):
-        build(ModelRef(model="series_encodr"), channels=K, classes=C, steps=16, key="student")
+        build_model(ModelRef(model="series_encodr"), channels=K, classes=C, steps=16, key="student")
 
 
 @pytest.mark.parametrize("settings", [{"widht": 8}, {"width": "a"}, {"width": 9, "heads": 2}])
@@ -444,10 +444,12 @@ def test_a_model_is_found_in_a_module_of_the_current_directory(tmp_path, monkeyp
     (tmp_path / "mine_net.py").write_text(
         "from torch.nn import Linear\ndef net(channels, classes): return Linear(channels, classes)"
     )
-    module = build(ModelRef(model="mine_net:net"), channels=K, classes=C, steps=16, key="student")
+    module = build_model(
+        ModelRef(model="mine_net:net"), channels=K, classes=C, steps=16, key="student"
+    )
     assert isinstance(module, nn.Linear)
     del sys.modules["mine_net"]
     for name in ("mine_net:nett", "mine_lost:net"):
         with pytest.raises(RecipeError, match=rf"student\.model: '{name}' can not be imported"):
-            build(ModelRef(model=name), channels=K, classes=C, steps=16, key="student")
+            build_model(ModelRef(model=name), channels=K, classes=C, steps=16, key="student")
     sys.modules.pop("mine_net", None)

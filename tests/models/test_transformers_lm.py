@@ -171,7 +171,8 @@ def test_a_llama_is_the_same_model_read_by_either(files, home, tmp_path):
     rows = Scorer(load(home)).dataset.splits["train"].inputs[:4]
     shape, refs = {"channels": 2, "classes": 300, "steps": texts.STEPS}, ("llama", "transformers")
     both = [
-        models.build(ModelRef(model=m, weights=str(where)), **shape, key="teacher") for m in refs
+        models.build_model(ModelRef(model=m, weights=str(where)), **shape, key="teacher")
+        for m in refs
     ]
     with torch.no_grad():
         ours, theirs = (module.eval()(torch.from_numpy(rows))["logits"] for module in both)

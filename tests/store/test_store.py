@@ -408,7 +408,7 @@ def test_two_scorings_in_other_folders_orders_and_processes_are_one_manifest(raw
 def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
     found = resolve(raw)
     store, dataset = Store(by_hand.score(found, tmp_path)), data.load(found.data)
-    module = models.build(found.teacher, **dataset.shape, key="teacher").eval()
+    module = models.build_model(found.teacher, **dataset.shape, key="teacher").eval()
     for split, rows in dataset.splits.items():
         read = to_device(
             rows, split, store, needs_of(found.terms) | {"trajectory"}, torch.device("cpu")

@@ -766,10 +766,10 @@ def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypa
     store = by_hand.score(recipe, tmp_path / "stores")
     weights.unlink()
     built = []
-    build = models.build
+    build = models.build_model
     monkeypatch.setattr(
         models,
-        "build",
+        "build_model",
         lambda *args, key, **shape: built.append(key) or build(*args, key=key, **shape),
     )
     run_arms(

@@ -270,7 +270,7 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
 
 def student_from(recipe, dataset, path) -> nn.Module:
     """The trained student, rounding as in its last phase."""
-    module = models.build(recipe.student, **dataset.shape, key="student")
+    module = models.build_model(recipe.student, **dataset.shape, key="student")
     prepare(module, recipe.phases)
     enter(module, recipe.phases[-1])
     models.load_weights(module, path, "student")

@@ -13,8 +13,8 @@ import torch
 
 from raykd.deploy.gguf.write import HEAD, TABLE, gguf_library, name_of, order_of
 from raykd.errors import RecipeError
-from raykd.models import fill
 from raykd.models.llama import Llama
+from raykd.models.weights import fill
 
 KEYS = {  # ours: the file's
     "steps": "context_length",

@@ -1,0 +1,109 @@
+"""From a recipe's model table to a module: a registered name, `module:factory` or a folder."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from raykd.errors import RecipeError
+from raykd.models import hf_folder, transformers_lm
+from raykd.models.llama import Llama
+from raykd.models.series_encoder import SeriesEncoder
+from raykd.models.weights import load_weights
+from raykd.recipe import imports
+from raykd.recipe.recipe import ModelRef
+from raykd.recipe.validation import suggestion
+from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder, "llama": Llama}
+READERS = {LLAMA: hf_folder.read, TRANSFORMERS: transformers_lm.read}
+
+
+def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Make `factory(classes=, **settings)` known to recipes as `model = name`.
+
+    A factory with a parameter `channels` also gets the number of channels of a step, one with
+    `steps` the number of steps of the data's longest row.
+
+    Example:
+        >>> from torch import nn
+        >>> register_model("mean", lambda classes, channels: nn.Linear(channels, classes))
+    """
+    MODELS[name] = factory
+
+
+def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> nn.Module:
+    """The module of a recipe's model table, with its weights loaded.
+
+    `channels`, `classes` and `steps` are those of the data set (`Dataset.shape`). RecipeError,
+    which starts with the table's `key`, if the settings or the weights do not fit.
+
+    Example:
+        >>> ref = ModelRef(model="series_encoder", settings={"width": 16})
+        >>> model = build_model(ref, channels=6, classes=7, steps=100, key="student")
+        >>> model.head.out_features
+        7
+    """
+    if ref.model == TRANSFORMERS or (ref.weights and Path(ref.weights).is_dir()):
+        return _read_folder(ref, classes=classes, steps=steps, key=key)
+    factory = MODELS.get(ref.model) or _imported(ref.model, key)
+    shape = _accepted(factory, {"channels": channels, "classes": classes, "steps": steps})
+    try:
+        module = factory(**{**shape, **ref.settings})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{key}.settings: {ref.model} refuses {ref.settings}: {error}") from None
+    if ref.weights:
+        load_weights(module, Path(ref.weights), key)
+    return module
+
+
+def _read_folder(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:
+    """The model of a Hugging Face folder, for `classes` tokens in rows of `steps`.
+
+    RecipeError if it has fewer columns or steps. Columns beyond the tokens' are padding, which
+    readers of the logits leave out; caches are made for `steps`.
+    """
+    if not ref.weights or not Path(ref.weights).is_dir():
+        raise RecipeError(
+            f'{key}.weights: model = "{ref.model}" needs a Hugging Face folder; '
+            f"{ref.weights} is not a folder"
+        )
+    if ref.model not in READERS or ref.settings:
+        raise RecipeError(
+            f'{key}.weights: {ref.weights} is a folder, which only model = "{LLAMA}" or '
+            f'"{TRANSFORMERS}" can read, and without settings'
+        )
+    module = READERS[ref.model](Path(ref.weights))
+    columns = module.settings["classes"]
+    room = module.settings["steps"]
+    if columns < classes:
+        raise RecipeError(
+            f"{key}.weights: {ref.weights} knows {columns} tokens, and the data's tokeniser "
+            f"{classes}; name the model's own tokenizer.json in data.tokenizer"
+        )
+    if room is not None and room < steps:
+        raise RecipeError(
+            f"{key}.weights: {ref.weights} reads at most {room} tokens; lower data.window to that"
+        )
+    module.settings["steps"] = steps
+    return module
+
+
+def _accepted(factory: Callable[..., Any], shape: dict[str, int]) -> dict[str, int]:
+    """The part of the data's shape that a factory takes: `classes` always, `steps` if named."""
+    parameters = inspect.signature(factory).parameters
+    names = {"classes"} | (shape.keys() & parameters.keys())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names.add("channels")
+    return {name: size for name, size in shape.items() if name in names}
+
+
+def _imported(name: str, key: str) -> Callable[..., Any]:
+    if ":" not in name:
+        raise RecipeError(
+            f"{key}.model {name!r}: no such model.{suggestion(name, MODELS)} "
+            "Or name module:factory."
+        )
+    return imports.load(name, f"{key}.model")
