@@ -30,13 +30,14 @@ import torch
 
 from pipelines.bench.table import machine
 from raykd.data import Rows
+from raykd.data.order import Order
 from raykd.recipe.recipe import Optim
 from raykd.store import care
 from raykd.store.codecs.comb import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.logits import metadata
 from raykd.store.reader import Store
-from raykd.training.device_rows import Order, to_device
+from raykd.training.device_rows import to_device
 from raykd.training.loop import World
 from raykd.training.prefetch import Ahead
 

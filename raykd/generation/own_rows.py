@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from raykd.data.order import ShuffledStream, mixed
 from raykd.errors import DataError
 from raykd.generation.draft_log import DraftLog, Replay
 from raykd.generation.drafts import drafted
@@ -18,7 +19,6 @@ from raykd.generation.sampling import Later, Teacher, on_policy, prompts
 from raykd.generation.schedule import Schedule
 from raykd.recipe.source import Source
 from raykd.signals import Batch
-from raykd.training.device_rows import Stream, mixed
 
 REPLAYED = 2  # the order of a log's drafts, beside those of the rows
 
@@ -87,7 +87,7 @@ def replayed(replay: Replay, own: int, seed: int, group: int, *, share: slice) -
     """This worker's `share` of the `own` drafts of a log that a step reads, in an order drawn by
     the seed.
     """
-    index = Stream(np.arange(len(replay)), seed, REPLAYED).take(group * own, own)[share]
+    index = ShuffledStream(np.arange(len(replay)), seed, REPLAYED).take(group * own, own)[share]
     return lambda: replay.batch(index)
 
 

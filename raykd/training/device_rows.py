@@ -1,9 +1,6 @@
-"""Which rows a step sees, and their tensors: a pure function of (seed, step), for any number of
-workers.
-"""
+"""A split as tensors on the device that trains, each row beside its teacher's answers."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,63 +10,9 @@ from torch import Tensor
 
 from raykd.data import UNLABELLED, Rows
 from raykd.errors import StoreError
-from raykd.recipe.recipe import Optim
 from raykd.signals import Batch, Signals, tensor
 from raykd.store.logits import StoredLogits
 from raykd.store.reader import Store
-
-
-@dataclass(frozen=True)
-class Stream:
-    """An endless shuffled reading of a pool: one permutation after the other, each drawn by (seed,
-    tag, epoch).
-    """
-
-    pool: NDArray[np.int64]
-    seed: int
-    tag: int
-
-    def take(self, start: int, count: int) -> NDArray[np.int64]:
-        """Entries [start, start + count) of the stream."""
-        size, end, parts = len(self.pool), start + count, []
-        while start < end:
-            epoch, at = divmod(start, size)
-            part = _permutation(size, self.seed, self.tag, epoch)[at : at + end - start]
-            parts.append(part)
-            start += len(part)
-        return self.pool[np.concatenate(parts)]
-
-
-@lru_cache(maxsize=8)
-def _permutation(size: int, seed: int, tag: int, epoch: int) -> NDArray[np.int64]:
-    key = np.array([seed, (tag << 32) + epoch], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).permutation(size)
-
-
-class Order:
-    """The rows of every global batch.
-
-    With hidden labels, a fixed share of each batch comes from the labelled rows.
-    """
-
-    def __init__(self, is_labelled: NDArray[np.bool_], optim: Optim, seed: int):
-        every, labelled = np.arange(len(is_labelled)), np.flatnonzero(is_labelled)
-        from_labelled = (
-            round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
-        )
-        sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
-        self.parts = [(Stream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n]
-        place = np.concatenate([(np.arange(n) + 0.5) / n for _, n in self.parts])
-        self.deal = np.argsort(place, kind="stable")
-
-    def rows(self, step: int) -> NDArray[np.int64]:
-        """(batch,) positions in the split, for one step.
-
-        The two parts are dealt out evenly to contiguous shares.
-        """
-        return np.concatenate([stream.take(step * count, count) for stream, count in self.parts])[
-            self.deal
-        ]
 
 
 @dataclass(frozen=True)
@@ -239,18 +182,3 @@ def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
     if len(rows) - len(ids) != store.unscored(split) or not np.array_equal(rows.row_id[kept], ids):
         raise StoreError("the store holds other rows than the data")
     return kept
-
-
-def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:
-    """(batch, T, K) Gaussian noise for a global batch, drawn by `seed`; None where the recipe has
-    none.
-    """
-    if optim.input_noise == 0:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((optim.batch, *shape), generator=generator).mul_(optim.input_noise)
-
-
-def mixed(*parts: int) -> int:
-    """One 63-bit seed from several integers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raykd.data.order import Order, input_noise, mixed
 from raykd.errors import Diverged
 from raykd.files import faults
 from raykd.generation.draft_log import DraftLog, Kept, Replay
@@ -35,7 +36,7 @@ from raykd.signals import Batch, Signals
 from raykd.store.logits import Targets
 from raykd.training import phases
 from raykd.training.checkpoints import Checkpoints
-from raykd.training.device_rows import DeviceRows, Order, input_noise, mixed
+from raykd.training.device_rows import DeviceRows
 from raykd.training.phases import Span
 from raykd.training.prefetch import Ahead
 from raykd.training.state import Learner, State

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from raykd.data.order import Order
 from raykd.errors import DataError
 from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
@@ -31,7 +32,7 @@ from raykd.signals import UNLABELLED, Batch
 from raykd.stages.load import resolve
 from raykd.training import predictions
 from raykd.training.checkpoints import Checkpoints
-from raykd.training.device_rows import DeviceRows, Order
+from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import Arm, World, train
 from raykd.training.phases import spans
 from raykd.training.run_arms import Workshop, arms_of, run_arms
