@@ -28,10 +28,11 @@ from raykd.store.codecs import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, to_parquet
 from raykd.store.logits import metadata
 from raykd.store.reader import Store
+from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows, to_device
-from raykd.training.loop import Arm, Step, World
 from raykd.training.phases import spans
 from raykd.training.state import Learner, State
+from raykd.training.step import TrainStep
 
 ROWS = 4  # a step: 512 tokens
 LARGE = {"width": 512, "layers": 5, "heads": 8}  # 20 M parameters
@@ -134,14 +135,14 @@ def ingest(
     )
     device = torch.device("cpu")
     read = to_device(rows, "train", Store(folder), frozenset({"logits"}), device)
-    loaded, held = _step(student, read, Step), _step(student, read, Held)
+    loaded, held = _step(student, read, TrainStep), _step(student, read, Held)
     clock, spent = Clock(), []
     for _ in range(rounds + 1):
         spent.append([_cost(clock, loaded), _cost(clock, held)])
     return np.array(spent[1:])
 
 
-class Held(Step):
+class Held(TrainStep):
     """A step that meets the same batch every time, its targets decoded once."""
 
     held: Batch | None = None
@@ -166,7 +167,7 @@ class Reads(nn.Module):
         return self.model(inputs[..., 0].long())
 
 
-def _step(student: Language, rows: DeviceRows, kind: type[Step]) -> Step:
+def _step(student: Language, rows: DeviceRows, kind: type[TrainStep]) -> TrainStep:
     terms, optim = (
         {"kd": TermSpec.model_validate({"temperature": 1.0})},
         Optim(batch=ROWS, steps=10_000),

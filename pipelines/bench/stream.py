@@ -37,8 +37,8 @@ from raykd.store.codecs.comb import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.logits import metadata
 from raykd.store.reader import Store
+from raykd.training.arm import World
 from raykd.training.device_rows import to_device
-from raykd.training.loop import World
 from raykd.training.prefetch import Ahead
 
 VOCAB, POINTS, STEPS, ROWS_PER_SHARD, BATCH, PROCESSES = 8192, 12, 256, 256, 32, 2

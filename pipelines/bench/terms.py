@@ -25,10 +25,12 @@ from raykd.recipe.recipe import Recipe
 from raykd.stages.load import resolve
 from raykd.store import layer_signals
 from raykd.store.reader import Store
-from raykd.training.loop import Step, World, objective_of
+from raykd.training.arm import World
+from raykd.training.loop import objective_of
 from raykd.training.phases import spans
 from raykd.training.run_arms import Workshop, student_arm
 from raykd.training.state import Learner, State
+from raykd.training.step import TrainStep
 
 RECIPE = Path(__file__).parents[2] / "examples" / "gesture" / "few_labels.toml"
 ATTENTION = [["blocks.0.attention", "blocks.2.attention"]]
@@ -79,7 +81,7 @@ def scored(recipe: Recipe, out: Path) -> place.Place:
     return place.at(address)
 
 
-def fresh_step(recipe: Recipe, store: place.Place) -> Step:
+def fresh_step(recipe: Recipe, store: place.Place) -> TrainStep:
     """A student's training step, before its first."""
     shop = Workshop(recipe, store.address, torch.device("cpu"))
     arm, optim = student_arm(recipe, 0), recipe.optim
@@ -88,12 +90,12 @@ def fresh_step(recipe: Recipe, store: place.Place) -> Step:
     adamw = torch.optim.AdamW(
         learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
     )
-    step = Step(arm, optim, shop.train, World(), State(learner, adamw))
+    step = TrainStep(arm, optim, shop.train, World(), State(learner, adamw))
     step.enter(spans((), optim.steps)[0])
     return step
 
 
-def turns(steps: dict[str, Step], rounds: int) -> dict[str, NDArray[np.float64]]:
+def turns(steps: dict[str, TrainStep], rounds: int) -> dict[str, NDArray[np.float64]]:
     """CPU seconds of TURN steps of each case, in every round; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     clock = Clock()

@@ -17,12 +17,13 @@ from raykd.files.place import Address
 from raykd.losses.objective import Objective
 from raykd.orchestration import training
 from raykd.recipe.recipe import Optim, Recipe
+from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
-from raykd.training.loop import Arm, Step, World
 from raykd.training.phases import spans
 from raykd.training.run_arms import Workshop, arms_of
 from raykd.training.state import Learner, State
+from raykd.training.step import TrainStep
 
 TURN = 25
 
@@ -140,13 +141,13 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     return rounds | {"parts": parts}
 
 
-def fresh_step(shop: Alternating) -> tuple[Learner, Step]:
+def fresh_step(shop: Alternating) -> tuple[Learner, TrainStep]:
     optim = shop.recipe.optim
     learner = Learner(shop.student(shop.arm), Objective(shop.arm.terms))
     adamw = torch.optim.AdamW(
         learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
     )
-    step = Step(shop.arm, optim, shop.train, World(), State(learner, adamw))
+    step = TrainStep(shop.arm, optim, shop.train, World(), State(learner, adamw))
     step.enter(spans((), optim.steps)[0])
     return learner, step
 

@@ -18,7 +18,7 @@ from raykd.orchestration.session import plain_error
 from raykd.orchestration.teachers import Served, teachers
 from raykd.recipe.recipe import Recipe
 from raykd.teacher.scorer import device_of
-from raykd.training.loop import World
+from raykd.training.arm import World
 from raykd.training.run_arms import arms_of, run_arms
 
 

@@ -25,7 +25,7 @@ from raykd.recipe.recipe import Range, Recipe
 from raykd.stages.load import apply_trial
 from raykd.teacher.scorer import device_of
 from raykd.training import phases
-from raykd.training.loop import World
+from raykd.training.arm import World
 from raykd.training.run_arms import Workshop, student_arm
 
 METRIC = "val_accuracy"

@@ -35,10 +35,12 @@ from raykd.store.codecs.hidden import Hidden
 from raykd.store.reader import Store
 from raykd.teacher.identity import run_digest, store_table
 from raykd.training import measure, phases
+from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import to_device
-from raykd.training.loop import Arm, State, World, train
+from raykd.training.loop import train
 from raykd.training.predictions import Predictions
+from raykd.training.state import State
 
 UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
 DRAFTERS = ("student", "control")

@@ -30,7 +30,7 @@ from raykd.recipe.recipe import Export, Recipe
 from raykd.stages import plan, walk
 from raykd.stages.load import resolve
 from raykd.training import predictions
-from raykd.training.loop import World
+from raykd.training.arm import World
 from raykd.training.run_arms import run_arms
 
 EXECUTORCH = find_spec("executorch") is not None

@@ -34,7 +34,7 @@ from raykd.stages.load import load
 from raykd.store import care
 from raykd.store.commit import StoreWriter
 from raykd.store.reader import Store
-from raykd.training.loop import World
+from raykd.training.arm import World
 
 techniques.load_terms()
 V, STEPS, OWN, LENGTH, EOS = 11, 30, 5, 4, 2

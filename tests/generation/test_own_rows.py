@@ -18,10 +18,12 @@ from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.recipe.recipe import Optim, Phase, TermSpec
 from raykd.recipe.source import Source
+from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
-from raykd.training.loop import Arm, State, World, train
+from raykd.training.loop import train
 from raykd.training.phases import prepare
+from raykd.training.state import State
 
 techniques.load_terms()
 VOCAB, STEPS, ROWS = 13, 12, 40

@@ -22,7 +22,7 @@ from raykd.losses.objective import Objective
 from raykd.losses.weighting import RowWeights, boost_of, ess, standardised, weights
 from raykd.recipe.recipe import TermSpec, Weighting
 from raykd.signals import Batch, Signals
-from raykd.training.loop import World
+from raykd.training.arm import World
 
 MODES = ["ess", "selfnorm", "capped", "raw", "snippet", "uniform"]
 SALIENCY = [0.1, 0.2, 0.6, -0.3]

@@ -22,9 +22,11 @@ from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.swap import QuantLinear, quantised
 from raykd.recipe.recipe import Optim, Phase, TermSpec, Weighting
 from raykd.store.layer_signals import is_signal
+from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows
-from raykd.training.loop import Arm, State, World, train
+from raykd.training.loop import train
 from raykd.training.phases import prepare
+from raykd.training.state import State
 
 techniques.load_terms()
 # Of text that the student writes, what workers draw together is tested in tests/generation.

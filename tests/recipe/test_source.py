@@ -26,7 +26,7 @@ from raykd.recipe.source import Source
 from raykd.signals import Batch, Signals
 from raykd.stages.load import resolve
 from raykd.training import phases
-from raykd.training.loop import World
+from raykd.training.arm import World
 
 techniques.load_terms()
 V, T, ROOM, ROWS = 16, 24, 36, 32

@@ -20,8 +20,9 @@ from raykd.signals import Batch, Signals, aligned, resampled
 from raykd.techniques.attention import attention
 from raykd.techniques.fitnets import hint
 from raykd.techniques.infonce import infonce
+from raykd.training.arm import Arm
 from raykd.training.device_rows import DeviceRows
-from raykd.training.loop import Arm, train
+from raykd.training.loop import train
 
 B, T = 8, 6
 PAIRS = [["a", "b"]]

@@ -31,7 +31,7 @@ from raykd.techniques.distilspec import distilspec
 from raykd.techniques.ghost import ghost
 from raykd.techniques.gkd import gkd
 from raykd.techniques.minillm import minillm
-from raykd.training.loop import World
+from raykd.training.arm import World
 
 techniques.load_terms()
 V, LENGTH, EOS = 3, 3, 2

@@ -33,8 +33,9 @@ from raykd.stages.load import register, resolve
 from raykd.store import layer_signals
 from raykd.store.commit import Shard
 from raykd.teacher.scorer import Scorer
+from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows
-from raykd.training.loop import Arm, World, train
+from raykd.training.loop import train
 from raykd.training.run_arms import run_arms
 
 techniques.load_terms()

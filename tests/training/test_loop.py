@@ -31,9 +31,10 @@ from raykd.recipe.recipe import Optim, Recipe, TermSpec
 from raykd.signals import UNLABELLED, Batch
 from raykd.stages.load import resolve
 from raykd.training import predictions
+from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
-from raykd.training.loop import Arm, World, train
+from raykd.training.loop import train
 from raykd.training.phases import spans
 from raykd.training.run_arms import Workshop, arms_of, run_arms
 from raykd.training.state import State

@@ -29,8 +29,9 @@ from raykd.quant.swap import quantised
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Optim, Phase, TermSpec
 from raykd.stages.load import resolve
+from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints
-from raykd.training.loop import Arm, World, train
+from raykd.training.loop import train
 from raykd.training.phases import enter, prepare, spans
 from raykd.training.run_arms import run_arms
 from raykd.training.state import State
