@@ -26,9 +26,10 @@ from raykd.stages.load import resolve
 from raykd.store import layer_signals
 from raykd.store.reader import Store
 from raykd.training.arm import World
+from raykd.training.arms import student_arm
 from raykd.training.loop import objective_of
 from raykd.training.phases import spans
-from raykd.training.run_arms import Workshop, student_arm
+from raykd.training.run_arms import ArmRunner
 from raykd.training.state import Learner, State
 from raykd.training.step import TrainStep
 
@@ -83,7 +84,7 @@ def scored(recipe: Recipe, out: Path) -> place.Place:
 
 def fresh_step(recipe: Recipe, store: place.Place) -> TrainStep:
     """A student's training step, before its first."""
-    shop = Workshop(recipe, store.address, torch.device("cpu"))
+    shop = ArmRunner(recipe, store.address, torch.device("cpu"))
     arm, optim = student_arm(recipe, 0), recipe.optim
     student = shop.student(arm)
     learner = Learner(student, objective_of(arm, student, shop.train)).train()

@@ -18,10 +18,11 @@ from raykd.losses.objective import Objective
 from raykd.orchestration import training
 from raykd.recipe.recipe import Optim, Recipe
 from raykd.training.arm import Arm, World
+from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
 from raykd.training.phases import spans
-from raykd.training.run_arms import Workshop, arms_of
+from raykd.training.run_arms import ArmRunner
 from raykd.training.state import Learner, State
 from raykd.training.step import TrainStep
 
@@ -86,8 +87,8 @@ def endless(pool: Tensor, size: int) -> Iterator[Tensor]:
         yield from pool[torch.randperm(len(pool))].split(size)[: len(pool) // size]
 
 
-class Alternating(Workshop):
-    """A Workshop whose student, every TURN steps, lets the hand-written loop train as many; it does
+class Alternating(ArmRunner):
+    """A ArmRunner whose student, every TURN steps, lets the hand-written loop train as many; it does
     not validate.
     """
 

@@ -36,24 +36,14 @@ from raykd.recipe.digest import file_sha256
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, ModelRef, Recipe
 from raykd.training import measure, phases, predictions
+from raykd.training.arms import best_seed
 from raykd.training.device_rows import to_device
 from raykd.training.predictions import Predictions, of_logits
-from raykd.training.run_arms import arms_of
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
 WEIGHTS, ONNX = "student.safetensors", "student.onnx"
 ALONE = 512  # test rows that are answered one by one, too
-
-
-def best_seed(recipe: Recipe, folder: Path) -> int:
-    """The student's seed with the highest validation accuracy, the first of equals."""
-    records = [
-        read_json(folder / "arms" / arm.key / "arm.json")
-        for arm in arms_of(recipe)
-        if arm.name == "student"
-    ]
-    return max(records, key=lambda record: record["val"]["val_accuracy"])["seed"]
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from raykd import models
 from raykd.data import Dataset, Rows, byte_bpe
 from raykd.deploy import sizes
-from raykd.deploy.artefact import ONNX, best_seed, copy_cards, files_of
+from raykd.deploy.artefact import ONNX, copy_cards, files_of
 from raykd.deploy.forms import FILES
 from raykd.deploy.gguf import write as write_gguf
 from raykd.deploy.onnx import write_decoder
@@ -43,6 +43,7 @@ from raykd.recipe.drafter import Drafter
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Recipe
 from raykd.training import phases
+from raykd.training.arms import best_seed
 from raykd.training.predictions import Places, Predictions
 
 LEAST, MOST = 1000, 32  # positions that an artefact is judged on, and rows that they stand in

@@ -19,7 +19,8 @@ from raykd.orchestration.teachers import Served, teachers
 from raykd.recipe.recipe import Recipe
 from raykd.teacher.scorer import device_of
 from raykd.training.arm import World
-from raykd.training.run_arms import arms_of, run_arms
+from raykd.training.arms import arms_of
+from raykd.training.run_arms import run_arms
 
 
 def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:

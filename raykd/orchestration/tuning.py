@@ -26,7 +26,8 @@ from raykd.stages.load import apply_trial
 from raykd.teacher.scorer import device_of
 from raykd.training import phases
 from raykd.training.arm import World
-from raykd.training.run_arms import Workshop, student_arm
+from raykd.training.arms import student_arm
+from raykd.training.run_arms import ArmRunner
 
 METRIC = "val_accuracy"
 TRIAL_CPU, WORKER_CPU = 0.05, 0.9  # a nested trial and its N workers fit N cores
@@ -130,7 +131,7 @@ def _train_trial(
     report: Callable[[dict[str, Any]], Any],
 ) -> None:
     recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
-    shop = Workshop(recipe, shared["store"], device_of(recipe))
+    shop = ArmRunner(recipe, shared["store"], device_of(recipe))
     arm = student_arm(recipe, recipe.seeds[0])
     student = shop.student(arm)
 
@@ -150,7 +151,7 @@ def _train_trial(
 
 def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
     """Metrics of a trial's weights on the test split; for the best trial, once the search is over."""
-    shop = Workshop(recipe, None, device_of(recipe))
+    shop = ArmRunner(recipe, None, device_of(recipe))
     student = shop.student(student_arm(recipe, recipe.seeds[0])).to(shop.device)
     if recipe.phases:
         phases.enter(student.module, recipe.phases[-1])

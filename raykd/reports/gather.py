@@ -27,8 +27,8 @@ from raykd.store import layer_signals
 from raykd.store.reader import Store
 from raykd.teacher.identity import run_digest
 from raykd.training import predictions
+from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
 from raykd.training.predictions import Places, Predictions
-from raykd.training.run_arms import ROUNDED_CONTROL, UNROUNDED, arms_of
 
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
@@ -73,7 +73,7 @@ def gather(
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
-        best_seed=artefact.best_seed(found, folder),
+        best_seed=best_seed(found, folder),
         student_params=_params(records, "student"),
         control_params=_params(records, "control"),
         teacher_info=_weights(found.teacher.weights)

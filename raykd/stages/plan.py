@@ -17,7 +17,7 @@ from raykd.store import care
 from raykd.store.commit import plan_shards
 from raykd.store.logits import codec_name
 from raykd.teacher.identity import identity
-from raykd.training.run_arms import arms_of
+from raykd.training.arms import arms_of
 
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 

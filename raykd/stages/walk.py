@@ -35,7 +35,8 @@ from raykd.teacher.identity import run_digest, signals_of
 from raykd.teacher.scorer import Scorer
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
-from raykd.training.run_arms import arms_of, kept_of, replay_of
+from raykd.training.arms import arms_of
+from raykd.training.run_arms import kept_of, replay_of
 
 OUT = Path("runs")
 

@@ -15,7 +15,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.teacher.identity import run_digest
 from raykd.tracking import journal
 from raykd.tracking.journal import NAME, Journal, Metric
-from raykd.training.run_arms import arms_of
+from raykd.training.arms import arms_of
 
 PARENT = "run"
 

@@ -8,7 +8,6 @@ presence means the arm is done, and a later attempt does not train it again.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,50 +28,22 @@ from raykd.generation.own_rows import Live, Text
 from raykd.generation.sampling import Frozen, Teacher
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
-from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.recipe.recipe import Recipe
 from raykd.stages.load import register
 from raykd.store.codecs.hidden import Hidden
 from raykd.store.reader import Store
 from raykd.teacher.identity import run_digest, store_table
 from raykd.training import measure, phases
 from raykd.training.arm import Arm, World
+from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import to_device
 from raykd.training.loop import train
 from raykd.training.predictions import Predictions
 from raykd.training.state import State
 
-UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
 DRAFTERS = ("student", "control")
 Tell = Callable[[str, int, dict[str, Any]], None]
-
-
-def arms_of(recipe: Recipe) -> list[Arm]:
-    """The arms in the order they are trained: for each seed the control, what stands beside, then
-    the student.
-    """
-    labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
-    rounds, found = any(phase.quant for phase in recipe.phases), []
-    for seed in recipe.seeds:
-        student = student_arm(recipe, seed)
-        if recipe.control:
-            found.append(Arm("control", seed, labels_only))
-        if rounds and recipe.rounded_control:
-            found.append(Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases))
-        if rounds and recipe.unrounded:
-            found.append(replace(student, name=UNROUNDED, phases=()))
-        found.append(student)
-    return found
-
-
-def student_arm(recipe: Recipe, seed: int) -> Arm:
-    """The recipe's own terms, row weights and phases."""
-    source = recipe.source and recipe.source.model_copy(update={"log": recipe.source.log_of(seed)})
-    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), source)
-
-
-def _ce_settings(recipe: Recipe) -> dict[str, Any]:
-    return recipe.terms["ce"].settings if "ce" in recipe.terms else {}
 
 
 def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> Kept | None:
@@ -101,7 +72,7 @@ def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None
     return found
 
 
-class Workshop:
+class ArmRunner:
     """What every arm of a recipe shares on one worker: rows, teacher signals, device."""
 
     def __init__(
@@ -236,7 +207,7 @@ def run_arms(
 
     `teacher` scores what students write; without, it is loaded here.
     """
-    shop = Workshop(recipe, store, device, teacher)
+    shop = ArmRunner(recipe, store, device, teacher)
     for arm in arms_of(recipe):
         target = folder / "arms" / arm.key
         if _agreed(world, read_json(target / "arm.json") is not None, device):
@@ -266,7 +237,7 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
     return bool(world.sum(answer) > 0)
 
 
-def _write_arm(shop: Workshop, arm: Arm, state: State, target: Path) -> None:
+def _write_arm(shop: ArmRunner, arm: Arm, state: State, target: Path) -> None:
     student = state.learner.student
     weights = save(models.weights_of(student.module))
     write_bytes(target / "weights.safetensors", weights)

@@ -19,7 +19,8 @@ from raykd.reports import answers, compare, schema
 from raykd.stages import plan, walk
 from raykd.stages.load import load
 from raykd.training import predictions
-from raykd.training.run_arms import Workshop, arms_of
+from raykd.training.arms import arms_of
+from raykd.training.run_arms import ArmRunner
 
 pytestmark = pytest.mark.ray
 KEPT = (
@@ -168,7 +169,7 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
 def test_control_and_student_start_from_equal_weights(recipe, scored):
     found = load(recipe)
     store = next((scored / "stores").iterdir())
-    shop = Workshop(found, store, torch.device("cpu"))
+    shop = ArmRunner(found, store, torch.device("cpu"))
     control, student = (shop.student(arm).module.state_dict() for arm in arms_of(found))
     assert [arm.name for arm in arms_of(found)] == ["control", "student"]
     assert control.keys() == student.keys()

@@ -28,9 +28,10 @@ from raykd.recipe.recipe import DataRef
 from raykd.store import node_copy
 from raykd.store.logits import from_metadata
 from raykd.store.reader import Store
+from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.prefetch import Ahead
-from raykd.training.run_arms import Workshop, arms_of
+from raykd.training.run_arms import ArmRunner
 
 folder = test_stored_logits.folder
 CPU = torch.device("cpu")
@@ -192,7 +193,7 @@ def test_a_cache_that_others_can_write_is_not_trusted(comb, cache):
 
 def test_a_batch_made_ahead_is_the_batch_made_in_turn_bit_for_bit(scored, cache):
     recipe, store = scored
-    shop = Workshop(recipe, store.folder, CPU)
+    shop = ArmRunner(recipe, store.folder, CPU)
     arm = next(a for a in arms_of(recipe) if a.name == "student")
     runs = []
     for mapped in (True, False):

@@ -23,8 +23,9 @@ from raykd.stages.load import register, resolve
 from raykd.store.logits import taken
 from raykd.store.reader import Store
 from raykd.teacher.scorer import Scorer
+from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
-from raykd.training.run_arms import Workshop, arms_of, teacher_head
+from raykd.training.run_arms import ArmRunner, teacher_head
 
 CLASSES, CPU = 7, torch.device("cpu")
 CODECS = {
@@ -130,7 +131,7 @@ def test_kd_from_the_store_is_kd_from_the_live_teacher(made):
 
 def test_a_student_learns_from_any_codec(made):
     _, recipe, store = made
-    shop = Workshop(recipe, store.folder, CPU)
+    shop = ArmRunner(recipe, store.folder, CPU)
     arm = next(a for a in arms_of(recipe) if a.name == "student")
     history = shop.train_arm(arm, shop.student(arm)).history
     assert history[-1]["loss"] < history[0]["loss"]

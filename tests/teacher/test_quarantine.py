@@ -20,8 +20,9 @@ from raykd.store import care
 from raykd.store.commit import StoreWriter, plan_shards
 from raykd.store.reader import Store
 from raykd.teacher.scorer import Scorer, bad_rows, statistics
+from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
-from raykd.training.run_arms import Workshop, arms_of
+from raykd.training.run_arms import ArmRunner
 
 folder = test_stored_logits.folder
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder,
     assert torch.equal(*logits)
     aligned = store.aligned("answer", "test", test, -1)
     assert np.flatnonzero(aligned == -1).tolist() == [5]
-    shop = Workshop(recipe, where, CPU)
+    shop = ArmRunner(recipe, where, CPU)
     arm = next(x for x in arms_of(recipe) if x.name == "student")
     assert np.isfinite(shop.train_arm(arm, shop.student(arm)).history[-1]["loss"])
 

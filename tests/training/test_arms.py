@@ -19,7 +19,8 @@ from raykd.quant.rounding import codes_of, scale_of
 from raykd.reports import page, sentences
 from raykd.stages import walk
 from raykd.stages.load import load
-from raykd.training.run_arms import Workshop, arms_of
+from raykd.training.arms import arms_of
+from raykd.training.run_arms import ArmRunner
 
 pytestmark = pytest.mark.ray
 PHASES = """
@@ -81,7 +82,7 @@ def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(
     made, recipe, folder, out
 ):
     found = load(recipe)
-    shop = Workshop(found, walk.score(found, out), torch.device("cpu"))
+    shop = ArmRunner(found, walk.score(found, out), torch.device("cpu"))
     student = shop.student(next(arm for arm in arms_of(found) if arm.name == "unrounded"))
     weights = load_file(folder / "arms/unrounded-0/weights.safetensors")
     for name, value in weights.items():

@@ -32,11 +32,12 @@ from raykd.signals import UNLABELLED, Batch
 from raykd.stages.load import resolve
 from raykd.training import predictions
 from raykd.training.arm import Arm, World
+from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import train
 from raykd.training.phases import spans
-from raykd.training.run_arms import Workshop, arms_of, run_arms
+from raykd.training.run_arms import ArmRunner, run_arms
 from raykd.training.state import State
 
 CPU = torch.device("cpu")
@@ -433,7 +434,7 @@ class Watched(DeviceRows):
 
 
 def test_control_and_student_start_from_equal_weights_and_see_equal_rows(distillation):
-    shop = Workshop(*distillation, CPU)
+    shop = ArmRunner(*distillation, CPU)
     arms = arms_of(shop.recipe)
     assert [arm.key for arm in arms] == ["control-0", "student-0", "control-5", "student-5"]
     starts, seen = {}, {}
@@ -508,7 +509,7 @@ def test_an_arms_files_belong_together(distillation, tmp_path):
     found, store = distillation
     run(found.model_copy(update={"seeds": [5], "control": False}), store, tmp_path)
     folder = tmp_path / "arms" / "student-5"
-    shop = Workshop(found, store, CPU)
+    shop = ArmRunner(found, store, CPU)
     student = shop.student(Arm("student", 0, dict(found.terms)))
     student.module.load_state_dict(load_file(folder / "weights.safetensors"))
     np.testing.assert_array_equal(

@@ -1,0 +1,49 @@
+"""Which trainings a recipe asks for, and the one of them that is exported."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raykd.files.atomic import read_json
+from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.training.arm import Arm
+
+UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
+
+
+def arms_of(recipe: Recipe) -> list[Arm]:
+    """The arms in the order they are trained: for each seed the control, what stands beside, then
+    the student.
+    """
+    labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
+    rounds, found = any(phase.quant for phase in recipe.phases), []
+    for seed in recipe.seeds:
+        student = student_arm(recipe, seed)
+        if recipe.control:
+            found.append(Arm("control", seed, labels_only))
+        if rounds and recipe.rounded_control:
+            found.append(Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases))
+        if rounds and recipe.unrounded:
+            found.append(replace(student, name=UNROUNDED, phases=()))
+        found.append(student)
+    return found
+
+
+def student_arm(recipe: Recipe, seed: int) -> Arm:
+    """The recipe's own terms, row weights and phases."""
+    source = recipe.source and recipe.source.model_copy(update={"log": recipe.source.log_of(seed)})
+    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), source)
+
+
+def _ce_settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.terms["ce"].settings if "ce" in recipe.terms else {}
+
+
+def best_seed(recipe: Recipe, folder: Path) -> int:
+    """The student's seed with the highest validation accuracy, the first of equals."""
+    records = [
+        read_json(folder / "arms" / arm.key / "arm.json")
+        for arm in arms_of(recipe)
+        if arm.name == "student"
+    ]
+    return max(records, key=lambda record: record["val"]["val_accuracy"])["seed"]
