@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from pipelines.bench import pairs
 from pipelines.bench.table import Figure, figure, show
 from raykd.deploy.onnx import write_decoder
-from raykd.deploy.onnx.decoder import Decoder
-from raykd.generation.reader import OnnxReader, Reader, TorchReader
+from raykd.deploy.onnx.decoder import Decoder, OnnxReader
+from raykd.generation.reader import Reader, TorchReader
 from raykd.generation.speculative import Text, generate, predicted, speculate
 from raykd.models.llama import Llama
 

@@ -29,14 +29,13 @@ from raykd.deploy.artefact import ONNX, copy_cards, files_of
 from raykd.deploy.forms import FILES
 from raykd.deploy.gguf import write as write_gguf
 from raykd.deploy.onnx import write_decoder
-from raykd.deploy.onnx.decoder import Decoder
+from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.deploy.parity import bar_of, gate
 from raykd.errors import DataError, RecipeError
 from raykd.files.atomic import whole_folder, write_bytes, write_json
 from raykd.generation import acceptance, judge_drafter
 from raykd.generation.acceptance import Drafts
 from raykd.generation.own_rows import Text
-from raykd.generation.reader import OnnxReader
 from raykd.models.llama import Llama
 from raykd.quant import swap
 from raykd.recipe.drafter import Drafter

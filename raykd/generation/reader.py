@@ -1,15 +1,11 @@
-"""One text that a language model reads on: torch's with its cache, or an ONNX file's, under the
-same four names.
-"""
+"""One text that a language model reads token by token: the protocol, and a Llama with its cache."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from raykd.deploy.onnx.decoder import Decoder
 from raykd.errors import DataError
 from raykd.models.llama import Llama
 
@@ -61,24 +57,3 @@ class TorchReader:
         return self._module(torch.tensor([tokens], device=self._cache.keys.device), self._cache)[
             "logits"
         ][0]
-
-
-class OnnxReader:
-    """A decoder of one row, by torch's tensors."""
-
-    def __init__(self, decoder: Decoder):
-        if decoder.rows != 1:
-            raise DataError(
-                f"decoder: made for {decoder.rows} rows, but one text is read; make one with rows=1"
-            )
-        self.steps, self._decoder = decoder.steps, decoder
-
-    @property
-    def length(self) -> int:
-        return self._decoder.length
-
-    def rollback(self, length: int) -> None:
-        self._decoder.rollback(length)
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self._decoder.step(np.array([tokens], np.int64))[0])

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raykd.deploy.onnx import write_decoder
-from raykd.deploy.onnx.decoder import Decoder
+from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.errors import DataError, RecipeError
-from raykd.generation.reader import OnnxReader, TorchReader
+from raykd.generation.reader import TorchReader
 from raykd.generation.speculative import (
     Text,
     draw,

@@ -2,11 +2,14 @@
 numpy out.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raykd.deploy.onnx import session as onnx_session
 from raykd.errors import DataError, StoreError
@@ -95,3 +98,24 @@ class Decoder:
             if value.shape()[2] == self._length
             else onnx_session.value(value.numpy()[:, :, : self._length].copy())
         )
+
+
+class OnnxReader:
+    """A decoder of one row as a `raykd.generation.reader.Reader`: torch tensors in place of numpy."""
+
+    def __init__(self, decoder: Decoder):
+        if decoder.rows != 1:
+            raise DataError(
+                f"decoder: made for {decoder.rows} rows, but one text is read; make one with rows=1"
+            )
+        self.steps, self._decoder = decoder.steps, decoder
+
+    @property
+    def length(self) -> int:
+        return self._decoder.length
+
+    def rollback(self, length: int) -> None:
+        self._decoder.rollback(length)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._decoder.step(np.array([tokens], np.int64))[0])
