@@ -13,8 +13,9 @@ from torch import nn
 
 from raykd.data.order import ShuffledStream, mixed
 from raykd.errors import DataError
-from raykd.generation.draft_log import DraftLog, Replay
+from raykd.generation.draft_log import DraftLog
 from raykd.generation.drafts import drafted
+from raykd.generation.replay import Replay
 from raykd.generation.sampling import Later, Teacher, on_policy, prompts
 from raykd.generation.schedule import Schedule
 from raykd.recipe.source import Source

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from raykd.data.order import mixed
 from raykd.files import faults
-from raykd.generation.draft_log import Kept, Replay
+from raykd.generation.draft_log import Kept
 from raykd.generation.own_rows import Live
+from raykd.generation.replay import Replay
 from raykd.losses.objective import Objective, learned
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Optim

@@ -23,8 +23,9 @@ from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.files.place import Address
 from raykd.generation import acceptance, judge_drafter
 from raykd.generation.acceptance import Drafts
-from raykd.generation.draft_log import Kept, Replay, kept
+from raykd.generation.draft_log import Kept, kept
 from raykd.generation.own_rows import Live, Text
+from raykd.generation.replay import Replay
 from raykd.generation.sampling import Frozen, Teacher
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter

@@ -10,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raykd.data.order import Order, input_noise, mixed
 from raykd.errors import Diverged
-from raykd.generation.draft_log import DraftLog, Kept, Replay
+from raykd.generation.draft_log import DraftLog, Kept
 from raykd.generation.own_rows import Live, Written, replayed, written
+from raykd.generation.replay import Replay
 from raykd.generation.sampling import Later
 from raykd.generation.schedule import Schedule
 from raykd.losses.terms import is_own

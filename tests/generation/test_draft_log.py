@@ -18,8 +18,9 @@ from torch import Tensor
 from raykd import techniques
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json, to_json
-from raykd.generation.draft_log import DraftLog, Kept, Replay, kept
+from raykd.generation.draft_log import DraftLog, Kept, kept
 from raykd.generation.own_rows import Text, Written, replayed, written
+from raykd.generation.replay import Replay
 from raykd.generation.sampling import Frozen
 from raykd.generation.schedule import Schedule
 from raykd.losses.divergences import own
