@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from test_onnx_write import CHANNELS, SCHEMES, STEPS, encoder_of
+from encoders import CHANNELS, SCHEMES, STEPS, encoder_of
 
 from raykd.deploy.onnx import write as write_onnx
 

@@ -4,16 +4,20 @@ damaged, is refused.
 
 import pytest
 import torch
+from ggufs import SCHEMES, STEPS, llama
 from hypothesis import given
 from hypothesis import strategies as st
 from language import END, HELD_OUT, bpe, text
-from test_gguf_write import EACH, SCHEMES, STEPS, gguf, llama
 from tokenizers import Tokenizer
 
 from raykd.deploy.gguf import read as read_gguf
 from raykd.deploy.gguf import write as write_gguf
 from raykd.errors import RecipeError
 from raykd.training import phases
+
+gguf = pytest.importorskip("gguf", reason="pip install 'raykd[gguf]'")
+
+EACH = pytest.mark.parametrize("name", SCHEMES)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from ggufs import SCHEMES, STEPS, TERNARY, llama
 from hypothesis import given
 from hypothesis import strategies as st
 from language import END, HELD_OUT, READ, TOKENS, bpe, text, train
@@ -27,36 +28,13 @@ from raykd.training import phases
 
 gguf = pytest.importorskip("gguf", reason="pip install 'raykd[gguf]'")
 
-STEPS = 128
 TURN = rotations(torch.arange(3, 8), 64, 10_000.0)
 LARGEST = {"TQ2_0": 1, "TQ1_0": 1, "Q4_0": 7, "Q8_0": 127}
-TERNARY = Quant(weights="ternary", activations="none")
-SCHEMES = {  # the Quant, the model's shape, the type of its layers, of its table
-    "fp32": (None, {}, "F32", "F32"),
-    "fp32-free": (None, {"tied": False, "kv_heads": 1}, "F32", "F32"),
-    "fp32-sub-norm": (None, {"sub_norm": True}, "F32", "F32"),
-    "ternary": (TERNARY, {}, "TQ2_0", "Q8_0"),
-    "ternary-tq1": (TERNARY, {}, "TQ1_0", "Q8_0"),
-    "ternary-int8-tensor": (
-        Quant(weights="ternary", per="tensor", rest="fp32"),
-        {"tied": False},
-        "TQ2_0",
-        "F32",
-    ),
-    "ternary-sub-norm": (TERNARY, {"sub_norm": True}, "TQ2_0", "Q8_0"),
-    "int4-g32": (Quant(weights="int4", per="group", activations="none"), {}, "Q4_0", "Q8_0"),
-    "int8-table": (Quant(activations="int8_token", embeddings="int8"), {}, "Q8_0", "Q8_0"),
-}
 EACH = pytest.mark.parametrize("name", SCHEMES)
 
 
 def kind(name: str):
     return gguf.GGMLQuantizationType[name]
-
-
-def llama(**shape) -> Llama:
-    torch.manual_seed(0)
-    return Llama(classes=TOKENS, steps=STEPS, width=256, heads=4, inner=512, **shape)
 
 
 @given(

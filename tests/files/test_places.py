@@ -18,11 +18,11 @@ from typing import Any
 import by_hand
 import objects
 import pytest
-import test_stored_logits
+import stored
 from by_hand import typed
 from child import CONTEXT, start, wait
 from command import raykd
-from test_store import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
+from shards import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 
 from raykd.errors import InfraError, RecipeError, StoreError
 from raykd.files import bucket
@@ -38,7 +38,11 @@ from raykd.store.reader import Store
 
 KINDS = ("folder", "bucket")
 POINTS = ("before_write", "before_commit", "after_commit", "before_manifest")
-folder = test_stored_logits.folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return stored.write(tmp_path_factory.mktemp("stored"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -235,7 +239,7 @@ def test_a_layer_is_a_store_below_the_first(store):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_is_read_back_alike(kind, folder, tmp_path):
-    recipe, local = test_stored_logits.scored(folder, "comb")
+    recipe, local = stored.scored(folder, "comb")
     where = by_hand.score(recipe, new(kind, tmp_path))
     assert read_json(at(where), "_MANIFEST.json") == local.manifest
     for split in ("train", "val", "test"):
@@ -244,7 +248,7 @@ def test_a_teacher_is_read_back_alike(kind, folder, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_finds_the_nearest_store(kind, folder, tmp_path):
-    recipe, _ = test_stored_logits.scored(folder, "comb")
+    recipe, _ = stored.scored(folder, "comb")
     home = str(new(kind, tmp_path))
     where = by_hand.score(recipe, home)
     raw = recipe.model_dump(mode="json", exclude_none=True)

@@ -12,18 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from child import start, wait
+from random_rows import rows_for
 from safetensors.torch import load_file, save_file
 
 from raykd import techniques
 from raykd.losses.all_rows import everyone
-from raykd.losses.terms import needs_of, wants_of
+from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.swap import QuantLinear, quantised
 from raykd.recipe.recipe import Optim, Phase, TermSpec, Weighting
-from raykd.store.layer_signals import is_signal
 from raykd.training.arm import Arm, World
-from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import train
 from raykd.training.phases import prepare
 from raykd.training.state import State
@@ -50,25 +49,6 @@ def arm_of(recipe: dict[str, Any]) -> Arm:
 
 def in_phases(recipe: dict[str, Any]) -> Arm:
     return replace(arm_of(recipe), phases=tuple(Phase.model_validate(p) for p in recipe["phases"]))
-
-
-def rows_for(arm: Arm) -> DeviceRows:
-    """Forty rows of two to eight steps, and all that the arm reads of a random teacher."""
-    torch.manual_seed(0)
-    needs = needs_of(arm.terms)
-    module = SeriesEncoder(channels=3, classes=4, steps=8, width=12, layers=3).eval()
-    teacher = Adapter(module, want=frozenset(filter(is_signal, needs)))
-    draw = torch.Generator().manual_seed(0)
-    mask = torch.arange(8) < torch.randint(2, 9, (40, 1), generator=draw)
-    inputs = torch.randn(40, 8, 3, generator=draw) * mask[..., None]
-    with torch.no_grad():
-        said = teacher(inputs, mask)
-    signals = {"logits": said.logits, "trajectory": said.valence} | said.layers
-    saliency, answer = torch.randn(40, generator=draw), said.sequence_logits().argmax(1)
-    label = torch.arange(40) % 4
-    return DeviceRows(
-        torch.arange(40), inputs, mask, label, None, signals, mask, saliency=saliency, answer=answer
-    )
 
 
 def trained(

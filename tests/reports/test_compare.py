@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import ROOT, raykd
-from test_report import CLASSES, Page
+from html_page import Page
 
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json, write_json
@@ -26,7 +26,17 @@ from raykd.reports import answers, bootstrap, compare, evidence
 from raykd.reports.compare import page, runs, table, words
 from raykd.reports.evidence import Evidence
 
-GROUPS, WINDOWS = 60, 4
+CLASSES = [
+    "Biceps curl",
+    "Shoulder press",
+    "Lateral raise",
+    "Triceps dip",
+    "Chest fly",
+    "Row",
+    "Rest",
+]
+GROUPS = 60
+WINDOWS = 4
 TERMS = {"ce": {}, "kd": {"temperature": 1.5}}
 
 

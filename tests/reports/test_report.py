@@ -5,10 +5,10 @@ offline.
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 
 from raykd.files.atomic import read_json, write_json
 from raykd.reports import charts, page, schema, sentences
@@ -41,7 +41,6 @@ CONTRACT = {
     "mlflow": ["uri", "experiment", "run_id"],
     "warnings": [],
 }
-VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
 def answers(rng, label, rate):
@@ -291,33 +290,6 @@ def test_the_table_fits_a_terminal_and_names_every_model(full, evidence):
     bare = sentences.table(build(alone(evidence)))
     assert max(map(len, bare.splitlines())) <= 100
     assert "! no teacher" in bare
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text, and fails on a tag closed out of order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")

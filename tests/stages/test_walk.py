@@ -12,8 +12,8 @@ import child
 import numpy as np
 import pytest
 import torch
-from conftest import SEARCH
 from mlflow import MlflowClient
+from recipes import SEARCH
 
 from raykd.reports import answers, compare, schema
 from raykd.stages import plan, walk

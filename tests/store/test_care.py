@@ -12,7 +12,7 @@ from pathlib import Path
 
 import by_hand
 import pytest
-import test_stored_logits
+import stored
 from by_hand import typed
 
 from raykd.errors import StoreError
@@ -23,13 +23,16 @@ from raykd.stages.load import resolve
 from raykd.store import care
 from raykd.store.reader import Store
 
-folder = test_stored_logits.folder
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return stored.write(tmp_path_factory.mktemp("stored"))
 
 
 @pytest.fixture(scope="module")
 def made(folder, tmp_path_factory) -> tuple[Recipe, Path]:
     """(recipe, its finished store) that no test may change."""
-    recipe, _ = test_stored_logits.scored(folder, "fp16")
+    recipe, _ = stored.scored(folder, "fp16")
     return recipe, by_hand.score(recipe, tmp_path_factory.mktemp("out") / "stores")
 
 

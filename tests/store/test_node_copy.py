@@ -17,7 +17,7 @@ import by_hand
 import numpy as np
 import pyarrow as pa
 import pytest
-import test_stored_logits
+import stored
 import torch
 from child import CONTEXT, start, wait
 
@@ -33,7 +33,12 @@ from raykd.training.device_rows import to_device
 from raykd.training.prefetch import Ahead
 from raykd.training.run_arms import ArmRunner
 
-folder = test_stored_logits.folder
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return stored.write(tmp_path_factory.mktemp("stored"))
+
+
 CPU = torch.device("cpu")
 
 
@@ -46,12 +51,12 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module", params=["comb", "topk", "fp16"])
 def scored(request, folder):
-    return test_stored_logits.scored(folder, request.param)
+    return stored.scored(folder, request.param)
 
 
 @pytest.fixture(scope="module")
 def comb(folder):
-    return test_stored_logits.scored(folder, "comb")
+    return stored.scored(folder, "comb")
 
 
 def copy_of(cache: Path, store: Store, split: str = "train") -> Path:

@@ -22,6 +22,7 @@ from child import CONTEXT, start, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from shards import IDENTITY, ROWS, SHARDS, fill, flip, manifest_of, race, read_all, table_of
 
 from raykd import data, models
 from raykd.errors import StoreError
@@ -35,10 +36,6 @@ from raykd.store.reader import Store
 from raykd.teacher.identity import identity
 from raykd.teacher.scorer import Scorer
 from raykd.training.device_rows import to_device
-
-ROWS = {"train": 50, "val": 10, "test": 9}
-SHARDS = plan_shards(ROWS, 16)
-IDENTITY = {"teacher": "of the tests"}
 
 
 @st.composite
@@ -104,39 +101,6 @@ def test_shards_cover_every_row_once_and_none_spans_two_splits(rows, size):
     assert all(0 < s.last - s.first <= size for s in shards)
 
 
-def table_of(shard: Shard, salt: int = 0) -> pa.Table:
-    """Deterministic rows of a shard, without a teacher."""
-    draw = np.random.default_rng([salt, shard.number])
-    rows = shard.last - shard.first
-    mask = np.arange(6) < draw.integers(1, 7, (rows, 1))
-    values = draw.normal(size=(rows, 6, 3)).astype(np.float32)
-    schema = pa.schema(
-        [
-            pa.field("row_id", pa.int64()),
-            pa.field("steps", pa.int32()),
-            field("logits", values, "steps"),
-        ]
-    )
-    row_id = np.arange(shard.first, shard.last)
-    return pa.table(
-        [pa.array(row_id), pa.array(mask.sum(1).astype(np.int32)), encode(values, mask)],
-        schema=schema,
-    )
-
-
-def fill(
-    folder: Path, *, salt: int = 0, backwards: bool = False, gate: Any = None
-) -> dict[str, Any]:
-    """What scoring does: commit every shard that is missing, then finish."""
-    writer = StoreWriter(folder, IDENTITY)
-    missing = writer.missing(SHARDS)
-    if gate:
-        gate.wait(30)
-    for shard in reversed(missing) if backwards else missing:
-        writer.commit(shard, table_of(shard, salt))
-    return writer.finish(SHARDS, {"rows": ROWS})
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A finished store that no test may change."""
@@ -151,18 +115,8 @@ def store(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "store"))
 
 
-def manifest_of(folder: Path) -> bytes:
-    return (folder / "_MANIFEST.json").read_bytes()
-
-
 def parts(folder: Path) -> list[Path]:
     return sorted((folder / "data").iterdir())
-
-
-def read_all(folder: Path) -> list[pa.Table]:
-    """Every split from the shards themselves, whatever copies a node has."""
-    found = Store(folder)
-    return [pa.concat_tables(found.shards(split)) for split in ROWS]
 
 
 def test_a_store_gives_back_every_row_in_order(whole):
@@ -261,12 +215,6 @@ def flips(paths: list[Path], count: int, seed: int) -> list[tuple[Path, int, int
     return [(paths[file], byte, int(draw.integers(8))) for file, byte in edges]
 
 
-def flip(path: Path, byte: int, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1 << bit
-    path.write_bytes(content)
-
-
 def test_a_flipped_bit_in_a_shard_is_never_accepted(store):
     places = flips(parts(store), 300, seed=0)
     assert len(places) >= 300
@@ -347,15 +295,6 @@ def test_a_scorer_killed_at_any_point_loses_nothing(at, shard, whole, tmp_path):
     assert wait([start(fill, folder, **fault)]) == [0]
     assert manifest_of(folder) == manifest_of(whole)
     assert [t.num_rows for t in read_all(folder)] == list(ROWS.values())
-
-
-def race(folder: Path, salt: int, gate: Any, told: Path) -> None:
-    """Commit every shard with rows of one's own, and write down which records stood."""
-    writer = StoreWriter(folder, IDENTITY)
-    missing = writer.missing(SHARDS)
-    gate.wait(30)
-    told.write_text(json.dumps([writer.commit(shard, table_of(shard, salt)) for shard in missing]))
-    writer.finish(SHARDS, {"rows": ROWS})
 
 
 def test_two_processes_that_race_end_with_one_commit_a_shard(tmp_path):

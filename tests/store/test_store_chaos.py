@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from child import start, wait
-from test_store import IDENTITY, flip, manifest_of, table_of
+from shards import IDENTITY, flip, manifest_of, table_of
 
 from raykd.errors import InfraError, StoreError
 from raykd.files.atomic import read_json

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from child import start, wait
-from test_store import IDENTITY, SHARDS, fill, table_of
+from shards import IDENTITY, SHARDS, fill, table_of
 
 from raykd.errors import StoreError
 from raykd.files.atomic import read_json, to_json

@@ -6,20 +6,19 @@ truncation are in it.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import by_hand
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from stored import CLASSES, CODECS, scored
 
 from raykd.errors import RecipeError
 from raykd.losses.shared_terms import kd
 from raykd.models.adapter import Adapter
 from raykd.signals import Signals
-from raykd.stages.load import register, resolve
+from raykd.stages.load import register
 from raykd.store.logits import taken
 from raykd.store.reader import Store
 from raykd.teacher.scorer import Scorer
@@ -27,48 +26,8 @@ from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.run_arms import ArmRunner, teacher_head
 
-CLASSES, CPU = 7, torch.device("cpu")
-CODECS = {
-    "fp16": {"codec": "dense"},
-    "int8": {"codec": "dense", "values": "int8"},
-    "comb": {"codec": "comb", "points": 255},
-    "topk": {"codec": "topk", "top": CLASSES},
-    "hidden": {"codec": "hidden"},
-}
+CPU = torch.device("cpu")
 EXACT = ("fp16", "topk", "hidden")  # up to the rounding of fp16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A Parquet folder of series of 1 to 16 steps, and a teacher beside it."""
-    folder = tmp_path_factory.mktemp("stored")
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "inputs": rng.normal(size=(int(rng.integers(1, 17)), 6)).tolist(),
-            "label": i % CLASSES,
-            "split": ("train", "train", "train", "val", "test")[i // CLASSES % 5],
-        }
-        for i in range(40 * CLASSES)
-    ]
-    (folder / "rows").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows" / "part-0.parquet")
-    by_hand.teacher(folder / "teacher.safetensors")
-    return folder
-
-
-def scored(folder: Path, codec: str, **changes):
-    """(recipe, store) of the folder's rows under one codec."""
-    raw = {
-        "data": {"source": str(folder / "rows")},
-        "teacher": {"weights": str(folder / "teacher.safetensors"), "settings": by_hand.SETTINGS},
-        "student": {"settings": {"width": 8}},
-        "terms": {"kd": {"temperature": 2.0}},
-        "store": CODECS[codec] | {"rows_per_shard": 64, "batch": 32},
-        "optim": {"steps": 30, "batch": 32, "evaluate_every": 15},
-    }
-    recipe = resolve(raw | changes)
-    return recipe, Store(by_hand.score(recipe, folder / codec))
 
 
 @pytest.fixture(scope="module", params=CODECS)

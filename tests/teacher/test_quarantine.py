@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_stored_logits
+import stored
 import torch
 
 from raykd.errors import DataError
@@ -24,7 +24,12 @@ from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.run_arms import ArmRunner
 
-folder = test_stored_logits.folder
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return stored.write(tmp_path_factory.mktemp("stored"))
+
+
 CPU = torch.device("cpu")
 
 
@@ -70,7 +75,7 @@ def poisoned(
 
 @pytest.mark.parametrize("codec", ["fp16", "comb"])
 def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder, tmp_path):
-    recipe, whole = test_stored_logits.scored(folder, codec)
+    recipe, whole = stored.scored(folder, codec)
     splits = Scorer(recipe).dataset.splits
     train, test = splits["train"].row_id, splits["test"].row_id
     lost = {int(train[3]), int(train[70]), int(test[5])}
@@ -103,7 +108,7 @@ def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder,
 
 
 def test_a_shard_whose_reasons_are_lost_is_scored_again(folder, tmp_path):
-    recipe, _ = test_stored_logits.scored(folder, "fp16")
+    recipe, _ = stored.scored(folder, "fp16")
     first = int(Scorer(recipe).dataset.splits["train"].row_id[0])
     where, writer, shards = poisoned(recipe, tmp_path, (first,))
     (where / "_quarantine/00000.json").unlink()
@@ -113,7 +118,7 @@ def test_a_shard_whose_reasons_are_lost_is_scored_again(folder, tmp_path):
 
 
 def test_a_shard_without_any_row_that_can_be_scored_is_sound(folder, tmp_path):
-    recipe, _ = test_stored_logits.scored(folder, "comb")
+    recipe, _ = stored.scored(folder, "comb")
     every = Scorer(recipe).dataset.splits["train"].row_id
     size = recipe.store.rows_per_shard
     where, writer, shards = poisoned(recipe, tmp_path, tuple(every[:size].tolist()))
@@ -122,7 +127,7 @@ def test_a_shard_without_any_row_that_can_be_scored_is_sound(folder, tmp_path):
 
 
 def test_a_row_that_can_not_be_scored_is_an_error_unless_it_is_allowed(folder):
-    recipe, _ = test_stored_logits.scored(folder, "fp16")
+    recipe, _ = stored.scored(folder, "fp16")
     scorer = Poisoned(recipe)
     ids = scorer.dataset.splits["val"].row_id
     scorer.nan = (int(ids[1]),)
@@ -146,7 +151,7 @@ class OneProcess:
 def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
     folder, tmp_path, monkeypatch
 ):
-    recipe, whole = test_stored_logits.scored(folder, "fp16")
+    recipe, whole = stored.scored(folder, "fp16")
     dataset = Scorer(recipe).dataset
     ids = dataset.splits["train"].row_id
     monkeypatch.setattr(scoring, "scored", OneProcess)

@@ -10,9 +10,9 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from random_rows import rows_for
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_workers import rows_for
 from torch import nn
 
 from raykd import data, models
