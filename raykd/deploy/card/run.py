@@ -1,6 +1,4 @@
-"""Classify series with this student:  python run.py windows.npy   (a float array (N, steps,
-channels)).
-"""
+"""Classify series with this student:  python run.py windows.npy   (a float array (N, steps, channels))."""
 
 import json
 import sys

@@ -1,5 +1,4 @@
-"""Continue a text with this student, each token the likeliest:  python run.py "Once upon a time" 40
-(40 tokens)
+"""Continue a text with this student, each token the likeliest:  python run.py "Once upon a time" 40   (40 tokens)
 
 Without a tokenizer.json beside it, token ids in and out:  python run.py "17 4 230" 40
 It needs numpy and onnxruntime, nothing else.
@@ -16,30 +15,16 @@ import numpy as np
 import onnxruntime
 
 HERE = Path(__file__).parent
-WORDS = re.compile(
-    r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
-)  # GPT-2's
+WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)  # GPT-2's
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTERS = {
-    byte: chr(byte) for byte in PRINTED
-}  # of tokenizer.json for each byte, the others' from 256 on
+LETTERS = {byte: chr(byte) for byte in PRINTED}  # of tokenizer.json for each byte, the others' from 256 on
 LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(PRINTED)))}
 
 
 def ascii_like(c):
     """A letter, digit, space or sign for a letter, number, space or sign of any script."""
     kind = unicodedata.category(c)[0]
-    return (
-        c
-        if c.isascii()
-        else "x"
-        if kind == "L"
-        else "0"
-        if kind == "N"
-        else "\t"
-        if c.isspace()
-        else "!"
-    )
+    return c if c.isascii() else "x" if kind == "L" else "0" if kind == "N" else "\t" if c.isspace() else "!"
 
 
 def words(text, digits):
@@ -51,16 +36,12 @@ def words(text, digits):
 
 
 def encode(text, vocab, ranks, digits=False):
-    """Token ids: bytes of each word, of which the pair that was learnt first is merged as long as
-    there is one.
-    """
+    """Token ids: bytes of each word, of which the pair that was learnt first is merged as long as there is one."""
     ids = []
     for word in words(text, digits):
         parts = [letter for byte in word.encode() if (letter := LETTERS[byte]) in vocab]
         while len(parts) > 1:
-            rank, i = min(
-                (ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts))
-            )
+            rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
             if rank == len(ranks):
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -70,20 +51,14 @@ def encode(text, vocab, ranks, digits=False):
 
 def decode(ids, held):
     """The bytes of token ids; special tokens have none."""
-    bytes_of, special = (
-        {letter: byte for byte, letter in LETTERS.items()},
-        {t["id"] for t in held["added_tokens"]},
-    )
+    bytes_of, special = {letter: byte for byte, letter in LETTERS.items()}, {t["id"] for t in held["added_tokens"]}
     tokens = {i: token for token, i in held["model"]["vocab"].items()}
     return bytes(bytes_of[letter] for i in ids if i not in special for letter in tokens[i])
 
 
 def greedy(student, ids, count):
     """The likeliest `count` tokens after `ids`; keys and values go from call to call."""
-    past = {
-        v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32)
-        for v in student.get_inputs()[1:]
-    }
+    past = {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in student.get_inputs()[1:]}
     new, said = ids, []
     while len(said) < count:
         logits, *grown = student.run(None, {"tokens": np.array([new], np.int64), **past})
@@ -98,23 +73,15 @@ if __name__ == "__main__":
         held = json.loads((HERE / "tokenizer.json").read_bytes())
         pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in held["model"]["merges"]]
         digits = held["pre_tokenizer"]["type"] == "Sequence"
-        ids = encode(
-            prompt, held["model"]["vocab"], {pair: rank for rank, pair in enumerate(pairs)}, digits
-        )
+        ids = encode(prompt, held["model"]["vocab"], {pair: rank for rank, pair in enumerate(pairs)}, digits)
     else:
         ids = [int(word) for word in prompt.split()]
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(
-        "session.x64quantprecision", "1"
-    )  # else int8 overflows on x86 without VNNI
-    student = onnxruntime.InferenceSession(
-        str(HERE / "student.onnx"), options, providers=["CPUExecutionProvider"]
-    )
+    options.add_session_config_entry("session.x64quantprecision", "1")  # else int8 overflows on x86 without VNNI
+    student = onnxruntime.InferenceSession(str(HERE / "student.onnx"), options, providers=["CPUExecutionProvider"])
     steps = int(student.get_modelmeta().custom_metadata_map["steps"])
     if not 1 <= len(ids) <= steps + 1 - count:
-        sys.exit(
-            f"{len(ids)} tokens and {count} more: this student reads {steps} in all, and at least one"
-        )
+        sys.exit(f"{len(ids)} tokens and {count} more: this student reads {steps} in all, and at least one")
     said = greedy(student, ids, count)
     sys.stdout.buffer.write(decode(said, held) if held else " ".join(map(str, said)).encode())
     print()
