@@ -18,7 +18,8 @@ from raykd.store import layer_signals
 from raykd.store.commit import plan_shards, store_id
 from raykd.store.reader import Store
 from raykd.teacher.identity import identity, signals_of
-from raykd.teacher.scorer import Scorer, statistics
+from raykd.teacher.scorer import Scorer
+from raykd.teacher.statistics import store_statistics
 
 SETTINGS = {"steps": 16, "width": 8, "layers": 3, "heads": 2}
 
@@ -50,7 +51,7 @@ def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
             writers[name].commit(shard, part)
     for name, writer in writers.items():
         view = Store.of_shards(folder, writer.records(shards))
-        writer.finish(shards, {} if name else statistics(found, scorer.dataset, view))
+        writer.finish(shards, {} if name else store_statistics(found, scorer.dataset, view))
     torch.set_num_threads(before)
     return folder
 

@@ -11,13 +11,15 @@ from raykd.data import Dataset
 from raykd.errors import DataError, RaykdError
 from raykd.files.atomic import to_json
 from raykd.files.place import Address, Place, at, read_json, within
+from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
 from raykd.teacher.identity import identity, signals_of
-from raykd.teacher.scorer import Scorer, bad_rows, device_of, statistics
+from raykd.teacher.scorer import Scorer, bad_rows
+from raykd.teacher.statistics import store_statistics
 
 
 class ShardScorer:
@@ -96,7 +98,7 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
         _stream(recipe, writer, shards, sorted(missing, key=lambda shard: shard.number))
     # the statistics read the shards, so a provisional view stands in until the manifest exists
     writer.finish(
-        shards, statistics(recipe, dataset, Store.of_shards(where, writer.records(shards)))
+        shards, store_statistics(recipe, dataset, Store.of_shards(where, writer.records(shards)))
     )
     for name in signals_of(recipe):
         writers[name].finish(shards, {})

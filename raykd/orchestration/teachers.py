@@ -15,8 +15,8 @@ from raykd import data, models
 from raykd.errors import InfraError
 from raykd.files import faults
 from raykd.generation.sampling import Frozen
+from raykd.models.device import device_of
 from raykd.recipe.recipe import Recipe
-from raykd.teacher.scorer import device_of
 
 
 class TeacherActor:

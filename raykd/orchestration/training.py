@@ -14,10 +14,10 @@ from raykd.console import Progress, say
 from raykd.errors import Diverged, InfraError
 from raykd.files.atomic import read_json
 from raykd.files.place import Address
+from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.teachers import Served, teachers
 from raykd.recipe.recipe import Recipe
-from raykd.teacher.scorer import device_of
 from raykd.training.arm import World
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms

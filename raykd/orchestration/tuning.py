@@ -19,11 +19,11 @@ from raykd.console import Progress
 from raykd.errors import InfraError
 from raykd.files.atomic import write_bytes
 from raykd.files.place import Address
+from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.training import group
 from raykd.recipe.recipe import Range, Recipe
 from raykd.stages.load import apply_trial
-from raykd.teacher.scorer import device_of
 from raykd.training import phases
 from raykd.training.arm import World
 from raykd.training.arms import student_arm

@@ -202,9 +202,7 @@ def _score(place: Place) -> Address | None:
     if place.is_scored:
         say("score", f"done before: {place.store}")
     else:
-        Scorer(
-            place.recipe
-        )  # a teacher that does not fit fails here, in one line, before Ray is started
+        Scorer.check(place.recipe)
         connect(place.address)
         scoring.score(place.recipe, place.dataset, place.out.resolve())
     return place.store

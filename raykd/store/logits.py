@@ -138,7 +138,7 @@ def metadata(codec: Codec, layout: Layout) -> dict[str, str]:
         "settings": json.dumps(asdict(codec)),
         "layout": layout,
         "steps": "steps",
-    }  # type: ignore[call-overload]
+    }
 
 
 def from_metadata(found: Mapping[bytes, bytes] | None) -> tuple[Codec, Layout]:

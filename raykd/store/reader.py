@@ -101,31 +101,48 @@ class Store:
             if r["split"] == split
         )
 
+    def places_of(self, row_id: NDArray[np.int64], split: str) -> NDArray[np.int64]:
+        """(N,): the place of each row among the split's stored rows; -1 where it is not stored.
+
+        This is how rows of data meet the teacher's answers: by their ids, never by their order.
+        """
+        stored = self.row_id(split)
+        place = np.searchsorted(stored, row_id)
+        is_stored = np.zeros(len(row_id), bool)
+        inside = place < len(stored)
+        is_stored[inside] = stored[place[inside]] == row_id[inside]
+        return np.where(is_stored, place, -1)
+
     def aligned(
         self, name: str, split: str, row_id: NDArray[np.int64], missing: float
     ) -> NDArray[Any]:
-        """(N,): a signal of one value a row, for just these rows; `missing` for those that could
-        not be scored.
+        """(N,): a signal of one value a row, for just these rows.
+
+        Rows that could not be scored have the value `missing`.
         """
-        found, ids = self.column(name, split).values, self.row_id(split)
-        at = np.searchsorted(ids, row_id).clip(max=max(len(ids) - 1, 0))
-        return (
-            np.where(ids[at] == row_id, found[at], np.array(missing, found.dtype))
-            if len(ids)
-            else found
-        )
+        values = self.column(name, split).values
+        place = self.places_of(row_id, split)
+        is_stored = place >= 0
+        out = np.full(len(row_id), missing, values.dtype)
+        out[is_stored] = values[place[is_stored]]
+        return out
 
     def stepwise(
         self, name: str, split: str, row_id: NDArray[np.int64], steps: NDArray[Any]
     ) -> NDArray[Any]:
-        """(sum of steps,): a signal of one value a step, for just these rows; -1 or NaN where they
-        were not scored.
+        """(sum of `steps`,): a signal of one value a step, for just these rows.
+
+        Rows that could not be scored have -1 (int32) or NaN at each of their steps.
         """
-        found, ids = self.column(name, split), self.row_id(split)
-        scored = np.repeat(np.isin(row_id, ids), steps)
-        missing: Any = -1 if found.values.dtype == np.int32 else np.nan
-        out = np.full(len(scored), missing, found.values.dtype)
-        out[scored] = found.values[np.repeat(np.isin(ids, row_id), found.steps)]
+        column = self.column(name, split)
+        place = self.places_of(row_id, split)
+        is_stored = place >= 0
+        is_wanted = np.zeros(len(column.steps), bool)
+        is_wanted[place[is_stored]] = True
+        missing: Any = -1 if column.values.dtype == np.int32 else np.nan
+        at = np.repeat(is_stored, steps)
+        out = np.full(len(at), missing, column.values.dtype)
+        out[at] = column.values[np.repeat(is_wanted, column.steps)]
         return out
 
     def column(self, name: str, split: str) -> Column:

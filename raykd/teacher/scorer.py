@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raykd import data, models
-from raykd.data import Dataset, Rows
-from raykd.data.vocabulary import table_digest
+from raykd.data import Rows
 from raykd.errors import DataError, RecipeError
 from raykd.losses import valence
 from raykd.models.adapter import Adapter, whole
+from raykd.models.device import device_of
 from raykd.recipe.digest import digest_of
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals, log_softmax, tensor
@@ -28,19 +28,10 @@ from raykd.store.codecs.hidden import Hidden, head_digest
 from raykd.store.columns import encode, field
 from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, metadata
-from raykd.store.reader import Store
 from raykd.teacher.identity import identity, signals_of, store_table
 
 HALF = torch.finfo(torch.float16).max
 FAR = 0.02  # of the largest logit: above what bfloat16 rounds
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The device of this process: CUDA where it is present and not refused."""
-    wanted = recipe.scale.device
-    return torch.device(
-        "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
-    )
 
 
 class Scorer:
@@ -64,6 +55,14 @@ class Scorer:
             else codec_for(self.settings, len(self.dataset.classes))
         )
         self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """RecipeError if the recipe's teacher cannot be loaded or does not fit its data.
+
+        Call it before Ray is started, where the error would be wrapped and come late.
+        """
+        cls(recipe)
 
     def table(self, shard: Shard) -> pa.Table:
         """One row of signals for each row of the shard.
@@ -275,53 +274,3 @@ def bad_rows(bad: dict[int, str], most: int) -> str:
             "mend them or the teacher, or raise scale.max_bad_rows to leave them out",
         ]
     )
-
-
-def statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]:
-    """Data-set statistics for the manifest, so that row weights need no communication.
-
-    `value_head` is the gate on the trajectory: its correlation with the realised future valence on
-    validation rows.
-    """
-    salient = store.column("saliency", "train").values
-    known = salient[np.isfinite(salient)]
-    quantiles = np.quantile(known, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(known) else None
-    return {
-        "rows": {name: len(rows) for name, rows in dataset.splits.items()},
-        **(_vocabulary(dataset) if dataset.is_text else _prior(dataset)),
-        "saliency": {
-            "mean": float(known.mean()) if len(known) else None,
-            "std": float(known.std(ddof=1)) if len(known) > 1 else None,
-            "quantiles": quantiles,
-            "missing": int(len(salient) - len(known)),
-        },
-        "value_head": {"val_correlation": _value_head_correlation(recipe, dataset, store)},
-    }
-
-
-def _prior(dataset: Dataset) -> dict[str, Any]:
-    label = dataset.splits["train"].label
-    count = np.bincount(label[label >= 0], minlength=len(dataset.classes))
-    return {"classes": list(dataset.classes), "class_prior": count.tolist()}
-
-
-def _vocabulary(dataset: Dataset) -> dict[str, Any]:
-    """What tells whether another tokeniser numbers its tokens alike
-    (`raykd.data.vocabulary.check_digest`).
-    """
-    return {"vocabulary": {"size": len(dataset.classes), "sha256": table_digest(dataset.classes)}}
-
-
-def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> float | None:
-    rows, values = dataset.splits["val"], store.column("valence", "val")
-    rows = rows.take(np.isin(rows.row_id, store.row_id("val")))
-    mask = rows.mask if not (values.steps == 1).all() else rows.mask[:, :1] | True
-    signal = torch.from_numpy(values.padded(mask).astype(np.float32))
-    realised, known = valence.future_valence(
-        signal, torch.from_numpy(mask), recipe.valence.discount
-    )
-    predicted = store.column("trajectory", "val").padded(mask)[known.numpy()].astype(np.float64)
-    target = realised.numpy()[known.numpy()].astype(np.float64)
-    if predicted.std() == 0 or target.std() == 0:
-        return None
-    return float(np.corrcoef(predicted, target)[0, 1])

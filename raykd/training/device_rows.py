@@ -177,8 +177,10 @@ def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
 
     StoreError unless they are all of them but those that could not be scored.
     """
-    ids = store.row_id(split)
-    kept = np.isin(rows.row_id, ids)
-    if len(rows) - len(ids) != store.unscored(split) or not np.array_equal(rows.row_id[kept], ids):
+    place = store.places_of(rows.row_id, split)
+    is_stored = place >= 0
+    stored = np.arange(len(store.row_id(split)))
+    missing = len(rows) - len(stored)
+    if missing != store.unscored(split) or not np.array_equal(place[is_stored], stored):
         raise StoreError("the store holds other rows than the data")
-    return kept
+    return is_stored

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from raykd import data, models
 from raykd.data import Dataset
@@ -31,8 +31,8 @@ from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe
 from raykd.stages.load import register
-from raykd.store.codecs.hidden import Hidden
 from raykd.store.reader import Store
+from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import run_digest, store_table
 from raykd.training import measure, phases
 from raykd.training.arm import Arm, World
@@ -169,28 +169,6 @@ class ArmRunner:
         store = self.store if whole and self.train.teaches_logits else None
         rows = to_device(split, "test", store, frozenset(), self.device, self.head)
         return measure.predictions(student, split, rows)
-
-
-def teacher_head(
-    recipe: Recipe, store: Store, dataset: Dataset
-) -> tuple[Tensor, Tensor | None] | None:
-    """The frozen head that a store of its inputs needs, of the data's classes; None for any other
-    store.
-    """
-    codec = store.logits("train").codec
-    if not isinstance(codec, Hidden):
-        return None
-    assert recipe.teacher is not None
-    head: Any = models.build_model(recipe.teacher, **dataset.shape, key="teacher").get_submodule(
-        recipe.store.head
-    )
-    weight, bias = (
-        None if value is None else value.detach().float() for value in (head.weight, head.bias)
-    )
-    assert weight is not None
-    codec.check_head(weight, bias)
-    classes = len(dataset.classes)
-    return weight[:classes], None if bias is None else bias[:classes]
 
 
 def run_arms(

@@ -6,11 +6,13 @@ truncation are in it.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import by_hand
 import numpy as np
 import pyarrow as pa
 import pytest
+import stored
 import torch
 from stored import CLASSES, CODECS, scored
 
@@ -21,13 +23,19 @@ from raykd.signals import Signals
 from raykd.stages.load import register
 from raykd.store.logits import taken
 from raykd.store.reader import Store
+from raykd.teacher.head import teacher_head
 from raykd.teacher.scorer import Scorer
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
-from raykd.training.run_arms import ArmRunner, teacher_head
+from raykd.training.run_arms import ArmRunner
 
 CPU = torch.device("cpu")
 EXACT = ("fp16", "topk", "hidden")  # up to the rounding of fp16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return stored.write(tmp_path_factory.mktemp("stored"))
 
 
 @pytest.fixture(scope="module", params=CODECS)

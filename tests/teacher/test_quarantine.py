@@ -19,7 +19,8 @@ from raykd.recipe.recipe import Recipe
 from raykd.store import care
 from raykd.store.commit import StoreWriter, plan_shards
 from raykd.store.reader import Store
-from raykd.teacher.scorer import Scorer, bad_rows, statistics
+from raykd.teacher.scorer import Scorer, bad_rows
+from raykd.teacher.statistics import store_statistics
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.run_arms import ArmRunner
@@ -69,7 +70,7 @@ def poisoned(
     for shard in shards:
         writer.commit(shard, *scorer.score(shard))
     kept = Store.of_shards(where, writer.records(shards))
-    writer.finish(shards, statistics(recipe, scorer.dataset, kept))
+    writer.finish(shards, store_statistics(recipe, scorer.dataset, kept))
     return where, writer, shards
 
 

@@ -25,6 +25,7 @@ class Codec(Protocol):
     """A frozen dataclass of a column's settings: `encode` batches, `pack` the shard they make
     in its smallest layout, `unpack` it into the plain one, `decode` any rows."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     serves: ClassVar[frozenset[str]]  # divergences
 

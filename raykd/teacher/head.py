@@ -1,0 +1,33 @@
+"""A teacher's frozen head, which turns stored hidden states into logits again."""
+
+from torch import Tensor
+
+from raykd import models
+from raykd.data import Dataset
+from raykd.recipe.recipe import Recipe
+from raykd.store.codecs.hidden import Hidden
+from raykd.store.reader import Store
+
+
+def teacher_head(
+    recipe: Recipe, store: Store, dataset: Dataset
+) -> tuple[Tensor, Tensor | None] | None:
+    """(weight (C, D), bias (C,) or None) of the head that a store of hidden states needs.
+
+    Only the columns of the data's classes; None for a store of any other codec. StoreError if the
+    store was written with another head.
+    """
+    codec = store.logits("train").codec
+    if not isinstance(codec, Hidden):
+        return None
+    assert recipe.teacher is not None
+    teacher = models.build_model(recipe.teacher, **dataset.shape, key="teacher")
+    head = teacher.get_submodule(recipe.store.head)
+    assert isinstance(head.weight, Tensor)
+    weight = head.weight.detach().float()
+    bias = None
+    if isinstance(head.bias, Tensor):
+        bias = head.bias.detach().float()
+    codec.check_head(weight, bias)
+    classes = len(dataset.classes)
+    return weight[:classes], None if bias is None else bias[:classes]

@@ -1,0 +1,65 @@
+"""Statistics of a scored data set, for the store's manifest."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from raykd.data import Dataset
+from raykd.data.vocabulary import table_digest
+from raykd.losses import valence
+from raykd.recipe.recipe import Recipe
+from raykd.store.reader import Store
+
+QUANTILES = [0, 0.25, 0.5, 0.75, 1]
+
+
+def store_statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]:
+    """What the manifest says of the whole data set, so that row weights need no communication.
+
+    `value_head.val_correlation` is the gate on the trajectory: its correlation with the realised
+    future valence on validation rows.
+    """
+    saliency = store.column("saliency", "train").values
+    known = saliency[np.isfinite(saliency)]
+    return {
+        "rows": {name: len(rows) for name, rows in dataset.splits.items()},
+        **(_vocabulary(dataset) if dataset.is_text else _class_prior(dataset)),
+        "saliency": {
+            "mean": float(known.mean()) if len(known) else None,
+            "std": float(known.std(ddof=1)) if len(known) > 1 else None,
+            "quantiles": np.quantile(known, QUANTILES).tolist() if len(known) else None,
+            "missing": int(len(saliency) - len(known)),
+        },
+        "value_head": {"val_correlation": _value_head_correlation(recipe, dataset, store)},
+    }
+
+
+def _class_prior(dataset: Dataset) -> dict[str, Any]:
+    label = dataset.splits["train"].label
+    count = np.bincount(label[label >= 0], minlength=len(dataset.classes))
+    return {"classes": list(dataset.classes), "class_prior": count.tolist()}
+
+
+def _vocabulary(dataset: Dataset) -> dict[str, Any]:
+    """Size and digest of the tokens, which `data.vocabulary.check_digest` compares with others."""
+    return {"vocabulary": {"size": len(dataset.classes), "sha256": table_digest(dataset.classes)}}
+
+
+def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> float | None:
+    rows = dataset.splits["val"]
+    rows = rows.take(store.places_of(rows.row_id, "val") >= 0)
+    stored = store.column("valence", "val")
+    mask = rows.mask
+    if (stored.steps == 1).all():
+        mask = np.ones_like(rows.mask[:, :1])
+    signal = torch.from_numpy(stored.padded(mask).astype(np.float32))
+    realised, known = valence.future_valence(
+        signal, torch.from_numpy(mask), recipe.valence.discount
+    )
+    at = known.numpy()
+    predicted = store.column("trajectory", "val").padded(mask)[at].astype(np.float64)
+    target = realised.numpy()[at].astype(np.float64)
+    if predicted.std() == 0 or target.std() == 0:
+        return None
+    return float(np.corrcoef(predicted, target)[0, 1])
