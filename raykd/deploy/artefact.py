@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from raykd import models
@@ -28,7 +29,7 @@ from raykd.deploy import forms, latency, packed
 from raykd.deploy import sizes as anatomy
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
-from raykd.deploy.parity import bar_of, gate, refusal
+from raykd.deploy.parity import Parity, bar_of, compare, refusal
 from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
 from raykd.models.adapter import Adapter
 from raykd.quant import swap
@@ -43,14 +44,19 @@ from raykd.training.predictions import Predictions, of_logits
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
 WEIGHTS, ONNX = "student.safetensors", "student.onnx"
+ANSWERS = "artefact_answers.parquet"  # in the run folder
+Logits = NDArray[np.float32]
+
 ALONE = 512  # test rows that are answered one by one, too
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` in a run folder, and give its manifest.
+    """Write `artefact/` in a run folder, with its answers on the test rows beside, and give its
+    manifest.
 
     GateError, and no folder, if it answers otherwise.
     """
+    (folder / ANSWERS).unlink(missing_ok=True)  # those of an artefact that is about to go
     seed = best_seed(recipe, folder)
     arm = folder / "arms" / f"student-{seed}"
     with whole_folder(folder / "artefact") as staged:
@@ -61,16 +67,21 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         copy_cards(
             staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py"
         )
-        parity = _parity(staged, dataset, arm, quant)
-        forms = _forms(recipe, dataset, staged, arm)
+        trained = predictions.read(arm / "predictions.parquet").logits
+        answers = predict(staged, dataset)
+        assert trained is not None
+        assert answers.logits is not None
+        parity = _parity(staged, dataset, trained, answers.logits, quant)
+        form_parity = _forms(recipe, dataset, staged, arm, trained)
         manifest = (
             _manifest(staged, seed, quant, parity)
             | measured
             | {"export": recipe.export.model_dump()}
         )
-        for name, found in forms.items():
-            manifest["files"][name] |= {"parity": found}
+        for name, measures in form_parity.items():
+            manifest["files"][name] |= {"parity": measures}
         write_json(staged / "manifest.json", manifest)
+    answers.write(folder / ANSWERS)
     write_bytes(folder / "student.safetensors", (arm / "weights.safetensors").read_bytes())
     return manifest
 
@@ -85,7 +96,9 @@ def is_whole(folder: Path, asked: Export) -> bool:
     return all((folder / name).is_file() for name in manifest["files"])
 
 
-def _forms(recipe: Recipe, dataset: Dataset, staged: Path, arm: Path) -> dict[str, forms.Parity]:
+def _forms(
+    recipe: Recipe, dataset: Dataset, staged: Path, arm: Path, trained: Logits
+) -> dict[str, Parity]:
     """Write what `[export]` asks for; the parity of each file by its name."""
     if not forms.asked(recipe.export):
         return {}
@@ -98,8 +111,7 @@ def _forms(recipe: Recipe, dataset: Dataset, staged: Path, arm: Path) -> dict[st
         return _built(described).eval()
 
     quant = recipe.phases[-1].quant if recipe.phases else None
-    rows, trained = dataset.splits["test"], predictions.read(arm / "predictions.parquet").logits
-    assert trained is not None, "forms of text are refused before any work"
+    rows = dataset.splits["test"]
     return forms.write(recipe.export, staged, rows, trained, quant, student, plain)
 
 
@@ -121,7 +133,7 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
 def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
     """Write the ONNX file in place of the weights; its anatomy and latency."""
     rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
-    module = load(staged).module
+    module = load_artefact(staged).module
     tensors = anatomy.tensors_of(module)
     file = write_onnx.to_onnx(module, rows)
     (staged / ONNX).write_bytes(file)
@@ -143,14 +155,14 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
     }
 
 
-def load(folder: Path) -> Adapter:
+def load_artefact(folder: Path) -> Adapter:
     """The model of an artefact folder, ready to answer."""
     return Adapter(
         _student(json.loads((folder / "model.json").read_bytes()), folder / WEIGHTS)
     ).eval()
 
 
-def unpack(folder: Path) -> Adapter:
+def unpack_artefact(folder: Path) -> Adapter:
     """The rounded student of an artefact folder with a packed file, ready to answer.
 
     StoreError if it is damaged.
@@ -201,7 +213,7 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
         return of_logits(
             split, onnx_session.sequence_logits(folder / ONNX, split, measure.EVAL_BATCH)
         )
-    return _by_torch(load(folder), dataset)
+    return _by_torch(load_artefact(folder), dataset)
 
 
 def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
@@ -218,35 +230,30 @@ def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return described | dataset.shape | {"classes": list(dataset.classes)}
 
 
-def _parity(staged: Path, dataset: Dataset, arm: Path, quant: Quant | None) -> dict[str, float]:
-    """How far the artefact's answers are from the trained student's on the test split.
+def _parity(
+    staged: Path, dataset: Dataset, trained: Logits, answered: Logits, quant: Quant | None
+) -> Parity:
+    """How far the artefact's logits (N, C) are from the trained student's on the test split.
 
     GateError if too far.
     """
-    trained, answered = (
-        predictions.read(arm / "predictions.parquet").logits,
-        predict(staged, dataset).logits,
-    )
-    assert trained is not None
-    assert answered is not None
-    worst = float(np.abs(trained - answered).max())
-    found = {
-        "max_abs_diff": worst,
-        "agreement": float((trained.argmax(1) == answered.argmax(1)).mean()),
-    }
     where = f"{len(trained)} test rows"
     if quant is None:
-        if not worst <= LARGEST_DIFFERENCE:
-            raise refusal(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", where)
-        return found
-    each = np.abs(trained - answered).max(1) / float(np.abs(trained).max())
-    gate(each, found["agreement"], bar_of(quant), where)
+        return _same(trained, answered, where)
+    parity = compare(trained, answered, bar_of(quant), where)
     few = dataset.splits["test"].take(slice(0, ALONE))
     alone = onnx_session.sequence_logits(staged / ONNX, few, 1).argmax(1)
-    return found | {
-        "relative": float(each.max()),
-        "alone_agreement": float((alone == answered[: len(alone)].argmax(1)).mean()),
-    }
+    together = answered[: len(alone)].argmax(1)
+    return parity | {"alone_agreement": float((alone == together).mean())}
+
+
+def _same(trained: Logits, answered: Logits, where: str) -> Parity:
+    """The same of an artefact that holds the trained weights themselves."""
+    worst = float(np.abs(trained - answered).max())
+    if not worst <= LARGEST_DIFFERENCE:
+        raise refusal(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", where)
+    agreement = float((trained.argmax(1) == answered.argmax(1)).mean())
+    return {"max_abs_diff": worst, "agreement": agreement}
 
 
 def _manifest(

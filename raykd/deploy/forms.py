@@ -24,8 +24,8 @@ from raykd.data.rows import Rows
 from raykd.deploy import packed, pte
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write_stream
-from raykd.deploy.onnx.stream import Stream
-from raykd.deploy.parity import BLOCKS, Bar, bar_of, gate
+from raykd.deploy.onnx.stream import StreamReader
+from raykd.deploy.parity import BLOCKS, Parity, bar_of, compare
 from raykd.errors import Problem, RecipeError
 from raykd.models.adapter import Adapter
 from raykd.recipe.quant import Quant
@@ -43,7 +43,6 @@ OF_TEXT = {"gguf"}
 
 Logits = NDArray[np.float32]
 Module = Callable[[], nn.Module]  # a new one at each call, for who writes it takes it over
-Parity = dict[str, float]
 
 
 def asked(export: Export) -> list[str]:
@@ -100,34 +99,23 @@ def write(
             found[path.name] = _stream_parity(path, rows, trained, quant, student)
         elif form == "packed":
             path.write_bytes(packed.write(student()))
-            found[path.name] = held(
-                trained, _unpacked(path, rows, plain()), bar_of(quant), path.name
+            found[path.name] = compare(
+                trained, _unpacked(path, rows, plain()), bar_of(quant), _where(rows, path.name)
             )
         else:
             path.write_bytes(_program(student(), torch.from_numpy(rows.inputs[:1].copy()), quant))
             # XNNPACK rounds activations in a way of its own, those of students trained with float
             # ones too
             bar = BLOCKS if quant else bar_of(None)
-            found[path.name] = held(trained, _executed(path, rows), bar, path.name)
+            found[path.name] = compare(trained, _executed(path, rows), bar, _where(rows, path.name))
         with (folder / "README.md").open("a") as card:
             card.write("\n" + (resources.files("raykd.deploy") / "card" / f"{form}.md").read_text())
     return found
 
 
-def held(trained: Logits, answered: Logits, bar: Bar, name: str) -> Parity:
-    """How far answers (N, C) are from the trained student's.
-
-    GateError if they miss the bar; `name` says whose.
-    """
-    apart = np.abs(trained - answered).max(1)
-    each = apart / float(np.abs(trained).max())
-    agreement = float((trained.argmax(1) == answered.argmax(1)).mean())
-    gate(each, agreement, bar, f"{len(trained)} test rows, as {name} answers them")
-    return {
-        "max_abs_diff": float(apart.max()),
-        "relative": float(each.max()),
-        "agreement": agreement,
-    }
+def _where(rows: Rows, name: str) -> str:
+    """On what a form is compared, as an error names it."""
+    return f"{len(rows)} test rows, as {name} answers them"
 
 
 def _stream_parity(
@@ -139,13 +127,13 @@ def _stream_parity(
     Where they do, a step by itself is held against the module that reads the same steps.
     """
     bar, steps = bar_of(quant), rows.inputs.shape[1]
-    found = held(trained, _read(path, rows, steps), bar, path.name)
+    found = compare(trained, _read(path, rows, steps), bar, _where(rows, path.name))
     apart, by_step = quant is not None and quant.over_the_call, _read(path, rows, 1)
-    held(
+    compare(
         _read_by_torch(_encoder(student()), rows) if apart else trained,
         by_step,
         bar,
-        f"{path.name}, step by step,",
+        _where(rows, f"{path.name}, step by step,"),
     )
     return found | {"step_agreement": float((trained.argmax(1) == by_step.argmax(1)).mean())}
 
@@ -154,7 +142,7 @@ def _read(path: Path, rows: Rows, count: int) -> Logits:
     """(N, C): what a stream says of all rows, `count` steps to a call."""
     found = []
     for part in _parts(rows):
-        stream = Stream(path, rows=len(part))
+        stream = StreamReader(path, rows=len(part))
         said = [
             stream.step(part.inputs[:, i : i + count])["logits"]
             for i in range(0, part.inputs.shape[1], count)

@@ -38,6 +38,27 @@ def bar_of(quant: Quant | None) -> Bar:
     return INTEGER if quant.weights == "int8" else BLOCKS
 
 
+Parity = dict[str, float]
+
+
+def compare(
+    trained: NDArray[np.floating], answered: NDArray[np.floating], bar: Bar, where: str
+) -> Parity:
+    """How far the logits (N, C) of a file are from the trained student's on the same rows.
+
+    GateError if they miss the bar; `where` says which rows these are.
+    """
+    apart = np.abs(trained - answered).max(1)
+    relative = apart / float(np.abs(trained).max())
+    agreement = float((trained.argmax(1) == answered.argmax(1)).mean())
+    gate(relative, agreement, bar, where)
+    return {
+        "max_abs_diff": float(apart.max()),
+        "relative": float(relative.max()),
+        "agreement": agreement,
+    }
+
+
 def gate(each: NDArray[np.floating], agreement: float, bar: Bar, where: str) -> None:
     """GateError where an artefact misses its bar:
 

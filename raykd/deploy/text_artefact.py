@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from raykd import models
 from raykd.data import Dataset, Rows, byte_bpe
 from raykd.deploy import sizes
-from raykd.deploy.artefact import ONNX, copy_cards, files_of
+from raykd.deploy.artefact import ANSWERS, ONNX, copy_cards, files_of
 from raykd.deploy.forms import FILES
 from raykd.deploy.gguf import write as write_gguf
 from raykd.deploy.onnx import write_decoder
@@ -51,10 +51,10 @@ ALONE = 2  # rows that are read token by token beside whole ones
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` of a run over text, and give its manifest:
-
-    `export_decoder` of the best seed's student.
+    """Write `artefact/` of a run over text, with its answers on the test rows beside, and give its
+    manifest: `export_decoder` of the best seed's student.
     """
+    (folder / ANSWERS).unlink(missing_ok=True)  # those of an artefact that is about to go
     seed = best_seed(recipe, folder)
     weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
     module = check(models.build_model(recipe.student.bare, **dataset.shape, key="student"), recipe)
@@ -77,6 +77,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     )
     if how := recipe.drafter:
         _drafts(target, recipe, dataset, how).write(folder / acceptance.NAME)
+    predict(target, dataset).write(folder / ANSWERS)
     write_bytes(folder / "student.safetensors", weights.read_bytes())
     return manifest
 
@@ -246,7 +247,7 @@ def _parity(trained: Llama, file: Path, tokens: Tensor, quant: Quant | None) -> 
     """
     held, count = tokens.numpy(), tokens.shape[1]
     halves, singly = [0, count // 2, count], list(range(count + 1))
-    by_call = quant is not None and quant.weights == "int8" and quant.activations == "int8"
+    by_call = quant is not None and quant.over_the_call
     together, cuts = (1, singly) if by_call else (ROWS, halves)
     apart, largest = [], 0.0
     reads: dict[str, list[Read]] = {"trained": [], "artefact": []}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd import models
-from raykd.deploy import forms
+from raykd.deploy import forms, run_artefact
 from raykd.errors import DataError
 from raykd.files.place import at
 from raykd.losses.terms import needs_of
@@ -36,7 +36,7 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     if recipe.teacher:
         sizes["teacher"] = _parameters(recipe.teacher, data.shape, "teacher")
     place.check_text()
-    place.check_forms()
+    run_artefact.check(recipe, place.dataset)
     if recipe.valence.source == "column" and train.valence is None:
         raise DataError(
             'valence.source = "column", but the data has none; name it in data.columns.valence'

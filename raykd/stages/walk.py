@@ -18,12 +18,12 @@ import torch
 from raykd import data, models
 from raykd.console import say
 from raykd.data import Dataset
-from raykd.deploy import artefact, forms, text_artefact
+from raykd.deploy import run_artefact
 from raykd.errors import InfraError, RecipeError
 from raykd.files import waiting
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.files.place import Address
-from raykd.generation import acceptance, judge_drafter
+from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.orchestration.session import connect
@@ -84,20 +84,7 @@ class Place:
 
     @property
     def is_exported(self) -> bool:
-        drafted = self.recipe.drafter is None or (self.folder / acceptance.NAME).exists()
-        return drafted and artefact.is_whole(self.folder / "artefact", self.recipe.export)
-
-    def check_forms(self) -> None:
-        """RecipeError if the student can not be exported, or not in the forms that `[export]` asks
-        for.
-        """
-        recipe = self.recipe
-        if forms.asked(recipe.export) or self.dataset.is_text:
-            student = models.build_model(recipe.student.bare, **self.dataset.shape, key="student")
-            if self.dataset.is_text:
-                text_artefact.check(student, recipe)
-            quant = recipe.phases[-1].quant if recipe.phases else None
-            forms.check(recipe.export, student, quant, is_text=self.dataset.is_text)
+        return run_artefact.is_whole(self.recipe, self.folder)
 
     def check_text(self) -> None:
         """RecipeError where a table is about text and the data are none, a model can not write, or
@@ -177,7 +164,7 @@ def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     register(place.recipe.technique)
     place.check_text()
     if _export in stages:
-        place.check_forms()
+        run_artefact.check(place.recipe, place.dataset)
     place.folder.mkdir(parents=True, exist_ok=True)
     write_json(place.folder / "recipe.json", place.recipe.model_dump(mode="json"))
     try:
@@ -259,8 +246,7 @@ def _export(place: Place) -> Path:
     if place.is_exported:
         say("export", f"done before: {target}")
     else:
-        write = text_artefact.export if place.dataset.is_text else artefact.export
-        manifest = write(place.recipe, place.dataset, place.folder)
+        manifest = run_artefact.write(place.recipe, place.dataset, place.folder)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
     return target
 
@@ -269,6 +255,7 @@ def _report(place: Place) -> dict[str, Any]:
     inputs = _inputs(place)
     made = read_json(place.folder / "report.json")
     if made is None or made["inputs"] != inputs or not (place.folder / answers.NAME).exists():
+        run_artefact.answer(place.dataset, place.folder)
         synced = _sync(place)
         found = gather.gather(place.recipe, place.dataset, place.folder, place.store, synced)
         made = evidence.build(found) | {"inputs": inputs}

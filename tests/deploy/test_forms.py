@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from raykd import data
-from raykd.deploy import artefact, forms, packed
-from raykd.deploy.parity import BLOCKS, Bar, bar_of
+from raykd.deploy import artefact, forms, packed, run_artefact
+from raykd.deploy.parity import BLOCKS, Bar, bar_of, compare
 from raykd.errors import GateError, RecipeError, StoreError
 from raykd.files.atomic import read_json
 from raykd.models.llama import Llama
@@ -132,7 +132,7 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
     if recipe.export.packed:
         (folder / "student.packed.safetensors").write_bytes(b"damaged")
         with pytest.raises(StoreError, match="damaged"):
-            artefact.unpack(folder)
+            artefact.unpack_artefact(folder)
 
 
 def test_a_changed_table_is_a_new_export_and_no_new_training(tmp_path):
@@ -170,6 +170,24 @@ def test_an_artefact_of_before_the_table_is_whole_without_forms(tmp_path):
     (tmp_path / "run.py").touch()
     assert artefact.is_whole(tmp_path, Export())
     assert not artefact.is_whole(tmp_path, Export(stream=True))
+
+
+def test_an_export_keeps_what_the_artefact_answers_on_the_test_rows(tmp_path):
+    recipe = recipe_of(None)
+    train(recipe, tmp_path)
+    dataset = data.load(recipe.data)
+    run_artefact.write(recipe, dataset, tmp_path)
+    path = tmp_path / artefact.ANSWERS
+    written, asked = predictions.read(path), artefact.predict(tmp_path / "artefact", dataset)
+    for name, values in vars(asked).items():
+        np.testing.assert_array_equal(getattr(written, name), values, err_msg=name)
+    assert run_artefact.is_whole(recipe, tmp_path)
+    before = path.read_bytes()
+    path.unlink()
+    assert not run_artefact.is_whole(recipe, tmp_path)
+    run_artefact.answer(dataset, tmp_path)
+    assert path.read_bytes() == before
+    assert run_artefact.is_whole(recipe, tmp_path)
 
 
 def test_a_form_that_answers_otherwise_leaves_no_artefact_and_spoils_none(tmp_path, monkeypatch):
@@ -242,9 +260,8 @@ def test_what_can_not_be_is_refused_before_any_work_with_every_key(tmp_path):
 def test_the_bar_is_that_of_the_answers_largest_difference():
     trained = np.eye(4, dtype=np.float32).repeat(50, 0)
     off = trained + np.float32(1e-3)
-    assert forms.held(trained, off, Bar(2e-3, 2e-3, 1.0), "it")["relative"] == pytest.approx(
-        1e-3, rel=1e-3
-    )
+    parity = compare(trained, off, Bar(2e-3, 2e-3, 1.0), "200 test rows")
+    assert parity["relative"] == pytest.approx(1e-3, rel=1e-3)
     for bar in (Bar(5e-4, 2e-3, 1.0), Bar(2e-3, 5e-4, 1.0)):
-        with pytest.raises(GateError, match="200 test rows, as it answers them"):
-            forms.held(trained, off, bar, "it")
+        with pytest.raises(GateError, match="on 200 test rows"):
+            compare(trained, off, bar, "200 test rows")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from raykd.deploy.onnx import operators, write_stream
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
-from raykd.deploy.onnx.stream import Stream
+from raykd.deploy.onnx.stream import StreamReader
 from raykd.deploy.onnx.write_decoder import names
 from raykd.deploy.parity import EXACT, INTEGER, Bar, bar_of
 from raykd.errors import DataError, RecipeError, StoreError
@@ -73,7 +73,7 @@ class Exported:
 
     def answered(self, cuts: list[int], rows: slice = slice(None)) -> dict[str, np.ndarray]:
         inputs = self.inputs[rows].numpy()
-        stream = Stream(self.data, rows=len(inputs))
+        stream = StreamReader(self.data, rows=len(inputs))
         return joined([stream.step(inputs[:, a:b]) for a, b in pairwise(cuts)])
 
     def plain(self) -> dict[str, np.ndarray]:
@@ -152,7 +152,7 @@ def test_a_step_is_blind_to_what_comes_after_it_and_sees_all_before(name, export
     keys and values.
     """
     case = exported(name)
-    stream, inputs = Stream(case.data, rows=ROWS), case.inputs.numpy()
+    stream, inputs = StreamReader(case.data, rows=ROWS), case.inputs.numpy()
     first = stream.step(inputs[:, :6])
     later = stream.step(inputs[:, 6:])
     stream.reset()
@@ -196,7 +196,7 @@ def test_a_kernel_of_one_step_and_one_longer_than_the_window_are_read_on_too(set
     case = Exported(None, module, b"", torch.randn(ROWS, STEPS, CHANNELS))
     wanted = case.plain()
     case.data = write_stream.to_onnx(copy.deepcopy(module))
-    assert Stream(case.data).state["tail"].shape == (1, CHANNELS, settings["kernel"] - 1)
+    assert StreamReader(case.data).state["tail"].shape == (1, CHANNELS, settings["kernel"] - 1)
     for cuts in CUTS.values():
         assert_alike(case.answered(cuts), wanted, EXACT)
 
@@ -217,11 +217,11 @@ def test_attention_maps_are_kept_of_what_was_read_before_too():
 
 def test_a_state_can_be_put_down_and_taken_up_elsewhere(exported):
     case = exported("int8-token")
-    inputs, stream = case.inputs.numpy(), Stream(case.data, rows=ROWS)
+    inputs, stream = case.inputs.numpy(), StreamReader(case.data, rows=ROWS)
     stream.step(inputs[:, :7])
     state = stream.state
     wanted = stream.step(inputs[:, 7:])
-    other = Stream(case.data, rows=3)
+    other = StreamReader(case.data, rows=3)
     other.reset({name: value[5:8] for name, value in state.items()})
     assert other.length == 7
     assert_alike(
@@ -232,7 +232,7 @@ def test_a_state_can_be_put_down_and_taken_up_elsewhere(exported):
 def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
     case = exported("ternary")
     inputs = case.inputs.numpy()
-    stream = Stream(case.data, rows=2)
+    stream = StreamReader(case.data, rows=2)
     first = stream.step(inputs[:2, :10])
     for wrong in (inputs[:2, :7], inputs[:1, :5], inputs[:2, :0], inputs[:2, :5, :2]):
         with pytest.raises(
@@ -240,7 +240,7 @@ def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
             match="after 10 steps; this stream takes 2 rows of 3 channels, and 16 steps in all",
         ):
             stream.step(wrong)
-    others = Stream(case.data, rows=3)
+    others = StreamReader(case.data, rows=3)
     others.step(inputs[:3, :10])
     with pytest.raises(
         DataError, match=r"state: tail is float32 \(3, 3, 4\), this stream of 2 rows takes float32"
@@ -294,7 +294,7 @@ def test_the_file_and_the_module_end_where_their_positions_end(exported):
 
 def test_what_does_not_read_on_is_refused(exported):
     with pytest.raises(StoreError, match="does not read on"):
-        Stream(write_onnx.to_onnx(encoder(), torch.zeros(2, STEPS, CHANNELS)))
+        StreamReader(write_onnx.to_onnx(encoder(), torch.zeros(2, STEPS, CHANNELS)))
     for module, found in (
         (nn.Linear(3, 3), "found a Linear"),
         (encoder(layers=0), "without a layer"),

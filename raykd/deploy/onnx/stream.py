@@ -11,7 +11,7 @@ from raykd.deploy.onnx import session as onnx_session
 from raykd.errors import DataError, StoreError
 
 
-class Stream:
+class StreamReader:
     """`rows` windows that are read on step by step, or many steps at a time; `state` is what it
     knows of them.
 
