@@ -135,7 +135,7 @@ class Batch:
     )
 
 
-def tensor(values: NDArray[Any]) -> Tensor:
+def as_tensor(values: NDArray[Any]) -> Tensor:
     """The array as a tensor over the same memory, a read-only map too: nothing here writes into
     inputs.
     """
@@ -161,7 +161,7 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return z.mT.log_softmax(-2).mT if z.shape[-1] < LANES else z.log_softmax(-1)
 
 
-def at_places(values: Tensor, mask: Tensor) -> Tensor:
+def flatten_valid(values: Tensor, mask: Tensor) -> Tensor:
     """(P, ...):
 
     `values` (B, T, ...) where `mask` (B, T), in turn; without a copy where that is everywhere.
@@ -180,7 +180,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return zeroed(values, mask).sum(1) / count
 
 
-def aligned(mine: Tensor, theirs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def same_length(mine: Tensor, theirs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Two layers (B, T, D) with the number of steps of the shorter, each averaged over parts of its
     own row.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raykd import data, models
-from raykd.losses.valence import future_valence
+from raykd.losses.valence import realised_future
 from raykd.recipe.recipe import Recipe
 from raykd.stages.load import load
 
@@ -33,7 +33,7 @@ def main() -> None:
         rows = dataset.splits[split]
         assert rows.valence is not None
         human = torch.from_numpy(rows.valence)
-        realised, known = future_valence(
+        realised, known = realised_future(
             human, torch.from_numpy(rows.mask), recipe.valence.discount
         )
         with torch.inference_mode():

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def everyone(values: Tensor) -> tuple[Tensor, int]:
+def gather_rows(values: Tensor) -> tuple[Tensor, int]:
     """(every worker's `values` (B, ...) in rank order, where this worker's begin); gradients flow
     back to all.
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.losses.fused import shared_vocab
-from raykd.signals import Batch, Signals, at_places, log_softmax
+from raykd.signals import Batch, Signals, flatten_valid, log_softmax
 from raykd.targets import cross_entropy
 
-Kind = Literal["forward", "reverse", "js", "tvd", "lk", "hybrid"]
+DivergenceKind = Literal["forward", "reverse", "js", "tvd", "lk", "hybrid"]
 
 
-def divergence(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float = 0.5) -> Tensor:
+def divergence(log_q: Tensor, log_p: Tensor, kind: DivergenceKind, beta: float = 0.5) -> Tensor:
     """(P,): the divergence of log probabilities (P, V). `beta` is js's."""
     kind = _end(kind, beta)
     if kind == "forward":
@@ -45,8 +45,12 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float = 0.5) -> T
     return k * _kl(log_p, log_q) + (1 - k) * (1 - log_a.exp())
 
 
-def from_teacher(
-    student: Signals, batch: Batch, kind: Kind, beta: float = 0.5, temperature: float = 1.0
+def teacher_divergence(
+    student: Signals,
+    batch: Batch,
+    kind: DivergenceKind,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> Tensor:
     """(P,): the divergence from the teacher at the valid places in turn.
 
@@ -54,11 +58,13 @@ def from_teacher(
     for any other.
     """
     if batch.targets is not None and _end(kind, beta) == "forward":
-        return cross_entropy(own(student, batch, temperature), batch.targets(temperature))
-    return divergence(*both(student, batch, temperature), kind, beta)
+        return cross_entropy(
+            student_log_probs(student, batch, temperature), batch.targets(temperature)
+        )
+    return divergence(*both_log_probs(student, batch, temperature), kind, beta)
 
 
-def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
+def student_log_probs(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log q (P, V), fp32 at least, at the valid places in turn. The teacher's columns are the
     vocabulary.
 
@@ -66,7 +72,7 @@ def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
     fewer.
     """
     assert batch.teacher is not None
-    mine = at_places(student.logits, batch.mask)
+    mine = flatten_valid(student.logits, batch.mask)
     vocab = (
         batch.teacher.logits.shape[-1]
         if batch.targets is None
@@ -75,8 +81,10 @@ def own(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
     return log_softmax(mine[:, : shared_vocab(vocab, mine.shape[-1], vocab)], temperature)
 
 
-def both(student: Signals, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(log q, log p), each (P, V) fp32 at least, at the valid places in turn; log q as in `own`.
+def both_log_probs(
+    student: Signals, batch: Batch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(log q, log p), each (P, V) fp32 at least, at the valid places in turn; log q as in `student_log_probs`.
 
     RecipeError where a log keeps but a part of the teacher's distribution.
     """
@@ -86,21 +94,21 @@ def both(student: Signals, batch: Batch, temperature: float = 1.0) -> tuple[Tens
             "source.log: only a forward divergence can be told from a part of the teacher's distribution, which is all "
             'that this log keeps; ask for that, or write the log with store.codec = "dense"'
         )
-    theirs = at_places(batch.teacher.logits.detach(), batch.mask)
-    return own(student, batch, temperature), log_softmax(theirs, temperature)
+    theirs = flatten_valid(batch.teacher.logits.detach(), batch.mask)
+    return student_log_probs(student, batch, temperature), log_softmax(theirs, temperature)
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
+def unflatten_valid(values: Tensor, mask: Tensor) -> Tensor:
     """(B, T): values (P,) at the valid places in turn, 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def chosen(log: Tensor, tokens: Tensor) -> Tensor:
+def token_log_probs(log: Tensor, tokens: Tensor) -> Tensor:
     """(P,): the log probabilities (P, V) of tokens (P,)."""
     return log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _end(kind: Kind, beta: float) -> Kind:
+def _end(kind: DivergenceKind, beta: float) -> DivergenceKind:
     """js as what it is at its ends."""
     if kind == "js" and beta in (0, 1):
         return "reverse" if beta else "forward"

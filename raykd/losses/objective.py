@@ -13,7 +13,7 @@ from raykd.recipe.recipe import TermSpec
 from raykd.signals import Batch, Signals
 
 
-def learned(terms: Mapping[str, TermSpec]) -> list[str]:
+def learned_terms(terms: Mapping[str, TermSpec]) -> list[str]:
     """The terms that count and have parameters of their own."""
     return [
         name
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         self.specs = {name: spec for name, spec in terms.items() if spec.weight > 0}
         self.needs = needs_of(self.specs)
         self.progress = 0.0
-        makes = {n: TERMS[n].make for n in learned(terms)}
+        makes = {n: TERMS[n].make for n in learned_terms(terms)}
         assert example or not makes, f"{', '.join(makes)} learn, and need an example"
         self.modules_by_term = nn.ModuleDict(
             {n: make(*example, **terms[n].settings) for n, make in makes.items()}

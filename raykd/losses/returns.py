@@ -7,10 +7,10 @@ Valid places of a row follow each other, so that the distance of two is that of 
 import torch
 from torch import Tensor
 
-from raykd.losses.all_rows import everyone
+from raykd.losses.all_rows import gather_rows
 
 
-def following(
+def returns_to_go(
     values: Tensor, mask: Tensor, *, discount: float = 1.0, current: bool = False
 ) -> Tensor:
     """sum_{i > t} discount^{i - t} values_i over valid i; `current` begins at i = t."""
@@ -22,7 +22,7 @@ def following(
     return torch.where(mask, torch.where(mask, values, 0.0) @ kernel.T, 0.0)
 
 
-def through(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def running_products(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The product of the weights before each token, and with its own; weights where not valid count
     1.
     """
@@ -37,7 +37,7 @@ def whitened(values: Tensor, mask: Tensor) -> Tensor:
     """
     held = values.detach()[mask].double()
     sums = torch.stack([held.new_tensor(len(held)), held.sum(), held.square().sum()])
-    count, total, squares = everyone(sums[None])[0].sum(0)
+    count, total, squares = gather_rows(sums[None])[0].sum(0)
     mean = total / count.clamp(min=1)
     deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=1e-12).sqrt()
     return torch.where(mask, (values - mean) / deviation, 0.0).to(values.dtype)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.losses.terms import TermValues, term
-from raykd.losses.valence import future_valence as realised_future
-from raykd.losses.valence import prefix_confidence
-from raykd.signals import UNLABELLED, Batch, Signals, at_places, log_softmax
+from raykd.losses.valence import prefix_confidence, realised_future
+from raykd.signals import UNLABELLED, Batch, Signals, flatten_valid, log_softmax
 from raykd.targets import SparseTargets, cross_entropy
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -74,9 +73,9 @@ def _sparse_kd(
             'on = "steps"; or score with store.codec = "dense"'
         )
     if temperature == 1:
-        log_q = at_places(student.log_q, student.mask)  # (P, C)
+        log_q = flatten_valid(student.log_q, student.mask)  # (P, C)
     else:
-        log_q = log_softmax(at_places(student.logits, student.mask), temperature)
+        log_q = log_softmax(flatten_valid(student.logits, student.mask), temperature)
     value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
     return TermValues(
         value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask

@@ -36,7 +36,7 @@ class TermValues(NamedTuple):
     mask: Tensor
 
 
-def mean_places(values: list[Tensor], mask: Tensor) -> TermValues:
+def mean_over_pairs(values: list[Tensor], mask: Tensor) -> TermValues:
     """The mean of a term's values for several pairs of layers: each at every step of `mask` (B, T),
     or (B, 1).
 

@@ -29,7 +29,7 @@ def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     return torch.where(mask, 2 * log_p.exp() - 1, torch.nan)
 
 
-def future_valence(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tensor, Tensor]:
+def realised_future(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tensor, Tensor]:
     """(F, known): F_t = sum_k g^k v_{t+k} / sum_k g^k over the known steps from t on; known where
     any is.
 

@@ -20,7 +20,7 @@ from raykd.models.adapter import Adapter, whole
 from raykd.models.device import device_of
 from raykd.recipe.digest import digest_of
 from raykd.recipe.recipe import Recipe
-from raykd.signals import Signals, log_softmax, tensor
+from raykd.signals import Signals, as_tensor, log_softmax
 from raykd.stages.load import register
 from raykd.store import layer_signals
 from raykd.store.codecs import Codec
@@ -92,7 +92,7 @@ class Scorer:
     @torch.inference_mode()
     def _signals(self, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:
         """The arrays of a batch's rows; those that can not be stored are added to `bad` instead."""
-        mask = tensor(rows.mask).to(self.device)
+        mask = as_tensor(rows.mask).to(self.device)
         signals = self._read(rows, mask)
         out = {"mask": signals.mask} | self._said(rows, signals) | self._valence(rows, signals)
         for name, values in signals.layers.items():
@@ -124,7 +124,7 @@ class Scorer:
         if self.head_inputs is not None:
             self.head_inputs.clear()
         signals, classes = (
-            self.teacher(tensor(rows.inputs).to(self.device), mask),
+            self.teacher(as_tensor(rows.inputs).to(self.device), mask),
             len(self.dataset.classes),
         )
         if signals.logits.shape[-1] < classes:
@@ -154,7 +154,7 @@ class Scorer:
         """
         if not rows.is_text:
             return {"answer": signals.sequence_logits().argmax(1)}
-        true = tensor(rows.label).to(self.device).clamp(min=0).unsqueeze(-1)
+        true = as_tensor(rows.label).to(self.device).clamp(min=0).unsqueeze(-1)
         return {
             "answer": signals.logits.argmax(2),
             "log_p": log_softmax(signals.logits).gather(2, true).squeeze(2),
@@ -191,16 +191,19 @@ class Scorer:
         saliency.
         """
         settings = self.recipe.valence
-        steps, label = signals.mask, tensor(rows.label).to(self.device)
+        steps, label = signals.mask, as_tensor(rows.label).to(self.device)
         if settings.source == "column":
             if rows.valence is None:
                 raise DataError(
                     'valence.source = "column", but the data has none; name it in data.columns.valence'
                 )
-            values, steps = tensor(rows.valence).to(self.device), tensor(rows.mask).to(self.device)
+            values, steps = (
+                as_tensor(rows.valence).to(self.device),
+                as_tensor(rows.mask).to(self.device),
+            )
         else:
             values = valence.prefix_confidence(signals.logits, steps, label)
-        trajectory, known = valence.future_valence(values, steps, settings.discount)
+        trajectory, known = valence.realised_future(values, steps, settings.discount)
         if signals.valence is not None:
             trajectory = signals.valence
         certainty = valence.coherence(signals.logits, signals.mask, settings.certainty)

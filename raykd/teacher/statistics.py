@@ -54,7 +54,7 @@ def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> f
     if (stored.steps == 1).all():
         mask = np.ones_like(rows.mask[:, :1])
     signal = torch.from_numpy(stored.padded(mask).astype(np.float32))
-    realised, known = valence.future_valence(
+    realised, known = valence.realised_future(
         signal, torch.from_numpy(mask), recipe.valence.discount
     )
     at = known.numpy()

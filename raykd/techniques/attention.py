@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.losses.terms import Pairs, TermValues, mean_places, term
-from raykd.signals import Batch, Signals, aligned
+from raykd.losses.terms import Pairs, TermValues, mean_over_pairs, term
+from raykd.signals import Batch, Signals, same_length
 
 RECIPE = {
     "terms": {
@@ -78,7 +78,7 @@ def attention(
             values.append(
                 _relation(_cut(x, parts, heads, mine), _cut(y, parts, heads, theirs), batch.mask)
             )
-    return mean_places(values, batch.mask)
+    return mean_over_pairs(values, batch.mask)
 
 
 def _cut(x: Tensor, parts: int, heads: int, name: str) -> Tensor:
@@ -121,5 +121,5 @@ def _scores(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 def _activation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """(B, 1): |Q_S / |Q_S| - Q_T / |Q_T||^2 over the steps, Q the mean square over channels."""
-    q, p = aligned(x.square().mean(-1, keepdim=True), y.square().mean(-1, keepdim=True), mask)
+    q, p = same_length(x.square().mean(-1, keepdim=True), y.square().mean(-1, keepdim=True), mask)
     return (F.normalize(q, dim=1) - F.normalize(p, dim=1)).square().sum((1, 2))[:, None]

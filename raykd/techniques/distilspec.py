@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.losses.divergences import Kind, from_teacher, spread
+from raykd.losses.divergences import DivergenceKind, teacher_divergence, unflatten_valid
 from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
@@ -30,12 +30,12 @@ def distilspec(
     student: Signals,
     batch: Batch,
     *,
-    divergence: Kind = "lk",
+    divergence: DivergenceKind = "lk",
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> TermValues:
     """D(p, q) at every written or drafted token, at the temperature it was drawn at; `beta` is
     js's.
     """
     assert batch.rollout is not None
-    value = from_teacher(student, batch, divergence, beta, batch.rollout.temperature)
-    return TermValues(spread(value, batch.mask), batch.mask)
+    value = teacher_divergence(student, batch, divergence, beta, batch.rollout.temperature)
+    return TermValues(unflatten_valid(value, batch.mask), batch.mask)

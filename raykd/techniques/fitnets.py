@@ -10,8 +10,8 @@ late one leaves the student no freedom.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.losses.terms import Pairs, TermValues, mean_places, term
-from raykd.signals import Batch, Signals, aligned
+from raykd.losses.terms import Pairs, TermValues, mean_over_pairs, term
+from raykd.signals import Batch, Signals, same_length
 
 RECIPE = {
     "terms": {
@@ -49,14 +49,14 @@ class hint(nn.Module):
             self._pair(r, student.layers[s], batch.teacher.layers[t], batch.mask)
             for r, (s, t) in layers
         ]
-        return mean_places(values, batch.mask)
+        return mean_over_pairs(values, batch.mask)
 
     def _pair(self, regressor: nn.Module, mine: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
         """(B, T): the squared difference, mean over channels; (B, 1), mean over steps too, of
         unequal lengths.
         """
         is_even = mine.shape[1] == theirs.shape[1]
-        mine, theirs = aligned(mine.float(), theirs.float(), mask)
+        mine, theirs = same_length(mine.float(), theirs.float(), mask)
         if self.normalise:
             theirs = F.layer_norm(theirs, theirs.shape[-1:])
         value = (theirs - regressor(mine)).square().mean(-1)

@@ -16,8 +16,15 @@ import torch
 from pydantic import Field
 
 from raykd.errors import RecipeError
-from raykd.losses.divergences import Kind, both, chosen, from_teacher, own, spread
-from raykd.losses.returns import following, through
+from raykd.losses.divergences import (
+    DivergenceKind,
+    both_log_probs,
+    student_log_probs,
+    teacher_divergence,
+    token_log_probs,
+    unflatten_valid,
+)
+from raykd.losses.returns import returns_to_go, running_products
 from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
@@ -37,7 +44,7 @@ def ghost(
     batch: Batch,
     *,
     form: Literal["soft", "correction", "pair"] = "soft",
-    divergence: Kind = "forward",
+    divergence: DivergenceKind = "forward",
     rejections: Literal["drawn", "expected"] = "drawn",
     tail: Annotated[float, Field(ge=0, le=1)] = 0.7,
 ) -> TermValues:
@@ -66,22 +73,28 @@ def ghost(
         )
     rejected = rollout.rejected & mask
     if form != "soft":
-        log_q = own(student, batch, temperature=rollout.temperature)
-        value = -chosen(log_q, torch.where(rejected, rollout.correction, 0)[mask])
+        log_q = student_log_probs(student, batch, temperature=rollout.temperature)
+        value = -token_log_probs(log_q, torch.where(rejected, rollout.correction, 0)[mask])
         if form == "pair":
-            value = value + chosen(log_q, batch.label[mask]).clamp(min=LEAST)
+            value = value + token_log_probs(log_q, batch.label[mask]).clamp(min=LEAST)
         return TermValues(
-            torch.where(rejected, spread(value, mask), 0.0),
+            torch.where(rejected, unflatten_valid(value, mask), 0.0),
             (rollout.accepted | rollout.rejected) & mask,
         )
-    value = spread(from_teacher(student, batch, divergence, temperature=rollout.temperature), mask)
+    value = unflatten_valid(
+        teacher_divergence(student, batch, divergence, temperature=rollout.temperature), mask
+    )
     if rejections == "drawn":
         after = rollout.tail.to(value.dtype)
         rho = torch.where(after > 0, tail**after, 0.0) + rejected
     else:
-        _, log_p = both(student, batch, rollout.temperature)
-        a = (spread(chosen(log_p, batch.label[mask]), mask) - rollout.log_q).exp().clamp(max=1)
-        before, until = through(a, mask)
+        _, log_p = both_log_probs(student, batch, rollout.temperature)
+        a = (
+            (unflatten_valid(token_log_probs(log_p, batch.label[mask]), mask) - rollout.log_q)
+            .exp()
+            .clamp(max=1)
+        )
+        before, until = running_products(a, mask)
         rho = before - until
-        rho = rho + following(rho.flip(1), mask.flip(1), discount=tail).flip(1)
+        rho = rho + returns_to_go(rho.flip(1), mask.flip(1), discount=tail).flip(1)
     return TermValues(rho * value, mask)

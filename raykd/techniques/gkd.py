@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.losses.divergences import from_teacher, spread
+from raykd.losses.divergences import teacher_divergence, unflatten_valid
 from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
@@ -28,4 +28,6 @@ def gkd(
     """JS_beta(p, q) at temperature 1 at every written token; beta = 0 is KL(p || q), 1 is KL(q ||
     p) (eq. 1).
     """
-    return TermValues(spread(from_teacher(student, batch, "js", beta), batch.mask), batch.mask)
+    return TermValues(
+        unflatten_valid(teacher_divergence(student, batch, "js", beta), batch.mask), batch.mask
+    )

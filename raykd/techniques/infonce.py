@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raykd.losses.all_rows import everyone
+from raykd.losses.all_rows import gather_rows
 from raykd.losses.terms import Pairs, TermValues, term
 from raykd.signals import UNLABELLED, Batch, Signals
 
@@ -78,7 +78,7 @@ class infonce(nn.Module):
         for g_s, g_t, (s, t) in zip(self.mine, self.theirs, self.pairs, strict=True):
             x, y = _unit(g_s, student.layers[s]), _unit(g_t, batch.teacher.layers[t])
             rows, columns = (
-                a @ everyone(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x))
+                a @ gather_rows(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x))
             )
             if len(drawn):
                 assert batch.split is not None
@@ -92,14 +92,14 @@ class infonce(nn.Module):
         """((B, N) what is added to the similarity of a row of the global batch, (B,) each row's own
         column).
         """
-        row_id, first = everyone(batch.row_id)
+        row_id, first = gather_rows(batch.row_id)
         own = first + torch.arange(len(batch.row_id), device=row_id.device)
-        valid, _ = everyone(batch.mask.any(1).to(torch.int64))
-        group, _ = everyone(self._group(batch.label, batch.answer))
+        valid, _ = gather_rows(batch.mask.any(1).to(torch.int64))
+        group, _ = gather_rows(self._group(batch.label, batch.answer))
         hidden = (valid == 0) | _alike(batch.row_id, row_id) | _alike(group[own], group)
         bias = torch.zeros(hidden.shape, device=row_id.device)
         if self.hard > 1 and batch.saliency is not None:
-            saliency, _ = everyone(batch.saliency)
+            saliency, _ = gather_rows(batch.saliency)
             bias += math.log(self.hard) * (saliency < saliency.nanmean())
         bias.masked_fill_(hidden, -torch.inf)
         return bias.index_put_(
@@ -114,7 +114,7 @@ class infonce(nn.Module):
         """
         if not self.negatives or batch.split is None:
             return batch.row_id[:0], torch.empty(0)
-        key = int(everyone(batch.row_id)[0].sum())
+        key = int(gather_rows(batch.row_id)[0].sum())
         rows = np.random.default_rng(key).integers(len(batch.split.row_id), size=self.negatives)
         drawn = torch.from_numpy(rows).to(batch.row_id.device)
         answer = batch.split.answer

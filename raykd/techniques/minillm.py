@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from raykd.losses.divergences import both, chosen, divergence, spread
-from raykd.losses.returns import following, through, whitened
+from raykd.losses.divergences import both_log_probs, divergence, token_log_probs, unflatten_valid
+from raykd.losses.returns import returns_to_go, running_products, whitened
 from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
@@ -58,23 +58,27 @@ def minillm(
     """
     rollout, mask = batch.rollout, batch.mask
     assert rollout is not None
-    log_q, log_p = both(student, batch, rollout.temperature)
-    now, theirs = (spread(chosen(log, batch.label[mask]), mask) for log in (log_q, log_p))
+    log_q, log_p = both_log_probs(student, batch, rollout.temperature)
+    now, theirs = (
+        unflatten_valid(token_log_probs(log, batch.label[mask]), mask) for log in (log_q, log_p)
+    )
     then, weight = (
         torch.where(mask, known, fill)
         for known, fill in ((rollout.log_q, 0.0), (rollout.weight, 1.0))
     )
     reward, before = (theirs - then).clamp(-reward_clip, reward_clip), torch.ones_like(weight)
     if weights == "prefix":
-        before, until = through(weight, mask)
+        before, until = running_products(weight, mask)
         reward, weight = reward * until, before.new_ones(())
-    advantage = following(reward, mask, discount=discount, current=include_current_reward)
+    advantage = returns_to_go(reward, mask, discount=discount, current=include_current_reward)
     if normalise:
-        advantage = advantage / following(
+        advantage = advantage / returns_to_go(
             mask.to(reward.dtype), mask, current=include_current_reward
         ).clamp(min=1)
     if whiten:
         advantage = whitened(advantage, mask)
     ratio = weight * (now - then).exp()
     policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    return TermValues(spread(divergence(log_q, log_p, "reverse"), mask) * before + policy, mask)
+    return TermValues(
+        unflatten_valid(divergence(log_q, log_p, "reverse"), mask) * before + policy, mask
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raykd.data import UNLABELLED, Rows
 from raykd.errors import StoreError
-from raykd.signals import Batch, Signals, tensor
+from raykd.signals import Batch, Signals, as_tensor
 from raykd.store.logits import StoredLogits
 from raykd.store.reader import Store
 
@@ -133,7 +133,7 @@ def to_device(
         valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
         if not np.array_equal(stored.steps, valid.sum(1)):
             raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
-        mask = tensor(valid)
+        mask = as_tensor(valid)
         if stored.codec.name == "dense":
             flat = stored.at()
             assert isinstance(flat, Tensor)
@@ -146,11 +146,11 @@ def to_device(
         for name in sorted(needs - {"logits"}):
             teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
     return DeviceRows(
-        tensor(rows.row_id).to(device),
-        tensor(rows.inputs).to("cpu" if mapped else device),
-        tensor(rows.mask).to(device),
-        tensor(rows.label).to(device),
-        None if rows.valence is None else tensor(rows.valence).to(device),
+        as_tensor(rows.row_id).to(device),
+        as_tensor(rows.inputs).to("cpu" if mapped else device),
+        as_tensor(rows.mask).to(device),
+        as_tensor(rows.label).to(device),
+        None if rows.valence is None else as_tensor(rows.valence).to(device),
         teacher,
         None if mask is None else mask.to(device),
         stored,
@@ -169,7 +169,7 @@ def _of_rows(store: Store, split: str, name: str, device: torch.device) -> Tenso
     if name not in store.table(split).column_names:
         return None
     values = store.column(name, split).values
-    return tensor(values.astype(np.int64) if values.dtype == np.int32 else values).to(device)
+    return as_tensor(values.astype(np.int64) if values.dtype == np.int32 else values).to(device)
 
 
 def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:

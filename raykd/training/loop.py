@@ -18,7 +18,7 @@ from raykd.files import faults
 from raykd.generation.draft_log import Kept
 from raykd.generation.own_rows import Live
 from raykd.generation.replay import Replay
-from raykd.losses.objective import Objective, learned
+from raykd.losses.objective import Objective, learned_terms
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Optim
 from raykd.signals import Signals
@@ -104,7 +104,7 @@ def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
     """The arm's objective; terms that learn are built from what the student says of one row, drawn
     by the seed.
     """
-    if not learned(arm.terms):
+    if not learned_terms(arm.terms):
         return Objective(arm.terms)
     with torch.no_grad():
         batch = rows.batch(torch.zeros(1, dtype=torch.int64, device=rows.device))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raykd.data import Rows
 from raykd.losses.shared_terms import kd
-from raykd.signals import at_places
+from raykd.signals import flatten_valid
 from raykd.training.device_rows import DeviceRows
 from raykd.training.predictions import Places, Predictions, of_logits
 
@@ -69,7 +69,7 @@ def told(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
 def _told(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
     batch = rows.batch(index)
     signals = model(batch.inputs, batch.mask)
-    log_q = at_places(signals.log_q, batch.mask)  # (P, V)
+    log_q = flatten_valid(signals.log_q, batch.mask)  # (P, V)
     label = batch.label[batch.mask]
     own = log_q.gather(1, label.clamp(min=0)[:, None])[:, 0]
     value = (

@@ -23,7 +23,7 @@ from raykd.generation.own_rows import Text, Written, replayed, written
 from raykd.generation.replay import Replay
 from raykd.generation.sampling import Frozen
 from raykd.generation.schedule import Schedule
-from raykd.losses.divergences import own
+from raykd.losses.divergences import student_log_probs
 from raykd.losses.objective import Objective
 from raykd.models.llama import Llama
 from raykd.recipe.digest import digest_of
@@ -275,10 +275,12 @@ def test_every_worker_reads_its_part_of_one_order(both):
 def test_a_wider_student_has_its_padding_left_out(both):
     again = read(both[0]).batch(np.arange(OWN))
     logits = torch.randn(*again.mask.shape, V + 3)
-    narrow, wide = (own(Signals(z, again.mask), again) for z in (logits[..., :V], logits))
+    narrow, wide = (
+        student_log_probs(Signals(z, again.mask), again) for z in (logits[..., :V], logits)
+    )
     assert torch.equal(narrow, wide)
     with pytest.raises(RecipeError, match="columns"):
-        own(Signals(logits[..., : V - 1], again.mask), again)
+        student_log_probs(Signals(logits[..., : V - 1], again.mask), again)
 
 
 BROKEN = {

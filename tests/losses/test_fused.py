@@ -277,7 +277,7 @@ def test_taken_places_keep_their_entries_in_any_order():
 GROWTH = """
 import json, resource, sys, torch
 sys.path.insert(0, "tests")
-from raykd.fused import sparse_kl
+from raykd.losses.fused import sparse_kl
 from raykd.targets import SparseTargets
 torch.set_num_threads(1)
 D, V, n = 16, 20_000, 4

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raykd.losses.valence import coherence, future_valence, prefix_confidence, saliency
+from raykd.losses.valence import coherence, prefix_confidence, realised_future, saliency
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Valence
 from raykd.signals import UNLABELLED
@@ -46,7 +46,7 @@ def defined(value: np.ndarray, mask: np.ndarray, discount: float) -> tuple[np.nd
 
 
 def future(value: np.ndarray, mask: np.ndarray, discount: float) -> tuple[np.ndarray, np.ndarray]:
-    found, known = future_valence(torch.from_numpy(value), torch.from_numpy(mask), discount)
+    found, known = realised_future(torch.from_numpy(value), torch.from_numpy(mask), discount)
     return found.numpy(), known.numpy()
 
 

@@ -16,7 +16,7 @@ from random_rows import rows_for
 from safetensors.torch import load_file, save_file
 
 from raykd import techniques
-from raykd.losses.all_rows import everyone
+from raykd.losses.all_rows import gather_rows
 from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
@@ -146,7 +146,7 @@ def gather_on(rank: int, size: int, meeting: Path, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     values = torch.arange(20.0).view(10, 2)
     own = values[World(rank, size).share(10)].clone().requires_grad_()
-    every, first = everyone(own)
+    every, first = gather_rows(own)
     (every.square().sum() * (rank + 1)).backward()
     save_file(
         {"every": every.detach(), "gradient": own.grad, "first": torch.tensor(first)},
@@ -156,7 +156,7 @@ def gather_on(rank: int, size: int, meeting: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_everyone_has_the_rows_of_all_in_order_and_sends_gradients_back(tmp_path, size):
+def test_gather_rows_has_the_rows_of_all_in_order_and_sends_gradients_back(tmp_path, size):
     workers = [start(gather_on, rank, size, tmp_path / "meeting", tmp_path) for rank in range(size)]
     assert wait(workers) == [0] * size
     values = torch.arange(20.0).view(10, 2)

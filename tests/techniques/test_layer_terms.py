@@ -16,7 +16,7 @@ from raykd.losses.objective import Objective
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Optim, TermSpec
-from raykd.signals import Batch, Signals, aligned, resampled
+from raykd.signals import Batch, Signals, resampled, same_length
 from raykd.techniques.attention import attention
 from raykd.techniques.fitnets import hint
 from raykd.techniques.infonce import infonce
@@ -101,7 +101,7 @@ def test_resampling_keeps_means_and_leaves_an_equal_length_alone(mask):
     torch.testing.assert_close(resampled(moved, left, 3), resampled(values, mask, 3))
     pooled = F.adaptive_avg_pool1d(values.mT, 3).mT
     torch.testing.assert_close(resampled(values, whole, 3), pooled)
-    assert aligned(values, values, mask) == (values, values)
+    assert same_length(values, values, mask) == (values, values)
 
 
 def rows(steps: int = 8) -> DeviceRows:

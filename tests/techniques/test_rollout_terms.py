@@ -22,7 +22,7 @@ from raykd.generation.own_rows import Text, written
 from raykd.generation.sampling import Frozen
 from raykd.losses.divergences import divergence
 from raykd.losses.objective import Objective
-from raykd.losses.returns import following, whitened
+from raykd.losses.returns import returns_to_go, whitened
 from raykd.models.llama import Llama
 from raykd.recipe.recipe import TermSpec
 from raykd.recipe.source import Source
@@ -164,16 +164,16 @@ def test_a_student_that_is_its_teacher_has_no_expected_gradient(settings):
 def test_a_return_is_relative_and_counts_what_remains():
     mask = torch.tensor([[False, True, True, True, False]])
     reward = torch.tensor([[torch.nan, 1.0, 10.0, 100.0, torch.inf]])
-    assert following(reward, mask, discount=0.5)[0].tolist() == [0, 5 + 25, 50, 0, 0]
-    assert following(reward, mask, discount=0.5, current=True)[0].tolist() == [
+    assert returns_to_go(reward, mask, discount=0.5)[0].tolist() == [0, 5 + 25, 50, 0, 0]
+    assert returns_to_go(reward, mask, discount=0.5, current=True)[0].tolist() == [
         0,
         1 + 5 + 25,
         10 + 50,
         100,
         0,
     ]
-    assert following(reward, mask, discount=0.0, current=True)[0].tolist() == [0, 1, 10, 100, 0]
-    assert following(mask.float(), mask)[0].tolist() == [0, 2, 1, 0, 0]
+    assert returns_to_go(reward, mask, discount=0.0, current=True)[0].tolist() == [0, 1, 10, 100, 0]
+    assert returns_to_go(mask.float(), mask)[0].tolist() == [0, 2, 1, 0, 0]
 
 
 def one_text(log_ratio: float, weight: float) -> tuple[Signals, Batch]:
