@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from raykd.cli import cli
 from raykd.errors import StoreError
-from raykd.files.place import Address, within
+from raykd.files.address import Address
+from raykd.files.open import address_below
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
@@ -41,7 +42,7 @@ def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
     torch.set_num_threads(1)
     scorer = Scorer(found)
     wanted = identity(found, scorer.dataset)
-    folder = within(out, store_id(wanted))
+    folder = address_below(out, store_id(wanted))
     shards = plan_shards(
         {n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard
     )

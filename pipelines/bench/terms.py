@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 import raykd
 from pipelines.bench.table import Clock, Figure, figure, show
 from raykd import techniques
-from raykd.files import place
+from raykd.files.open import open_place
+from raykd.files.place import Place
 from raykd.losses.terms import needs_of
 from raykd.recipe import toml
 from raykd.recipe.recipe import Recipe
@@ -75,14 +76,14 @@ def cases() -> dict[str, dict[str, Any]]:
     return found
 
 
-def scored(recipe: Recipe, out: Path) -> place.Place:
+def scored(recipe: Recipe, out: Path) -> Place:
     """The recipe's store; its teacher runs only for what is not there yet."""
     address = raykd.score(recipe, out)
     assert address
-    return place.at(address)
+    return open_place(address)
 
 
-def fresh_step(recipe: Recipe, store: place.Place) -> TrainStep:
+def fresh_step(recipe: Recipe, store: Place) -> TrainStep:
     """A student's training step, before its first."""
     shop = ArmRunner(recipe, store.address, torch.device("cpu"))
     arm, optim = student_arm(recipe, 0), recipe.optim
@@ -118,7 +119,7 @@ def time_figures(seconds: dict[str, NDArray[np.float64]]) -> list[Figure]:
     ]
 
 
-def byte_figures(recipes: dict[str, Recipe], stores: dict[str, place.Place]) -> list[Figure]:
+def byte_figures(recipes: dict[str, Recipe], stores: dict[str, Place]) -> list[Figure]:
     """Bytes a row of each layer that a case reads, compressed; of vanilla, those of the answers and
     the valence.
     """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bench.table import Clock
-from raykd.files.place import Address
+from raykd.files.address import Address
 from raykd.losses.objective import Objective
 from raykd.orchestration import training
 from raykd.recipe.recipe import Optim, Recipe

@@ -5,16 +5,12 @@ one name just one wins, and what is written is read at once. It needs no rename 
 nothing is listed to be read.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
+from raykd.files.address import Address
 from raykd.files.atomic import from_json
-
-Address = Path | str  # a folder, or s3://bucket/prefix
-URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[\w.=-]+)*/?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -71,42 +67,7 @@ class Place(Protocol):
         ...
 
 
-def at(address: "Address | Place") -> Place:
-    """The place that an address names; a place is itself.
-
-    ValueError for a URL that can not be one.
-    """
-    if not isinstance(address, Path | str):
-        return address
-    if is_url(address):
-        from raykd.files.bucket import Bucket
-
-        bucket, _, prefix = checked(str(address)).removeprefix("s3://").partition("/")
-        return Bucket(bucket, prefix)
-    from raykd.files.folder import Folder
-
-    return Folder(Path(address))
-
-
-def is_url(address: Address) -> bool:
-    """Whether an address is of another machine, not a folder's."""
-    return isinstance(address, str) and "://" in address
-
-
-def checked(address: str) -> str:
-    """The address without a last slash. ValueError says what a URL must be like."""
-    if is_url(address) and not URL.fullmatch(address):
-        form = "s3://bucket/prefix of letters, digits and . _ = -"
-        raise ValueError(f"must be a folder or {form}, found {address!r}")
-    return address.rstrip("/") or address
-
-
-def within(home: Address, name: str) -> Address:
-    """The address of a folder in a place."""
-    return at(home).below(name).address
-
-
-def read_json(place: Place, name: str) -> Any:
+def read_json_in(place: Place, name: str) -> Any:
     """The JSON value in a file of a place, or None where there is none.
 
     StoreError if it is not JSON.

@@ -13,7 +13,7 @@ from torch import Tensor
 from raykd.data import UNLABELLED
 from raykd.data.vocabulary import check_digest
 from raykd.errors import DataError, RecipeError, StoreError
-from raykd.files.place import Address
+from raykd.files.address import Address
 from raykd.generation.draft_log import CODECS, NONE, SPLIT
 from raykd.losses.terms import TERMS
 from raykd.recipe.recipe import TermSpec

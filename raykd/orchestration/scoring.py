@@ -9,8 +9,10 @@ from typing import Any
 from raykd.console import Progress, say
 from raykd.data import Dataset
 from raykd.errors import DataError, RaykdError
+from raykd.files.address import Address
 from raykd.files.atomic import to_json
-from raykd.files.place import Address, Place, at, read_json, within
+from raykd.files.open import address_below, open_place
+from raykd.files.place import Place, read_json_in
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.recipe.recipe import Recipe
@@ -61,17 +63,17 @@ def home(recipe: Recipe, out: Path) -> Address:
 def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Address, dict[str, Any]]:
     """(address, identity) of the store that belongs to a recipe, whether or not it exists."""
     wanted = identity(recipe, dataset)
-    return within(home(recipe, out), store_id(wanted)), wanted
+    return address_below(home(recipe, out), store_id(wanted)), wanted
 
 
 def is_complete(where: Address, signals: list[str]) -> bool:
     """Whether a store and its signals are finished and their files stand as the manifests say."""
-    store = at(where)
+    store = open_place(where)
     return all(map(_is_whole, [store, *(layer_signals.place_of(store, name) for name in signals)]))
 
 
 def _is_whole(place: Place) -> bool:
-    manifest = read_json(place, "_MANIFEST.json")
+    manifest = read_json_in(place, "_MANIFEST.json")
     return manifest is not None and place.holds(manifest["shards"])
 
 
@@ -125,7 +127,7 @@ def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: lis
                     raise DataError(bad_rows(writer.quarantined(every), recipe.scale.max_bad_rows))
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
         raise plain_error(error, "score") from None
-    timing = read_json(writer.place, "_TIMING.json") or {"seconds": 0.0}
+    timing = read_json_in(writer.place, "_TIMING.json") or {"seconds": 0.0}
     writer.place.put("_TIMING.json", to_json({"seconds": timing["seconds"] + seconds}))
     progress.finish()
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from raykd.console import Progress, say
 from raykd.errors import Diverged, InfraError
+from raykd.files.address import Address
 from raykd.files.atomic import read_json
-from raykd.files.place import Address
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.teachers import Served, teachers

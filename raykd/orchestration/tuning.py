@@ -17,8 +17,8 @@ from torch import nn
 from raykd import models
 from raykd.console import Progress
 from raykd.errors import InfraError
+from raykd.files.address import Address
 from raykd.files.atomic import write_bytes
-from raykd.files.place import Address
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.training import group

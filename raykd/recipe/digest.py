@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raykd.files.place import at
+from raykd.files.open import open_place
 from raykd.recipe.recipe import ModelRef, Recipe
 from raykd.recipe.weight_files import hashed_files
 
@@ -70,7 +70,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
             values[key] = content_of(table)
     if recipe.source and recipe.source.log:
         logs = [
-            at(recipe.source.log_of(seed) or "").get("_MANIFEST.json") or b""
+            open_place(recipe.source.log_of(seed) or "").get("_MANIFEST.json") or b""
             for seed in recipe.seeds
         ]
         values["source"]["log"] = [hashlib.sha256(log).hexdigest() for log in logs]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-from raykd.files.place import checked
+from raykd.files.address import checked_address
 from raykd.recipe.drafter import Drafter
 from raykd.recipe.quant import Quant
 from raykd.recipe.source import Source
@@ -23,7 +23,7 @@ N = TypeVar("N")
 Pair = Annotated[
     tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]  # TOML has no tuples
-Home = Annotated[str, BeforeValidator(lambda v: checked(v) if isinstance(v, str) else v)]
+Home = Annotated[str, BeforeValidator(lambda v: checked_address(v) if isinstance(v, str) else v)]
 
 
 class Table(BaseModel):

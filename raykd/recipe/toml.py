@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.errors import RecipeError
-from raykd.files.place import is_url
+from raykd.files.address import is_url
 from raykd.recipe.digest import is_path
 
 PATHS = (

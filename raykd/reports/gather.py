@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from raykd.data import Dataset
 from raykd.deploy import artefact, text_artefact
-from raykd.files import place
+from raykd.files.address import Address
 from raykd.files.atomic import read_json
+from raykd.files.place import read_json_in
 from raykd.generation import acceptance
 from raykd.losses.terms import needs_of
 from raykd.recipe.recipe import Recipe
@@ -38,7 +39,7 @@ def gather(
     found: Recipe,
     dataset: Dataset,
     folder: Path,
-    where: place.Address | None,
+    where: Address | None,
     mlflow: dict[str, Any],
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
@@ -227,7 +228,7 @@ def _cost(records: dict[str, Any], store: Store | None) -> float | None:
     seconds = {
         n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")
     }
-    timing = place.read_json(store.place, "_TIMING.json") if store else None
+    timing = read_json_in(store.place, "_TIMING.json") if store else None
     if not seconds["control"] or (store and timing is None):
         return None
     teacher = timing["seconds"] if timing else 0.0

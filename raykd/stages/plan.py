@@ -8,7 +8,7 @@ from typing import Any
 from raykd import models
 from raykd.deploy import forms, run_artefact
 from raykd.errors import DataError
-from raykd.files.place import at
+from raykd.files.open import open_place
 from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
@@ -65,7 +65,7 @@ def _stages(place: Place) -> list[dict[str, Any]]:
         shards = plan_shards(
             {n: len(r) for n, r in place.dataset.splits.items()}, recipe.store.rows_per_shard
         )
-        committed = at(place.store).listed("_commits")
+        committed = open_place(place.store).listed("_commits")
         done = [s for s in shards if f"_commits/{s.number:05d}.json" in committed]
         rows = sum(map(len, place.dataset.splits.values()))
         what = f"{rows} rows in {len(shards)} shards, {len(done)} scored; about {_store_bytes(place):,} bytes"
@@ -90,7 +90,7 @@ def _stages(place: Place) -> list[dict[str, Any]]:
 
 def _nearest(place: Place) -> dict[str, Any] | None:
     """Where the recipe's store does not exist, the one beside it that differs least, and in what."""
-    if place.store is None or at(place.store).get("_RECIPE.json") is not None:
+    if place.store is None or open_place(place.store).get("_RECIPE.json") is not None:
         return None
     return care.nearest(
         scoring.home(place.recipe, place.out.resolve()), identity(place.recipe, place.dataset)

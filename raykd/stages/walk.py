@@ -21,8 +21,8 @@ from raykd.data import Dataset
 from raykd.deploy import run_artefact
 from raykd.errors import InfraError, RecipeError
 from raykd.files import waiting
+from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
-from raykd.files.place import Address
 from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring

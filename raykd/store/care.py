@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykd.errors import StoreError
+from raykd.files.address import Address
 from raykd.files.atomic import to_json
-from raykd.files.place import Address, Place, at, read_json
+from raykd.files.open import open_place
+from raykd.files.place import Place, read_json_in
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, record_of
 from raykd.store.reader import PART, Store, read_shard
@@ -25,8 +27,8 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
 
     A sound manifest has the records; without one they are those that are committed and can be read.
     """
-    place = at(where)
-    if read_json(place, "_RECIPE.json") is None:
+    place = open_place(where)
+    if read_json_in(place, "_RECIPE.json") is None:
         raise StoreError(f"{place} is not a teacher store: it has no _RECIPE.json")
     committed = {
         name: _record(place, name) for name in place.listed("_commits") if name.endswith(".json")
@@ -50,7 +52,7 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
 def _record(place: Place, name: str) -> dict[str, Any] | None:
     """The commit record in a file; None if it can not be one of that name."""
     try:
-        found = read_json(place, name)
+        found = read_json_in(place, name)
         Shard(*(found[key] for key in ("number", "split", "first", "last")))
         sound = PART.fullmatch(found["file"]) and name == _commit(found) and found["rows"] >= 0
     except (StoreError, KeyError, TypeError, ValueError):
@@ -68,7 +70,7 @@ def _is_finished(place: Place) -> bool:
 
 def verify(where: Address | Place) -> dict[str, Any]:
     """Every file against its digest and bounds, its pages against their checksums."""
-    place = at(where)
+    place = open_place(where)
     known, damaged = shards(place)
     damaged += [fault for record in known if (fault := _fault(place, record))]
     complete = _is_finished(place) and not damaged
@@ -102,7 +104,7 @@ def quarantined(place: Place, record: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that a shard leaves out, each with the reason."""
     if record["rows"] == record["last"] - record["first"]:
         return []
-    found = read_json(place, f"_quarantine/{record['number']:05d}.json") or {}
+    found = read_json_in(place, f"_quarantine/{record['number']:05d}.json") or {}
     return list(found.get("rows", []))
 
 
@@ -110,7 +112,7 @@ def show(where: Address | Place) -> dict[str, Any]:
     """What a store is: identity, rows and bytes by split, and each column with its type and bytes a
     row.
     """
-    place = at(where)
+    place = open_place(where)
     known, _ = shards(place)
     splits: dict[str, dict[str, int]] = {}
     columns: dict[str, dict[str, Any]] = {}
@@ -135,12 +137,12 @@ def show(where: Address | Place) -> dict[str, Any]:
     return {
         "store": str(place),
         "complete": complete,
-        "identity": read_json(place, "_RECIPE.json"),
+        "identity": read_json_in(place, "_RECIPE.json"),
         "splits": splits,
         "columns": columns,
         "quarantined": [row for record in known for row in quarantined(place, record)],
         "unreadable": unreadable,
-        "statistics": read_json(place, "_MANIFEST.json").get("statistics") if complete else None,
+        "statistics": read_json_in(place, "_MANIFEST.json").get("statistics") if complete else None,
     }
 
 
@@ -169,7 +171,7 @@ def repair(where: Address | Place) -> list[str]:
 
     Of a store that stands, a commit record that is lost is written again from the manifest.
     """
-    place = at(where)
+    place = open_place(where)
     known, faults = shards(place)
     for fault in faults:
         place.delete(fault["file"])
@@ -193,7 +195,7 @@ def again(where: Address | Place) -> str:
     """What writes the missing shards of a store: scoring, or for a log of drafts the training that
     kept them.
     """
-    if "drafts" in (read_json(at(where), "_RECIPE.json") or {}):
+    if "drafts" in (read_json_in(open_place(where), "_RECIPE.json") or {}):
         return "delete arms/ARM/arm.json of its run and type: raykd train RECIPE"
     return "type: raykd score RECIPE"
 
@@ -202,7 +204,7 @@ def gc(where: Address | Place, *, older_than_s: float) -> list[str]:
     """Files that no record names and that have stood for `older_than_s`, removed: what killed
     writers left behind.
     """
-    place = at(where)
+    place = open_place(where)
     named = {record["file"] for record in shards(place)[0]} | set(KEPT)
     now, removed = time.time(), []
     for layer in layer_signals.stored(place):
@@ -239,9 +241,9 @@ def nearest(home: Address, wanted: dict[str, Any]) -> dict[str, Any] | None:
     "differences"}.
     """
     found = []
-    for store in (at(home).below(name) for name in at(home).folders()):
+    for store in (open_place(home).below(name) for name in open_place(home).folders()):
         try:
-            stored = read_json(store, "_RECIPE.json")
+            stored = read_json_in(store, "_RECIPE.json")
         except StoreError:
             continue
         if stored is not None:

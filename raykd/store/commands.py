@@ -23,12 +23,12 @@ class StorePath(click.Path):
     """A store's folder, or its s3:// URL as it stands."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        from raykd.files.place import checked, is_url
+        from raykd.files.address import checked_address, is_url
 
         if not is_url(value):
             return super().convert(value, param, ctx)
         try:
-            return checked(value)
+            return checked_address(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 
 from raykd.errors import StoreError
 from raykd.files import faults
+from raykd.files.address import Address
 from raykd.files.atomic import to_json
-from raykd.files.place import Address, Place, at, read_json
+from raykd.files.open import open_place
+from raykd.files.place import Place, read_json_in
 from raykd.recipe.digest import digest_of
 from raykd.store import bounds
 
@@ -59,10 +61,10 @@ class StoreWriter:
     """One store being written, by any number of processes at once."""
 
     def __init__(self, where: Address | Place, identity: dict[str, Any]):
-        self.place = at(where)
+        self.place = open_place(where)
         self.identity = identity
         self.place.put_once("_RECIPE.json", to_json(identity))
-        if read_json(self.place, "_RECIPE.json") != identity:
+        if read_json_in(self.place, "_RECIPE.json") != identity:
             raise StoreError(f"{self.place} holds the store of another recipe; give another --out")
 
     @property
@@ -90,7 +92,7 @@ class StoreWriter:
         faults.point("score", shard=shard.number, at="before_commit")
         self.place.put_once(_record(shard), to_json(record))
         faults.point("score", shard=shard.number, at="after_commit")
-        return read_json(self.place, _record(shard))
+        return read_json_in(self.place, _record(shard))
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
         """The shards still to score: those without a record, or whose record or file is gone or
@@ -114,12 +116,12 @@ class StoreWriter:
 
     def quarantined(self, shards: list[Shard]) -> dict[int, str]:
         """Each row of these shards that could not be scored, with the reason."""
-        found = [read_json(self.place, _quarantine(s)) for s in shards if self._lacks(s)]
+        found = [read_json_in(self.place, _quarantine(s)) for s in shards if self._lacks(s)]
         return {row["row_id"]: row["reason"] for f in found if f for row in f["rows"]}
 
     def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
         """The commit records of all shards. StoreError names those that have none."""
-        found = [read_json(self.place, _record(shard)) for shard in shards]
+        found = [read_json_in(self.place, _record(shard)) for shard in shards]
         if absent := [s.number for s, r in zip(shards, found, strict=True) if r is None]:
             raise StoreError(
                 f"{self.place}: shards {absent} are not scored; run `raykd score` again"
@@ -142,7 +144,7 @@ class StoreWriter:
         manifest = body | {"sha256": digest_of(body)}
         faults.point("score", at="before_manifest")
         self.place.put_once("_MANIFEST.json", to_json(manifest))
-        standing = read_json(self.place, "_MANIFEST.json")
+        standing = read_json_in(self.place, "_MANIFEST.json")
         if standing != manifest:
             raise StoreError(
                 f"{self.place}: scored again, the store differs from its manifest; delete the folder"
@@ -152,7 +154,7 @@ class StoreWriter:
     def stands(self, shard: Shard) -> bool:
         """Whether a shard has a record, and its file's bytes give just that record."""
         try:
-            record = read_json(self.place, _record(shard))
+            record = read_json_in(self.place, _record(shard))
             data = self.place.get(record["file"]) if record else None
             if data is None or record != record_of(shard, data):
                 return False
@@ -162,7 +164,7 @@ class StoreWriter:
 
     def _lacks(self, shard: Shard) -> int:
         """How many of its rows a shard's file lacks."""
-        record = read_json(self.place, _record(shard)) or {}
+        record = read_json_in(self.place, _record(shard)) or {}
         return shard.last - shard.first - record.get("rows", 0)
 
 

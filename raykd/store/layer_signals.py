@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from raykd.errors import StoreError
-from raykd.files.place import Address, Place, at
+from raykd.files.address import Address
+from raykd.files.open import open_place
+from raykd.files.place import Place
 from raykd.store.commit import StoreWriter
 
 FOLDER = "signals"
@@ -34,7 +36,7 @@ def writers(
     where: Address | Place, identity: dict[str, Any], signals: list[str]
 ) -> dict[str, StoreWriter]:
     """The writer of the store itself, under "", and of each signal."""
-    store = at(where)
+    store = open_place(where)
     extra = {
         name: StoreWriter(place_of(store, name), identity | {"signal": name}) for name in signals
     }

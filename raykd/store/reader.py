@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raykd.errors import StoreError
-from raykd.files.place import Address, Place, at, read_json
+from raykd.files.address import Address
+from raykd.files.open import open_place
+from raykd.files.place import Place, read_json_in
 from raykd.recipe.digest import digest_of
 from raykd.store import bounds, layer_signals, node_copy
 from raykd.store.columns import decode
@@ -47,8 +49,8 @@ class Store:
     """A complete, verified store."""
 
     def __init__(self, where: Address | Place):
-        self.place = place = at(where)
-        manifest = read_json(place, "_MANIFEST.json")
+        self.place = place = open_place(where)
+        manifest = read_json_in(place, "_MANIFEST.json")
         if manifest is None:
             raise StoreError(
                 f"{place} is not a complete store: it has no manifest; run `raykd score` to finish it"
@@ -71,7 +73,7 @@ class Store:
         """A view of committed shards before there is a manifest: its columns, read shard by shard."""
         store = cls.__new__(cls)
         store.place, store.manifest, store._splits, store._layers = (
-            at(where),
+            open_place(where),
             {"shards": records},
             {},
             frozenset(),

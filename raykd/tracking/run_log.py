@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from raykd.data import Dataset
-from raykd.files import place
+from raykd.files.address import Address
 from raykd.files.atomic import read_json
+from raykd.files.open import open_place
+from raykd.files.place import read_json_in
 from raykd.recipe.recipe import Recipe
 from raykd.teacher.identity import run_digest
 from raykd.tracking import journal
@@ -20,14 +22,12 @@ from raykd.training.arms import arms_of
 PARENT = "run"
 
 
-def open_journal(
-    found: Recipe, dataset: Dataset, folder: Path, where: place.Address | None
-) -> Journal:
+def open_journal(found: Recipe, dataset: Dataset, folder: Path, where: Address | None) -> Journal:
     """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the
     run reads.
     """
     is_new, lines = not (folder / NAME).exists(), Journal(folder / NAME)
-    store = place.at(where) if where else None
+    store = open_place(where) if where else None
     tags = {"raykd.technique": found.technique, "raykd.recipe_digest": run_digest(found, dataset)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
@@ -38,7 +38,7 @@ def open_journal(
         lines.params(PARENT, dict(_flat(found.model_dump(mode="json", exclude={"scale", "track"}))))
         rows = {name: len(split) for name, split in dataset.splits.items()}
         lines.dataset(PARENT, dataset.name, dataset.digest, found.data.source, {"rows": rows})
-        manifest = place.read_json(store, "_MANIFEST.json") if store else None
+        manifest = read_json_in(store, "_MANIFEST.json") if store else None
         if store and manifest:
             lines.dataset(
                 PARENT,

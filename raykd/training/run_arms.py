@@ -19,8 +19,8 @@ from torch import nn
 
 from raykd import data, models
 from raykd.data import Dataset
+from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
-from raykd.files.place import Address
 from raykd.generation import acceptance, judge_drafter
 from raykd.generation.acceptance import Drafts
 from raykd.generation.draft_log import Kept, kept

@@ -26,8 +26,10 @@ from shards import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 
 from raykd.errors import InfraError, RecipeError, StoreError
 from raykd.files import bucket
+from raykd.files.address import Address
 from raykd.files.bucket import Bucket
-from raykd.files.place import Address, at, read_json, within
+from raykd.files.open import address_below, open_place
+from raykd.files.place import read_json_in
 from raykd.orchestration import scoring
 from raykd.recipe.digest import digest
 from raykd.stages import plan
@@ -79,19 +81,19 @@ def whole(tmp_path_factory) -> Path:
 
 
 def content(where: Address) -> dict[str, bytes | None]:
-    place = at(where)
+    place = open_place(where)
     return {name: place.get(name) for name in place.listed()}
 
 
 def spoil(where: Address, name: str) -> None:
     """Flip one bit in the middle of a file."""
-    data = bytearray(at(where).get(name) or b"")
+    data = bytearray(open_place(where).get(name) or b"")
     data[len(data) // 2] ^= 16
-    at(where).put(name, bytes(data))
+    open_place(where).put(name, bytes(data))
 
 
 def test_one_of_sixteen_creates_a_name(store):
-    place, gate, told = at(store), threading.Barrier(16), {}
+    place, gate, told = open_place(store), threading.Barrier(16), {}
 
     def create(number: int) -> None:
         gate.wait(30)
@@ -108,7 +110,7 @@ def test_one_of_sixteen_creates_a_name(store):
 
 
 def test_a_place_gives_what_was_put(store):
-    place = at(store)
+    place = open_place(store)
     assert (place.get("a"), place.listed(), place.folders(), place.name) == (None, {}, [], "store")
     place.delete("a")
     assert place.put_once("data/x", b"first")
@@ -132,7 +134,7 @@ def test_a_place_gives_what_was_put(store):
     )
     place.delete("data/x")
     assert content(store) == {"signals/h/y": b""}
-    assert content(within(store, "signals/h")) == {"y": b""}
+    assert content(address_below(store, "signals/h")) == {"y": b""}
 
 
 def test_a_store_has_the_same_bytes_wherever_it_stands(store, whole):
@@ -156,7 +158,7 @@ def test_processes_that_race_end_with_one_commit_a_shard(kind, server, tmp_path)
     )
     assert wait([start(race, where, salt, gate, told[salt], **server) for salt in (0, 1)]) == [0, 0]
     assert told[0].read_bytes() == told[1].read_bytes()
-    assert len(at(where).listed("_commits")) == len(SHARDS)
+    assert len(open_place(where).listed("_commits")) == len(SHARDS)
     assert [table.num_rows for table in read_all(where)] == list(ROWS.values())
 
 
@@ -201,11 +203,11 @@ def test_a_lost_or_cut_file_is_scored_again(store, whole):
     fill(store)
     files = [record["file"] for record in Store(store).manifest["shards"]]
     assert scoring.is_complete(store, [])
-    at(store).delete(files[1])
+    open_place(store).delete(files[1])
     assert not scoring.is_complete(store, [])
     assert StoreWriter(store, IDENTITY).missing(SHARDS) == [SHARDS[1]]
     fill(store)
-    at(store).put(files[4], b"cut")
+    open_place(store).put(files[4], b"cut")
     assert not scoring.is_complete(store, [])
     assert StoreWriter(store, IDENTITY).missing(SHARDS) == [SHARDS[4]]
     fill(store)
@@ -216,7 +218,7 @@ def test_what_a_killed_writer_left_behind_is_collected(store, whole):
     fill(store)
     left = ["_commits/.x.tmp", "data/part-00000-0123456789abcdef.parquet"]
     for name in left:
-        at(store).put(name, b"left behind")
+        open_place(store).put(name, b"left behind")
     assert care.gc(store, older_than_s=3600) == []
     assert care.gc(store, older_than_s=-60) == left
     assert content(store) == content(whole)
@@ -230,7 +232,7 @@ def test_a_layer_is_a_store_below_the_first(store):
         writer.finish(SHARDS, {"rows": ROWS} if not name else {})
     assert scoring.is_complete(store, ["hidden.a"])
     assert care.verify(store) == {"complete": True, "shards": 2 * len(SHARDS), "damaged": []}
-    spoil(within(store, "signals/hidden.a"), "_commits/00001.json")
+    spoil(address_below(store, "signals/hidden.a"), "_commits/00001.json")
     assert [d["file"] for d in care.verify(store)["damaged"]] == [
         "signals/hidden.a/_commits/00001.json"
     ]
@@ -241,7 +243,7 @@ def test_a_layer_is_a_store_below_the_first(store):
 def test_a_teacher_is_read_back_alike(kind, folder, tmp_path):
     recipe, local = stored.scored(folder, "comb")
     where = by_hand.score(recipe, new(kind, tmp_path))
-    assert read_json(at(where), "_MANIFEST.json") == local.manifest
+    assert read_json_in(open_place(where), "_MANIFEST.json") == local.manifest
     for split in ("train", "val", "test"):
         assert Store(where).table(split).equals(local.table(split))
 
@@ -273,7 +275,7 @@ def test_a_folder_of_stores_is_relative_to_the_recipe(tmp_path):
 )
 def test_a_url_that_can_not_be_one_is_refused(url, tmp_path):
     with pytest.raises(ValueError, match="must be a folder or s3://bucket/prefix"):
-        at(url)
+        open_place(url)
     (tmp_path / "r.toml").write_text(f'technique = "none"\n[scale]\nstore = "{url}"\n')
     with pytest.raises(RecipeError, match=r"scale.store: must be a folder or s3://bucket/prefix"):
         load(tmp_path / "r.toml")
@@ -349,9 +351,9 @@ def test_a_student_is_the_same_from_a_bucket(cluster, tiny, scored, stocked, ser
     done = raykd(tmp_path, *command, **session, **server, **in_workers(server))
     assert done.code == 0, done.err
     assert not (tmp_path / "out" / "stores").exists()
-    (name,) = at(home).folders()
+    (name,) = open_place(home).folders()
     assert (
-        at(home).get(f"{name}/_MANIFEST.json")
+        open_place(home).get(f"{name}/_MANIFEST.json")
         == (scored / "stores" / name / "_MANIFEST.json").read_bytes()
     )
     local = stocked("local")
