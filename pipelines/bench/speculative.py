@@ -26,7 +26,7 @@ from pipelines.bench.table import Figure, figure, show
 from raykd.deploy.onnx import write_decoder
 from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.generation.reader import Reader, TorchReader
-from raykd.generation.speculative import Text, generate, predicted, speculate
+from raykd.generation.speculative import WrittenText, generate, predicted_speedup, speculate
 from raykd.models.llama import Llama
 
 ACCEPTANCE, TRIAL = 0.8, 4  # of the built pair; drafts a call in the trial
@@ -57,7 +57,7 @@ class Costs:
     verify: dict[int, float]
 
     def speed_up(self, acceptance: float, gamma: int) -> float:
-        return predicted(acceptance, gamma, self.draft, self.verify[gamma + 1])
+        return predicted_speedup(acceptance, gamma, self.draft, self.verify[gamma + 1])
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,23 @@ class Row:
     name: str
     plain: NDArray[np.float64]
     drafted: NDArray[np.float64]
-    texts: list[Text]
+    texts: list[WrittenText]
     gamma: int
     costs: Costs
 
     @property
-    def text(self) -> Text:
+    def text(self) -> WrittenText:
         """All rounds as one."""
         rounds = tuple(done for text in self.texts for done in text.rounds)
         calls, drafts = (
             sum(getattr(t, f"{side}_calls") for t in self.texts) for side in ("teacher", "drafter")
         )
-        return Text(
+        return WrittenText(
             [token for t in self.texts for token in t.tokens], "count", calls, drafts, rounds
         )
 
     @property
-    def predicted(self) -> float:
+    def predicted_speedup(self) -> float:
         return self.costs.speed_up(self.text.acceptance, self.gamma)
 
 
@@ -253,7 +253,7 @@ def _call(reader: Reader, past: Sequence[int], count: int, calls: int) -> float:
     return time.process_time() - started
 
 
-def _timed(call: Callable[[], Text]) -> tuple[float, Text]:
+def _timed(call: Callable[[], WrittenText]) -> tuple[float, WrittenText]:
     started = time.process_time()
     text = call()
     return time.process_time() - started, text

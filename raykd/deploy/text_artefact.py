@@ -34,8 +34,8 @@ from raykd.deploy.parity import bar_of, gate
 from raykd.errors import DataError, RecipeError
 from raykd.files.atomic import whole_folder, write_bytes, write_json
 from raykd.generation import acceptance, judge_drafter
-from raykd.generation.acceptance import Drafts
-from raykd.generation.own_rows import Text
+from raykd.generation.acceptance import Acceptance
+from raykd.generation.own_rows import TextShape
 from raykd.models.llama import Llama
 from raykd.quant import swap
 from raykd.recipe.drafter import Drafter
@@ -82,7 +82,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Drafts:
+def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Acceptance:
     """How the file itself does as the teacher's drafter."""
     assert recipe.teacher is not None
     module = models.build_model(recipe.teacher, **dataset.shape, key="teacher").eval()
@@ -90,12 +90,12 @@ def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Dra
         judge_drafter.reader(module, "teacher"),
         OnnxReader(Decoder(folder / ONNX, rows=1)),
     )
-    text = Text(
+    text = TextShape(
         dataset.shape["steps"], dataset.classes.index(recipe.data.end), len(dataset.classes)
     )
     test = dataset.splits["test"]
     return judge_drafter.judge(
-        teacher, drafter, test, how, text, judge_drafter.alone(teacher, test, how, text)
+        teacher, drafter, test, how, text, judge_drafter.teacher_texts(teacher, test, how, text)
     )
 
 

@@ -23,7 +23,7 @@ NAME = "drafts.parquet"
 
 
 @dataclass(frozen=True)
-class Drafts:
+class Acceptance:
     """n texts written together: the sum of sum min(p, q) over `tested` tokens, of which `accepted`
     stayed.
     """
@@ -48,7 +48,7 @@ class Drafts:
         write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def read(path: Path) -> Drafts:
+def read_acceptance(path: Path) -> Acceptance:
     """What `Drafts.write` wrote."""
     table = pq.read_table(path)
-    return Drafts(**{name: table.column(name).to_numpy() for name in table.column_names})
+    return Acceptance(**{name: table.column(name).to_numpy() for name in table.column_names})

@@ -39,7 +39,7 @@ CODECS = ("dense", "comb", "topk")  # that keep answers by themselves
 
 
 @dataclass(frozen=True)
-class Kept:
+class DraftLogSpec:
     """Where a training's drafts are kept, and everything that their log depends on."""
 
     where: Address
@@ -50,9 +50,9 @@ class Kept:
         return codec_for(self.identity["store"], self.identity["vocabulary"]["size"])
 
 
-def kept(
+def draft_log_spec(
     where: Address, run: str, classes: Sequence[str], temperature: float, store: dict[str, Any]
-) -> Kept:
+) -> DraftLogSpec:
     """The log of a training named `run`. `store` is the recipe's table, whose codec the answers are
     kept by.
 
@@ -66,7 +66,7 @@ def kept(
     stored = {key: value for key, value in store.items() if key not in ("rows_per_shard", "batch")}
     stored |= {"temperatures": sorted({temperature, 1.0})} if "temperatures" in store else {}
     drafts = {"run": run, "temperature": temperature}
-    return Kept(
+    return DraftLogSpec(
         where, {"schema": SCHEMA, "drafts": drafts, "vocabulary": vocabulary, "store": stored}
     )
 
@@ -77,15 +77,15 @@ class DraftLog:
     `intervals`.
     """
 
-    kept: Kept
+    spec: DraftLogSpec
     intervals: Sequence[Sequence[int]]
     own: int
     share: slice
     held: list[pa.Table] = field(default_factory=list)  # of the groups of an interval so far
 
     def __post_init__(self) -> None:
-        self.writer = StoreWriter(self.kept.where, self.kept.identity)
-        self.key = int(digest_of(self.kept.identity)[:15], 16)
+        self.writer = StoreWriter(self.spec.where, self.spec.identity)
+        self.key = int(digest_of(self.spec.identity)[:15], 16)
         self.shards: list[list[Shard]] = []  # of each interval, by place
         first = 0
         for i, groups in enumerate(self.intervals):
@@ -161,15 +161,15 @@ class DraftLog:
         log_q = rollout.log_q.float().cpu().numpy()
         columns[codec.field("text", text.numpy(), "text_steps")] = codec.encode(text.numpy(), read)
         columns[codec.field("log_q", log_q, "steps")] = codec.encode(log_q, mask.numpy())
-        logits = self.kept.codec.encode(teacher.logits.detach(), batch.mask, row_id, self.key)
+        logits = self.spec.codec.encode(teacher.logits.detach(), batch.mask, row_id, self.key)
         columns[pa.field("logits", logits.type, nullable=False)] = logits
         return pa.table(list(columns.values()), schema=pa.schema(list(columns)))
 
     def _packed(self, table: pa.Table) -> pa.Table:
         """With the answers in the layout that is smallest."""
         at, steps = table.schema.get_field_index("logits"), table.column("steps").to_numpy()
-        packed, layout = self.kept.codec.pack(table.column(at).combine_chunks(), steps)
+        packed, layout = self.spec.codec.pack(table.column(at).combine_chunks(), steps)
         field = pa.field(
-            "logits", packed.type, nullable=False, metadata=metadata(self.kept.codec, layout)
+            "logits", packed.type, nullable=False, metadata=metadata(self.spec.codec, layout)
         )
         return table.set_column(at, field, packed)

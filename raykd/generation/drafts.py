@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from raykd.generation.sampling import (
-    Drawn,
-    Later,
+    DrawnText,
+    LaterBatch,
     Teacher,
-    behind,
-    inverse,
+    after_prompt,
+    inverse_cdf,
     log_probabilities,
     sample,
-    scored,
+    score_text,
 )
 from raykd.signals import Batch, Rollout, Signals
 
 
-def drafted(
+def draft_rows(
     student: nn.Module,
     teacher: Teacher,
     prompt: Tensor,
@@ -32,7 +32,7 @@ def drafted(
     temperature: float = 1.0,
     eos: int | None = None,
     vocab: int | None = None,
-) -> Later:
+) -> LaterBatch:
     """Prompts (B, P, 2) with the n tokens that the student drafted after each, tested; T = P + n -
     1.
 
@@ -42,21 +42,24 @@ def drafted(
     count = uniforms.shape[1] // 2
     how = {"temperature": temperature, "eos": eos, "vocab": vocab}
     drawn = sample(student, prompt, uniforms=uniforms[:, :count], keep=True, **how)
-    scoring, first = scored(teacher, prompt, drawn, vocab), prompt.shape[1] - 1
+    scoring, first = score_text(teacher, prompt, drawn, vocab), prompt.shape[1] - 1
 
     def batch() -> Batch:
         inputs, label, answer = scoring()
         log_p = log_probabilities(answer[:, first:], answer.shape[-1], temperature)
-        fields = verified(drawn, log_p, uniforms[:, count:].to(log_p.device))
-        log_q, mask = behind(prompt, drawn.log_q.float(), 0.0), behind(prompt, drawn.mask, False)
-        found = {name: behind(prompt, value, 0) for name, value in fields.items()}
+        fields = verify(drawn, log_p, uniforms[:, count:].to(log_p.device))
+        log_q, mask = (
+            after_prompt(prompt, drawn.log_q.float(), 0.0),
+            after_prompt(prompt, drawn.mask, False),
+        )
+        found = {name: after_prompt(prompt, value, 0) for name, value in fields.items()}
         rollout = Rollout(log_q, torch.ones_like(log_q), 0, temperature, **found)
         return Batch(row_id, inputs, mask, label, teacher=Signals(answer, mask), rollout=rollout)
 
     return batch
 
 
-def verified(drawn: Drawn, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
+def verify(drawn: DrawnText, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
     """A Rollout's fields of a draft (B, n), given the teacher's log probabilities (B, n, V) and
     uniforms (B, n + 1).
 
@@ -73,7 +76,7 @@ def verified(drawn: Drawn, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]
     p, q = log_p[row, at].exp(), drawn.student[row, at].exp()
     residual = (p - q).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
-    correction = torch.where(rejected, inverse(residual, uniforms[:, -1])[:, None], 0)
+    correction = torch.where(rejected, inverse_cdf(residual, uniforms[:, -1])[:, None], 0)
     accepted = drawn.mask & until
     return {
         "accepted": accepted,

@@ -14,8 +14,8 @@ from torch import Tensor, minimum, nn
 
 from raykd.data import Rows
 from raykd.errors import DataError, RecipeError
-from raykd.generation.acceptance import Drafts
-from raykd.generation.own_rows import Text
+from raykd.generation.acceptance import Acceptance
+from raykd.generation.own_rows import TextShape
 from raykd.generation.reader import Reader, TorchReader
 from raykd.generation.speculative import generate, law, speculate
 from raykd.models.llama import Llama
@@ -36,7 +36,9 @@ def reader(module: nn.Module, key: str) -> TorchReader:
     return TorchReader(check(module, key))
 
 
-def alone(teacher: Reader, split: Rows, how: Drafter, text: Text) -> dict[int, list[int]]:
+def teacher_texts(
+    teacher: Reader, split: Rows, how: Drafter, text: TextShape
+) -> dict[int, list[int]]:
     """{row: what the teacher writes after its beginning}; the draws are the row's own.
 
     DataError where no row is long enough to begin a text.
@@ -54,9 +56,9 @@ def judge(
     drafter: Reader,
     split: Rows,
     how: Drafter,
-    text: Text,
+    text: TextShape,
     texts: Mapping[int, Sequence[int]],
-) -> Drafts:
+) -> Acceptance:
     """What both write after the beginnings of the split's rows, and how far they agree on the
     teacher's `texts` there.
 
@@ -73,14 +75,14 @@ def judge(
             sum(sum(each.overlap) for each in done.rounds),
             (len(done.tokens), done.teacher_calls),
         )
-        shared = shares(teacher, drafter, seen, told, how, text.vocab)
+        shared = overlaps(teacher, drafter, seen, told, how, text.vocab)
         agreed = (float(shared.double().sum()), len(shared))
         numbers = (int(split.row_id[row]), int(split.group[row]))
         found.append((*numbers, float(overlap), tested, accepted, *written, *agreed))
-    return Drafts(*(np.array(column) for column in zip(*found, strict=True)))
+    return Acceptance(*(np.array(column) for column in zip(*found, strict=True)))
 
 
-def shares(
+def overlaps(
     teacher: Reader,
     drafter: Reader,
     seen: Sequence[int],
@@ -98,7 +100,7 @@ def shares(
     return minimum(*(each[:both].cpu() for each in laws)).sum(1)
 
 
-def _settings(split: Rows, row: int, how: Drafter, text: Text) -> dict[str, Any]:
+def _settings(split: Rows, row: int, how: Drafter, text: TextShape) -> dict[str, Any]:
     return {
         "temperature": how.temperature,
         "vocab": text.vocab,

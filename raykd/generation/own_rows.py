@@ -14,9 +14,9 @@ from torch import nn
 from raykd.data.order import ShuffledStream, mixed
 from raykd.errors import DataError
 from raykd.generation.draft_log import DraftLog
-from raykd.generation.drafts import drafted
+from raykd.generation.drafts import draft_rows
 from raykd.generation.replay import Replay
-from raykd.generation.sampling import Later, Teacher, on_policy, prompts
+from raykd.generation.sampling import LaterBatch, Teacher, cut_prompts, on_policy
 from raykd.generation.schedule import Schedule
 from raykd.recipe.source import Source
 from raykd.signals import Batch
@@ -25,7 +25,7 @@ REPLAYED = 2  # the order of a log's drafts, beside those of the rows
 
 
 @dataclass(frozen=True)
-class Text:
+class TextShape:
     """What ends a text, how many real tokens there are, and how many positions the student takes."""
 
     steps: int
@@ -34,16 +34,16 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveTeacher:
     """A teacher that scores while the student trains, and what a text is to both."""
 
     teacher: Teacher
-    text: Text
+    text: TextShape
 
 
-def written(
+def write_rows(
     source: Source,
-    text: Text,
+    text: TextShape,
     group: int,
     seed: int,
     student: nn.Module,
@@ -51,7 +51,7 @@ def written(
     rows: Batch,
     *,
     share: slice,
-) -> Later:
+) -> LaterBatch:
     """The group of rows named `group`: this worker's rows continued by the student, from their
     prompts or one cut.
 
@@ -71,11 +71,11 @@ def written(
     cut = int(torch.randint(1, most + 1, (), generator=draw))
     numbers = source.length if source.kind == "on_policy" else 2 * source.length + 1
     uniforms = torch.rand((share.stop, numbers), dtype=torch.double, generator=draw)[share]
-    make = drafted if source.kind == "drafts" else partial(on_policy, mixed=source.mixed)
+    make = draft_rows if source.kind == "drafts" else partial(on_policy, mixed=source.mixed)
     return make(
         student,
         teacher,
-        prompts(rows.inputs, rows.mask, cut, most),
+        cut_prompts(rows.inputs, rows.mask, cut, most),
         row_id=rows.row_id,
         uniforms=uniforms.to(rows.inputs.device),
         temperature=source.temperature,
@@ -84,7 +84,7 @@ def written(
     )
 
 
-def replayed(replay: Replay, own: int, seed: int, group: int, *, share: slice) -> Later:
+def replay_rows(replay: Replay, own: int, seed: int, group: int, *, share: slice) -> LaterBatch:
     """This worker's `share` of the `own` drafts of a log that a step reads, in an order drawn by
     the seed.
     """
@@ -93,7 +93,7 @@ def replayed(replay: Replay, own: int, seed: int, group: int, *, share: slice) -
 
 
 @dataclass
-class Written:
+class OwnRows:
     """The same for each step in turn, by a schedule: groups are drawn when due and held while they
     are used.
 
@@ -102,11 +102,11 @@ class Written:
     """
 
     schedule: Schedule
-    draw: Callable[[int], Later]  # a group -> its batch, by the student as it is
+    draw: Callable[[int], LaterBatch]  # a group -> its batch, by the student as it is
     spans: Sequence[tuple[float, float]] = (
         (0, math.inf),
     )  # the steps [since, until) in which its terms count
-    held: dict[int, Later] = field(default_factory=dict)
+    held: dict[int, LaterBatch] = field(default_factory=dict)
     log: DraftLog | None = None  # where drafts are kept
 
     def counts(self, step: int) -> bool:

@@ -18,8 +18,8 @@ from raykd.errors import DataError, RecipeError
 from raykd.losses.fused import shared_vocab
 from raykd.signals import Batch, Rollout, Signals
 
-Later = Callable[[], Batch]
-Read = Callable[
+LaterBatch = Callable[[], Batch]
+_Read = Callable[
     [Tensor], Tensor
 ]  # (B, n, 2), which follow all that was read before -> logits (B, n, V)
 
@@ -36,7 +36,7 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenTeacher:
     """A teacher in this process: any module from tokens to logits, at rest."""
 
     module: nn.Module
@@ -51,7 +51,7 @@ class Frozen:
         return lambda: answer
 
 
-class Mixed(NamedTuple):
+class TeacherMix(NamedTuple):
     """Teacher-mixed sampling: tokens come from share p + (1 - share) q."""
 
     share: float
@@ -59,7 +59,7 @@ class Mixed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnText:
     """What followed B prompts, n tokens each, of `vocab` that could be drawn."""
 
     inputs: Tensor  # (B, n, 2) integers, as rows of text are; what stands after the end of a text is no token of it
@@ -81,9 +81,9 @@ def sample(
     temperature: float = 1.0,
     eos: int | None = None,
     vocab: int | None = None,
-    mixed: Mixed | None = None,
+    mixed: TeacherMix | None = None,
     keep: bool = False,
-) -> Drawn:
+) -> DrawnText:
     """Continue prompts (B, P, 2) by as many tokens as there are uniforms (B, n) fp64 in [0, 1).
 
     The student is read through its cache as it stands, rounded where it is rounded, without
@@ -121,7 +121,7 @@ def sample(
                 else _mixture(log_probabilities(y, vocab, temperature), q, mixed)
             )
             token = torch.where(
-                going, inverse(policy.exp(), uniforms[:, t].to(q.device)), inputs[:, t, 0]
+                going, inverse_cdf(policy.exp(), uniforms[:, t].to(q.device)), inputs[:, t, 0]
             )
             inputs[:, t, 0], mask[:, t] = token, going
             log_q[:, t] = q.gather(1, token[:, None])[:, 0]
@@ -129,7 +129,7 @@ def sample(
             kept += [q] if keep else []
             going = going if eos is None else going & (token != eos)
     assert vocab is not None, "nothing was to be drawn"
-    return Drawn(inputs, mask, log_q, weight, vocab, torch.stack(kept, 1) if keep else None)
+    return DrawnText(inputs, mask, log_q, weight, vocab, torch.stack(kept, 1) if keep else None)
 
 
 def on_policy(
@@ -143,7 +143,7 @@ def on_policy(
     eos: int | None = None,
     vocab: int | None = None,
     mixed: float = 0.0,
-) -> Later:
+) -> LaterBatch:
     """Prompts (B, P, 2) with what the student wrote after them, n tokens as in `sample`, T = P + n
     - 1.
 
@@ -152,13 +152,18 @@ def on_policy(
     """
     how = {"temperature": temperature, "eos": eos, "vocab": vocab}
     drawn = sample(
-        student, prompt, uniforms=uniforms, mixed=Mixed(mixed, teacher) if mixed else None, **how
+        student,
+        prompt,
+        uniforms=uniforms,
+        mixed=TeacherMix(mixed, teacher) if mixed else None,
+        **how,
     )
-    scoring = scored(teacher, prompt, drawn, vocab)
+    scoring = score_text(teacher, prompt, drawn, vocab)
     log_q, weight = (
-        behind(prompt, x.float(), fill) for x, fill in ((drawn.log_q, 0.0), (drawn.weight, 1.0))
+        after_prompt(prompt, x.float(), fill)
+        for x, fill in ((drawn.log_q, 0.0), (drawn.weight, 1.0))
     )
-    mask = behind(prompt, drawn.mask, False)
+    mask = after_prompt(prompt, drawn.mask, False)
 
     def batch() -> Batch:
         inputs, label, answer = scoring()
@@ -168,8 +173,8 @@ def on_policy(
     return batch
 
 
-def scored(
-    teacher: Teacher, prompt: Tensor, drawn: Drawn, vocab: int | None
+def score_text(
+    teacher: Teacher, prompt: Tensor, drawn: DrawnText, vocab: int | None
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """(inputs (B, T, 2), the token after each (B, T), the teacher's logits (B, T, vocab)), in one
     pass of the teacher.
@@ -188,14 +193,14 @@ def scored(
     return given
 
 
-def behind(prompt: Tensor, values: Tensor, fill: Any) -> Tensor:
+def after_prompt(prompt: Tensor, values: Tensor, fill: Any) -> Tensor:
     """(B, T): what belongs to drawn tokens (B, n), at the positions that are about them; `fill`
     within the prompt.
     """
     return torch.cat([values.new_full((len(values), prompt.shape[1] - 1), fill), values], 1)
 
 
-def prompts(inputs: Tensor, mask: Tensor, cut: int, most: int) -> Tensor:
+def cut_prompts(inputs: Tensor, mask: Tensor, cut: int, most: int) -> Tensor:
     """(B, P, 2): the tokens that rows of text (B, T, 2) are continued from; fewer have places of 0
     on their left.
 
@@ -220,7 +225,7 @@ def log_probabilities(logits: Tensor, vocab: int, temperature: float) -> Tensor:
     return (logits[..., :vocab].double() / temperature).log_softmax(-1)
 
 
-def inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """(B,) int64: the first class where the cumulative distribution (B, V) fp64 is above uniforms
     (B,) in [0, 1).
 
@@ -230,13 +235,13 @@ def inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
-def _mixture(log_p: Tensor, log_q: Tensor, mixed: Mixed) -> Tensor:
+def _mixture(log_p: Tensor, log_q: Tensor, mixed: TeacherMix) -> Tensor:
     """log(share p + (1 - share) q)."""
     share = log_q.new_tensor(mixed.share)
     return torch.logaddexp(log_p + share.log(), log_q + (-share).log1p())
 
 
-def _reader(module: Any, prompt: Tensor, count: int) -> Read:
+def _reader(module: Any, prompt: Tensor, count: int) -> _Read:
     """A module read through a cache of its own."""
     if not hasattr(module, "cache"):
         raise RecipeError(
@@ -254,11 +259,11 @@ def _reader(module: Any, prompt: Tensor, count: int) -> Read:
     return lambda inputs: module(inputs, cache)["logits"]
 
 
-def _asker(teacher: Teacher, prompt: Tensor, count: int) -> Read:
+def _asker(teacher: Teacher, prompt: Tensor, count: int) -> _Read:
     """A teacher read token by token: through a cache where it has one here, else all again each
     time.
     """
-    if isinstance(teacher, Frozen) and hasattr(teacher.module, "cache"):
+    if isinstance(teacher, FrozenTeacher) and hasattr(teacher.module, "cache"):
         read = _reader(teacher.module, prompt, count)
 
         def ask(inputs: Tensor) -> Tensor:

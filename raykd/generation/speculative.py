@@ -51,7 +51,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Text:
+class WrittenText:
     """New tokens, why they ended ("count", "eos", or "context": no room is left), and what they
     took.
     """
@@ -95,7 +95,7 @@ def generate(
     vocab: int | None = None,
     eos: int | None = None,
     seed: int = 0,
-) -> Text:
+) -> WrittenText:
     """Up to `count` tokens after the prompt, one a call: what `speculate` is measured against.
 
     Arguments as there.
@@ -108,7 +108,7 @@ def generate(
         p = law(teacher.step(text[teacher.length :])[-1:], temperature, vocab)
         text.append(draw(p[0], draws.random()))
     tokens = text[len(prompt) :]
-    return Text(tokens, _ended(tokens, count, eos), len(tokens), 0, ())
+    return WrittenText(tokens, _ended(tokens, count, eos), len(tokens), 0, ())
 
 
 @torch.inference_mode()
@@ -123,7 +123,7 @@ def speculate(
     vocab: int | None = None,
     eos: int | None = None,
     seed: int = 0,
-) -> Text:
+) -> WrittenText:
     """Up to `count` tokens after the prompt, of the law of `generate`, with at most `gamma` drafted
     for each call.
 
@@ -156,7 +156,7 @@ def speculate(
         for reader in (teacher, drafter):
             reader.rollback(min(reader.length, len(text) - 1))
     tokens = text[len(prompt) :]
-    return Text(tokens, _ended(tokens, count, eos), len(rounds), drafts, tuple(rounds))
+    return WrittenText(tokens, _ended(tokens, count, eos), len(rounds), drafts, tuple(rounds))
 
 
 def draft(
@@ -268,7 +268,9 @@ def draw(weights: Tensor, u: float) -> int:
     return index
 
 
-def predicted(acceptance: float, gamma: int, draft_cost: float, verify_cost: float) -> float:
+def predicted_speedup(
+    acceptance: float, gamma: int, draft_cost: float, verify_cost: float
+) -> float:
     """The speed-up over plain decoding: (1 - a^(g + 1)) / ((1 - a) (g c + v)), if every position
     accepts alike.
 

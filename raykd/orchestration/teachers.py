@@ -14,7 +14,7 @@ from torch import Tensor
 from raykd import data, models
 from raykd.errors import InfraError
 from raykd.files import faults
-from raykd.generation.sampling import Frozen
+from raykd.generation.sampling import FrozenTeacher
 from raykd.models.device import device_of
 from raykd.recipe.recipe import Recipe
 
@@ -27,7 +27,7 @@ class TeacherActor:
         torch.set_num_threads(1)
         self.device, self.calls = device_of(recipe), 0
         module = models.build_model(recipe.teacher, **shape, key="teacher").to(self.device)
-        self.teacher = Frozen(module.requires_grad_(False))
+        self.teacher = FrozenTeacher(module.requires_grad_(False))
 
     def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Rows (B, T, 2) -> logits (B, T, V)."""

@@ -134,12 +134,13 @@ def _measures(
     if recipe.drafter is None:
         return found
     drafts = {
-        name: {seed: acceptance.read(arm / acceptance.NAME) for seed, arm in own.items()}
+        name: {seed: acceptance.read_acceptance(arm / acceptance.NAME) for seed, arm in own.items()}
         for name, own in ((name, _seeds(folder, records, name)) for name in predicted)
     }
     deployed = folder / acceptance.NAME
     return found | text_measures.of_drafts(
-        drafts | ({"artefact": {0: acceptance.read(deployed)}} if deployed.exists() else {})
+        drafts
+        | ({"artefact": {0: acceptance.read_acceptance(deployed)}} if deployed.exists() else {})
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raykd.generation.acceptance import Drafts
+from raykd.generation.acceptance import Acceptance
 from raykd.reports import bootstrap
 from raykd.reports.bootstrap import Hits, Sample
 from raykd.training.predictions import Predictions
@@ -71,7 +71,7 @@ def of_predictions(
     return {"nll": Measure(group, nll)} | ({"kl": Measure(group, kl)} if whole else {})
 
 
-def of_drafts(arms: Mapping[str, Mapping[int, Drafts]]) -> dict[str, Measure]:
+def of_drafts(arms: Mapping[str, Mapping[int, Acceptance]]) -> dict[str, Measure]:
     """What students are told by as drafters, where they have drafted: ratios of the sums that
     acceptance.py names.
     """

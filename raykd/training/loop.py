@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from raykd.data.order import mixed
 from raykd.files import faults
-from raykd.generation.draft_log import Kept
-from raykd.generation.own_rows import Live
+from raykd.generation.draft_log import DraftLogSpec
+from raykd.generation.own_rows import LiveTeacher
 from raykd.generation.replay import Replay
 from raykd.losses.objective import Objective, learned_terms
 from raykd.models.adapter import Adapter
@@ -44,8 +44,8 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     report: Report = lambda step, metrics: None,
-    live: Live | Replay | None = None,
-    kept: Kept | None = None,
+    live: LiveTeacher | Replay | None = None,
+    kept: DraftLogSpec | None = None,
 ) -> State:
     """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they
     have a state.

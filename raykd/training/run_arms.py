@@ -22,11 +22,11 @@ from raykd.data import Dataset
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.generation import acceptance, judge_drafter
-from raykd.generation.acceptance import Drafts
-from raykd.generation.draft_log import Kept, kept
-from raykd.generation.own_rows import Live, Text
+from raykd.generation.acceptance import Acceptance
+from raykd.generation.draft_log import DraftLogSpec, draft_log_spec
+from raykd.generation.own_rows import LiveTeacher, TextShape
 from raykd.generation.replay import Replay
-from raykd.generation.sampling import Frozen, Teacher
+from raykd.generation.sampling import FrozenTeacher, Teacher
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe
@@ -47,7 +47,7 @@ DRAFTERS = ("student", "control")
 Tell = Callable[[str, int, dict[str, Any]], None]
 
 
-def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> Kept | None:
+def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> DraftLogSpec | None:
     """Where an arm's drafts are kept, in the run's folder; None where they are not.
 
     RecipeError as in `kept`.
@@ -58,7 +58,9 @@ def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> Kept | 
         store_table(recipe, len(dataset.classes)),
         f"{run_digest(recipe, dataset)}/{arm.key}",
     )
-    return kept(folder / "drafts" / arm.key, run, dataset.classes, arm.source.temperature, stored)
+    return draft_log_spec(
+        folder / "drafts" / arm.key, run, dataset.classes, arm.source.temperature, stored
+    )
 
 
 def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None:
@@ -120,15 +122,17 @@ class ArmRunner:
         )
 
     @cached_property
-    def live(self) -> Live:
+    def live(self) -> LiveTeacher:
         """The teacher for students that write, and what a text is to both."""
-        return Live(self.teacher or Frozen(self.frozen), self.text)
+        return LiveTeacher(self.teacher or FrozenTeacher(self.frozen), self.text)
 
     @cached_property
-    def text(self) -> Text:
+    def text(self) -> TextShape:
         """What a text is to student and teacher."""
         classes = self.dataset.classes
-        return Text(self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes))
+        return TextShape(
+            self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes)
+        )
 
     @cached_property
     def frozen(self) -> nn.Module:
@@ -144,11 +148,11 @@ class ArmRunner:
         """What the teacher writes by itself where drafts are judged, once for all arms."""
         assert self.recipe.drafter is not None
         teacher = judge_drafter.reader(self.frozen, "teacher")
-        return judge_drafter.alone(
+        return judge_drafter.teacher_texts(
             teacher, self.dataset.splits["test"], self.recipe.drafter, self.text
         )
 
-    def drafts(self, student: nn.Module) -> Drafts:
+    def drafts(self, student: nn.Module) -> Acceptance:
         """How the student does as the teacher's drafter on the test split."""
         assert self.recipe.drafter is not None
         drafter, teacher = (

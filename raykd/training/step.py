@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raykd.data.order import Order, input_noise, mixed
 from raykd.errors import Diverged
-from raykd.generation.draft_log import DraftLog, Kept
-from raykd.generation.own_rows import Live, Written, replayed, written
+from raykd.generation.draft_log import DraftLog, DraftLogSpec
+from raykd.generation.own_rows import LiveTeacher, OwnRows, replay_rows, write_rows
 from raykd.generation.replay import Replay
-from raykd.generation.sampling import Later
+from raykd.generation.sampling import LaterBatch
 from raykd.generation.schedule import Schedule
 from raykd.losses.terms import is_own
 from raykd.losses.weighting import RowWeights, Spread, mean_spread
@@ -40,8 +40,8 @@ class TrainStep:
         rows: DeviceRows,
         world: World,
         state: State,
-        live: Live | Replay | None = None,
-        kept: Kept | None = None,
+        live: LiveTeacher | Replay | None = None,
+        kept: DraftLogSpec | None = None,
     ):
         self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
         self.own = (
@@ -52,7 +52,7 @@ class TrainStep:
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
         self.spreads: list[Spread] = []  # of the row weights since the last report
         self.lags: list[int] = []  # of the student's text since then
-        self.is_live = isinstance(live, Live)
+        self.is_live = isinstance(live, LiveTeacher)
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
         self.ahead = (
             Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
@@ -126,7 +126,9 @@ class TrainStep:
             self.lags += [found[-1].rollout.lag] if self.is_live else []
         return found
 
-    def _writer(self, source: Source, live: Live | Replay, kept: Kept | None) -> Written:
+    def _writer(
+        self, source: Source, live: LiveTeacher | Replay, kept: DraftLogSpec | None
+    ) -> OwnRows:
         """What gives each step its rows of the student's own text."""
         share, seed = self.world.share(self.own), self.arm.seed
         spans = [
@@ -135,18 +137,22 @@ class TrainStep:
             if is_own(n)
         ]
         if isinstance(live, Replay):
-            return Written(
-                Schedule(), lambda group: replayed(live, self.own, seed, group, share=share), spans
+            return OwnRows(
+                Schedule(),
+                lambda group: replay_rows(live, self.own, seed, group, share=share),
+                spans,
             )
         begins = [span.first for span in phases.spans(self.arm.phases, self.optim.steps)]
         schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
 
-        def draw(group: int) -> Later:
+        def draw(group: int) -> LaterBatch:
             index = torch.from_numpy(self.order.rows(group)[: self.own][share]).to(self.device)
             student, rows = self.state.learner.student.module, self.rows.batch(index)
-            return written(source, live.text, group, seed, student, live.teacher, rows, share=share)
+            return write_rows(
+                source, live.text, group, seed, student, live.teacher, rows, share=share
+            )
 
-        found = Written(schedule, draw, spans)
+        found = OwnRows(schedule, draw, spans)
         if kept:
             found.log = DraftLog(kept, found.intervals(self.optim.steps), self.own, share)
         return found

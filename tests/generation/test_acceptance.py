@@ -17,8 +17,8 @@ from raykd.data import Rows
 from raykd.errors import DataError, RecipeError
 from raykd.files.atomic import read_json
 from raykd.generation import acceptance, judge_drafter
-from raykd.generation.acceptance import Drafts
-from raykd.generation.own_rows import Text
+from raykd.generation.acceptance import Acceptance
+from raykd.generation.own_rows import TextShape
 from raykd.generation.reader import TorchReader
 from raykd.models.llama import Llama
 from raykd.models.weights import read_tensors
@@ -31,7 +31,7 @@ from raykd.stages.load import load
 from raykd.training import predictions
 
 VOCAB, ROWS = 13, 24
-TEXT = Text(STEPS, None, VOCAB)
+TEXT = TextShape(STEPS, None, VOCAB)
 
 
 def llama(seed: int) -> Llama:
@@ -59,7 +59,7 @@ def rows(*, told: int = 0) -> Rows:
     )
 
 
-def judged(teacher: Llama, student: Llama, **how) -> Drafts:
+def judged(teacher: Llama, student: Llama, **how) -> Acceptance:
     settings = {"prompt": 8, "count": 24, "gamma": 3} | how
     read, split, asked = TorchReader(teacher), rows(), Drafter.model_validate(settings)
     return judge_drafter.judge(
@@ -68,7 +68,7 @@ def judged(teacher: Llama, student: Llama, **how) -> Drafts:
         split,
         asked,
         TEXT,
-        judge_drafter.alone(read, split, asked, TEXT),
+        judge_drafter.teacher_texts(read, split, asked, TEXT),
     )
 
 
@@ -109,7 +109,7 @@ def test_the_teacher_s_own_texts_are_the_same_for_every_drafter_and_shared_alike
         torch.stack([each.step([t])[0] for t in [*seen, *told[:-1]]])[2:].softmax(-1).detach()
         for each in read
     )
-    shared = judge_drafter.shares(*read, seen, told, how, VOCAB)
+    shared = judge_drafter.overlaps(*read, seen, told, how, VOCAB)
     assert torch.allclose(shared, torch.minimum(p, q).sum(1), atol=1e-6)
 
 
@@ -164,11 +164,11 @@ def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
 def test_drafts_are_read_as_they_were_written(tmp_path):
     found = judged(llama(0), llama(1))
     found.write(tmp_path / acceptance.NAME)
-    for name, values in vars(acceptance.read(tmp_path / acceptance.NAME)).items():
+    for name, values in vars(acceptance.read_acceptance(tmp_path / acceptance.NAME)).items():
         assert np.array_equal(values, getattr(found, name)), name
     table = pq.read_table(tmp_path / acceptance.NAME)
     pq.write_table(table.drop_columns(["shared", "places"]), tmp_path / "old.parquet")
-    old = {"student": {0: acceptance.read(tmp_path / "old.parquet")}}
+    old = {"student": {0: acceptance.read_acceptance(tmp_path / "old.parquet")}}
     assert set(text_measures.of_drafts(old)) == {"acceptance", "block_efficiency"}
 
 
@@ -189,7 +189,8 @@ def walked(cluster, recipe) -> tuple[dict, Path]:
 def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
     report, folder = walked
     found = [
-        acceptance.read(folder / "arms" / f"student-{seed}" / acceptance.NAME) for seed in (0, 1)
+        acceptance.read_acceptance(folder / "arms" / f"student-{seed}" / acceptance.NAME)
+        for seed in (0, 1)
     ]
     told = report["student"]["metrics"]
     assert told["acceptance"]["value"] == pytest.approx(

@@ -18,10 +18,10 @@ from torch import Tensor
 from raykd import techniques
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json, to_json
-from raykd.generation.draft_log import DraftLog, Kept, kept
-from raykd.generation.own_rows import Text, Written, replayed, written
+from raykd.generation.draft_log import DraftLog, DraftLogSpec, draft_log_spec
+from raykd.generation.own_rows import OwnRows, TextShape, replay_rows, write_rows
 from raykd.generation.replay import Replay
-from raykd.generation.sampling import Frozen
+from raykd.generation.sampling import FrozenTeacher
 from raykd.generation.schedule import Schedule
 from raykd.losses.divergences import student_log_probs
 from raykd.losses.objective import Objective
@@ -69,7 +69,7 @@ def llama(seed: int) -> Llama:
     return module
 
 
-STUDENT, TEACHER = llama(0), Frozen(llama(1))
+STUDENT, TEACHER = llama(0), FrozenTeacher(llama(1))
 
 
 def rows(group: int) -> Batch:
@@ -83,11 +83,13 @@ def rows(group: int) -> Batch:
     return Batch(torch.arange(OWN) + 100 * group, inputs, mask, tokens[:, 1:])
 
 
-def place(folder: Path, codec: str = "dense", run: str = "a/student-0") -> Kept:
-    return kept(folder / "log", run, CLASSES, 1.0, CODECS[codec] | {"rows_per_shard": 9})
+def place(folder: Path, codec: str = "dense", run: str = "a/student-0") -> DraftLogSpec:
+    return draft_log_spec(folder / "log", run, CLASSES, 1.0, CODECS[codec] | {"rows_per_shard": 9})
 
 
-def wrote(log: Kept, *, world: World = ALONE, first: int = 0, last: int = 20) -> dict[int, Batch]:
+def wrote(
+    log: DraftLogSpec, *, world: World = ALONE, first: int = 0, last: int = 20
+) -> dict[int, Batch]:
     """The batches of a training of 20 steps, two to a group, that is reported every 4; from one
     step to another.
     """
@@ -99,19 +101,21 @@ def wrote(log: Kept, *, world: World = ALONE, first: int = 0, last: int = 20) ->
             every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share]
         )
         source = Source(kind="drafts", length=LENGTH)
-        return written(source, Text(STEPS, EOS, V), group, 3, STUDENT, TEACHER, mine, share=share)
+        return write_rows(
+            source, TextShape(STEPS, EOS, V), group, 3, STUDENT, TEACHER, mine, share=share
+        )
 
-    found = Written(Schedule(passes=2, every=4), draw, SPANS)
+    found = OwnRows(Schedule(passes=2, every=4), draw, SPANS)
     found.log = DraftLog(log, found.intervals(20), OWN, share)
     return {step: found(step) for step in range(first, last) if found.counts(step)}
 
 
-def read(log: Kept, classes: list[str] = CLASSES, steps: int = STEPS) -> Replay:
+def read(log: DraftLogSpec, classes: list[str] = CLASSES, steps: int = STEPS) -> Replay:
     return Replay(log.where, classes, steps, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=CODECS)
-def both(request, tmp_path_factory) -> tuple[Kept, dict[int, Batch]]:
+def both(request, tmp_path_factory) -> tuple[DraftLogSpec, dict[int, Batch]]:
     log = place(tmp_path_factory.mktemp(request.param), request.param)
     return log, wrote(log)
 
@@ -208,7 +212,9 @@ def test_a_training_that_goes_on_from_a_report_finishes_its_log(tmp_path):
     assert care.verify(parted.where) == {"complete": True, "shards": 4 * OWN, "damaged": []}
 
 
-def last_of(rank: int, log: Kept, batches: dict[int, Batch], wait_s: float, barrier: Any) -> None:
+def last_of(
+    rank: int, log: DraftLogSpec, batches: dict[int, Batch], wait_s: float, barrier: Any
+) -> None:
     """One worker's drafts of all groups, committed `wait_s` after the others have come as far."""
     share = World(rank, 2).share(OWN)
     writer = DraftLog(log, GROUPS, OWN, share)
@@ -263,10 +269,12 @@ def test_a_damaged_shard_of_an_earlier_attempt_is_written_again(tmp_path):
 
 def test_every_worker_reads_its_part_of_one_order(both):
     again = read(both[0])
-    whole = replayed(again, 6, 1, 9, share=slice(0, 6))()
-    parts = [replayed(again, 6, 1, 9, share=World(rank, 4).share(6))() for rank in range(4)]
+    whole = replay_rows(again, 6, 1, 9, share=slice(0, 6))()
+    parts = [replay_rows(again, 6, 1, 9, share=World(rank, 4).share(6))() for rank in range(4)]
     assert torch.cat([part.row_id for part in parts]).equal(whole.row_id)
-    seen = torch.cat([replayed(again, 8, 1, step, share=slice(0, 8))().row_id for step in range(5)])
+    seen = torch.cat(
+        [replay_rows(again, 8, 1, step, share=slice(0, 8))().row_id for step in range(5)]
+    )
     assert len(set(seen.tolist())) == len(again), (
         "once through the log before any draft comes again"
     )
@@ -331,7 +339,7 @@ def test_a_manifest_that_tells_what_can_not_be_is_refused(name, tmp_path):
         read(log)
 
 
-def retell(log: Kept, identity: dict[str, Any]) -> None:
+def retell(log: DraftLogSpec, identity: dict[str, Any]) -> None:
     """A manifest of another identity, with a digest that is right."""
     path = log.where / "_MANIFEST.json"
     body = {k: v for k, v in (read_json(path) | {"identity": identity}).items() if k != "sha256"}
@@ -339,7 +347,7 @@ def retell(log: Kept, identity: dict[str, Any]) -> None:
 
 
 def test_answers_of_another_vocabulary_are_refused(tmp_path):
-    narrow = kept(tmp_path / "log", "run", CLASSES[:5], 1.0, CODECS["dense"])
+    narrow = draft_log_spec(tmp_path / "log", "run", CLASSES[:5], 1.0, CODECS["dense"])
     wrote(narrow)
     retell(narrow, place(tmp_path).identity)
     with pytest.raises(StoreError, match="answers of another vocabulary"):
@@ -375,7 +383,7 @@ def test_a_log_of_others_is_refused(both, tmp_path):
             replace(log, identity=log.identity | {"drafts": {"run": "another", "temperature": 1.0}})
         )
     with pytest.raises(RecipeError, match='"hidden" keeps no answers'):
-        kept(tmp_path, "run", CLASSES, 1.0, {"codec": "hidden", "head": "head"})
+        draft_log_spec(tmp_path, "run", CLASSES, 1.0, {"codec": "hidden", "head": "head"})
 
 
 def test_a_run_keeps_its_drafts_and_another_learns_from_them_without_a_teacher(tmp_path):

@@ -12,8 +12,8 @@ from child import start, wait
 from safetensors.torch import load_file, save_file
 
 from raykd import techniques
-from raykd.generation.own_rows import Live, Text
-from raykd.generation.sampling import Frozen
+from raykd.generation.own_rows import LiveTeacher, TextShape
+from raykd.generation.sampling import FrozenTeacher
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.recipe.recipe import Optim, Phase, TermSpec
@@ -84,7 +84,7 @@ def run(name: str, *, world: World | None = None, optim: Optim = OPTIM, **option
     torch.manual_seed(1)
     module = Llama(classes=VOCAB, steps=STEPS, **SIZES)
     prepare(module, found.phases)
-    live = Live(Frozen(teacher()), Text(STEPS, 0, VOCAB))
+    live = LiveTeacher(FrozenTeacher(teacher()), TextShape(STEPS, 0, VOCAB))
     return train(
         found,
         optim,
@@ -170,7 +170,7 @@ def test_what_the_student_writes_comes_to_be_the_teachers():
     torch.manual_seed(1)
     student = Adapter(Llama(classes=VOCAB, steps=STEPS, **SIZES))
     optim = Optim(steps=150, batch=24, learning_rate=1e-2, evaluate_every=10)
-    live = Live(Frozen(teacher()), Text(STEPS, 0, VOCAB))
+    live = LiveTeacher(FrozenTeacher(teacher()), TextShape(STEPS, 0, VOCAB))
     history = train(found, optim, student, rows(), lambda _: {}, live=live).history
     first, last = (history[i]["terms"]["gkd"] for i in (0, -1))
     assert last < first / 2

@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raykd.errors import DataError, RecipeError
-from raykd.generation.drafts import drafted
-from raykd.generation.sampling import Frozen, Mixed, inverse, on_policy, prompts, sample
+from raykd.generation.drafts import draft_rows
+from raykd.generation.sampling import (
+    FrozenTeacher,
+    TeacherMix,
+    cut_prompts,
+    inverse_cdf,
+    on_policy,
+    sample,
+)
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.quant import Quant
@@ -25,7 +32,7 @@ from raykd.techniques.gkd import gkd
 from raykd.training import phases
 
 V, STEPS, EOS = 7, 20, 3
-MAKERS = {"on_policy": on_policy, "drafted": drafted}
+MAKERS = {"on_policy": on_policy, "drafted": draft_rows}
 
 
 def llama(seed: int, classes: int = V, width: int = 16) -> Llama:
@@ -44,8 +51,8 @@ def student() -> Llama:
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Frozen:
-    return Frozen(llama(1, width=24))
+def teacher() -> FrozenTeacher:
+    return FrozenTeacher(llama(1, width=24))
 
 
 def text(rows: int, count: int, seed: int = 0) -> Tensor:
@@ -87,7 +94,7 @@ def frequencies(tokens: Tensor) -> Tensor:
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0, 1, exclude_max=True))
 def test_a_drawn_class_holds_its_uniform_and_is_possible(weights, uniform):
     p = torch.tensor([[*weights, 0.5]], dtype=torch.double)
-    found = int(inverse(p, torch.tensor([uniform], dtype=torch.double)))
+    found = int(inverse_cdf(p, torch.tensor([uniform], dtype=torch.double)))
     below = p.cumsum(1)[0] / p.sum()
     assert p[0, found] > 0
     assert below[found] >= uniform - 1e-15
@@ -96,7 +103,7 @@ def test_a_drawn_class_holds_its_uniform_and_is_possible(weights, uniform):
 
 def test_the_last_uniform_below_one_draws_the_last_possible_class():
     p = torch.tensor([[0.1] * 10, [0.3, 0.7] + [0.0] * 8], dtype=torch.double)
-    assert inverse(p, torch.full((2,), 1 - 2.0**-53, dtype=torch.double)).tolist() == [9, 1]
+    assert inverse_cdf(p, torch.full((2,), 1 - 2.0**-53, dtype=torch.double)).tolist() == [9, 1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -117,7 +124,7 @@ def test_tokens_are_drawn_as_the_student_says(student, temperature):
 def test_mixed_tokens_come_from_the_mixture_with_bounded_weights(student, teacher, share):
     rows = 20_000
     prompt = text(1, 4).expand(rows, -1, -1)
-    drawn = sample(student, prompt, uniforms=uniforms(rows, 1), mixed=Mixed(share, teacher))
+    drawn = sample(student, prompt, uniforms=uniforms(rows, 1), mixed=TeacherMix(share, teacher))
     q, p = (log_q_of(m, prompt[:1])[0, -1].exp() for m in (student, teacher.module))
     mixture = share * p + (1 - share) * q
     assert near(frequencies(drawn.inputs[:, 0, 0]), mixture, rows)
@@ -129,7 +136,7 @@ def test_mixed_tokens_come_from_the_mixture_with_bounded_weights(student, teache
 
 def test_a_share_of_nothing_is_the_students_own_text_with_weights_of_one(student, teacher):
     plain = sample(student, text(64, 4), uniforms=uniforms(64, 6))
-    mixed = sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=Mixed(0.0, teacher))
+    mixed = sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=TeacherMix(0.0, teacher))
     assert torch.equal(plain.inputs, mixed.inputs)
     assert (plain.weight == 1).all()
     assert (mixed.weight == 1).all()
@@ -141,7 +148,7 @@ def test_a_teacher_without_a_cache_is_read_again_to_the_same_end(student, teache
             return teacher.ask(inputs)
 
     found = [
-        sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=Mixed(0.5, t))
+        sample(student, text(64, 4), uniforms=uniforms(64, 6), mixed=TeacherMix(0.5, t))
         for t in (teacher, Remote())
     ]
     assert torch.equal(found[0].inputs, found[1].inputs)
@@ -186,10 +193,10 @@ def test_a_text_ends_with_its_end_of_text_token_which_counts(name, student, teac
 
 def test_rows_are_drawn_alike_however_they_are_shared_out(student, teacher):
     prompt, numbers = text(64, 5), uniforms(64, 6)
-    whole = sample(student, prompt, uniforms=numbers, mixed=Mixed(0.2, teacher))
+    whole = sample(student, prompt, uniforms=numbers, mixed=TeacherMix(0.2, teacher))
     for parts in ([32, 32], [1, 20, 43]):
         shares = zip(prompt.split(parts), numbers.split(parts), strict=True)
-        found = [sample(student, p, uniforms=u, mixed=Mixed(0.2, teacher)) for p, u in shares]
+        found = [sample(student, p, uniforms=u, mixed=TeacherMix(0.2, teacher)) for p, u in shares]
         assert torch.equal(torch.cat([f.inputs for f in found]), whole.inputs)
 
 
@@ -198,7 +205,7 @@ def test_short_prompts_are_continued_as_if_they_stood_alone(student):
     mask[0, :4] = (
         False  # an instruction of five tokens, of which the last tells the first of its answer
     )
-    prompt, numbers = prompts(rows, mask, 6, 8), uniforms(4, 4)
+    prompt, numbers = cut_prompts(rows, mask, 6, 8), uniforms(4, 4)
     together = sample(student, prompt, uniforms=numbers)
     for row, size in enumerate([5, 3, 5, 6]):
         assert torch.equal(prompt[row, 6 - size :], rows[row, :size])
@@ -211,7 +218,7 @@ def test_short_prompts_are_continued_as_if_they_stood_alone(student):
 def test_of_an_instruction_too_long_the_end_is_continued(student):
     rows, mask = text(2, 8), torch.ones(2, 8, dtype=torch.bool)
     mask[0, :6] = False
-    prompt, numbers = prompts(rows, mask, 3, 4), uniforms(2, 4)
+    prompt, numbers = cut_prompts(rows, mask, 3, 4), uniforms(2, 4)
     assert torch.equal(prompt[0, :, 0], rows[0, 3:7, 0])
     assert prompt[:, :, 1].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
     alone = sample(student, prompt[:1], uniforms=numbers[:1])
@@ -270,7 +277,7 @@ def test_no_gradient_flows_through_the_sampling_or_the_teacher(student, teacher)
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_padded_columns_are_never_drawn_and_take_no_gradient(name):
-    student, teacher = llama(0, classes=V + 3), Frozen(llama(1, classes=V + 5))
+    student, teacher = llama(0, classes=V + 3), FrozenTeacher(llama(1, classes=V + 5))
     batch = made(name, student, teacher, text(64, 5), 6, vocab=V)
     assert batch.label.max() < V
     assert batch.teacher
@@ -287,7 +294,7 @@ def test_what_can_not_be_written_is_said(name, student, teacher):
     with pytest.raises(
         RecipeError, match=r"teacher's head has 9 columns and the student's 7.*give vocab ="
     ):
-        made(name, student, Frozen(llama(1, classes=9)), text(2, 5), 6)
+        made(name, student, FrozenTeacher(llama(1, classes=9)), text(2, 5), 6)
     with pytest.raises(
         DataError, match=r"18 tokens of prompt and 6 new ones make 23 positions.*built for 20"
     ):
@@ -352,6 +359,6 @@ def test_a_draft_is_accepted_then_rejected_once_and_then_a_tail(eos, student, te
 
 
 def test_a_student_that_is_its_teacher_is_never_rejected(student):
-    batch = made("drafted", student, Frozen(copy.deepcopy(student)), text(256, 5), 6)
+    batch = made("drafted", student, FrozenTeacher(copy.deepcopy(student)), text(256, 5), 6)
     assert batch.rollout
     assert torch.equal(batch.rollout.accepted, batch.mask)

@@ -24,12 +24,12 @@ from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.errors import DataError, RecipeError
 from raykd.generation.reader import TorchReader
 from raykd.generation.speculative import (
-    Text,
+    WrittenText,
     draw,
     generate,
     judge,
     law,
-    predicted,
+    predicted_speedup,
     residual,
     speculate,
 )
@@ -231,7 +231,7 @@ def chi_square_level(counts: Tensor, p: Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(p) - 1) / 2), found / 2))
 
 
-def counted(texts: Sequence[Text], vocab: int, count: int) -> Tensor:
+def counted(texts: Sequence[WrittenText], vocab: int, count: int) -> Tensor:
     """(vocab^count,): how often each text came."""
     place = vocab ** torch.arange(count - 1, -1, -1)
     return torch.bincount(torch.tensor([t.tokens for t in texts]) @ place, minlength=vocab**count)
@@ -300,7 +300,7 @@ def test_fixed_laws_are_accepted_by_their_overlap_and_a_call_gives_the_closed_fo
     )
     wanted = (1 - a ** (gamma + 1)) / (1 - a)
     assert (each.mean() - wanted).abs() < 3 * each.std() / sqrt(len(each))
-    assert predicted(a, gamma, 0.0, 1.0) == pytest.approx(wanted)
+    assert predicted_speedup(a, gamma, 0.0, 1.0) == pytest.approx(wanted)
     assert (
         found.block_efficiency
         == count / len(found.rounds)
@@ -479,7 +479,9 @@ def test_what_can_not_be_decoded_is_refused():
 
 
 def test_the_predicted_speed_up_has_its_limits():
-    assert predicted(0.0, 4, 0.05, 1.5) == pytest.approx(1 / (4 * 0.05 + 1.5))
-    assert predicted(1.0, 4, 0.05, 1.5) == pytest.approx(5 / (4 * 0.05 + 1.5))
-    assert predicted(0.8, 4, 0.05, 1.5) == pytest.approx((1 - 0.8**5) / (0.2 * (4 * 0.05 + 1.5)))
-    assert predicted(0.7, 0, 0.3, 1.0) == 1
+    assert predicted_speedup(0.0, 4, 0.05, 1.5) == pytest.approx(1 / (4 * 0.05 + 1.5))
+    assert predicted_speedup(1.0, 4, 0.05, 1.5) == pytest.approx(5 / (4 * 0.05 + 1.5))
+    assert predicted_speedup(0.8, 4, 0.05, 1.5) == pytest.approx(
+        (1 - 0.8**5) / (0.2 * (4 * 0.05 + 1.5))
+    )
+    assert predicted_speedup(0.7, 0, 0.3, 1.0) == 1

@@ -22,7 +22,7 @@ from torch import nn
 
 from raykd import models
 from raykd.errors import DataError, RecipeError
-from raykd.generation.sampling import Frozen, on_policy
+from raykd.generation.sampling import FrozenTeacher, on_policy
 from raykd.models import transformers_lm
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
@@ -105,7 +105,9 @@ def test_a_teacher_without_a_cache_scores_what_a_student_writes_and_its_padding_
     draw = {"row_id": torch.arange(3), "uniforms": uniforms, "vocab": CLASSES}
     prompt = packed()[:, :7]
     for mixed in (0.0, 0.5):
-        batch = on_policy(llama(CLASSES, width=16), Frozen(wide), prompt, mixed=mixed, **draw)()
+        batch = on_policy(
+            llama(CLASSES, width=16), FrozenTeacher(wide), prompt, mixed=mixed, **draw
+        )()
         assert batch.teacher is not None
         expected = wide.model.inner(batch.inputs)["logits"][..., :CLASSES]
         torch.testing.assert_close(batch.teacher.logits, expected, rtol=1e-4, atol=1e-4)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from raykd import techniques
 from raykd.errors import DataError, RecipeError
-from raykd.generation.own_rows import Text, Written, written
-from raykd.generation.sampling import Frozen, on_policy
+from raykd.generation.own_rows import OwnRows, TextShape, write_rows
+from raykd.generation.sampling import FrozenTeacher, on_policy
 from raykd.generation.schedule import Schedule
 from raykd.losses.objective import Objective
 from raykd.models.llama import Llama
@@ -121,8 +121,8 @@ def fitted(
 
 
 @pytest.fixture(scope="module")
-def teacher(language) -> Frozen:
-    return Frozen(fitted(language, 0, 300, 5e-3, width=48, layers=2, heads=4, inner=96))
+def teacher(language) -> FrozenTeacher:
+    return FrozenTeacher(fitted(language, 0, 300, 5e-3, width=48, layers=2, heads=4, inner=96))
 
 
 @pytest.fixture(scope="module")
@@ -150,22 +150,24 @@ def test_workers_draw_the_rows_of_one_global_batch(kind, rows, begun, teacher):
         mine = replace(
             every, row_id=every.row_id[share], inputs=every.inputs[share], mask=every.mask[share]
         )
-        return written(source, Text(ROOM), 7, 3, student, teacher, mine, share=share)()
+        return write_rows(source, TextShape(ROOM), 7, 3, student, teacher, mine, share=share)()
 
     whole, parts = drawn(slice(0, ROWS)), [drawn(World(rank, 3).share(ROWS)) for rank in range(3)]
     for name in ("row_id", "inputs", "label", "mask"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert not torch.equal(
-        written(source, Text(ROOM), 8, 3, student, teacher, every, share=slice(0, ROWS))().label,
+        write_rows(
+            source, TextShape(ROOM), 8, 3, student, teacher, every, share=slice(0, ROWS)
+        )().label,
         whole.label,
     )
 
 
 def test_a_source_that_leaves_no_prompt_is_refused(rows, begun, teacher):
     with pytest.raises(DataError, match=r"source.length = 37 leaves no position.*give at most 36"):
-        written(
+        write_rows(
             Source(length=37),
-            Text(ROOM),
+            TextShape(ROOM),
             0,
             0,
             student_of(begun),
@@ -177,7 +179,7 @@ def test_a_source_that_leaves_no_prompt_is_refused(rows, begun, teacher):
 
 def trained(
     module: nn.Module,
-    teacher: Frozen,
+    teacher: FrozenTeacher,
     rows: Callable[[int], Batch],
     source: Source,
     terms: dict[str, Any],
@@ -190,11 +192,11 @@ def trained(
     optim = optim or torch.optim.AdamW(module.parameters(), 5e-3)
 
     def draw(group: int) -> Callable[[], Batch]:
-        return written(
-            source, Text(ROOM), group, 0, module, teacher, rows(group), share=slice(0, ROWS)
+        return write_rows(
+            source, TextShape(ROOM), group, 0, module, teacher, rows(group), share=slice(0, ROWS)
         )
 
-    own, used = Written(Schedule(source.passes, source.ahead, every=10), draw), []
+    own, used = OwnRows(Schedule(source.passes, source.ahead, every=10), draw), []
     for step in range(first, steps):
         batch = own(step)
         used.append(batch)
@@ -232,7 +234,7 @@ def test_a_training_resumed_at_a_report_ends_as_one_that_was_not(
 
 
 def measured(
-    module: nn.Module, teacher: Frozen, language: Callable[[int, int], Tensor]
+    module: nn.Module, teacher: FrozenTeacher, language: Callable[[int, int], Tensor]
 ) -> dict[str, float]:
     """On text that the student writes after 256 prompts:
 

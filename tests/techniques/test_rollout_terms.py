@@ -18,8 +18,8 @@ from torch import Tensor
 
 from raykd import techniques
 from raykd.errors import RecipeError
-from raykd.generation.own_rows import Text, written
-from raykd.generation.sampling import Frozen
+from raykd.generation.own_rows import TextShape, write_rows
+from raykd.generation.sampling import FrozenTeacher
 from raykd.losses.divergences import divergence
 from raykd.losses.objective import Objective
 from raykd.losses.returns import returns_to_go, whitened
@@ -383,13 +383,13 @@ def test_ghosts_pair_agrees_with_the_forward_kl_on_drafts_as_they_are_drawn():
     rows, table = 20_000, Source(kind="drafts", length=1, share=1.0)
     tokens = torch.stack([torch.full((rows, 1), 4), torch.zeros(rows, 1, dtype=torch.int64)], -1)
     mask = torch.ones(rows, 1, dtype=torch.bool)
-    batch = written(
+    batch = write_rows(
         table,
-        Text(8),
+        TextShape(8),
         0,
         0,
         student,
-        Frozen(teacher),
+        FrozenTeacher(teacher),
         Batch(tokens[:, 0, 0], tokens, mask, tokens[..., 0]),
         share=slice(rows),
     )()

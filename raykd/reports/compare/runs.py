@@ -50,7 +50,7 @@ class Run:
                 if "nll" in told
             }
             drafts = {
-                s: acceptance.read(arm / acceptance.NAME)
+                s: acceptance.read_acceptance(arm / acceptance.NAME)
                 for s, arm in arms.items()
                 if "acceptance" in told
             }
