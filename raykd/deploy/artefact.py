@@ -36,7 +36,7 @@ from raykd.quant import swap
 from raykd.recipe.digest import file_sha256
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, ModelRef, Recipe
-from raykd.training import measure, phases, predictions
+from raykd.training import phases, predictions
 from raykd.training.arms import best_seed
 from raykd.training.device_rows import to_device
 from raykd.training.predictions import Predictions, of_logits
@@ -211,14 +211,14 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
     if (folder / ONNX).exists():
         split = dataset.splits["test"]
         return of_logits(
-            split, onnx_session.sequence_logits(folder / ONNX, split, measure.EVAL_BATCH)
+            split, onnx_session.sequence_logits(folder / ONNX, split, predictions.EVAL_BATCH)
         )
     return _by_torch(load_artefact(folder), dataset)
 
 
 def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
     split = dataset.splits["test"]
-    return measure.predictions(
+    return predictions.of_model(
         student, split, to_device(split, "test", None, frozenset(), torch.device("cpu"))
     )
 

@@ -30,7 +30,7 @@ from raykd.errors import Problem, RecipeError
 from raykd.models.adapter import Adapter
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export
-from raykd.training import measure
+from raykd.training import predictions
 from raykd.training.device_rows import to_device
 
 FILES = {
@@ -174,14 +174,15 @@ def _parts(rows: Rows) -> list[Rows]:
     may be theirs.
     """
     return [
-        rows.take(slice(i, i + measure.EVAL_BATCH)) for i in range(0, len(rows), measure.EVAL_BATCH)
+        rows.take(slice(i, i + predictions.EVAL_BATCH))
+        for i in range(0, len(rows), predictions.EVAL_BATCH)
     ]
 
 
 def _unpacked(path: Path, rows: Rows, module: nn.Module) -> Logits:
     packed.read(path.read_bytes(), module)
     held_rows = to_device(rows, "test", None, frozenset(), torch.device("cpu"))
-    return measure.sequence_logits(Adapter(module), held_rows)
+    return predictions.sequence_logits(Adapter(module), held_rows)
 
 
 def _program(module: nn.Module, example: Tensor, quant: Quant | None) -> bytes:

@@ -43,7 +43,7 @@ from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Recipe
 from raykd.training import phases
 from raykd.training.arms import best_seed
-from raykd.training.predictions import Places, Predictions
+from raykd.training.predictions import Predictions, TestPlaces
 
 LEAST, MOST = 1000, 32  # positions that an artefact is judged on, and rows that they stand in
 ROWS = 8  # to a call
@@ -125,7 +125,7 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
         own = np.take_along_axis(log_q, true.clip(min=0)[:, None], 1)[:, 0]
         parts.append((z.argmax(1), np.where(true >= 0, own, np.nan).astype(np.float32)))
     answer, log_q = (np.concatenate(values) for values in zip(*parts, strict=True))
-    places = Places.of(rows)
+    places = TestPlaces.of(rows)
     return Predictions(places.place, places.label, answer, log_q)
 
 

@@ -29,7 +29,7 @@ from raykd.store.reader import Store
 from raykd.teacher.identity import run_digest
 from raykd.training import predictions
 from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
-from raykd.training.predictions import Places, Predictions
+from raykd.training.predictions import Predictions, TestPlaces
 
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
@@ -44,7 +44,7 @@ def gather(
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
     records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
-    test, opened = Places.of(dataset.splits["test"]), Store(where) if where else None
+    test, opened = TestPlaces.of(dataset.splits["test"]), Store(where) if where else None
     manifest = read_json(folder / "artefact" / "manifest.json")
     saliency = _saliency(opened, dataset, test) if opened else None
     predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
@@ -125,7 +125,7 @@ def _measures(
     as drafters.
     """
     test = dataset.splits["test"]
-    places = Places.of(test)
+    places = TestPlaces.of(test)
     known = places.label >= 0
     found = text_measures.of_predictions(predicted, places.group[known])
     if store and not store.unscored("test"):
@@ -144,7 +144,7 @@ def _measures(
     )
 
 
-def _saliency(store: Store, dataset: Dataset, test: Places) -> NDArray[np.floating]:
+def _saliency(store: Store, dataset: Dataset, test: TestPlaces) -> NDArray[np.floating]:
     """(n,): the saliency of each place's row, NaN where it is unknown."""
     return store.aligned("saliency", "test", dataset.splits["test"].row_id, np.nan)[test.row]
 

@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from raykd.data import Rows
 from raykd.files.atomic import write_bytes
+from raykd.losses.shared_terms import kd
+from raykd.signals import flatten_valid
+from raykd.training.device_rows import DeviceRows
 
 Floats = NDArray[np.float32]
 
+EVAL_BATCH = 1024
+LOGITS = 1 << 22  # of text, at once
+
 
 @dataclass(frozen=True)
-class Places:
+class TestPlaces:
     """Where a split is told: of text, place = row id * steps + step."""
 
     place: NDArray[np.int64]  # (n,)
@@ -29,7 +37,7 @@ class Places:
     row: NDArray[np.int64]  # (n,) in the split
 
     @classmethod
-    def of(cls, rows: Rows) -> "Places":
+    def of(cls, rows: Rows) -> "TestPlaces":
         """The places of a split in their order."""
         if not rows.is_text:
             return cls(rows.row_id, rows.label, rows.group, np.arange(len(rows)))
@@ -90,12 +98,86 @@ def read(path: Path) -> Predictions:
 
 def of_logits(rows: Rows, logits: Floats) -> Predictions:
     """The predictions of a split of series from its logits (N, C)."""
-    places, z = Places.of(rows), logits.astype(np.float64)
+    places, z = TestPlaces.of(rows), logits.astype(np.float64)
     log_q = np.full(len(z), np.nan, np.float32)
     known = places.label >= 0
     norm = np.logaddexp.reduce(z[known], axis=1)
     log_q[known] = z[known, places.label[known]] - norm
     return Predictions(places.place, places.label, z.argmax(1), log_q, logits=logits)
+
+
+def of_model(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
+    """A model's predictions of a split, in eval mode; `rows` are the split's tensors.
+
+    On text they have the KL to the teacher where `rows` hold its answers at temperature 1.
+    """
+    if split.is_text:
+        return of_text(model, split, rows)
+    return of_logits(split, sequence_logits(model, rows))
+
+
+@torch.inference_mode()
+def sequence_logits(model: nn.Module, rows: DeviceRows) -> NDArray[np.float32]:
+    """(N, C): the mean logits over valid steps of every row, the model in eval mode."""
+    training = model.training
+    model.eval()
+    parts = [
+        model(rows.inputs[i : i + EVAL_BATCH].to(rows.device), rows.mask[i : i + EVAL_BATCH])
+        .sequence_logits()
+        .float()
+        .cpu()
+        for i in range(0, len(rows.inputs), EVAL_BATCH)
+    ]
+    model.train(training)
+    return torch.cat(parts).numpy()
+
+
+@torch.inference_mode()
+def of_text(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
+    """A model's predictions of a split of text, in batches of about LOGITS logits."""
+    training = model.training
+    batches: list[dict[str, Any]] = []
+    size = None
+    model.eval()
+    first = 0
+    while first < len(rows.label):
+        last = min(first + (size or 1), len(rows.label))
+        index = torch.arange(first, last, device=rows.device)
+        batches.append(_of_text_batch(model, rows, index))
+        first += len(index)
+        size = size or max(1, LOGITS // (rows.mask.shape[1] * batches[0].pop("classes")))
+    model.train(training)
+    places = TestPlaces.of(split)
+    return Predictions(
+        place=places.place,
+        label=places.label,
+        answer=_joined(batches, "answer"),
+        log_q=_joined(batches, "log_q"),
+        kl=_joined(batches, "kl") if rows.teaches_logits else None,
+    )
+
+
+def _of_text_batch(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
+    """(P,) of each value at the P valid places of the rows at `index`, and the number of classes."""
+    batch = rows.batch(index)
+    signals = model(batch.inputs, batch.mask)
+    log_q = flatten_valid(signals.log_q, batch.mask)  # (P, V)
+    label = batch.label[batch.mask]
+    log_q_of_label = log_q.gather(1, label.clamp(min=0)[:, None])[:, 0]
+    if rows.teaches_logits:
+        divergence = kd(signals, batch, temperature=1.0).value[batch.mask]
+    else:
+        divergence = torch.full_like(log_q_of_label, 0)
+    return {
+        "answer": log_q.argmax(1),
+        "log_q": torch.where(label >= 0, log_q_of_label, torch.nan),
+        "kl": divergence,
+        "classes": log_q.shape[1],
+    }
+
+
+def _joined(batches: list[dict[str, Any]], name: str) -> NDArray:
+    return torch.cat([batch[name] for batch in batches]).cpu().numpy()
 
 
 def _mean(values: Floats) -> float:

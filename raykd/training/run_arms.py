@@ -34,7 +34,7 @@ from raykd.stages.load import register
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import run_digest, store_table
-from raykd.training import measure, phases
+from raykd.training import phases, predictions
 from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
@@ -111,7 +111,7 @@ class ArmRunner:
 
     def validate(self, student: nn.Module) -> dict[str, float]:
         """Validation metrics, prefixed val_."""
-        found = measure.predictions(student, self.dataset.splits["val"], self.val).metrics()
+        found = predictions.of_model(student, self.dataset.splits["val"], self.val).metrics()
         return {f"val_{k}": v for k, v in found.items()}
 
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
@@ -172,7 +172,7 @@ class ArmRunner:
         whole = self.store is not None and split.is_text and not self.store.unscored("test")
         store = self.store if whole and self.train.teaches_logits else None
         rows = to_device(split, "test", store, frozenset(), self.device, self.head)
-        return measure.predictions(student, split, rows)
+        return predictions.of_model(student, split, rows)
 
 
 def run_arms(

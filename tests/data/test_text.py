@@ -33,7 +33,7 @@ from raykd.recipe.recipe import DataRef, TermSpec
 from raykd.stages import walk
 from raykd.stages.load import load
 from raykd.store.reader import Store
-from raykd.training import measure, predictions
+from raykd.training import predictions
 from raykd.training.device_rows import to_device
 
 CPU = torch.device("cpu")
@@ -308,12 +308,12 @@ def test_what_is_reported_of_text_is_what_the_models_say(walked):
     teacher = ours.build_model(found.teacher, **shape, key="teacher")
     student = ours.build_model(found.student, **shape, key="student")
     ours.load_weights(student, folder / "arms/student-0/weights.safetensors", "student")
-    said = measure.told(Adapter(teacher), split, rows)
+    said = predictions.of_text(Adapter(teacher), split, rows)
     assert report["teacher"]["metrics"]["nll"]["value"] == pytest.approx(
         said.metrics()["nll"], abs=2e-3
     )  # fp16
     assert report["teacher"]["metrics"]["accuracy"]["value"] == said.metrics()["accuracy"]
-    own = measure.told(Adapter(student), split, rows)
+    own = predictions.of_text(Adapter(student), split, rows)
     kept = predictions.read(folder / "arms/student-0/predictions.parquet")
     np.testing.assert_array_equal(own.answer, kept.answer)
     np.testing.assert_allclose(own.log_q, kept.log_q, atol=1e-5)
