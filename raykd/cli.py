@@ -281,8 +281,9 @@ def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
     from raykd.errors import InfraError, StoreError
     from raykd.files.atomic import read_json
     from raykd.tracking import mlflow_mirror
+    from raykd.training import run_files
 
-    resolved = read_json(folder / "recipe.json")
+    resolved = read_json(folder / run_files.RECIPE)
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
     table = resolved["track"]

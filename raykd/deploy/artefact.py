@@ -36,7 +36,7 @@ from raykd.quant import swap
 from raykd.recipe.digest import file_sha256
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, ModelRef, Recipe
-from raykd.training import phases, predictions
+from raykd.training import phases, predictions, run_files
 from raykd.training.arms import best_seed
 from raykd.training.device_rows import to_device
 from raykd.training.predictions import Predictions, of_logits
@@ -44,7 +44,6 @@ from raykd.training.predictions import Predictions, of_logits
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
 WEIGHTS, ONNX = "student.safetensors", "student.onnx"
-ANSWERS = "artefact_answers.parquet"  # in the run folder
 Logits = NDArray[np.float32]
 
 ALONE = 512  # test rows that are answered one by one, too
@@ -56,18 +55,19 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 
     GateError, and no folder, if it answers otherwise.
     """
-    (folder / ANSWERS).unlink(missing_ok=True)  # those of an artefact that is about to go
+    # the answers of an artefact that is about to go
+    (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
     seed = best_seed(recipe, folder)
-    arm = folder / "arms" / f"student-{seed}"
-    with whole_folder(folder / "artefact") as staged:
+    arm = run_files.student(folder, seed)
+    with whole_folder(run_files.artefact(folder)) as staged:
         write_json(staged / "model.json", _model(recipe, dataset))
-        (staged / WEIGHTS).write_bytes((arm / "weights.safetensors").read_bytes())
-        quant = recipe.phases[-1].quant if recipe.phases else None
+        (staged / WEIGHTS).write_bytes((arm / run_files.WEIGHTS).read_bytes())
+        quant = recipe.quant
         measured = _rounded(recipe, dataset, staged, quant) if quant else {}
         copy_cards(
             staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py"
         )
-        trained = predictions.read(arm / "predictions.parquet").logits
+        trained = predictions.read(arm / run_files.PREDICTIONS).logits
         answers = predict(staged, dataset)
         assert trained is not None
         assert answers.logits is not None
@@ -80,9 +80,9 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         )
         for name, measures in form_parity.items():
             manifest["files"][name] |= {"parity": measures}
-        write_json(staged / "manifest.json", manifest)
-    answers.write(folder / ANSWERS)
-    write_bytes(folder / "student.safetensors", (arm / "weights.safetensors").read_bytes())
+        write_json(staged / run_files.MANIFEST, manifest)
+    answers.write(folder / run_files.ARTEFACT_ANSWERS)
+    write_bytes(folder / run_files.STUDENT, (arm / run_files.WEIGHTS).read_bytes())
     return manifest
 
 
@@ -90,7 +90,7 @@ def is_whole(folder: Path, asked: Export) -> bool:
     """Whether an artefact stands in a folder, in just the forms that are asked for, and none of its
     files is gone.
     """
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / run_files.MANIFEST)
     if manifest is None or manifest.get("export", Export().model_dump()) != asked.model_dump():
         return False
     return all((folder / name).is_file() for name in manifest["files"])
@@ -105,12 +105,12 @@ def _forms(
     described = json.loads((staged / "model.json").read_bytes())
 
     def student() -> nn.Module:
-        return _student(described, arm / "weights.safetensors").eval()
+        return _student(described, arm / run_files.WEIGHTS).eval()
 
     def plain() -> nn.Module:
         return _built(described).eval()
 
-    quant = recipe.phases[-1].quant if recipe.phases else None
+    quant = recipe.quant
     rows = dataset.splits["test"]
     return forms.write(recipe.export, staged, rows, trained, quant, student, plain)
 
@@ -224,7 +224,7 @@ def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    quant = recipe.phases[-1].quant if recipe.phases else None
+    quant = recipe.quant
     described = {"model": recipe.student.model, "settings": recipe.student.settings}
     described |= {"quant": quant.model_dump(mode="json") if quant else None}
     return described | dataset.shape | {"classes": list(dataset.classes)}

@@ -6,11 +6,8 @@ from typing import Any
 from raykd import models
 from raykd.data import Dataset
 from raykd.deploy import artefact, forms, text_artefact
-from raykd.deploy.artefact import ANSWERS
-from raykd.generation import acceptance
 from raykd.recipe.recipe import Recipe
-
-FOLDER = "artefact"  # in the run folder
+from raykd.training import run_files
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
@@ -20,7 +17,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     student = models.build_model(recipe.student.bare, **dataset.shape, key="student")
     if dataset.is_text:
         text_artefact.check(student, recipe)
-    quant = recipe.phases[-1].quant if recipe.phases else None
+    quant = recipe.quant
     forms.check(recipe.export, student, quant, is_text=dataset.is_text)
 
 
@@ -35,15 +32,19 @@ def write(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 
 def is_whole(recipe: Recipe, folder: Path) -> bool:
     """Whether a run folder holds its artefact in just the forms of `[export]`, and its answers."""
-    names = [ANSWERS] if recipe.drafter is None else [ANSWERS, acceptance.NAME]
+    names = [run_files.ARTEFACT_ANSWERS]
+    if recipe.drafter:
+        names.append(run_files.DRAFTS)
     if not all((folder / name).exists() for name in names):
         return False
-    return artefact.is_whole(folder / FOLDER, recipe.export)
+    return artefact.is_whole(run_files.artefact(folder), recipe.export)
 
 
 def answer(dataset: Dataset, folder: Path) -> None:
     """Write what an artefact answers on the test rows, if it was exported before that was kept."""
-    if (folder / ANSWERS).exists() or not (folder / FOLDER / "manifest.json").exists():
+    target = folder / run_files.ARTEFACT_ANSWERS
+    exported = run_files.artefact(folder)
+    if target.exists() or not (exported / run_files.MANIFEST).exists():
         return
     predict = text_artefact.predict if dataset.is_text else artefact.predict
-    predict(folder / FOLDER, dataset).write(folder / ANSWERS)
+    predict(exported, dataset).write(target)

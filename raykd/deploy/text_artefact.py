@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from raykd import models
 from raykd.data import Dataset, Rows, byte_bpe
 from raykd.deploy import sizes
-from raykd.deploy.artefact import ANSWERS, ONNX, copy_cards, files_of
+from raykd.deploy.artefact import ONNX, copy_cards, files_of
 from raykd.deploy.forms import FILES
 from raykd.deploy.gguf import write as write_gguf
 from raykd.deploy.onnx import write_decoder
@@ -33,7 +33,7 @@ from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.deploy.parity import bar_of, gate
 from raykd.errors import DataError, RecipeError
 from raykd.files.atomic import whole_folder, write_bytes, write_json
-from raykd.generation import acceptance, judge_drafter
+from raykd.generation import judge_drafter
 from raykd.generation.acceptance import Acceptance
 from raykd.generation.own_rows import TextShape
 from raykd.models.llama import Llama
@@ -41,7 +41,7 @@ from raykd.quant import swap
 from raykd.recipe.drafter import Drafter
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Recipe
-from raykd.training import phases
+from raykd.training import phases, run_files
 from raykd.training.arms import best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
@@ -54,14 +54,15 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Write `artefact/` of a run over text, with its answers on the test rows beside, and give its
     manifest: `export_decoder` of the best seed's student.
     """
-    (folder / ANSWERS).unlink(missing_ok=True)  # those of an artefact that is about to go
+    # the answers of an artefact that is about to go
+    (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
     seed = best_seed(recipe, folder)
-    weights = folder / "arms" / f"student-{seed}" / "weights.safetensors"
+    weights = run_files.student(folder, seed) / run_files.WEIGHTS
     module = check(models.build_model(recipe.student.bare, **dataset.shape, key="student"), recipe)
-    if quant := recipe.phases[-1].quant if recipe.phases else None:
+    if quant := recipe.quant:
         phases.round_as(module, quant)
     models.load_weights(module, weights, "student")
-    target, title = folder / "artefact", f"{recipe.name} ({recipe.technique})"
+    target, title = run_files.artefact(folder), f"{recipe.name} ({recipe.technique})"
     path = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
     tokens, asked = _judged(dataset.splits["test"]), recipe.export
     noted = {"seed": seed, "export": asked.model_dump()}
@@ -76,9 +77,9 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         noted=noted,
     )
     if how := recipe.drafter:
-        _drafts(target, recipe, dataset, how).write(folder / acceptance.NAME)
-    predict(target, dataset).write(folder / ANSWERS)
-    write_bytes(folder / "student.safetensors", weights.read_bytes())
+        _drafts(target, recipe, dataset, how).write(folder / run_files.DRAFTS)
+    predict(target, dataset).write(folder / run_files.ARTEFACT_ANSWERS)
+    write_bytes(folder / run_files.STUDENT, weights.read_bytes())
     return manifest
 
 
@@ -186,7 +187,7 @@ def export_decoder(
             "computed_in_float32": _left(trained, quant),
         }
         manifest |= noted
-        write_json(staged / "manifest.json", manifest)
+        write_json(staged / run_files.MANIFEST, manifest)
     return manifest
 
 

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from raykd.files.atomic import write_bytes
 
-NAME = "drafts.parquet"
-
 
 @dataclass(frozen=True)
 class Acceptance:

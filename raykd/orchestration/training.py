@@ -18,6 +18,7 @@ from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.teachers import Served, teachers
 from raykd.recipe.recipe import Recipe
+from raykd.training import run_files
 from raykd.training.arm import World
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms
@@ -49,16 +50,16 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
             raise plain_error(error, "train") from error
     if fault:
         raise fault
-    records = [read_json(folder / "arms" / arm.key / "arm.json") for arm in arms]
+    records = [read_json(run_files.arm_record(folder, arm.key)) for arm in arms]
     if not all(records):
         raise InfraError(
             "train ended without training every arm; run it again to continue where it stopped"
         )
     progress.finish()
     for arm in arms:
-        log = folder / "drafts" / arm.key
+        log = run_files.draft_log(folder, arm.key)
         if arm.source and arm.source.keep and not (log / "_MANIFEST.json").exists():
-            again = folder / "arms" / arm.key / "arm.json"
+            again = run_files.arm_record(folder, arm.key)
             say(
                 "train",
                 f"{log} lacks shards of an earlier attempt; delete {again} and train again to finish it",
@@ -101,7 +102,7 @@ def group(
         ),
         run_config=RunConfig(
             name=f"raykd-{uuid.uuid4().hex[:12]}",
-            storage_path=str(folder.resolve() / "ray"),
+            storage_path=str(run_files.ray(folder.resolve())),
             failure_config=FailureConfig(
                 max_failures=retries,
                 controller_failure_limit=retries,
@@ -151,7 +152,7 @@ def _teacher(recipe: Recipe, names: list[str], rank: int) -> Served:
 
 def _note(folder: Path, arm: str, step: int, metrics: dict[str, Any]) -> None:
     line = {"arm": arm, "step": step, "val_accuracy": metrics.get("val_accuracy")}
-    with (folder / "progress.jsonl").open("a") as file:
+    with (folder / run_files.PROGRESS).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -160,7 +161,7 @@ class _Watch:
 
     def __init__(self, folder: Path, arms: list[str], steps: int, progress: Progress):
         self.path, self.arms, self.steps, self.progress = (
-            folder / "progress.jsonl",
+            folder / run_files.PROGRESS,
             arms,
             steps,
             progress,

@@ -24,7 +24,7 @@ from raykd.orchestration.session import plain_error
 from raykd.orchestration.training import group
 from raykd.recipe.recipe import Range, Recipe
 from raykd.stages.load import apply_trial
-from raykd.training import phases
+from raykd.training import phases, run_files
 from raykd.training.arm import World
 from raykd.training.arms import student_arm
 from raykd.training.run_arms import ArmRunner
@@ -67,7 +67,7 @@ def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder.resolve() / "ray"),
+            storage_path=str(run_files.ray(folder.resolve())),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=recipe.scale.retries),
             callbacks=[_progress(settings.trials, steps)],
@@ -109,7 +109,10 @@ def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
 
     shared = shared | {"trial": tune.get_context().get_trial_id()}
     loop_config = {"config": config, "shared": shared}
-    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
+    recipe, folder = (
+        _recipe_of(config, shared),
+        run_files.trial(Path(shared["folder"]), shared["trial"]),
+    )
     group(
         recipe, trial_worker, loop_config, folder, cpus=WORKER_CPU, callbacks=[TuneReportCallback()]
     ).fit()
@@ -130,7 +133,10 @@ def _train_trial(
     world: World,
     report: Callable[[dict[str, Any]], Any],
 ) -> None:
-    recipe, folder = _recipe_of(config, shared), Path(shared["folder"]) / "trials" / shared["trial"]
+    recipe, folder = (
+        _recipe_of(config, shared),
+        run_files.trial(Path(shared["folder"]), shared["trial"]),
+    )
     shop = ArmRunner(recipe, shared["store"], device_of(recipe))
     arm = student_arm(recipe, recipe.seeds[0])
     student = shop.student(arm)
@@ -141,11 +147,11 @@ def _train_trial(
             if (
                 step == recipe.optim.steps
             ):  # before the report: the scheduler may end this process there
-                _save(student.module, folder / "weights.safetensors")
+                _save(student.module, folder / run_files.WEIGHTS)
         report({"step": step, METRIC: metrics[METRIC]})
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "history.jsonl").unlink(missing_ok=True)
+    (folder / run_files.HISTORY).unlink(missing_ok=True)
     shop.train_arm(arm, student, world=world, report=tell)
 
 
@@ -164,7 +170,7 @@ def _recipe_of(config: dict[str, Any], shared: dict[str, Any]) -> Recipe:
 
 
 def _note(folder: Path, metrics: dict[str, Any]) -> None:
-    with (folder / "history.jsonl").open("a") as file:
+    with (folder / run_files.HISTORY).open("a") as file:
         file.write(json.dumps(metrics) + "\n")
 
 

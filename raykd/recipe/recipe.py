@@ -351,6 +351,11 @@ class Recipe(Table):
     track: Track = Track()
     export: Export = Export()
 
+    @property
+    def quant(self) -> Quant | None:
+        """What the student is rounded as in the end: the last phase's; None in full precision."""
+        return self.phases[-1].quant if self.phases else None
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.optim.batch < self.scale.workers[1]:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from raykd.errors import StoreError
 from raykd.files.atomic import write_bytes
 from raykd.reports.evidence import Evidence
+from raykd.training import run_files
 
-NAME = "answers.parquet"
 STUDENT = re.compile(r"student-(\d+)")
 
 
@@ -54,15 +54,15 @@ def write(evidence: Evidence, folder: Path) -> None:
         for seed, said in sorted(arm.items())
     }
     pq.write_table(pa.table({name: v for name, v in columns.items() if v is not None}), sink)
-    write_bytes(folder / NAME, sink.getvalue().to_pybytes())
+    write_bytes(folder / run_files.ANSWERS, sink.getvalue().to_pybytes())
 
 
 def read(folder: Path) -> Answers:
     """The answers of a run folder. StoreError if they are not there, or damaged."""
-    path = folder / NAME
+    path = folder / run_files.ANSWERS
     if not path.exists():
         raise StoreError(
-            f"{folder} was reported without {NAME}; type: raykd report RECIPE --out {folder.parent}"
+            f"{folder} was reported without {run_files.ANSWERS}; type: raykd report RECIPE --out {folder.parent}"
         )
     try:
         columns = _columns(path)

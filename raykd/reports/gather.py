@@ -27,7 +27,7 @@ from raykd.reports.text_measures import Measure
 from raykd.store import layer_signals
 from raykd.store.reader import Store
 from raykd.teacher.identity import run_digest
-from raykd.training import predictions
+from raykd.training import predictions, run_files
 from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
@@ -43,9 +43,9 @@ def gather(
     mlflow: dict[str, Any],
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
-    records = {arm.key: read_json(folder / "arms" / arm.key / "arm.json") for arm in arms_of(found)}
+    records = {arm.key: read_json(run_files.arm_record(folder, arm.key)) for arm in arms_of(found)}
     test, opened = TestPlaces.of(dataset.splits["test"]), Store(where) if where else None
-    manifest = read_json(folder / "artefact" / "manifest.json")
+    manifest = read_json(run_files.artefact(folder) / run_files.MANIFEST)
     saliency = _saliency(opened, dataset, test) if opened else None
     predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
     deployed = _deployed(dataset).predict(folder / "artefact", dataset) if manifest else None
@@ -85,7 +85,7 @@ def gather(
         store=_store(found, opened),
         mlflow=mlflow,
         history=_history(records),
-        search=read_json(folder / "tune.json"),
+        search=read_json(folder / run_files.TRIALS),
         machine={
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -98,7 +98,7 @@ def gather(
 
 def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predictions]:
     own = _seeds(folder, records, name)
-    return {seed: predictions.read(arm / "predictions.parquet") for seed, arm in own.items()}
+    return {seed: predictions.read(arm / run_files.PREDICTIONS) for seed, arm in own.items()}
 
 
 def _deployed(dataset: Dataset) -> Any:
@@ -134,10 +134,12 @@ def _measures(
     if recipe.drafter is None:
         return found
     drafts = {
-        name: {seed: acceptance.read_acceptance(arm / acceptance.NAME) for seed, arm in own.items()}
+        name: {
+            seed: acceptance.read_acceptance(arm / run_files.DRAFTS) for seed, arm in own.items()
+        }
         for name, own in ((name, _seeds(folder, records, name)) for name in predicted)
     }
-    deployed = folder / acceptance.NAME
+    deployed = folder / run_files.DRAFTS
     return found | text_measures.of_drafts(
         drafts
         | ({"artefact": {0: acceptance.read_acceptance(deployed)}} if deployed.exists() else {})
@@ -151,7 +153,7 @@ def _saliency(store: Store, dataset: Dataset, test: TestPlaces) -> NDArray[np.fl
 
 def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
     return {
-        record["seed"]: folder / "arms" / key
+        record["seed"]: run_files.arm(folder, key)
         for key, record in records.items()
         if record["arm"] == name
     }
@@ -167,7 +169,7 @@ def _beside(
     found = {name: {seed: said.answer for seed, said in arm.items()} for name, arm in arms.items()}
     if recipe.phases and recipe.phases[-1].quant:
         weights = {
-            seed: arm / "weights.safetensors"
+            seed: arm / run_files.WEIGHTS
             for seed, arm in _seeds(folder, records, UNROUNDED).items()
         }
         said = {

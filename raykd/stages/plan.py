@@ -17,6 +17,7 @@ from raykd.store import care
 from raykd.store.commit import plan_shards
 from raykd.store.logits import codec_name
 from raykd.teacher.identity import identity
+from raykd.training import run_files
 from raykd.training.arms import arms_of
 
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
@@ -81,7 +82,7 @@ def _stages(place: Place) -> list[dict[str, Any]]:
         ["the best seed's student", *(forms.FILES[form] for form in forms.asked(recipe.export))]
     )
     stages.append({"stage": "export", "done": place.is_exported, "what": what})
-    is_reported = (place.folder / "report.json").exists()
+    is_reported = (place.folder / run_files.REPORT).exists()
     stages.append(
         {"stage": "report", "done": is_reported, "what": "report.json, report.html, MLflow"}
     )

@@ -35,6 +35,7 @@ from raykd.teacher.identity import run_digest, signals_of
 from raykd.teacher.scorer import Scorer
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
+from raykd.training import run_files
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import kept_of, replay_of
 
@@ -76,11 +77,11 @@ class Place:
     def untrained(self) -> list[str]:
         """The arms that are not trained yet."""
         keys = [arm.key for arm in arms_of(self.recipe)]
-        return [key for key in keys if not (self.folder / "arms" / key / "arm.json").exists()]
+        return [key for key in keys if not run_files.arm_record(self.folder, key).exists()]
 
     @property
     def is_searched(self) -> bool:
-        return self.recipe.search is None or (self.folder / "tune.json").exists()
+        return self.recipe.search is None or (self.folder / run_files.TRIALS).exists()
 
     @property
     def is_exported(self) -> bool:
@@ -166,9 +167,9 @@ def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
     if _export in stages:
         run_artefact.check(place.recipe, place.dataset)
     place.folder.mkdir(parents=True, exist_ok=True)
-    write_json(place.folder / "recipe.json", place.recipe.model_dump(mode="json"))
+    write_json(place.folder / run_files.RECIPE, place.recipe.model_dump(mode="json"))
     try:
-        with waiting.locked(place.folder / "checkpoints"):
+        with waiting.locked(run_files.checkpoints(place.folder)):
             for stage in stages:
                 found = stage(place)
     except BlockingIOError:
@@ -204,7 +205,7 @@ def _train(place: Place) -> Path:
         fit(place.recipe, place.store, place.folder)
         run_log.arms(place.journal(), place.recipe, place.folder)
     else:
-        say("train", f"done before: {place.folder / 'arms'}")
+        say("train", f"done before: {run_files.arms(place.folder)}")
     return place.folder
 
 
@@ -217,22 +218,22 @@ def _tune(place: Place) -> dict[str, Any]:
         best = Recipe.model_validate(
             apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"])
         )
-        write_bytes(place.folder / "best.toml", _toml(best).encode())
+        write_bytes(place.folder / run_files.BEST_RECIPE, _toml(best).encode())
         write_json(
-            place.folder / "tune.json",
+            place.folder / run_files.TRIALS,
             table | {"best": table["best"] | _tested(place, best, table["best"])},
         )
         run_log.trials(place.journal(), place.folder, table)
     else:
-        say("tune", f"done before: {place.folder / 'tune.json'}")
-    return read_json(place.folder / "tune.json")
+        say("tune", f"done before: {place.folder / run_files.TRIALS}")
+    return read_json(place.folder / run_files.TRIALS)
 
 
 def _tested(place: Place, best: Recipe, row: dict[str, Any]) -> dict[str, float]:
     """Test accuracy of the best trial, looked at once, after the search."""
     from raykd.orchestration.tuning import test_metrics
 
-    weights = place.folder / "trials" / row["id"] / "weights.safetensors"
+    weights = run_files.trial(place.folder, row["id"]) / run_files.WEIGHTS
     return {f"test_{k}": v for k, v in test_metrics(best, weights).items()}
 
 
@@ -242,7 +243,7 @@ def _toml(best: Recipe) -> str:
 
 
 def _export(place: Place) -> Path:
-    target = place.folder / "artefact"
+    target = run_files.artefact(place.folder)
     if place.is_exported:
         say("export", f"done before: {target}")
     else:
@@ -253,19 +254,19 @@ def _export(place: Place) -> Path:
 
 def _report(place: Place) -> dict[str, Any]:
     inputs = _inputs(place)
-    made = read_json(place.folder / "report.json")
-    if made is None or made["inputs"] != inputs or not (place.folder / answers.NAME).exists():
+    made = read_json(place.folder / run_files.REPORT)
+    if made is None or made["inputs"] != inputs or not (place.folder / run_files.ANSWERS).exists():
         run_artefact.answer(place.dataset, place.folder)
         synced = _sync(place)
         found = gather.gather(place.recipe, place.dataset, place.folder, place.store, synced)
         made = evidence.build(found) | {"inputs": inputs}
         answers.write(found, place.folder)
-        page.write_html(made, place.folder / "report.html")
-        write_json(place.folder / "report.json", made)
+        page.write_html(made, place.folder / run_files.REPORT_PAGE)
+        write_json(place.folder / run_files.REPORT, made)
         run_log.result(place.journal(), made)
-        say("report", str(place.folder / "report.html"))
+        say("report", str(place.folder / run_files.REPORT_PAGE))
     else:
-        say("report", f"done before: {place.folder / 'report.html'}")
+        say("report", f"done before: {place.folder / run_files.REPORT_PAGE}")
     return made
 
 

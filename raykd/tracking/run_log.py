@@ -17,6 +17,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.teacher.identity import run_digest
 from raykd.tracking import journal
 from raykd.tracking.journal import NAME, Journal, Metric
+from raykd.training import run_files
 from raykd.training.arms import arms_of
 
 PARENT = "run"
@@ -65,7 +66,7 @@ def arms(lines: Journal, found: Recipe, folder: Path) -> None:
     for arm in arms_of(found):
         key, record = (
             f"{arm.name}/seed-{arm.seed}",
-            read_json(folder / "arms" / arm.key / "arm.json"),
+            read_json(run_files.arm_record(folder, arm.key)),
         )
         lines.run(key, key, PARENT, tags={"raykd.arm": arm.name})
         lines.params(
@@ -87,7 +88,7 @@ def trials(lines: Journal, folder: Path, table: Mapping[str, Any]) -> None:
         key = f"trial/{row['number']}"
         lines.run(key, key, PARENT, tags={"raykd.arm": "trial", "raykd.state": row["state"]})
         lines.params(key, row["params"])
-        path = folder / "trials" / str(row["id"]) / "history.jsonl"
+        path = run_files.trial(folder, str(row["id"])) / run_files.HISTORY
         history = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         )
@@ -122,10 +123,10 @@ def result(lines: Journal, report: Mapping[str, Any]) -> None:
         if report[key]["ratio"] is not None
     ]
     lines.metrics(PARENT, found)
-    for name in ("recipe.json", "report.json", "report.html", "best.toml"):
+    for name in (run_files.RECIPE, run_files.REPORT, run_files.REPORT_PAGE, run_files.BEST_RECIPE):
         if (lines.path.parent / name).exists():
             lines.artefact(PARENT, Path(name))
-    if (lines.path.parent / "artefact").exists():
+    if run_files.artefact(lines.path.parent).exists():
         lines.artefact(PARENT, Path("artefact"), "artefact")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from raykd.files.atomic import read_json
 from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.training import run_files
 from raykd.training.arm import Arm
 
 UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
@@ -42,7 +43,7 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
 def best_seed(recipe: Recipe, folder: Path) -> int:
     """The student's seed with the highest validation accuracy, the first of equals."""
     records = [
-        read_json(folder / "arms" / arm.key / "arm.json")
+        read_json(run_files.arm_record(folder, arm.key))
         for arm in arms_of(recipe)
         if arm.name == "student"
     ]

@@ -21,7 +21,7 @@ from raykd import data, models
 from raykd.data import Dataset
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
-from raykd.generation import acceptance, judge_drafter
+from raykd.generation import judge_drafter
 from raykd.generation.acceptance import Acceptance
 from raykd.generation.draft_log import DraftLogSpec, draft_log_spec
 from raykd.generation.own_rows import LiveTeacher, TextShape
@@ -34,7 +34,7 @@ from raykd.stages.load import register
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import run_digest, store_table
-from raykd.training import phases, predictions
+from raykd.training import phases, predictions, run_files
 from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
@@ -59,7 +59,7 @@ def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> DraftLo
         f"{run_digest(recipe, dataset)}/{arm.key}",
     )
     return draft_log_spec(
-        folder / "drafts" / arm.key, run, dataset.classes, arm.source.temperature, stored
+        run_files.draft_log(folder, arm.key), run, dataset.classes, arm.source.temperature, stored
     )
 
 
@@ -192,10 +192,10 @@ def run_arms(
     """
     shop = ArmRunner(recipe, store, device, teacher)
     for arm in arms_of(recipe):
-        target = folder / "arms" / arm.key
-        if _agreed(world, read_json(target / "arm.json") is not None, device):
+        target = run_files.arm(folder, arm.key)
+        if _agreed(world, read_json(target / run_files.ARM) is not None, device):
             continue
-        saved = Checkpoints(folder / "checkpoints" / arm.key)
+        saved = Checkpoints(run_files.checkpoints(folder) / arm.key)
         state = shop.train_arm(
             arm,
             shop.student(arm),
@@ -223,10 +223,10 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
 def _write_arm(shop: ArmRunner, arm: Arm, state: State, target: Path) -> None:
     student = state.learner.student
     weights = save(models.weights_of(student.module))
-    write_bytes(target / "weights.safetensors", weights)
-    shop.test(student).write(target / "predictions.parquet")
+    write_bytes(target / run_files.WEIGHTS, weights)
+    shop.test(student).write(target / run_files.PREDICTIONS)
     if shop.recipe.drafter and arm.name in DRAFTERS:
-        shop.drafts(student.module).write(target / acceptance.NAME)
+        shop.drafts(student.module).write(target / run_files.DRAFTS)
     record = {
         "arm": arm.name,
         "seed": arm.seed,
@@ -237,4 +237,4 @@ def _write_arm(shop: ArmRunner, arm: Arm, state: State, target: Path) -> None:
         "history": state.history,
         "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
     }
-    write_json(target / "arm.json", record)
+    write_json(target / run_files.ARM, record)

@@ -29,7 +29,7 @@ from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, Recipe
 from raykd.stages import plan, walk
 from raykd.stages.load import resolve
-from raykd.training import predictions
+from raykd.training import predictions, run_files
 from raykd.training.arm import World
 from raykd.training.run_arms import run_arms
 
@@ -177,7 +177,7 @@ def test_an_export_keeps_what_the_artefact_answers_on_the_test_rows(tmp_path):
     train(recipe, tmp_path)
     dataset = data.load(recipe.data)
     run_artefact.write(recipe, dataset, tmp_path)
-    path = tmp_path / artefact.ANSWERS
+    path = tmp_path / run_files.ARTEFACT_ANSWERS
     written, asked = predictions.read(path), artefact.predict(tmp_path / "artefact", dataset)
     for name, values in vars(asked).items():
         np.testing.assert_array_equal(getattr(written, name), values, err_msg=name)

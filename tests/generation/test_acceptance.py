@@ -28,7 +28,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.reports import compare, text_measures
 from raykd.stages import walk
 from raykd.stages.load import load
-from raykd.training import predictions
+from raykd.training import predictions, run_files
 
 VOCAB, ROWS = 13, 24
 TEXT = TextShape(STEPS, None, VOCAB)
@@ -163,10 +163,10 @@ def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
 
 def test_drafts_are_read_as_they_were_written(tmp_path):
     found = judged(llama(0), llama(1))
-    found.write(tmp_path / acceptance.NAME)
-    for name, values in vars(acceptance.read_acceptance(tmp_path / acceptance.NAME)).items():
+    found.write(tmp_path / run_files.DRAFTS)
+    for name, values in vars(acceptance.read_acceptance(tmp_path / run_files.DRAFTS)).items():
         assert np.array_equal(values, getattr(found, name)), name
-    table = pq.read_table(tmp_path / acceptance.NAME)
+    table = pq.read_table(tmp_path / run_files.DRAFTS)
     pq.write_table(table.drop_columns(["shared", "places"]), tmp_path / "old.parquet")
     old = {"student": {0: acceptance.read_acceptance(tmp_path / "old.parquet")}}
     assert set(text_measures.of_drafts(old)) == {"acceptance", "block_efficiency"}
@@ -189,7 +189,7 @@ def walked(cluster, recipe) -> tuple[dict, Path]:
 def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
     report, folder = walked
     found = [
-        acceptance.read_acceptance(folder / "arms" / f"student-{seed}" / acceptance.NAME)
+        acceptance.read_acceptance(folder / "arms" / f"student-{seed}" / run_files.DRAFTS)
         for seed in (0, 1)
     ]
     told = report["student"]["metrics"]

@@ -21,7 +21,7 @@ from raykd.reports.compare.changes import changes
 from raykd.reports.intervals import METRIC
 from raykd.reports.schema import Report
 from raykd.reports.text_measures import Measure
-from raykd.training import predictions
+from raykd.training import predictions, run_files
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -42,21 +42,21 @@ class Run:
         say all.
         """
         told = self.report.student.metrics
-        arms = {seed: self.folder / "arms" / f"student-{seed}" for seed in self.answers.student}
+        arms = {seed: run_files.student(self.folder, seed) for seed in self.answers.student}
         try:
             predicted = {
-                s: predictions.read(arm / "predictions.parquet")
+                s: predictions.read(arm / run_files.PREDICTIONS)
                 for s, arm in arms.items()
                 if "nll" in told
             }
             drafts = {
-                s: acceptance.read_acceptance(arm / acceptance.NAME)
+                s: acceptance.read_acceptance(arm / run_files.DRAFTS)
                 for s, arm in arms.items()
                 if "acceptance" in told
             }
         except (pa.ArrowException, OSError, TypeError) as error:
             raise StoreError(
-                f"{self.folder / 'arms'} is damaged: {error}; delete it and run again"
+                f"{run_files.arms(self.folder)} is damaged: {error}; delete it and run again"
             ) from None
         found = (
             text_measures.of_predictions({"student": predicted}, self.answers.group)
@@ -85,7 +85,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 def digest(found: Sequence[Run]) -> str:
     """Hex sha256 of the files that a comparison of these runs is made from, in their order."""
-    made_from = ("recipe.json", "report.json", answers.NAME)
+    made_from = (run_files.RECIPE, run_files.REPORT, run_files.ANSWERS)
     arms = "arms/student-*/*.parquet"
     files = [
         [*(run.folder / name for name in made_from), *sorted(run.folder.glob(arms))]
@@ -119,17 +119,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run(name: str, folder: Path) -> Run:
-    resolved, made = (read_json(folder / file) for file in ("recipe.json", "report.json"))
+    resolved, made = (read_json(folder / file) for file in (run_files.RECIPE, run_files.REPORT))
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
-    recipe = _valid(Recipe, resolved, folder / "recipe.json")
+    recipe = _valid(Recipe, resolved, folder / run_files.RECIPE)
     if made is None:
         todo = f"type: raykd run RECIPE --out {folder.parent}"
         raise StoreError(
             f"{folder} is not finished: it has no report.json; {todo}, with the recipe of {recipe.name!r}"
         )
     run = Run(
-        name, folder, recipe, _valid(Report, made, folder / "report.json"), answers.read(folder)
+        name, folder, recipe, _valid(Report, made, folder / run_files.REPORT), answers.read(folder)
     )
     _check_metric(run)
     return run

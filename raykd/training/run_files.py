@@ -1,0 +1,86 @@
+"""Every name in a run folder, spelled once: files as names, folders as functions of the run folder.
+
+A run folder holds
+
+    recipe.json                     the recipe, resolved
+    journal.jsonl                   what MLflow is brought up to (its name is tracking/journal's)
+    checkpoints/<arm>/              states of arms that are not done
+    drafts/<arm>/                   the log of an arm's drafts, where it keeps them
+    arms/<arm>/                     weights, predictions and drafts of a trained arm; arm.json last
+    trials/<id>/                    history and weights of one trial of the search
+    tune.json, best.toml            the table of trials, and the best one's recipe
+    artefact/                       the exported student; manifest.json last
+    artefact_answers.parquet        what it answers on the test rows
+    drafts.parquet                  how it does as a drafter
+    student.safetensors             the exported seed's weights, as they were trained
+    answers.parquet                 what a comparison of runs reads
+    report.json, report.html        the report
+    progress.jsonl, ray/            of the running command
+"""
+
+from pathlib import Path
+
+RECIPE = "recipe.json"
+REPORT = "report.json"
+REPORT_PAGE = "report.html"
+ANSWERS = "answers.parquet"
+TRIALS = "tune.json"
+BEST_RECIPE = "best.toml"
+PROGRESS = "progress.jsonl"
+STUDENT = "student.safetensors"
+ARTEFACT_ANSWERS = "artefact_answers.parquet"
+
+DRAFTS = "drafts.parquet"  # of an arm in its folder, of the artefact in the run folder
+
+ARM = "arm.json"
+WEIGHTS = "weights.safetensors"  # of an arm, and of a trial
+PREDICTIONS = "predictions.parquet"
+ROUNDED = "rounded_afterwards.parquet"  # of the unrounded arm
+HISTORY = "history.jsonl"
+
+MANIFEST = "manifest.json"  # in the artefact
+
+
+def arms(run: Path) -> Path:
+    """The folder of all trained arms."""
+    return run / "arms"
+
+
+def arm(run: Path, key: str) -> Path:
+    """The folder of one arm, whose `key` is such as "student-0"."""
+    return arms(run) / key
+
+
+def student(run: Path, seed: int) -> Path:
+    """The folder of the student of one seed."""
+    return arm(run, f"student-{seed}")
+
+
+def arm_record(run: Path, key: str) -> Path:
+    """The record of one arm, whose presence means that the arm is done."""
+    return arm(run, key) / ARM
+
+
+def checkpoints(run: Path) -> Path:
+    """The folder of all checkpoints, which a command locks while it works on the run."""
+    return run / "checkpoints"
+
+
+def draft_log(run: Path, key: str) -> Path:
+    """The folder of the log of one arm's drafts."""
+    return run / "drafts" / key
+
+
+def trial(run: Path, number: str) -> Path:
+    """The folder of one trial, by Ray Tune's id."""
+    return run / "trials" / number
+
+
+def artefact(run: Path) -> Path:
+    """The folder of the exported student."""
+    return run / "artefact"
+
+
+def ray(run: Path) -> Path:
+    """The folder that Ray Train and Ray Tune write to."""
+    return run / "ray"
