@@ -26,11 +26,11 @@ SMOKE = re.compile(r"raykd (run|train) ")
 # Commands that no test here runs, and why: a pattern of "FILE: COMMAND", and the reason.
 NOT_RUN = {
     r" -m pytest": "the tests themselves",
-    r"cluster/local\.sh": "needs a Ray head; tests/orchestration/test_jobs.py starts one and submits",
+    r"cluster/local\.sh": "needs a Ray head; tests/orchestration/test_jobs.py has one",
     r"pipelines\.bench\.": "a bench measures for minutes",
     r"^examples/valence/|raykd run examples/valence/": "fetches its data from the network",
     r"^examples/smollm2/": "fetches its teacher from the network",
-    r"^examples/code_lm/": "trains a language model for minutes; tests/data/test_text.py walks a small one",
+    r"^examples/code_lm/": "trains for minutes; tests/data/test_text.py has a small one",
 }
 
 
@@ -130,7 +130,7 @@ def test_a_reason_not_to_run_is_still_needed(pattern):
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of prose: no code block, table, heading or picture; a list item stands alone."""
+    """The sentences of prose: no code, table, heading or picture; a list item is one by itself."""
     text = re.sub(r"```.*?```", "\n\n", text, flags=re.S)
     text = re.sub(r"^\s*[|#!<].*$", "\n", text, flags=re.M)
     text = re.sub(r"^\s*(?:[*-]|\d+\.) ", "\n\n", text, flags=re.M)
