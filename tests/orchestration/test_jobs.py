@@ -87,7 +87,9 @@ def test_nobody_without_the_token_is_let_in(head):
 
 
 def test_readmes_job_walks_the_whole_example(head, sources, tmp_path):
-    told = re.search(r"ray job submit .* --smoke$", (ROOT / "cluster" / "README.md").read_text(), re.M)
+    told = re.search(
+        r"ray job submit .* --smoke$", (ROOT / "cluster" / "README.md").read_text(), re.M
+    )
     assert told
     done = call(
         *told[0].split(), "--set", "data.stride=40", "--out", tmp_path, env=head, cwd=sources
