@@ -1,1 +1,39 @@
-"""What a loss term is, the shared ones, and how terms become one number."""
+"""Loss terms: what one is, the ones that techniques share, and how terms become one number.
+
+A technique needs `term`, `TermValues` and, for terms of layers, `Pairs` and `mean_over_pairs`. The
+other names are the losses and helpers from which the terms of this package are built.
+"""
+
+from raykd.losses.all_rows import gather_rows
+from raykd.losses.divergences import (
+    DivergenceKind,
+    both_log_probs,
+    divergence,
+    student_log_probs,
+    teacher_divergence,
+    token_log_probs,
+    unflatten_valid,
+)
+from raykd.losses.fused import dense_kl, sparse_kl
+from raykd.losses.returns import returns_to_go
+from raykd.losses.terms import Pairs, TermValues, mean_over_pairs, term
+from raykd.losses.valence import realised_future
+
+__all__ = [
+    "DivergenceKind",
+    "Pairs",
+    "TermValues",
+    "both_log_probs",
+    "dense_kl",
+    "divergence",
+    "gather_rows",
+    "mean_over_pairs",
+    "realised_future",
+    "returns_to_go",
+    "sparse_kl",
+    "student_log_probs",
+    "teacher_divergence",
+    "term",
+    "token_log_probs",
+    "unflatten_valid",
+]

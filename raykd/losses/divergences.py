@@ -1,14 +1,18 @@
-"""How far a student's next-token distribution q is from the teacher's p, a place at a time, over
-the whole vocabulary.
+"""How far a student's next-token distribution q is from the teacher's p, over the whole vocabulary.
 
-    forward   KL(p || q) reverse   KL(q || p) js        beta KL(p || m) + (1 - beta) KL(q || m), m =
-    beta p + (1 - beta) q; its ends 0 and 1 are forward and
-              reverse (Agarwal et al. 2024, arXiv 2306.13649, eq. 1)
-    tvd       sum |p - q| / 2 = 1 - a, with a = sum min(p, q) the share of a student's drafts that p
-    accepts lk        -log a: the gradient of tvd over a, which does not stall where p and q hardly
-    meet (arXiv 2602.23881) hybrid    k KL(p || q) + (1 - k)(1 - a), k = exp(-a) constant (the same)
+    forward   KL(p || q)
+    reverse   KL(q || p)
+    js        beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; its ends beta = 0
+              and beta = 1 are forward and reverse (Agarwal et al. 2024, arXiv 2306.13649, eq. 1)
+    tvd       sum |p - q| / 2 = 1 - a, where a = sum min(p, q) is the share of a student's drafts
+              that the teacher accepts
+    lk        -log a: the gradient of tvd over a, which does not stall where p and q hardly overlap
+              (arXiv 2602.23881)
+    hybrid    k KL(p || q) + (1 - k)(1 - a), with k = exp(-a) held constant (the same paper)
 
 tvd, lk and hybrid have a kink where p = q: their gradient is 0 there and jumps beside it.
+
+Shapes: P valid steps of a batch in order, V columns of the vocabulary.
 """
 
 from typing import Literal
@@ -26,8 +30,23 @@ DivergenceKind = Literal["forward", "reverse", "js", "tvd", "lk", "hybrid"]
 
 
 def divergence(log_q: Tensor, log_p: Tensor, kind: DivergenceKind, beta: float = 0.5) -> Tensor:
-    """(P,): the divergence of log probabilities (P, V). `beta` is js's."""
-    kind = _end(kind, beta)
+    """A divergence between two sets of log probabilities (P, V), as (P,).
+
+    forward covers every mode of the teacher. reverse keeps the student to what the teacher finds
+    likely. js lies between the two, and `beta` says where. tvd, lk and hybrid follow the acceptance
+    rate of speculative decoding. The formulas and papers are in `raykd.losses.divergences`.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import divergence
+        >>> student = torch.tensor([[0.5, 0.5]]).log()
+        >>> teacher = torch.tensor([[0.9, 0.1]]).log()
+        >>> round(divergence(student, teacher, "tvd").item(), 4)
+        0.4
+        >>> round(divergence(student, teacher, "forward").item(), 4)
+        0.3681
+    """
+    kind = _at_its_end(kind, beta)
     if kind == "forward":
         return _kl(log_p, log_q)
     if kind == "reverse":
@@ -52,64 +71,135 @@ def teacher_divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    """(P,): the divergence from the teacher at the valid places in turn.
+    """The divergence of a student from the teacher at every valid step of a batch, as (P,).
 
-    A log whose codec keeps a part of the teacher's distribution tells the forward one: RecipeError
-    for any other.
+    Use it in a term that chooses its divergence by a setting. A log of drafts may keep only a part
+    of the teacher's distribution: then only "forward" can be computed, and any other kind is a
+    RecipeError.
+
+    Example:
+        >>> import torch
+        >>> from raykd import Batch, Signals
+        >>> from raykd.losses import teacher_divergence
+        >>> valid = torch.tensor([[True, True, False]])
+        >>> teacher = Signals(torch.zeros(1, 3, 4), valid)
+        >>> batch = Batch(
+        ...     row_id=torch.zeros(1, dtype=torch.int64),
+        ...     inputs=torch.zeros(1, 3, 2),
+        ...     mask=valid,
+        ...     label=torch.zeros(1, 3, dtype=torch.int64),
+        ...     teacher=teacher,
+        ... )
+        >>> teacher_divergence(Signals(torch.zeros(1, 3, 4), valid), batch, "reverse")
+        tensor([0., 0.])
     """
-    if batch.targets is not None and _end(kind, beta) == "forward":
-        return cross_entropy(
-            student_log_probs(student, batch, temperature), batch.targets(temperature)
-        )
-    return divergence(*both_log_probs(student, batch, temperature), kind, beta)
+    if batch.targets is not None and _at_its_end(kind, beta) == "forward":
+        log_q = student_log_probs(student, batch, temperature)
+        return cross_entropy(log_q, batch.targets(temperature))
+    log_q, log_p = both_log_probs(student, batch, temperature)
+    return divergence(log_q, log_p, kind, beta)
 
 
 def student_log_probs(student: Signals, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """log q (P, V), fp32 at least, at the valid places in turn. The teacher's columns are the
-    vocabulary.
+    """The student's log probabilities log q at the valid steps, as (P, V) in fp32 at least.
 
-    Further columns of the student's are padding, outside its softmax. RecipeError where it has
-    fewer.
+    V is the number of the teacher's columns. Further columns of the student's head are padding and
+    stay outside its softmax. RecipeError where the student has fewer columns than the teacher.
+
+    Example:
+        >>> import torch
+        >>> from raykd import Batch, Signals
+        >>> from raykd.losses import student_log_probs
+        >>> valid = torch.tensor([[True, False]])
+        >>> batch = Batch(
+        ...     row_id=torch.zeros(1, dtype=torch.int64),
+        ...     inputs=torch.zeros(1, 2, 2),
+        ...     mask=valid,
+        ...     label=torch.zeros(1, 2, dtype=torch.int64),
+        ...     teacher=Signals(torch.zeros(1, 2, 4), valid),
+        ... )
+        >>> student_log_probs(Signals(torch.zeros(1, 2, 4), valid), batch).exp()
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     assert batch.teacher is not None
-    mine = flatten_valid(student.logits, batch.mask)
-    vocab = (
-        batch.teacher.logits.shape[-1]
-        if batch.targets is None
-        else batch.targets(temperature).vocab
-    )
-    return log_softmax(mine[:, : shared_vocab(vocab, mine.shape[-1], vocab)], temperature)
+    logits = flatten_valid(student.logits, batch.mask)
+    if batch.targets is None:
+        vocab = batch.teacher.logits.shape[-1]
+    else:
+        vocab = batch.targets(temperature).vocab
+    width = shared_vocab(vocab, logits.shape[-1], vocab)
+    return log_softmax(logits[:, :width], temperature)
 
 
 def both_log_probs(
     student: Signals, batch: Batch, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(log q, log p), each (P, V) fp32 at least, at the valid places in turn; log q as in `student_log_probs`.
+    """The student's log q and the teacher's log p at the valid steps, each (P, V).
 
-    RecipeError where a log keeps but a part of the teacher's distribution.
+    Use it where a term needs the whole of both distributions. Columns are as in
+    `student_log_probs`; no gradient reaches the teacher. RecipeError where a log of drafts keeps
+    only a part of the teacher's distribution.
+
+    Example:
+        >>> import torch
+        >>> from raykd import Batch, Signals
+        >>> from raykd.losses import both_log_probs, divergence
+        >>> valid = torch.tensor([[True, False]])
+        >>> batch = Batch(
+        ...     row_id=torch.zeros(1, dtype=torch.int64),
+        ...     inputs=torch.zeros(1, 2, 2),
+        ...     mask=valid,
+        ...     label=torch.zeros(1, 2, dtype=torch.int64),
+        ...     teacher=Signals(torch.zeros(1, 2, 4), valid),
+        ... )
+        >>> log_q, log_p = both_log_probs(Signals(torch.zeros(1, 2, 4), valid), batch)
+        >>> divergence(log_q, log_p, "js")
+        tensor([0.])
     """
     assert batch.teacher is not None
     if batch.targets is not None:
         raise RecipeError(
-            "source.log: only a forward divergence can be told from a part of the teacher's distribution, which is all "
-            'that this log keeps; ask for that, or write the log with store.codec = "dense"'
+            "source.log: this log keeps a part of the teacher's distribution, from which only a "
+            "forward divergence can be computed; use that, or write the log with "
+            'store.codec = "dense"'
         )
-    theirs = flatten_valid(batch.teacher.logits.detach(), batch.mask)
-    return student_log_probs(student, batch, temperature), log_softmax(theirs, temperature)
+    logits = flatten_valid(batch.teacher.logits.detach(), batch.mask)
+    log_q = student_log_probs(student, batch, temperature)
+    return log_q, log_softmax(logits, temperature)
 
 
 def unflatten_valid(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, T): values (P,) at the valid places in turn, 0 elsewhere."""
+    """Values (P,) put back at the valid steps of `mask`, as (B, T) with 0 elsewhere.
+
+    The inverse of `raykd.signals.flatten_valid`, for terms that compute on valid steps alone.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import unflatten_valid
+        >>> valid = torch.tensor([[True, False], [True, True]])
+        >>> unflatten_valid(torch.tensor([1.0, 2.0, 3.0]), valid)
+        tensor([[1., 0.],
+                [2., 3.]])
+    """
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def token_log_probs(log: Tensor, tokens: Tensor) -> Tensor:
-    """(P,): the log probabilities (P, V) of tokens (P,)."""
-    return log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+def token_log_probs(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """The log probability of one token at each step: (P,), of log probabilities (P, V).
+
+    Use it for the likelihood of text that was drawn, as in a policy gradient.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import token_log_probs
+        >>> token_log_probs(torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([1, 0]))
+        tensor([-2., -3.])
+    """
+    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _end(kind: DivergenceKind, beta: float) -> DivergenceKind:
-    """js as what it is at its ends."""
+def _at_its_end(kind: DivergenceKind, beta: float) -> DivergenceKind:
+    """The divergence that js is at beta = 0 and beta = 1; any other as it is."""
     if kind == "js" and beta in (0, 1):
         return "reverse" if beta else "forward"
     return kind

@@ -1,8 +1,7 @@
-"""What one chunk of logits becomes: a divergence per place, and its gradient where the logits
-stood.
+"""What one chunk of logits becomes: a divergence per place, and its gradient where the logits were.
 
-Each function takes z (c, V) = logits / T and scale (c,), returns value (c,), and leaves d(scale
-value)/dz in z.
+Each function takes z (c, V) = logits / T and scale (c,), returns value (c,), and leaves
+d(scale value)/dz in z.
 """
 
 from functools import lru_cache
@@ -17,8 +16,13 @@ Divergence = Literal["forward", "reverse", "js"]
 def sparse_chunk(
     z: Tensor, scale: Tensor, row: Tensor, ids: Tensor, w: Tensor, tail: Tensor | None
 ) -> Tensor:
-    """-sum w log q (c,) of z (c, V). Entries are (row, ids, w), each (m,)."""
-    flat, at = z.view(-1), row * z.shape[1] + ids
+    """-sum w log q (c,) of z (c, V).
+
+    The entries of the targets are (row, ids, w), each (m,). `tail` (c,) is the weight of all other
+    classes together.
+    """
+    flat = z.view(-1)
+    at = row * z.shape[1] + ids
     z.sub_(z.amax(1, keepdim=True))
     picked = flat[at]
     z.exp_()
@@ -48,7 +52,7 @@ def dense_chunk(
 ) -> Tensor:
     """The divergence (c,) of z (c, V) from log_p (c, V).
 
-    With u = d value / dq, dz = q (u - sum q u).
+    With u = d value / dq, the gradient is dz = q (u - sum q u).
     """
     log_q = z.log_softmax(1)
     if divergence == "forward":
@@ -60,7 +64,8 @@ def dense_chunk(
     q = log_q.exp()
     if divergence == "reverse":
         u = log_q - log_p
-        value = inner = _dot(q, u)
+        inner = _dot(q, u)
+        value = inner
     else:
         b = torch.tensor(beta, dtype=z.dtype, device=z.device)
         log_m = torch.logaddexp(log_p + b.log(), log_q + (1 - b).log())
@@ -79,4 +84,5 @@ def _dot(p: Tensor, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def compiled_chunk() -> Any:
+    """`sparse_chunk` through torch.compile, once a process."""
     return torch.compile(sparse_chunk, dynamic=True)

@@ -23,13 +23,14 @@ def learned_terms(terms: Mapping[str, TermSpec]) -> list[str]:
 
 
 class Objective(nn.Module):
-    """The weighted sum of a recipe's terms. `example`, a student's signals and their batch, builds
-    terms that learn.
+    """The weighted sum of a recipe's terms.
 
-    Each term is the mean over its places; where the batch has row weights, the mean over rows of
-    weight times the mean over a row's places. `progress` is the share of the steps that are done:
-    it says which terms count. Terms of the student's own text count in batches of that, all others
-    in the data's.
+    Each term is the mean over its places. Where the batch has row weights, it is the mean over rows
+    of the row's weight times the mean over the row's places.
+
+    `example`, a student's signals and their batch, builds the terms that learn. `progress` is the
+    share of the steps that are done; it says which terms count. Terms of the student's own text
+    count in batches of such text, all others in batches of the data.
     """
 
     def __init__(
@@ -39,54 +40,59 @@ class Objective(nn.Module):
         self.specs = {name: spec for name, spec in terms.items() if spec.weight > 0}
         self.needs = needs_of(self.specs)
         self.progress = 0.0
-        makes = {n: TERMS[n].make for n in learned_terms(terms)}
-        assert example or not makes, f"{', '.join(makes)} learn, and need an example"
+        names = learned_terms(terms)
+        assert example or not names, f"{', '.join(names)} learn, and need an example"
         self.modules_by_term = nn.ModuleDict(
-            {n: make(*example, **terms[n].settings) for n, make in makes.items()}
+            {name: TERMS[name].make(*example, **terms[name].settings) for name in names}
         )
 
     @property
     def weights(self) -> dict[str, float]:
+        """The weight of each term that counts, by name."""
         return {name: spec.weight for name, spec in self.specs.items()}
 
     def forward(self, student: Signals, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sums, counts), each (terms,) in the order of `weights`; both add over any split of the
-        rows.
+        """The sum and the count of each term, each (terms,) in the order of `weights`.
 
-        Terms see zeros at invalid steps, and a teacher that takes no gradient.
+        Both add over any split of the rows into micro-batches or workers. Terms see zeros at
+        invalid steps, and a teacher that takes no gradient.
         """
         student = student.valid(batch.mask)
         if batch.teacher:
             with torch.no_grad():
                 batch = replace(batch, teacher=batch.teacher.valid(batch.mask))
-        found = [self._sum(name, spec, student, batch) for name, spec in self.specs.items()]
-        return torch.stack([s for s, _ in found]), torch.stack([c for _, c in found]).to(
-            found[0][0].dtype
-        )
+        sums: list[Tensor] = []
+        counts: list[Tensor] = []
+        for name, spec in self.specs.items():
+            term_sum, count = self._sum(name, spec, student, batch)
+            sums.append(term_sum)
+            counts.append(count)
+        return torch.stack(sums), torch.stack(counts).to(sums[0].dtype)
 
     def _sum(
         self, name: str, spec: TermSpec, student: Signals, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """A term's sum and count."""
-        counts = TERMS[name].own == (batch.rollout is not None)
-        if not counts or not spec.since <= self.progress < spec.until:
-            return student.logits.new_zeros((), dtype=torch.float32), student.mask.new_zeros(
-                (), dtype=torch.int64
-            )
-        value, mask = self._places(name, spec, student, batch)
+        of_this_kind = TERMS[name].own == (batch.rollout is not None)
+        if not of_this_kind or not spec.since <= self.progress < spec.until:
+            no_sum = student.logits.new_zeros((), dtype=torch.float32)
+            no_count = student.mask.new_zeros((), dtype=torch.int64)
+            return no_sum, no_count
+        value, mask = self._values(name, spec, student, batch)
         value = torch.where(mask, value, 0.0)
         if batch.weight is None:
             return value.sum(), mask.sum()
         count = mask.reshape(len(mask), -1).sum(1)
         mean = value.reshape(len(mask), -1).sum(1) / count.clamp(min=1)
-        return (mean * batch.weight if spec.weighted else mean).sum(), (count > 0).sum()
+        weighted = mean * batch.weight if spec.weighted else mean
+        return weighted.sum(), (count > 0).sum()
 
-    def _places(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> TermValues:
+    def _values(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> TermValues:
         if name in self.modules_by_term:
             return self.modules_by_term[name](student, batch)
         return TERMS[name].make(student, batch, **spec.settings)
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """The loss: sum over terms of weight * sum / count, a term without any place counting 0."""
+        """The loss: the sum over terms of weight * sum / count. A term without places adds 0."""
         weight = torch.tensor(list(self.weights.values()), dtype=sums.dtype, device=sums.device)
         return (weight * sums / counts.clamp(min=1)).sum()

@@ -1,4 +1,8 @@
-"""The loss terms that techniques share: labels, the teacher's classes, the value head."""
+"""The loss terms that techniques share: labels, the teacher's classes, the value head.
+
+Shapes: B rows, T steps, C classes, P valid steps. Each term returns values (B, T), or (B,) where it
+counts once a sequence, and where they count.
+"""
 
 from typing import Annotated, Literal
 
@@ -19,8 +23,11 @@ Where = Literal["steps", "sequence"]
 
 @term()
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
-    """-log q(label), at every valid step or on the sequence's mean logits; rows without a label
-    count nothing.
+    """Cross-entropy with the labels, -log q(label).
+
+    Use it wherever there are labels; alone it is training without a teacher. It counts at every
+    valid step, or with on = "sequence" once a row, on the mean logits. Rows without a label count
+    nothing.
     """
     mask = student.mask if on == "steps" else student.mask.any(1)
     target = batch.label
@@ -29,7 +36,8 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
     target = target.reshape(*target.shape, *(1,) * (mask.dim() - target.dim())).expand(mask.shape)
     mask = mask & (target != UNLABELLED)
     log_q = student.log_q if on == "steps" else log_softmax(student.sequence_logits())
-    return TermValues(-log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1), mask)
+    log_q_of_label = log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return TermValues(-log_q_of_label, mask)
 
 
 @term("logits", divergence="forward")
@@ -41,20 +49,21 @@ def kd(
     on: Where = "steps",
     t_squared: bool = True,
 ) -> TermValues:
-    """T^2 KL(p_T || q_T), p and q the teacher's and student's softmax(z / T) (Hinton et al. 2015,
-    section 2).
+    """Knowledge distillation, T^2 KL(p_T || q_T) of the softened classes softmax(z / T).
 
-    The gradient with respect to the student's logits is T (q_T - p_T); t_squared = false drops the
-    factor T^2.
+    Use it to learn from the teacher's classes, on labelled and unlabelled rows alike (Hinton et al.
+    2015, arXiv 1503.02531, section 2). The gradient by the student's logits is T (q_T - p_T);
+    t_squared = false drops the factor T^2. It counts as `ce` does. A teacher or a student that
+    answers once a sequence makes it on = "sequence".
     """
     assert batch.teacher is not None
     scale = temperature**2 if t_squared else 1.0
     if batch.targets is not None:
-        return _sparse_kd(student, batch.targets(temperature), temperature, scale, on)
+        return _sparse_kd(student, batch.targets(temperature), temperature, scale=scale, on=on)
     if student.logits.shape[1] != batch.teacher.logits.shape[1]:
         on = "sequence"
-    z_s, mask = _places(student, on)
-    z_t, _ = _places(batch.teacher, on)
+    z_s, mask = _logits(student, on)
+    z_t, _ = _logits(batch.teacher, on)
     log_q = log_softmax(z_s.float() / temperature)
     log_p = log_softmax(z_t.float() / temperature)
     value = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
@@ -62,67 +71,68 @@ def kd(
 
 
 def _sparse_kd(
-    student: Signals, targets: SparseTargets, temperature: float, scale: float, on: Where
+    student: Signals, targets: SparseTargets, temperature: float, *, scale: float, on: Where
 ) -> TermValues:
-    """kd against sparse targets: what they leave of the KL, -entropy - sum_i w_i log q_i, at every
-    valid step.
-    """
+    """kd against sparse targets, -entropy - sum_i w_i log q_i at every valid step."""
     if on == "sequence" or len(targets) != student.mask.sum():
         raise RecipeError(
-            "terms.kd: a sparse store holds one target a step, so the student must answer at every step, with "
-            'on = "steps"; or score with store.codec = "dense"'
+            "terms.kd: a sparse store holds one target a step, so the student must answer at every "
+            'step, with on = "steps"; or score with store.codec = "dense"'
         )
     if temperature == 1:
         log_q = flatten_valid(student.log_q, student.mask)  # (P, C)
     else:
         log_q = log_softmax(flatten_valid(student.logits, student.mask), temperature)
-    value = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
-    return TermValues(
-        value.masked_scatter(student.mask, scale * cross_entropy(log_q, targets)), student.mask
-    )
+    zeros = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
+    value = zeros.masked_scatter(student.mask, scale * cross_entropy(log_q, targets))
+    return TermValues(value, student.mask)
 
 
 @term()
 def future_valence(
     student: Signals, batch: Batch, *, discount: Annotated[float, Field(ge=0, le=1)] = 0.95
 ) -> TermValues:
-    """(F_hat - F)^2 of the value head against the realised future valence, a Monte-Carlo fit.
+    """The squared error of the value head against the realised future valence, (F_hat - F)^2.
 
-    The valence is the data's column where there is one, else the model's own prefix confidence in
-    the true label.
+    Use it to train a value head from data, without a teacher: a Monte-Carlo fit. The valence is the
+    data's column where there is one, and the model's own prefix confidence in the label elsewhere.
+    RecipeError where the student has no value head.
     """
     if student.valence is None:
-        raise ValueError(
-            "term future_valence: the model has no value head; return 'valence' (B, T) beside 'logits'"
+        raise RecipeError(
+            "terms.future_valence: the student has no value head; return 'valence' (B, T) beside "
+            "'logits'"
         )
-    own = prefix_confidence(student.logits.detach(), student.mask, batch.label)
-    target, known = realised_future(
-        own if batch.valence is None else batch.valence, student.mask, discount
-    )
+    confidence = prefix_confidence(student.logits.detach(), student.mask, batch.label)
+    valence = confidence if batch.valence is None else batch.valence
+    target, known = realised_future(valence, student.mask, discount)
     return TermValues((student.valence.float() - target).square(), known)
 
 
 @term("trajectory")
 def value(student: Signals, batch: Batch) -> TermValues:
-    """(F_S - F_T)^2: the student's future valence against the teacher's trajectory of it, at every
-    valid step.
+    """The squared difference of the student's and the teacher's future valence, (F_S - F_T)^2.
+
+    Use it to pass on a teacher's value head, or its realised trajectory. It counts at every valid
+    step. RecipeError where the student has no value head or another number of steps.
     """
     assert batch.teacher is not None
     if student.valence is None:
         raise RecipeError(
             "terms.value: the student has no value head; return 'valence' (B, T) beside 'logits'"
         )
-    theirs = batch.teacher.valence
-    assert theirs is not None
-    if theirs.shape != student.valence.shape:
+    trajectory = batch.teacher.valence
+    assert trajectory is not None
+    if trajectory.shape != student.valence.shape:
         raise RecipeError(
-            f"terms.value: the student answers at {student.valence.shape[1]} steps, the teacher's trajectory has "
-            f"{theirs.shape[1]}; leave the term out: weight = 0"
+            f"terms.value: the student answers at {student.valence.shape[1]} steps, the teacher's "
+            f"trajectory has {trajectory.shape[1]}; leave the term out: weight = 0"
         )
-    return TermValues((student.valence.float() - theirs.float()).square(), student.mask)
+    return TermValues((student.valence.float() - trajectory.float()).square(), student.mask)
 
 
-def _places(signals: Signals, on: Where) -> tuple[Tensor, Tensor]:
+def _logits(signals: Signals, on: Where) -> tuple[Tensor, Tensor]:
+    """The logits that count and where: (B, T, C) at the steps, or (B, C) of the sequence."""
     if on == "steps":
         return signals.logits, signals.mask
     return signals.sequence_logits(), signals.mask.any(1)

@@ -1,10 +1,11 @@
 """What a loss term is, and all that are registered.
 
-A term is a function `(student: Signals, batch: Batch, *, settings) -> TermValues`, or an nn.Module
-class built as `(student: Signals, batch: Batch, *, settings)` from an example of what it will be
-called with: its parameters join the optimiser and never the student. Its name is its key under
-`[terms]`; its annotated keyword arguments are what a recipe may set, and nothing is said twice.
-Terms never reduce over rows: the objective alone does, with denominators that are global over
+A term is a function `(student: Signals, batch: Batch, *, settings) -> TermValues`. Or it is an
+nn.Module class built as `(student: Signals, batch: Batch, *, settings)` from an example of what it
+will be called with; its parameters join the optimiser and never the student.
+
+Its name is its key under `[terms]`, and its annotated keyword arguments are what a recipe may set.
+Terms never reduce over rows. The objective alone does, with denominators that are global over
 micro-batches and workers, so neither changes the loss.
 """
 
@@ -21,15 +22,21 @@ from raykd.recipe.recipe import Pair, TermSpec
 from raykd.recipe.validation import suggestion, validate
 from raykd.signals import masked_mean
 
-Pairs = Annotated[
-    list[Pair[str]], Field(min_length=1)
-]  # of (student's submodule, teacher's submodule)
+# Pairs of (student's submodule, teacher's submodule).
+Pairs = Annotated[list[Pair[str]], Field(min_length=1)]
 
 
 class TermValues(NamedTuple):
-    """A term's value at each place, (B,) or (B, T), and where it counts.
+    """A term's values, (B,) or (B, T), and the mask of where they count.
 
-    Values elsewhere are ignored.
+    Values elsewhere are ignored, whatever they are.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import TermValues
+        >>> values = TermValues(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+        >>> values.value[values.mask]
+        tensor([1.])
     """
 
     value: Tensor
@@ -37,26 +44,42 @@ class TermValues(NamedTuple):
 
 
 def mean_over_pairs(values: list[Tensor], mask: Tensor) -> TermValues:
-    """The mean of a term's values for several pairs of layers: each at every step of `mask` (B, T),
-    or (B, 1).
+    """The mean of a term's values over several pairs of layers.
 
-    One value a row counts the row once, and then so do the others, with their mean over valid
-    steps.
+    Use it at the end of a term with a setting `pairs: Pairs`. Each value is (B, T), the shape of
+    `mask`, or (B, 1). If every value is (B, T), so is the mean. Otherwise it is (B,): each row
+    counts once, and values (B, T) enter with their mean over valid steps.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import mean_over_pairs
+        >>> valid = torch.tensor([[True, True]])
+        >>> first = torch.tensor([[1.0, 3.0]])
+        >>> second = torch.tensor([[3.0, 5.0]])
+        >>> mean_over_pairs([first, second], valid).value
+        tensor([[2., 4.]])
+        >>> mean_over_pairs([first, torch.tensor([[6.0]])], valid).value
+        tensor([4.])
     """
     if all(value.shape == mask.shape for value in values):
         return TermValues(torch.stack(values).mean(0), mask)
-    rows = [masked_mean(v, mask) if v.shape == mask.shape else v[:, 0] for v in values]
+    rows = [
+        masked_mean(value, mask) if value.shape == mask.shape else value[:, 0] for value in values
+    ]
     return TermValues(torch.stack(rows).mean(0), mask.any(1))
 
 
 class Term(NamedTuple):
-    """A registered term: its function or module class, the teacher's columns it reads, and the kind
-    of its layers.
+    """A registered term.
 
-    `divergence`: what it computes from the logits, "any" where it needs every class. `whole_batch`:
-    it compares the rows of the global batch with each other, so that its value is not a sum over
-    them. `own`: it counts in text that the student wrote, with the logits of a teacher that is
-    there, and not in the data's rows.
+    make         its function or module class
+    needs        the teacher's signals that it reads
+    layers       the kind of its layers, from its settings; None where it reads no layer
+    divergence   what it computes from the logits; "any" where it needs every class
+    whole_batch  whether it compares the rows of the global batch with each other, so that its value
+                 is not a sum over them
+    own          whether it counts in text that the student wrote, with a live teacher's logits, and
+                 not in the data's rows
     """
 
     make: Callable[..., Any]
@@ -67,12 +90,13 @@ class Term(NamedTuple):
     own: bool = False
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Every setting: what a recipe gives over the signature's own."""
+        """Every setting: the defaults of the signature, overridden by what a recipe gives."""
         parameters = inspect.signature(self.make).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(given)
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return defaults | dict(given)
 
     def pairs(self, given: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """(student's signal, teacher's signal) of every pair of layers that these settings name."""
+        """The student's and the teacher's signal of every pair of layers in these settings."""
         if self.layers is None:
             return []
         settings = self.settings(given)
@@ -97,10 +121,23 @@ def term(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or nn.Module class as a loss term that reads the named teacher signals.
 
-    With `layers`, a kind of Signals.layers or a function from the settings to one, its setting
-    `pairs: Pairs` names submodules of the student and of the teacher. `divergence = "forward"` lets
-    sparse stores serve it: it must then read `batch.targets`. `own` terms read a live teacher's
-    logits and `batch.rollout`, and nothing of a store.
+    `needs` are columns of the store, such as "logits". With `layers` the term also reads inner
+    layers: a kind of `Signals.layers`, or a function from the settings to one. Its setting
+    `pairs: Pairs` then names submodules of the student and of the teacher.
+
+    `divergence = "forward"` lets sparse stores serve the term, which must then read
+    `batch.targets`. `whole_batch` is for terms that compare rows with each other. `own` terms read
+    a live teacher's logits and `batch.rollout`, and nothing of a store.
+
+    ValueError where another module has registered a term of this name.
+
+    Example:
+        >>> from raykd import Batch, Signals
+        >>> from raykd.losses import TermValues, term
+        >>> @term("logits")
+        ... def matched(student: Signals, batch: Batch, *, scale: float = 1.0) -> TermValues:
+        ...     difference = student.logits - batch.teacher.logits
+        ...     return TermValues(scale * difference.square().mean(-1), student.mask)
     """
     assert not (own and needs), "text that the student wrote is in no store"
 
@@ -120,9 +157,11 @@ def term(
 
 def needs_of(terms: Mapping[str, TermSpec]) -> frozenset[str]:
     """The teacher signals that a recipe's terms read: what scoring must store."""
-    return frozenset().union(
-        *(TERMS[n].needs | {theirs for _, theirs in pairs} for n, pairs in _layers(terms))
-    )
+    signals: set[str] = set()
+    for name, pairs in _layers(terms):
+        signals |= TERMS[name].needs
+        signals |= {theirs for _, theirs in pairs}
+    return frozenset(signals)
 
 
 def wants_of(terms: Mapping[str, TermSpec]) -> frozenset[str]:
@@ -136,20 +175,22 @@ def term_problems(terms: Mapping[str, TermSpec]) -> list[Problem]:
     for name, spec in terms.items():
         if name not in TERMS:
             problems.append(Problem(f"terms.{name}", "no such term." + suggestion(name, TERMS)))
-        else:
-            problems += validate(
-                _settings_model(TERMS[name].make), spec.settings, key=f"terms.{name}"
-            )[1]
+            continue
+        model = _settings_model(TERMS[name].make)
+        _, setting_problems = validate(model, spec.settings, key=f"terms.{name}")
+        problems += setting_problems
     return problems
 
 
 def _layers(terms: Mapping[str, TermSpec]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    return (
-        (name, TERMS[name].pairs(spec.settings)) for name, spec in terms.items() if spec.weight > 0
-    )
+    """Each term that counts, with its pairs of layers."""
+    for name, spec in terms.items():
+        if spec.weight > 0:
+            yield name, TERMS[name].pairs(spec.settings)
 
 
 def _settings_model(make: Callable[..., Any]) -> Any:
+    """A pydantic model of what a recipe may set of a term."""
     parameters = inspect.signature(make).parameters.values()
     fields: dict[str, Any] = {
         p.name: (p.annotation, ... if p.default is p.empty else p.default)

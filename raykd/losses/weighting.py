@@ -1,11 +1,14 @@
-"""How much each row counts: exp(boost z) of its standardised saliency z, and what keeps a few rows
-from being all.
+"""How much each row counts, by its saliency, without a few rows counting for all.
 
-    raw         w = exp(boost z)                       the formula as it stands snippet     w = mean
-    over the batch of exp(boost z), one number for all its rows capped      w = min(exp(boost z),
-    cap)             Peng et al. 2019, arXiv 1910.00177 selfnorm    w = n softmax(boost z)
-    mean 1 ess         selfnorm with the largest boost' <= boost whose effective sample size is at
-    least fraction n uniform     w = 1
+With z the standardised saliency of n rows, weights are one of
+
+    raw       w = exp(boost z), the formula itself
+    snippet   w = mean over the batch of exp(boost z), one number for all its rows
+    capped    w = min(exp(boost z), cap) (Peng et al. 2019, arXiv 1910.00177)
+    selfnorm  w = n softmax(boost z), whose mean is 1
+    ess       selfnorm with the largest boost' <= boost whose effective sample size is at least
+              `fraction` of n
+    uniform   w = 1
 
 The effective sample size of weights is (sum w)^2 / sum w^2 (Kish 1965; Elvira et al. 2018, arXiv
 1809.04129). With Gaussian saliency it falls as n exp(-boost^2): at boost 6 a batch of 64 trains on
@@ -28,19 +31,18 @@ LARGEST = 80.0  # of a log weight: exp(80) and a thousand times it are float32 n
 
 @dataclass(frozen=True)
 class Spread:
-    """How uneven a batch's weights are: effective sample size over rows, the largest row's share,
-    the boost used.
-    """
+    """How uneven a batch's weights are."""
 
-    ess: float
-    largest_share: float
-    boost: float
+    ess: float  # the effective sample size over the number of rows
+    largest_share: float  # the largest row's share of all weight
+    boost: float  # as it was used
 
 
 @dataclass(frozen=True)
 class RowWeights:
-    """Every training row's weight in any global batch; with dataset statistics it is the same in
-    all.
+    """Every training row's weight in any global batch.
+
+    With dataset statistics a row's weight is the same in all batches.
     """
 
     saliency: Floats  # (N,)
@@ -49,42 +51,43 @@ class RowWeights:
 
     @classmethod
     def of(cls, saliency: Tensor | None, settings: Weighting | None) -> "RowWeights | None":
-        """None where rows are not weighted.
-
-        Without a teacher's saliency all rows are average ones.
-        """
+        """The weights of the rows with this saliency; None where rows are not weighted."""
         if settings is None or saliency is None:
             return None
         s = saliency.cpu().numpy().astype(np.float64)
-        dataset = settings.statistics == "dataset"
-        return cls(s, settings, weights(standardised(s, settings), settings) if dataset else None)
+        fixed = None
+        if settings.statistics == "dataset":
+            fixed = weights(standardised(s, settings), settings)
+        return cls(s, settings, fixed)
 
     def __call__(self, rows: NDArray[np.int64], share: slice) -> tuple[NDArray[np.float32], Spread]:
-        """Weights (share,) of one rank's part of the rows of a global batch, and their spread over
-        the batch.
+        """Weights (share,) of one rank's part of a global batch, and their spread over the batch.
 
-        With local_batch statistics the part is all that there is, so the number of workers changes
-        the weights.
+        `rows` are the places of the global batch's rows, and `share` is this rank's part of them.
+        With local_batch statistics a rank sees its part alone, so the number of workers changes the
+        weights.
         """
         if self.settings.statistics == "local_batch":
-            rows, share = rows[share], slice(None)
+            rows = rows[share]
+            share = slice(None)
         if self.fixed and self.settings.mode != "snippet":
-            w, boost = self.fixed[0][rows], self.fixed[1]
+            all_weights, boost = self.fixed
+            w = all_weights[rows]
         else:
             every = self.saliency if self.fixed else self.saliency[rows]
-            w, boost = weights(
-                standardised(self.saliency[rows], self.settings, every), self.settings
-            )
-        return w[share].astype(np.float32), Spread(ess(w), float(w.max() / w.sum()), boost)
+            z = standardised(self.saliency[rows], self.settings, every)
+            w, boost = weights(z, self.settings)
+        spread = Spread(ess(w), largest_share=float(w.max() / w.sum()), boost=boost)
+        return w[share].astype(np.float32), spread
 
 
 def standardised(s: Floats, settings: Weighting, every: Floats | None = None) -> Floats:
-    """(n,):
+    """(s - mean) / std, as (n,), with the mean and the unbiased std of the known ones of `every`.
 
-    (s - mean) / std of `every` row's known saliency (of s by default), the unbiased std at least
-    least_std.
+    `every` is s unless given. The std is at least `least_std`, and an unknown s gives 0.
     """
-    known = (s if every is None else every)[np.isfinite(s if every is None else every)]
+    every = s if every is None else every
+    known = every[np.isfinite(every)]
     mean = known.mean() if len(known) else 0.0
     std = known.std(ddof=1) if len(known) > 1 else 0.0
     z = np.where(np.isfinite(s), (s - mean) / max(std, settings.least_std), 0.0)
@@ -92,7 +95,7 @@ def standardised(s: Floats, settings: Weighting, every: Floats | None = None) ->
 
 
 def weights(z: Floats, settings: Weighting) -> tuple[Floats, float]:
-    """(weights (n,), the boost that made them) of standardised saliency z (n,)."""
+    """The weights (n,) of standardised saliency z (n,), and the boost that made them."""
     boost = settings.boost
     match settings.mode:
         case "uniform":
@@ -111,34 +114,39 @@ def weights(z: Floats, settings: Weighting) -> tuple[Floats, float]:
 
 
 def boost_of(z: Floats, most: float, fraction: float) -> float:
-    """The largest boost up to `most` at which the effective sample size is at least `fraction` of
-    the rows.
-    """
+    """The largest boost up to `most` whose effective sample size is at least `fraction` of n."""
     if ess(_mean_one(most * z)) >= fraction:
         return most
-    low, high = 0.0, most
+    low = 0.0
+    high = most
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if ess(_mean_one(middle * z)) >= fraction else (low, middle)
+        if ess(_mean_one(middle * z)) >= fraction:
+            low = middle
+        else:
+            high = middle
     return low
 
 
 def ess(w: Floats) -> float:
-    """(sum w)^2 / (n sum w^2): the effective sample size as a share of the rows, in (0, 1]."""
+    """The effective sample size over the number of rows, (sum w)^2 / (n sum w^2), in (0, 1]."""
     w = w / w.max()
     return float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
 
 
 def mean_spread(spreads: list[Spread]) -> dict[str, float]:
     """Means over batches, and the least effective sample size among them."""
-    means = {k: float(np.mean([asdict(s)[k] for s in spreads])) for k in asdict(spreads[0])}
-    return means | {"least_ess": min(s.ess for s in spreads)}
+    tables = [asdict(spread) for spread in spreads]
+    means = {key: float(np.mean([table[key] for table in tables])) for key in tables[0]}
+    return means | {"least_ess": min(spread.ess for spread in spreads)}
 
 
 def _mean_one(g: Floats) -> Floats:
+    """n softmax(g)."""
     w = np.exp(g - g.max())
     return w * (len(w) / w.sum())
 
 
 def _exp(g: Floats) -> Floats:
+    """exp(g), of at most LARGEST."""
     return np.exp(g.clip(max=LARGEST))

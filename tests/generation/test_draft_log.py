@@ -366,7 +366,7 @@ def test_terms_that_a_log_can_not_tell_are_refused_before_training(both):
     if both[0].codec.name == "dense":
         again.check(lk, 1.0)
     else:
-        with pytest.raises(RecipeError, match="only a forward divergence can be told"):
+        with pytest.raises(RecipeError, match="only a forward divergence can be computed"):
             again.check(lk, 1.0)
 
 

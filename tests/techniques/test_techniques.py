@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from raykd import models, techniques
+from raykd.errors import RecipeError
 from raykd.losses import shared_terms
 from raykd.losses.objective import Objective
 from raykd.losses.terms import TERMS, needs_of, wants_of
@@ -739,9 +740,11 @@ def test_future_valence_leaves_the_logits_alone(student, batch):
     assert gradients[1].abs().sum() > 0
 
 
-def test_a_model_without_a_value_head_is_told_what_is_missing(student, batch):
-    with pytest.raises(ValueError, match="no value head"):
-        shared_terms.future_valence(replace(student, valence=None), batch)
+@pytest.mark.parametrize("name", ["future_valence", "value"])
+def test_a_student_without_a_value_head_is_a_fault_of_the_recipe(name, student, batch):
+    """Exit code 2, as the user can mend it: never 5, which asks to try again."""
+    with pytest.raises(RecipeError, match=rf"^terms\.{name}: .*no value head.*return 'valence'"):
+        TERMS[name].make(replace(student, valence=None), batch)
 
 
 def stored(name: str) -> bool:
