@@ -12,7 +12,9 @@ class Progress:
     """
 
     def __init__(self, stage: str, total: int, unit: str, *, every_s: float | None = None):
-        self.stage, self.total, self.unit = stage, total, unit
+        self.stage = stage
+        self.total = total
+        self.unit = unit
         self.terminal = sys.stderr.isatty()
         self.every_s = every_s if every_s is not None else (0.2 if self.terminal else 5.0)
         self.done = 0

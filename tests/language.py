@@ -13,8 +13,10 @@ from torch import Tensor
 from raykd.models.llama import Llama
 
 SOURCES = Path(textwrap.__file__).parent
-READ, HELD_OUT = ("textwrap.py", "argparse.py", "heapq.py"), "shlex.py"
-END, TOKENS = "<|endoftext|>", 384
+READ = ("textwrap.py", "argparse.py", "heapq.py")
+HELD_OUT = "shlex.py"
+END = "<|endoftext|>"
+TOKENS = 384
 
 
 def bpe(path: Path) -> Tokenizer:
@@ -40,7 +42,8 @@ def text(tokenizer: Tokenizer, *names: str) -> Tensor:
 
 def train(module: Llama, ids: Tensor, steps: int, rate: float) -> Llama:
     """Plain cross-entropy on windows of the tokens, the same ones at every call."""
-    draw, optim = torch.Generator().manual_seed(0), torch.optim.AdamW(module.parameters(), lr=rate)
+    draw = torch.Generator().manual_seed(0)
+    optim = torch.optim.AdamW(module.parameters(), lr=rate)
     for _ in range(steps):
         first = torch.randint(len(ids) - 65, (8,), generator=draw)
         rows = ids[first[:, None] + torch.arange(65)]

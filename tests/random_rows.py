@@ -22,7 +22,8 @@ def rows_for(arm: Arm) -> DeviceRows:
     with torch.no_grad():
         said = teacher(inputs, mask)
     signals = {"logits": said.logits, "trajectory": said.valence} | said.layers
-    saliency, answer = torch.randn(40, generator=draw), said.sequence_logits().argmax(1)
+    saliency = torch.randn(40, generator=draw)
+    answer = said.sequence_logits().argmax(1)
     label = torch.arange(40) % 4
     return DeviceRows(
         torch.arange(40), inputs, mask, label, None, signals, mask, saliency=saliency, answer=answer

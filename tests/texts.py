@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raykd.models.llama import Llama
 
-END, STEPS = "<end>", 40
+END = "<end>"
+STEPS = 40
 WORDS = [
     "the",
     "cat",

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raykd.data.python_library import listed, split_of
 
-VOCAB, END = 2048, "<|endoftext|>"
+VOCAB = 2048
+END = "<|endoftext|>"
 HERE = Path(__file__).parent
 
 

@@ -54,7 +54,8 @@ def convert(data: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of the npz file."""
     recordings = [halve_rate(x) for x in data["X"]]
     steps = np.concatenate(recordings)
-    mean, sd = steps.mean(0), steps.std(0)
+    mean = steps.mean(0)
+    sd = steps.std(0)
     return {
         "signal": np.rint((steps - mean) / sd / SCALE).astype(np.int16),
         "scale": np.full(len(mean), SCALE, np.float32),

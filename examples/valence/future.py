@@ -61,11 +61,13 @@ def readers(recipe: Recipe, shape: dict[str, int], run: Path | None = None) -> l
 def correlation(x: NDArray, y: NDArray, group: NDArray) -> tuple[float, float, float]:
     """Pearson's r and its 95 % interval by drawing groups with replacement."""
     moments = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y]).astype(np.float64)
-    own = np.stack([moments[:, group == g].sum(1) for g in np.unique(group)])  # (groups, 6)
+    by_group = np.stack([moments[:, group == g].sum(1) for g in np.unique(group)])  # (groups, 6)
     drawn = np.random.default_rng(0).multinomial(
-        len(own), np.full(len(own), 1 / len(own)), RESAMPLES
+        len(by_group), np.full(len(by_group), 1 / len(by_group)), RESAMPLES
     )
-    n, sx, sy, sxx, syy, sxy = (np.vstack([np.ones(len(own)), drawn]) @ own).T
+    sums = (np.vstack([np.ones(len(by_group)), drawn]) @ by_group).T
+    n, sx, sy = sums[:3]
+    sxx, syy, sxy = sums[3:]
     r = (n * sxy - sx * sy) / np.sqrt((n * sxx - sx**2) * (n * syy - sy**2))
     lo, hi = np.quantile(r[1:], [0.025, 0.975])
     return float(r[0]), float(lo), float(hi)

@@ -119,7 +119,8 @@ def write(sentences: list[Sentence], folder: Path) -> Path:
     """The sentences as one Parquet file in `folder`."""
     names = ("source", "document", "step", "valence", "text")
     folder.mkdir(parents=True, exist_ok=True)
-    part, path = folder / f"{FILE}.tmp", folder / FILE
+    part = folder / f"{FILE}.tmp"
+    path = folder / FILE
     pq.write_table(pa.table(dict(zip(names, zip(*sentences, strict=True), strict=True))), part)
     return part.replace(path)
 

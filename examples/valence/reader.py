@@ -15,7 +15,8 @@ class Reader(nn.Module):
 
     def __init__(self, channels: int, classes: int, width: int, lost: float, dropout: float):
         super().__init__()
-        self.lost, self.dropout = nn.Dropout(lost), nn.Dropout(dropout)
+        self.lost = nn.Dropout(lost)
+        self.dropout = nn.Dropout(dropout)
         self.embed = nn.Linear(channels, width)
         self.memory = nn.GRU(width, width, batch_first=True)
         self.head = nn.Linear(2 * width, classes)

@@ -58,7 +58,8 @@ PACKAGES = (
 )  # and every module that is one file
 TESTS = {"test", "tests", "idle_test"}
 PUBLISHED = ("3.11.7", "e76df2fed108f1f7")  # the version and digest of README's figures
-VOCAB, STEPS = 8192, 128
+VOCAB = 8192
+STEPS = 128
 CONTEXT = 2  # tokens before a row that an n-gram sees
 
 
@@ -84,7 +85,8 @@ def load(out: Path, *, rows: int, held: int) -> Corpus:
     digest = hashlib.sha256(
         b"".join(name.encode() + b"\0" + text for name, text in texts.items())
     ).hexdigest()
-    size, version = sum(map(len, texts.values())), platform.python_version()
+    size = sum(map(len, texts.values()))
+    version = platform.python_version()
     same = "the text" if digest.startswith(PUBLISHED[1]) else "not the text"
     described = (
         f"corpus: Python {version} standard library without tests, {len(texts)} files, {size} bytes, "

@@ -36,8 +36,11 @@ from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Recipe
 from raykd.training import phases
 
-STEPS, CHANNELS, CLASSES = 100, 9, 6
-PAST, TOKENS = 128, 16
+STEPS = 100
+CHANNELS = 9
+CLASSES = 6
+PAST = 128
+TOKENS = 16
 WIDTHS = {
     "int8": "int8 per tensor",
     "int8_channel": "int8 per channel",
@@ -45,7 +48,9 @@ WIDTHS = {
     "ternary": "ternary",
 }
 TERNARY = Quant(weights="ternary", per="group", group=32, embeddings="int4", skip=[])
-EAGER, FP32, INT8 = "fp32, torch eager", "fp32, onnxruntime", "ours int8 per channel, onnxruntime"
+EAGER = "fp32, torch eager"
+FP32 = "fp32, onnxruntime"
+INT8 = "ours int8 per channel, onnxruntime"
 
 
 def main() -> None:
@@ -63,8 +68,10 @@ def main() -> None:
     if options.run:
         student = student_rows(options.run)
         told("the run's student, rounded without training", student, cpu_seconds(student, rounds))
-    rows, lms = rows_for(encoder(), torch.randn(1, STEPS, CHANNELS)), decoders()
-    seconds, decoding = cpu_seconds(rows, rounds), cpu_seconds(lms, rounds, calls=1)
+    rows = rows_for(encoder(), torch.randn(1, STEPS, CHANNELS))
+    lms = decoders()
+    seconds = cpu_seconds(rows, rounds)
+    decoding = cpu_seconds(lms, rounds, calls=1)
     told("encoder, batch 1", rows, seconds)
     told(f"language model, {TOKENS} tokens one by one after {PAST}, batch 1", lms, decoding)
     show(
@@ -117,7 +124,8 @@ def decoders() -> list[Row]:
 
 
 def _torch_decoding(module: Llama) -> Callable[[], torch.Tensor]:
-    cache, tokens = module.cache(1), torch.randint(8192, (1, PAST + TOKENS))
+    cache = module.cache(1)
+    tokens = torch.randint(8192, (1, PAST + TOKENS))
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
@@ -132,10 +140,8 @@ def _torch_decoding(module: Llama) -> Callable[[], torch.Tensor]:
 
 
 def _onnx_decoding(file: bytes, *, lut: bool = False) -> Callable[[], torch.Tensor]:
-    decoder, tokens = (
-        Decoder(file, lut=lut),
-        np.random.default_rng(0).integers(8192, size=(1, PAST + TOKENS)),
-    )
+    decoder = Decoder(file, lut=lut)
+    tokens = np.random.default_rng(0).integers(8192, size=(1, PAST + TOKENS))
     decoder.step(tokens[:, :PAST])
 
     def call() -> torch.Tensor:
@@ -221,7 +227,8 @@ def training_figure(rounds: int) -> Figure:
 
 def _step(module: nn.Module) -> Callable[[], torch.Tensor]:
     adamw = torch.optim.AdamW(module.parameters(), 1e-3, fused=True)
-    x, label = torch.randn(16, STEPS, CHANNELS), torch.randint(CLASSES, (16 * STEPS,))
+    x = torch.randn(16, STEPS, CHANNELS)
+    label = torch.randint(CLASSES, (16 * STEPS,))
 
     def call() -> torch.Tensor:
         adamw.zero_grad()
@@ -237,7 +244,8 @@ def parity_figures() -> list[Figure]:
     """The difference over the largest logit that 99 rows in 100 stay below, file against training
     module.
     """
-    x, found = torch.randn(200, STEPS, CHANNELS), []
+    x = torch.randn(200, STEPS, CHANNELS)
+    found = []
     for width, name in WIDTHS.items():
         module = encoder().eval()
         phases.round_as(module, OURS[name])
@@ -248,10 +256,8 @@ def parity_figures() -> list[Figure]:
             [session.run(["logits"], {"inputs": row[None].numpy()})[0] for row in x]
         )
         each = np.abs(said - answered).reshape(len(x), -1).max(1) / np.abs(said).max()
-        bar, tail = (
-            "<= 0.002" if width.startswith("int8") else "<= 0.02",
-            np.array([np.quantile(each, 0.99)]),
-        )
+        bar = "<= 0.002" if width.startswith("int8") else "<= 0.02"
+        tail = np.array([np.quantile(each, 0.99)])
         found.append(
             figure(
                 f"parity.{width}", "the module that trains, 99 % of rows", tail, bar=bar, floor="0"

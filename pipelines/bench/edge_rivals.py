@@ -97,7 +97,8 @@ def speed_ups(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def accuracy_of(answer: Answer, rows: Rows) -> float:
     """The accuracy of the mean logits over valid steps, each row answered alone."""
-    inputs, logits = torch.from_numpy(np.array(rows.inputs)), []
+    inputs = torch.from_numpy(np.array(rows.inputs))
+    logits = []
     for i, mask in enumerate(rows.mask):
         said = answer(inputs[i : i + 1])[0].numpy()
         logits.append(said if said.ndim == 1 else said[mask].mean(0))
@@ -195,7 +196,8 @@ def _converted(module: nn.Module, bits: int) -> nn.Module:
         quantize_,
     )
 
-    dtype, granularity = getattr(torch, f"int{bits}"), PerAxis(0) if bits == 8 else PerGroup(GROUP)
+    dtype = getattr(torch, f"int{bits}")
+    granularity = PerAxis(0) if bits == 8 else PerGroup(GROUP)
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=dtype, weight_granularity=granularity
     )

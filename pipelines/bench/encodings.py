@@ -17,7 +17,9 @@ from raykd.store.codecs import Comb, Dense, TopK
 from raykd.store.commit import to_parquet
 from raykd.targets import SparseTargets
 
-BATCH, SHARD = 16, 64  # rows
+# rows
+BATCH = 16
+SHARD = 64
 
 
 class Encoding(NamedTuple):
@@ -66,7 +68,8 @@ def full(vocab: int) -> Encoding:
 
 def stored(encoding: Encoding, logits: Tensor, *, factor: float = 1.0, key: int = 1) -> Stored:
     """What is left of softmax(factor z), z = `logits` (R, T, V), in shards of SHARD rows."""
-    sizes, parts = [], []
+    sizes = []
+    parts = []
     for first in range(0, len(logits), SHARD):
         table, laid_out = shard(encoding.codec, logits[first : first + SHARD], first, factor, key)
         data = to_parquet(table)
@@ -115,7 +118,8 @@ def joined(parts: Sequence[SparseTargets | Tensor]) -> SparseTargets | Tensor:
         [p.start[:-1] + int(s) for p, s in zip(sparse, shift, strict=False)]
         + [torch.tensor(shift[-1:])]
     )
-    ids, weight = torch.cat([p.ids for p in sparse]), torch.cat([p.weight for p in sparse])
+    ids = torch.cat([p.ids for p in sparse])
+    weight = torch.cat([p.weight for p in sparse])
     tail = (
         torch.cat([p.tail for p in sparse if p.tail is not None])
         if sparse[0].tail is not None

@@ -24,7 +24,10 @@ from pipelines.bench.table import Clock
 from raykd.losses.fused import sparse_kl
 from raykd.targets import SparseTargets
 
-VOCAB, WIDTH, PLACES, ENTRIES = 32768, 128, 2048, 32
+VOCAB = 32768
+WIDTH = 128
+PLACES = 2048
+ENTRIES = 32
 LOSSES = ("naive", "cross-entropy", "fused", "products")
 
 
@@ -78,7 +81,8 @@ class Step:
 
 def seconds(rounds: int) -> dict[str, NDArray[np.float64]]:
     """CPU seconds (rounds,) of one step of each loss, in turns."""
-    step, clock = Step(PLACES), Clock()
+    step = Step(PLACES)
+    clock = Clock()
     spent = []
     for _ in range(rounds + 1):
         row = []

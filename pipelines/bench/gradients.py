@@ -39,7 +39,8 @@ class Judge:
     def __init__(
         self, student: Language, tokens: Tensor, logits: Tensor, factor: float, blocks: int
     ):
-        self.student, self.tokens = student, tokens
+        self.student = student
+        self.tokens = tokens
         steps = tokens.shape[1]
         rows = TOKENS // steps
         at = np.linspace(0, len(tokens) - rows, blocks).astype(int)
@@ -67,10 +68,8 @@ class Judge:
         if isinstance(targets, SparseTargets):
             loss = sparse_kl(hidden, self.student.head, None, targets).mean()
         else:
-            log_p, log_q = (
-                targets.float().log_softmax(1),
-                (hidden @ self.student.head.T).log_softmax(1),
-            )
+            log_p = targets.float().log_softmax(1)
+            log_q = (hidden @ self.student.head.T).log_softmax(1)
             loss = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
         loss.backward()
         return torch.cat(

@@ -16,15 +16,12 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm_in, self.norm_out = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = (
-            nn.Linear(width, 3 * width, bias=False),
-            nn.Linear(width, width, bias=False),
-        )
-        self.up, self.down = (
-            nn.Linear(width, 4 * width, bias=False),
-            nn.Linear(4 * width, width, bias=False),
-        )
+        self.norm_in = nn.RMSNorm(width)
+        self.norm_out = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm_in(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -39,8 +36,10 @@ class Language(nn.Module):
 
     def __init__(self, vocab: int, steps: int, *, width: int, layers: int, heads: int):
         super().__init__()
-        self.embed, self.place = nn.Embedding(vocab, width), nn.Embedding(steps, width)
-        self.norm_in, self.norm_out = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.embed = nn.Embedding(vocab, width)
+        self.place = nn.Embedding(steps, width)
+        self.norm_in = nn.RMSNorm(width)
+        self.norm_out = nn.RMSNorm(width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         for parameter in self.parameters():
             if parameter.dim() == 2:
@@ -63,7 +62,9 @@ class Windows:
     """Random windows of a stream of tokens, drawn by `seed`."""
 
     def __init__(self, tokens: NDArray[np.int64], steps: int, *, batch: int, seed: int):
-        self.tokens, self.steps, self.batch = torch.from_numpy(tokens), steps, batch
+        self.tokens = torch.from_numpy(tokens)
+        self.steps = steps
+        self.batch = batch
         self.draws = torch.Generator().manual_seed(seed)
 
     def __call__(self, _number: int) -> tuple[Tensor, Tensor]:

@@ -40,12 +40,15 @@ def main() -> None:
         trained = training.run(recipe, store, folder)
         shard = scoring.parts(dense, folder)
     steps = np.array(trained["raykd"])[1:] / np.array(trained["by_hand"])[1:]
-    cpu, wall, bare_cpu, bare_wall, gap, idle = scored.T
+    cpu, wall = scored.T[:2]
+    bare_cpu, bare_wall = scored.T[2:4]
+    gap, idle = scored.T[4:]
     breakdown("a training step", {k: 1e3 * v for k, v in trained["parts"].items()}, "ms CPU")
     breakdown("a shard of 1024 rows", {k: 1e3 * v for k, v in shard.items()}, "ms CPU")
     between, waits = 1e3 * np.median([gap, idle], axis=1) / scoring.SHARDS_A_ROUND
     print(f"between two shards {between:.2f} ms wall, idle for {waits:.2f} of them")
-    by_hand, bare = "a step by hand", "forward, fp16, one zstd Parquet"
+    by_hand = "a step by hand"
+    bare = "forward, fp16, one zstd Parquet"
     show(
         [
             figure("train_step_ratio", by_hand, steps[:, 0], bar="<= 1.05", floor="1"),

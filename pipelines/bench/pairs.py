@@ -30,7 +30,8 @@ from raykd.files.atomic import write_bytes
 from raykd.models import hf_folder
 from raykd.models.llama import Llama
 
-STEPS, PROMPT = 256, 16
+STEPS = 256
+PROMPT = 16
 DRAFTER: dict[str, Any] = {"width": 64, "layers": 2, "heads": 2, "kv_heads": 2, "inner": 192}
 TEACHER: dict[str, Any] = {
     "width": 384,
@@ -41,7 +42,10 @@ TEACHER: dict[str, Any] = {
     "tied": False,
 }
 WRITING = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # what adds to the stream
-LEAST, MOST, HALVINGS = 1e-4, 10.0, 12  # of the scale
+# of the scale
+LEAST = 1e-4
+MOST = 10.0
+HALVINGS = 12
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,14 @@ def built(out: Path, *, acceptance: float, steps: int, prompts: int) -> Pair:
         return overlap(teacher, drafter, drawn)[:, PROMPT:].mean().item()
 
     same = reached(0.0)
-    low, high = LEAST, MOST
+    low = LEAST
+    high = MOST
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if reached(middle) > acceptance else (low, middle)
+        if reached(middle) > acceptance:
+            low = middle
+        else:
+            high = middle
     scale = (low * high) ** 0.5
     found = reached(scale)
     described = (
@@ -121,7 +129,8 @@ def embed(small: Llama, large: Llama, noise: Mapping[str, Tensor], scale: float)
     RMSNorm over D coordinates of which d are not 0 gives sqrt(D / d) times that over d, so weights
     of norms shrink.
     """
-    parts, shrink = small.state_dict(), (small.settings["width"] / large.settings["width"]) ** 0.5
+    parts = small.state_dict()
+    shrink = (small.settings["width"] / large.settings["width"]) ** 0.5
     with torch.no_grad():
         for name, weight in large.state_dict().items():
             weight.copy_(noise[name] * scale if name.endswith(WRITING) else noise[name])
@@ -133,7 +142,9 @@ def embed(small: Llama, large: Llama, noise: Mapping[str, Tensor], scale: float)
 @torch.inference_mode()
 def continued(module: Llama, tokens: Tensor, count: int) -> Tensor:
     """(B, T) tokens and `count` drawn after each row, (B, T + count)."""
-    cache, found, draws = module.cache(len(tokens)), [tokens], torch.Generator().manual_seed(0)
+    cache = module.cache(len(tokens))
+    found = [tokens]
+    draws = torch.Generator().manual_seed(0)
     for _ in range(count):
         law = module(found[-1], cache)["logits"][:, -1].softmax(-1)
         found.append(torch.multinomial(law, 1, generator=draws))

@@ -44,7 +44,8 @@ def draw(teachers: Mapping[str, list[Point]], path: Path) -> None:
         for point in points:
             if point.encoding.family in MARKS:
                 mark = MARKS[point.encoding.family]
-                size, error = point.bytes_per_token.mean(), point.error.mean()
+                size = point.bytes_per_token.mean()
+                error = point.error.mean()
                 axis.plot(
                     size, error, mark, color="#777777", label=point.encoding.family, markersize=6
                 )

@@ -13,7 +13,9 @@ from pipelines.bench.language import Language, fit
 from raykd.losses.fused import dense_kl, sparse_kl
 from raykd.targets import SparseTargets
 
-ROWS, RATE = 4, 1e-3  # rows a step: 512 tokens
+# rows a step: 512 tokens
+ROWS = 4
+RATE = 1e-3
 
 
 class School:
@@ -29,13 +31,11 @@ class School:
         held: tuple[Tensor, Tensor],
         steps: int,
     ):
-        self.warm, self.tokens, self.logits, self.held, self.steps = (
-            warm,
-            tokens,
-            logits,
-            held,
-            steps,
-        )
+        self.warm = warm
+        self.tokens = tokens
+        self.logits = logits
+        self.held = held
+        self.steps = steps
         self.start = self.divergence(warm)
 
     def taught(self, encoding: Encoding | None, seed: int) -> float:
@@ -43,7 +43,8 @@ class School:
         seed's order.
         """
         kept = None if encoding is None else stored(encoding, self.logits, key=seed)
-        student, draws = copy.deepcopy(self.warm), torch.Generator().manual_seed(seed)
+        student = copy.deepcopy(self.warm)
+        draws = torch.Generator().manual_seed(seed)
         passes = -(-self.steps * ROWS // len(self.tokens))
         order = torch.cat(
             [torch.randperm(len(self.tokens), generator=draws) for _ in range(passes)]
@@ -69,9 +70,11 @@ class School:
     @torch.inference_mode()
     def divergence(self, student: Language) -> float:
         """KL(teacher || student), the mean over the held-out tokens."""
-        total, (tokens, logits) = 0.0, self.held
+        total = 0.0
+        (tokens, logits) = self.held
         for x, z in zip(tokens.split(8), logits.split(8), strict=True):
-            log_q, log_p = student(x).log_softmax(2), z.float().log_softmax(2)
+            log_q = student(x).log_softmax(2)
+            log_p = z.float().log_softmax(2)
             total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         return total / tokens.numel()
 

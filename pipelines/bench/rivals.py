@@ -49,11 +49,10 @@ class RandomSampling:
         drawn = torch.cat(parts).numpy()
         new = np.ones_like(drawn, bool)
         new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-        first, found = np.flatnonzero(new), new.sum(1)
-        count, entries = (
-            np.diff(first, append=drawn.size).astype(np.uint8),
-            layout.sums(found, steps),
-        )
+        first = np.flatnonzero(new)
+        found = new.sum(1)
+        count = np.diff(first, append=drawn.size).astype(np.uint8)
+        entries = layout.sums(found, steps)
         start = np.concatenate([[0], np.cumsum(found)])
         ids = layout.put_ids(drawn.reshape(-1)[first], start, entries, self.vocab, "plain")
         return layout.struct({"ids": ids, "counts": Stream(count, entries)})
@@ -113,7 +112,8 @@ class DistillKit:
     def encode(
         self, logits: Tensor, mask: Tensor, row_id: NDArray[np.int64], key: int
     ) -> pa.StructArray:
-        steps, solve = mask.sum(1).numpy(), torch.linalg.pinv(self._terms())
+        steps = mask.sum(1).numpy()
+        solve = torch.linalg.pinv(self._terms())
         parts = []
         for _, z in chunks(logits, mask, self.vocab):
             top = z.log_softmax(1).topk(self.k, dim=1)

@@ -21,7 +21,8 @@ from raykd.signals import Signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
 from raykd.teacher.scorer import Scorer
 
-SHARDS_A_ROUND, ROUNDS = 4, 15
+SHARDS_A_ROUND = 4
+ROUNDS = 15
 
 
 class Paired(scoring.ShardScorer):
@@ -35,20 +36,28 @@ class Paired(scoring.ShardScorer):
         self.bare_path = Path(folder) / "bare.parquet"
         self.bare_file: pq.ParquetWriter | None = None
         self.round: list[Shard] = []
-        self.warm, self.gap, self.idle = False, 0.0, 0.0
-        self.clock, self.pause = Clock(), Clock()
+        self.warm = False
+        self.gap = 0.0
+        self.idle = 0.0
+        self.clock = Clock()
+        self.pause = Clock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         cpu, wall = self.pause.read()
-        self.gap, self.idle = self.gap + wall, self.idle + max(wall - cpu, 0.0)
+        self.gap = self.gap + wall
+        self.idle = self.idle + max(wall - cpu, 0.0)
         out = super().__call__(batch)
         self.round.append(Shard(*(batch[k].item() for k in ("number", "split", "first", "last"))))
         spent = [np.nan] * 6
         if not self.warm or len(self.round) == SHARDS_A_ROUND:
-            raykd, bare = self.clock.read(), self.bare()
+            raykd = self.clock.read()
+            bare = self.bare()
             if self.warm:
                 spent = [*raykd, *bare, self.gap, self.idle]
-            self.warm, self.gap, self.idle, self.round = True, 0.0, 0.0, []
+            self.warm = True
+            self.gap = 0.0
+            self.idle = 0.0
+            self.round = []
         self.pause.read()
         return out | {"spent": np.array([spent])}
 
@@ -90,8 +99,10 @@ def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
 
 def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
     """Median CPU seconds of each part of one shard's scoring."""
-    scorer, fresh = Scorer(recipe), itertools.count()
-    shard, size = Shard(0, "train", 0, recipe.store.rows_per_shard), recipe.store.batch
+    scorer = Scorer(recipe)
+    fresh = itertools.count()
+    shard = Shard(0, "train", 0, recipe.store.rows_per_shard)
+    size = recipe.store.batch
     rows = scorer.dataset.splits["train"].take(slice(shard.first, shard.last))
     batches = [rows.take(slice(i, i + size)) for i in range(0, len(rows), size)]
     table = scorer.table(shard)

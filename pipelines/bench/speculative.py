@@ -29,9 +29,13 @@ from raykd.generation.reader import Reader, TorchReader
 from raykd.generation.speculative import WrittenText, generate, predicted_speedup, speculate
 from raykd.models.llama import Llama
 
-ACCEPTANCE, TRIAL = 0.8, 4  # of the built pair; drafts a call in the trial
+# of the built pair; drafts a call in the trial
+ACCEPTANCE = 0.8
+TRIAL = 4
 GAMMAS = tuple(range(1, 11))
-PAST, DRAFTED = 48, 5  # where costs are measured: tokens read before, drafts in a row
+# where costs are measured: tokens read before, drafts in a row
+PAST = 48
+DRAFTED = 5
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,12 @@ def main() -> None:
     print(
         f"{pair.described}\n1 thread, torch {torch.__version__}, {size.prompts} prompts, {size.tokens} tokens each"
     )
-    teacher, drafter = TorchReader(pair.teacher), TorchReader(pair.drafter)
+    teacher = TorchReader(pair.teacher)
+    drafter = TorchReader(pair.drafter)
     rows = [decoded("both in torch", teacher, drafter, pair, size)]
     rows += [decoded("both in torch, greedy", teacher, drafter, pair, size, temperature=0.0)]
-    quick_drafter, quick_teacher = _file(pair.drafter), _file(pair.teacher)
+    quick_drafter = _file(pair.drafter)
+    quick_teacher = _file(pair.teacher)
     rows += [decoded("drafter in onnxruntime", teacher, quick_drafter, pair, size)]
     rows += [decoded("both in onnxruntime", quick_teacher, quick_drafter, pair, size)]
     told(rows)
@@ -140,7 +146,9 @@ def decoded(
         teacher, drafter, pair.prompts[-1], 2 * size.tokens, gamma=TRIAL, seed=1000, **more
     )
     gamma = max(GAMMAS, key=lambda g: costs.speed_up(trial.acceptance, g))
-    plain, drafted, texts = [], [], []
+    plain = []
+    drafted = []
+    texts = []
     for seed, prompt in enumerate(pair.prompts):
         spent, text = _timed(
             lambda p=prompt, s=seed: generate(teacher, p, size.tokens, seed=s, **more)
@@ -191,7 +199,8 @@ def told(rows: Sequence[Row]) -> None:
     )
     print("\n" + f"{head[0]:<24}" + "".join(f"{name:>12}" for name in head[1:]))
     for row in rows:
-        text, rates = row.text, [1 / np.median(spent) for spent in (row.drafted, row.plain)]
+        text = row.text
+        rates = [1 / np.median(spent) for spent in (row.drafted, row.plain)]
         cells = [
             *rates,
             float(np.median(row.plain / row.drafted)),
@@ -218,7 +227,8 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
     bars = {"": (">= 1.8", ">= 0.85")}
     found = []
     for name, row in zip(names, rows, strict=True):
-        ratios, bar = row.plain / row.drafted, bars.get(name, ("", ""))
+        ratios = row.plain / row.drafted
+        bar = bars.get(name, ("", ""))
         baseline = f"plain decoding, acceptance {row.text.acceptance:.3f}"
         found.append(
             figure(

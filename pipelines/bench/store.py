@@ -111,7 +111,8 @@ def prepare(size: Size, out: Path) -> Setting:
     print(text.described)
     neural = teachers.neural(text, out, steps=size.teacher_steps)
     mixture = teachers.Mixture(teachers.NGrams(text.train), neural, text.distil[:: size.rows // 16])
-    logits, held = mixture.logits(text.distil), mixture.logits(text.held)
+    logits = mixture.logits(text.distil)
+    held = mixture.logits(text.held)
     print(
         f"teacher: {mixture.share:.3f} x network of {_count(neural)} + 4-grams of {len(text.train) / 1e6:.2f} M "
         f"tokens, {teachers.FLAT_BITS} bits; log-probs x {mixture.sharpening:.3f} for {teachers.SHARP_BITS} bits"
@@ -134,8 +135,10 @@ def measured(setting: Setting, factor: float, name: str) -> tuple[list[Point], l
     """Every encoding's bytes and gradient error for one teacher, by the warm student and the late
     one; printed.
     """
-    size, data = setting.size, (setting.tokens, setting.logits, factor, setting.size.blocks)
-    warm, late = Judge(setting.student, *data), Judge(setting.late, *data)
+    size = setting.size
+    data = (setting.tokens, setting.logits, factor, setting.size.blocks)
+    warm = Judge(setting.student, *data)
+    late = Judge(setting.late, *data)
     chosen = (
         encodings.combs(VOCAB, size.combs)
         + encodings.draws(VOCAB, size.draws)
@@ -150,7 +153,8 @@ def measured(setting: Setting, factor: float, name: str) -> tuple[list[Point], l
             setting.logits[: encodings.SHARD] if encoding.family == "full fp16" else setting.logits
         )
         kept = encodings.stored(encoding, logits, factor=factor)
-        p, q = warm.point(encoding, kept), late.point(encoding, kept)
+        p = warm.point(encoding, kept)
+        q = late.point(encoding, kept)
         points.append((p, q))
         now, later = (f"{x.cosine.mean():.5f}{x.error.mean():>8.4f}" for x in (p, q))
         print(
@@ -209,9 +213,12 @@ def quality_figure(setting: Setting, flat: list[Point]) -> Figure:
 def loss_figures(size: Size) -> Iterator[Figure]:
     """The fused loss's time and memory."""
     spent = fused_cost.seconds(size.rounds)
-    naive, fused, plain = spent["naive"], spent["fused"], spent["cross-entropy"]
+    naive = spent["naive"]
+    fused = spent["fused"]
+    plain = spent["cross-entropy"]
     products = float(np.median(spent["products"] / naive))
-    more, times = 2 * fused_cost.PLACES, 1 + size.rounds // 4
+    more = 2 * fused_cost.PLACES
+    times = 1 + size.rounds // 4
     grown = fused_cost.growths(("naive", "fused"), fused_cost.PLACES, times)
     twice = fused_cost.growths(("fused",), more, 1)[0, 0]
     print(
@@ -237,10 +244,11 @@ def loss_figures(size: Size) -> Iterator[Figure]:
 
 def cost_figures(setting: Setting, folder: Path) -> Iterator[Figure]:
     """The store's writing and reading."""
-    size, data = setting.size, (setting.student, setting.tokens, setting.logits)
-    bare, forward, encode, write = store_cost.writing(
-        setting.tokens, VOCAB, folder / "w", rounds=size.shards
-    ).T
+    size = setting.size
+    data = (setting.student, setting.tokens, setting.logits)
+    seconds = store_cost.writing(setting.tokens, VOCAB, folder / "w", rounds=size.shards)
+    bare, forward = seconds.T[:2]
+    encode, write = seconds.T[2:]
     print(
         f"of a shard's {np.median(forward):.2f} s of forward, encoding {np.median(encode / forward):.1%}, "
         f"packing and commit {np.median(write / forward):.1%}"

@@ -49,15 +49,18 @@ def writing(
     The teacher has 20 M random parameters, its logits scaled to the flat teacher's entropy: that is
     what decides how many ids there are to write.
     """
-    teacher, codec = Language(vocab, tokens.shape[1], **LARGE).eval(), Comb(vocab)
+    teacher = Language(vocab, tokens.shape[1], **LARGE).eval()
+    codec = Comb(vocab)
     teacher.norm_out.weight.mul_(SPREAD / (0.02 * math.sqrt(LARGE["width"])))
-    writer, steps = (
-        StoreWriter(folder, {"bench": "writing"}),
-        np.full(rows, tokens.shape[1], np.int32),
-    )
-    spent, clock = [], Clock()
+    writer = StoreWriter(folder, {"bench": "writing"})
+    steps = np.full(rows, tokens.shape[1], np.int32)
+    spent = []
+    clock = Clock()
     for number in range(rounds + 1):
-        bare, forward, encode, columns = 0.0, 0.0, 0.0, []
+        bare = 0.0
+        forward = 0.0
+        encode = 0.0
+        columns = []
         for i in range(0, rows, BATCH):
             x = tokens[i : i + BATCH]
             clock.read()
@@ -84,9 +87,12 @@ def decoding(
     """(rounds, 3) CPU seconds a token: a shard read from Parquet and decoded; decoded as a node's
     mapped copy has it, which is all that a training step does; a student's step on labels.
     """
-    codec, clock, rows = Comb(logits.shape[2]), Clock(), logits[:SHARD]
+    codec = Comb(logits.shape[2])
+    clock = Clock()
+    rows = logits[:SHARD]
     table, laid_out = shard(codec, rows, 0, 1.0, 1)
-    data, optimizer = to_parquet(table), torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
+    data = to_parquet(table)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, fused=True)
     steps = table["steps"].to_numpy()
     copy = codec.unpack(table["logits"].combine_chunks(), steps, laid_out)
     spent = []
@@ -112,7 +118,8 @@ def ingest(
     """(rounds, 2) CPU seconds of raykd's step: rows ordered, gathered and decoded by its loader;
     one batch held.
     """
-    store, codec = StoreWriter(folder, {"bench": "ingest"}), Comb(logits.shape[2])
+    store = StoreWriter(folder, {"bench": "ingest"})
+    codec = Comb(logits.shape[2])
     shards = plan_shards({"train": len(logits)}, SHARD)
     for part in shards:
         table, laid_out = shard(codec, logits[part.first : part.last], part.first, 1.0, 1)
@@ -124,7 +131,8 @@ def ingest(
             table = table.append_column(name, pa.array(np.zeros(table.num_rows), kind))
         store.commit(part, table)
     store.finish(shards, {})
-    count, mask = len(tokens), np.ones(tokens.shape, bool)
+    count = len(tokens)
+    mask = np.ones(tokens.shape, bool)
     labels = np.zeros(count, np.int64)
     rows = Rows(
         np.arange(count),
@@ -135,8 +143,10 @@ def ingest(
     )
     device = torch.device("cpu")
     read = to_device(rows, "train", Store(folder), frozenset({"logits"}), device)
-    loaded, held = _step(student, read, TrainStep), _step(student, read, Held)
-    clock, spent = Clock(), []
+    loaded = _step(student, read, TrainStep)
+    held = _step(student, read, Held)
+    clock = Clock()
+    spent = []
     for _ in range(rounds + 1):
         spent.append([_cost(clock, loaded), _cost(clock, held)])
     return np.array(spent[1:])
@@ -168,10 +178,8 @@ class Reads(nn.Module):
 
 
 def _step(student: Language, rows: DeviceRows, kind: type[TrainStep]) -> TrainStep:
-    terms, optim = (
-        {"kd": TermSpec.model_validate({"temperature": 1.0})},
-        Optim(batch=ROWS, steps=10_000),
-    )
+    terms = {"kd": TermSpec.model_validate({"temperature": 1.0})}
+    optim = Optim(batch=ROWS, steps=10_000)
     learner = Learner(Adapter(Reads(student)), Objective(terms))
     state = State(learner, torch.optim.AdamW(learner.parameters(), 1e-4, fused=True))
     step = kind(Arm("student", 0, terms), optim, rows, World(), state)

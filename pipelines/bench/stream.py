@@ -41,7 +41,12 @@ from raykd.training.arm import World
 from raykd.training.device_rows import to_device
 from raykd.training.prefetch import Ahead
 
-VOCAB, POINTS, STEPS, ROWS_PER_SHARD, BATCH, PROCESSES = 8192, 12, 256, 256, 32, 2
+VOCAB = 8192
+POINTS = 12
+STEPS = 256
+ROWS_PER_SHARD = 256
+BATCH = 32
+PROCESSES = 2
 DRAWN = 384  # different rows: drawing ten million tokens is another bench's time
 IDENTITY = {"teacher": "made up", "store": {"codec": "comb", "points": POINTS, "vocab": VOCAB}}
 SPAWN = multiprocessing.get_context("spawn")
@@ -52,7 +57,8 @@ class Peak(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.ended, self.bytes = threading.Event(), 0
+        self.ended = threading.Event()
+        self.bytes = 0
         self.start()
 
     def run(self) -> None:
@@ -81,8 +87,10 @@ def write(folder: Path, shards: list[Shard]) -> None:
 
     Their rows are combs drawn from four sequences of answers, in another order in each.
     """
-    codec, writer = Comb(VOCAB, points=POINTS), StoreWriter(folder, IDENTITY)
-    teacher, mask = [answers(i) for i in range(4)], torch.ones(1, STEPS, dtype=torch.bool)
+    codec = Comb(VOCAB, points=POINTS)
+    writer = StoreWriter(folder, IDENTITY)
+    teacher = [answers(i) for i in range(4)]
+    mask = torch.ones(1, STEPS, dtype=torch.bool)
     drawn = [codec.encode(teacher[i % 4][None], mask, np.array([i]), 7) for i in range(DRAWN)]
     pool = pa.concat_arrays(drawn)
     for shard in shards:
@@ -120,7 +128,8 @@ def read(folder: Path, store: Path, count: int, rank: int, first: int) -> list[s
         rows_of(folder, count), "train", Store(store), frozenset({"logits"}), torch.device("cpu")
     )
     order = Order(kept.label.numpy(), Optim(batch=BATCH), seed=0)
-    share, last = World(rank, PROCESSES).share(BATCH), count // BATCH
+    share = World(rank, PROCESSES).share(BATCH)
+    last = count // BATCH
 
     def make(number: int) -> Any:
         batch = kept.batch(torch.from_numpy(order.rows(number)[share]))
@@ -128,7 +137,8 @@ def read(folder: Path, store: Path, count: int, rank: int, first: int) -> list[s
         batch.targets(1.0)
         return batch
 
-    ahead, digests = Ahead(make, last), []
+    ahead = Ahead(make, last)
+    digests = []
     for number in range(first, last):
         batch = ahead(number)
         targets = batch.targets(1.0)
@@ -154,7 +164,8 @@ def together(*jobs: tuple[Any, ...]) -> tuple[list[Any], int, float]:
     """(what each (work, *args) gives, the largest peak in bytes, wall seconds), each in a process
     of its own.
     """
-    queue, started = SPAWN.Queue(), time.perf_counter()
+    queue = SPAWN.Queue()
+    started = time.perf_counter()
     processes = [
         SPAWN.Process(target=_measured, args=(queue, i, work, args), daemon=True)
         for i, (work, *args) in enumerate(jobs)

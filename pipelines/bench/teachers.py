@@ -18,7 +18,8 @@ from pipelines.bench.language import Language, Windows, fit_text
 from raykd.files.atomic import write_bytes
 from raykd.store.codecs.layout import ragged
 
-FLAT_BITS, SHARP_BITS = 4.9, 1.84
+FLAT_BITS = 4.9
+SHARP_BITS = 1.84
 TEACHER = {"width": 192, "layers": 3, "heads": 3}
 STUDENT = {"width": 64, "layers": 2, "heads": 2}
 
@@ -29,7 +30,9 @@ class NGrams:
     """
 
     def __init__(self, tokens: NDArray[np.int64], order: int = CONTEXT + 2):
-        self.order, self.keys, self.counts = order, [], []
+        self.order = order
+        self.keys = []
+        self.counts = []
         for n in range(1, order + 1):
             key = np.zeros(len(tokens) - n + 1, np.int64)
             for i in range(n):
@@ -46,10 +49,12 @@ class NGrams:
             for token in context[:, self.order - 1 - n :].T:
                 prefix = prefix * VOCAB + token
             first, last = (np.searchsorted(self.keys[n], (prefix + i) * VOCAB) for i in (0, 1))
-            kinds, total = last - first, self.counts[n][last] - self.counts[n][first]
+            kinds = last - first
+            total = self.counts[n][last] - self.counts[n][first]
             scale = 1 / np.maximum(total + kinds, 1)
             p *= np.where(total > 0, kinds * scale, 1)[:, None].astype(np.float32)
-            entry, row = ragged(first, kinds), np.repeat(np.arange(len(context)), kinds)
+            entry = ragged(first, kinds)
+            row = np.repeat(np.arange(len(context)), kinds)
             p[row, self.keys[n][entry] % VOCAB] += np.diff(self.counts[n])[entry] * scale[row]
         return p
 
@@ -105,7 +110,8 @@ class Mixture:
     """
 
     def __init__(self, grams: NGrams, model: Language, rows: NDArray[np.int64]):
-        self.grams, self.model = grams, model
+        self.grams = grams
+        self.model = model
         p, q = self._parts(rows)
         self.share = _bisect(lambda share: _bits(torch.lerp(p, q, share)), FLAT_BITS, 0.0, 1.0)
         log_p = torch.lerp(p, q, self.share).log()
@@ -140,5 +146,8 @@ def _bisect(rises: Callable[[float], float], wanted: float, low: float, high: fl
     """Where a rising function reaches `wanted`, or the end of the interval that is nearest to it."""
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if rises(middle) < wanted else (low, middle)
+        if rises(middle) < wanted:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2

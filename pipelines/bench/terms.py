@@ -86,7 +86,8 @@ def scored(recipe: Recipe, out: Path) -> Place:
 def fresh_step(recipe: Recipe, store: Place) -> TrainStep:
     """A student's training step, before its first."""
     shop = ArmRunner(recipe, store.address, torch.device("cpu"))
-    arm, optim = student_arm(recipe, 0), recipe.optim
+    arm = student_arm(recipe, 0)
+    optim = recipe.optim
     student = shop.student(arm)
     learner = Learner(student, objective_of(arm, student, shop.train)).train()
     adamw = torch.optim.AdamW(

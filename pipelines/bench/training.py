@@ -43,9 +43,13 @@ class Plain:
     """
 
     def __init__(self, optim: Optim, arm: Arm, module: nn.Module, rows: DeviceRows):
-        self.optim, self.module, self.inputs, self.label = optim, module, rows.inputs, rows.label
+        self.optim = optim
+        self.module = module
+        self.inputs = rows.inputs
+        self.label = rows.label
         self.teacher = rows.teacher["logits"].float()
-        self.ce, self.kd = arm.terms["ce"].weight, arm.terms["kd"].weight
+        self.ce = arm.terms["ce"].weight
+        self.kd = arm.terms["kd"].weight
         self.temperature = float(str(arm.terms["kd"].settings["temperature"]))
         self.adamw = torch.optim.AdamW(
             module.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
@@ -53,14 +57,17 @@ class Plain:
         labelled = round(optim.labelled_share * optim.batch)
         self.labelled = endless(torch.nonzero(rows.label >= 0).squeeze(1), labelled)
         self.every = endless(torch.arange(len(rows.label)), optim.batch - labelled)
-        self.number, self.running = 0, torch.zeros(())
+        self.number = 0
+        self.running = torch.zeros(())
 
     def loss(self, x: Tensor, y: Tensor, z_teacher: Tensor) -> Tensor:
-        z, t = self.module(x)["logits"], self.temperature
+        z = self.module(x)["logits"]
+        t = self.temperature
         ce = F.cross_entropy(
             z.transpose(1, 2), y.unsqueeze(1).expand(z.shape[:2]), ignore_index=-100
         )
-        log_q, log_p = F.log_softmax(z / t, -1), F.log_softmax(z_teacher / t, -1)
+        log_q = F.log_softmax(z / t, -1)
+        log_p = F.log_softmax(z_teacher / t, -1)
         kd = t * t * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / z.shape[:2].numel()
         return self.ce * ce + self.kd * kd
 
@@ -72,7 +79,8 @@ class Plain:
         self.adamw.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.optim.clip)
-        warm, steps = self.optim.warmup * self.optim.steps, self.optim.steps
+        warm = self.optim.warmup * self.optim.steps
+        steps = self.optim.steps
         share = min((self.number + 1) / warm, (steps - self.number) / (steps - warm))
         for group in self.adamw.param_groups:
             group["lr"] = self.optim.learning_rate * share
@@ -98,7 +106,8 @@ class Alternating(ArmRunner):
         self.plain = Plain(recipe.optim, self.arm, self.student(self.arm).module, self.train)
         self.raykd: list[tuple[float, float]] = []
         self.by_hand: list[tuple[float, float]] = []
-        self.taken, self.clock = 0, Clock()
+        self.taken = 0
+        self.clock = Clock()
 
     def validate(self, student: nn.Module) -> dict[str, float]:
         return {"val_accuracy": 0.0}
@@ -118,7 +127,8 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
 
-    recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
+    recipe = Recipe.model_validate(config["recipe"])
+    folder = Path(config["folder"])
     shop = Alternating(recipe, config["store"])
     check_equal(shop)
     reports: list[float] = []

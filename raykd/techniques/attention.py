@@ -60,12 +60,11 @@ def attention(
     `heads` into how many heads each part is cut.
     """
     assert batch.teacher is not None
-    kind, values = _kind({"mode": mode}), []
+    kind = _kind({"mode": mode})
+    values = []
     for mine, theirs in pairs:
-        x, y = (
-            student.layers[f"{kind}.{mine}"].float(),
-            batch.teacher.layers[f"{kind}.{theirs}"].float(),
-        )
+        x = student.layers[f"{kind}.{mine}"].float()
+        y = batch.teacher.layers[f"{kind}.{theirs}"].float()
         if mode == "activation":
             values.append(_activation(x, y, batch.mask))
         elif x.shape[1] != y.shape[1]:

@@ -33,10 +33,8 @@ class hint(nn.Module):
     def __init__(self, student: Signals, batch: Batch, *, pairs: Pairs, normalise: bool = True):
         super().__init__()
         assert batch.teacher is not None
-        self.pairs, self.normalise = (
-            [(f"hidden.{mine}", f"hidden.{theirs}") for mine, theirs in pairs],
-            normalise,
-        )
+        self.pairs = [(f"hidden.{mine}", f"hidden.{theirs}") for mine, theirs in pairs]
+        self.normalise = normalise
         widths = [
             (student.layers[s].shape[-1], batch.teacher.layers[t].shape[-1]) for s, t in self.pairs
         ]

@@ -60,7 +60,8 @@ def ghost(
     min(p, q); pair is that + log q(x), x the rejected token, whose mean gradient is that of KL(p ||
     q), since (p - q)+ - (q - p)+ = p - q.
     """
-    rollout, mask = batch.rollout, batch.mask
+    rollout = batch.rollout
+    mask = batch.mask
     assert rollout is not None
     if (
         rollout.accepted is None

@@ -58,12 +58,10 @@ class infonce(nn.Module):
         super().__init__()
         assert batch.teacher is not None
         self.pairs = [(f"embedding.{mine}", f"embedding.{theirs}") for mine, theirs in pairs]
-        self.temperature, self.alike, self.negatives, self.hard = (
-            temperature,
-            alike,
-            negatives,
-            hard,
-        )
+        self.temperature = temperature
+        self.alike = alike
+        self.negatives = negatives
+        self.hard = hard
         sizes = [
             (student.layers[s].shape[-1], batch.teacher.layers[t].shape[-1]) for s, t in self.pairs
         ]
@@ -76,7 +74,8 @@ class infonce(nn.Module):
         drawn, drawn_bias = self._drawn(batch)
         values = []
         for g_s, g_t, (s, t) in zip(self.mine, self.theirs, self.pairs, strict=True):
-            x, y = _unit(g_s, student.layers[s]), _unit(g_t, batch.teacher.layers[t])
+            x = _unit(g_s, student.layers[s])
+            y = _unit(g_t, batch.teacher.layers[t])
             rows, columns = (
                 a @ gather_rows(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x))
             )

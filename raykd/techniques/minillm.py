@@ -56,7 +56,8 @@ def minillm(
     each reward, which are exact and may vanish or grow. Unlike the paper's, the first part is not
     weighted by w_t, which averages to 1 there.
     """
-    rollout, mask = batch.rollout, batch.mask
+    rollout = batch.rollout
+    mask = batch.mask
     assert rollout is not None
     log_q, log_p = both_log_probs(student, batch, rollout.temperature)
     now, theirs = (
@@ -66,10 +67,12 @@ def minillm(
         torch.where(mask, known, fill)
         for known, fill in ((rollout.log_q, 0.0), (rollout.weight, 1.0))
     )
-    reward, before = (theirs - then).clamp(-reward_clip, reward_clip), torch.ones_like(weight)
+    reward = (theirs - then).clamp(-reward_clip, reward_clip)
+    before = torch.ones_like(weight)
     if weights == "prefix":
         before, until = running_products(weight, mask)
-        reward, weight = reward * until, before.new_ones(())
+        reward = reward * until
+        weight = before.new_ones(())
     advantage = returns_to_go(reward, mask, discount=discount, current=include_current_reward)
     if normalise:
         advantage = advantage / returns_to_go(

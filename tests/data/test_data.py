@@ -46,7 +46,8 @@ def steps_of(rows: Rows, raw, *, stride: int) -> list[np.ndarray]:
     its values.
     """
     signal = (raw["signal"] * raw["scale"] + raw["offset"]).astype(np.float32)
-    window, found = rows.inputs.shape[1], []
+    window = rows.inputs.shape[1]
+    found = []
     for recording in np.unique(rows.group):
         begin, end = raw["start"][recording : recording + 2]
         inside = np.lib.stride_tricks.sliding_window_view(
@@ -181,7 +182,8 @@ def load(tmp_path, monkeypatch):
 
 def test_parquet_and_function_give_the_same_data_set(load):
     rows = plain_rows()
-    one, two = load(rows), load(rows, way="function")
+    one = load(rows)
+    two = load(rows, way="function")
     assert one.digest == two.digest
     assert one.classes == ("a", "b", "c")
     for name in SPLITS:
@@ -311,7 +313,8 @@ CASES += [(name, "function", *case) for name, case in BAD_IN_PYTHON.items()]
 )
 def test_unusable_rows_are_named(load, way, rows, settings, words):
     if way == "parquet" and not rows:
-        rows, words = [], "no column"
+        rows = []
+        words = "no column"
     with pytest.raises(DataError, match=words) as caught:
         load(rows, way=way, **settings)
     assert caught.value.exit_code == 3

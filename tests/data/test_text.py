@@ -303,7 +303,8 @@ def test_how_a_language_model_relates_its_steps_can_be_taught(walked):
 def test_what_is_reported_of_text_is_what_the_models_say(walked):
     report, folder, found = walked
     made = data.load(found.data)
-    split, shape = made.splits["test"], made.shape
+    split = made.splits["test"]
+    shape = made.shape
     rows = to_device(split, "test", None, frozenset(), CPU)
     teacher = ours.build_model(found.teacher, **shape, key="teacher")
     student = ours.build_model(found.student, **shape, key="student")

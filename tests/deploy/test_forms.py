@@ -99,10 +99,8 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
     train(recipe, tmp_path)
     dataset = data.load(recipe.data)
     manifest = artefact.export(recipe, dataset, tmp_path)
-    folder, trained = (
-        tmp_path / "artefact",
-        predictions.read(tmp_path / "arms/student-0/predictions.parquet").logits,
-    )
+    folder = tmp_path / "artefact"
+    trained = predictions.read(tmp_path / "arms/student-0/predictions.parquet").logits
     assert trained is not None
     assert json.loads((folder / "manifest.json").read_bytes()) == manifest
     names = {forms.FILES[form] for form in forms.asked(recipe.export)}
@@ -123,10 +121,8 @@ def test_each_form_answers_as_the_student_that_was_trained(name, tmp_path):
     )
     np.save(folder / "windows.npy", dataset.splits["test"].inputs)
     for form in forms.asked(recipe.export):
-        said, alone = (
-            as_the_card_says(recipe.export, form, folder),
-            name == "int8" and form == "stream",
-        )
+        said = as_the_card_says(recipe.export, form, folder)
+        alone = name == "int8" and form == "stream"
         worst = BLOCKS if quant and (alone or form == "pte") else bar
         assert np.abs(said - trained[: len(said)]).max() <= worst.largest * np.abs(trained).max()
     if recipe.export.packed:
@@ -146,7 +142,8 @@ def test_a_changed_table_is_a_new_export_and_no_new_training(tmp_path):
         recipe = recipe_of(quant, **export)
         states = {stage["stage"]: stage["done"] for stage in plan.plan(recipe, tmp_path)["stages"]}
         assert states["train"]
-        done, before = states["export"], (folder / "manifest.json").stat().st_mtime_ns
+        done = states["export"]
+        before = (folder / "manifest.json").stat().st_mtime_ns
         assert walk.export(recipe, tmp_path) == folder
         assert done == ((folder / "manifest.json").stat().st_mtime_ns == before)
         assert {p: p.stat().st_mtime_ns for p in trained} == trained
@@ -178,7 +175,8 @@ def test_an_export_keeps_what_the_artefact_answers_on_the_test_rows(tmp_path):
     dataset = data.load(recipe.data)
     run_artefact.write(recipe, dataset, tmp_path)
     path = tmp_path / run_files.ARTEFACT_ANSWERS
-    written, asked = predictions.read(path), artefact.predict(tmp_path / "artefact", dataset)
+    written = predictions.read(path)
+    asked = artefact.predict(tmp_path / "artefact", dataset)
     for name, values in vars(asked).items():
         np.testing.assert_array_equal(getattr(written, name), values, err_msg=name)
     assert run_artefact.is_whole(recipe, tmp_path)
@@ -194,7 +192,8 @@ def test_a_form_that_answers_otherwise_leaves_no_artefact_and_spoils_none(tmp_pa
     quant = {"weights": "ternary", "activations": "none"}
     recipe = recipe_of(quant, packed=True)
     train(recipe, tmp_path)
-    dataset, pack_trits = data.load(recipe.data), packed.pack_trits
+    dataset = data.load(recipe.data)
+    pack_trits = packed.pack_trits
     with monkeypatch.context() as patch:
         patch.setattr(packed, "pack_trits", lambda codes: pack_trits(-codes))
         with pytest.raises(

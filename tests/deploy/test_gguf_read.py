@@ -23,13 +23,15 @@ EACH = pytest.mark.parametrize("name", SCHEMES)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(file, model in it, library's tokeniser) by scheme."""
-    home, found = tmp_path_factory.mktemp("gguf"), {}
+    home = tmp_path_factory.mktemp("gguf")
+    found = {}
     tokenizer = bpe(home / "tokenizer.json")
 
     def get(name: str):
         if name not in found:
             quant, shape, layers, _ = SCHEMES[name]
-            module, file = llama(**{"layers": 1, **shape}).eval(), home / f"{name}.gguf"
+            module = llama(**{"layers": 1, **shape}).eval()
+            file = home / f"{name}.gguf"
             if quant:
                 phases.round_as(module, quant)
             ternary = layers if layers[0] == "T" else "TQ2_0"
@@ -50,7 +52,8 @@ def made(tmp_path_factory):
 @EACH
 def test_a_file_answers_as_the_model_that_was_written(name, made):
     file, module, tokenizer = made(name)
-    read, ids = read_gguf.read(file), text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
+    read = read_gguf.read(file)
+    ids = text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
     assert read.settings == pytest.approx(module.settings, rel=1e-6)  # keys are float32
     if SCHEMES[name][0] is None:
         kept = module.state_dict()
@@ -79,7 +82,8 @@ def test_its_tokeniser_is_the_one_that_was_written(tokenizers, written):
 
 
 def test_what_is_no_llama_or_damaged_is_refused(made, tmp_path):
-    whole, path = made("fp32")[0].read_bytes(), tmp_path / "m.gguf"
+    whole = made("fp32")[0].read_bytes()
+    path = tmp_path / "m.gguf"
     for cut in (0, 3, 20, 900, len(whole) // 2, len(whole) - 100):
         path.write_bytes(whole[:cut])
         with pytest.raises(RecipeError, match=r"m\.gguf: not a GGUF file that can be read here"):
@@ -93,7 +97,8 @@ def test_what_is_no_llama_or_damaged_is_refused(made, tmp_path):
         read_gguf.read(path)
     two = made("fp32")[0].with_name("two.gguf")
     write_gguf.write(llama(layers=2), two, matrices="F32")
-    key, kind = b"llama.block_count", (4).to_bytes(4, "little")
+    key = b"llama.block_count"
+    kind = (4).to_bytes(4, "little")
     less = two.read_bytes().replace(key + kind + bytes([2]), key + kind + bytes([1]))
     path.write_bytes(less)
     with pytest.raises(

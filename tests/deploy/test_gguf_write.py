@@ -81,7 +81,8 @@ def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
     """Under llama.cpp's names; rows of q and k turn with their neighbours as ours do with those
     half a head away.
     """
-    quant, shape, layers, table = SCHEMES[name]
+    quant, shape, layers, _ = SCHEMES[name]
+    table = SCHEMES[name][3]
     module = llama(**shape).eval()
     if quant:
         phases.round_as(module, quant)
@@ -107,7 +108,8 @@ def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
     kinds = {n: t.tensor_type.name for n, t in tensors.items()}
     assert kinds["token_embd.weight"] == table
     for i in range(2):
-        block, ours = f"blk.{i}.", f"model.layers.{i}."
+        block = f"blk.{i}."
+        ours = f"model.layers.{i}."
         assert {kinds[n] for n in kinds if n.startswith(block) and "norm" not in n} == {layers}
         for theirs, own in (
             ("attn_v", "self_attn.v_proj"),
@@ -119,10 +121,8 @@ def test_a_file_holds_every_weight_the_student_computes_with(name, tmp_path):
             )
         for letter, heads in (("q", 4), ("k", module.settings["kv_heads"])):
             x = torch.randn(5, 256)
-            held, own = (
-                found[f"{block}attn_{letter}.weight"],
-                wanted[f"{ours}self_attn.{letter}_proj"],
-            )
+            held = found[f"{block}attn_{letter}.weight"]
+            own = wanted[f"{ours}self_attn.{letter}_proj"]
             given, expected = (
                 (x @ torch.tensor(w).T).unflatten(-1, (heads, 64)).transpose(0, 1)
                 for w in (held, own)
@@ -137,7 +137,8 @@ def rotate_neighbours(x: Tensor) -> Tensor:
     """The pairs (2 i, 2 i + 1) turned, as the paper does (arXiv 2104.09864, eq. 15); first all 2 i,
     then 2 i + 1.
     """
-    a, b = x[..., ::2], x[..., 1::2]
+    a = x[..., ::2]
+    b = x[..., 1::2]
     return torch.cat([a * TURN[0] - b * TURN[1], b * TURN[0] + a * TURN[1]], -1)
 
 
@@ -201,12 +202,10 @@ class LlamaCpp:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.warmup = (
-            str(path),
-            STEPS,
-            1,
-            False,
-        )
+        params.model.path = str(path)
+        params.n_ctx = STEPS
+        params.n_parallel = 1
+        params.warmup = False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.verbosity = 0
@@ -231,7 +230,8 @@ class LlamaCpp:
 def learnt(tmp_path_factory):
     """A tokeniser, and models that have read a text in full precision."""
     path = tmp_path_factory.mktemp("language") / "tokenizer.json"
-    tokenizer, made = bpe(path), {}
+    tokenizer = bpe(path)
+    made = {}
     ids = text(tokenizer, *READ)
 
     def get(name: str) -> Llama:
@@ -252,8 +252,10 @@ def learnt(tmp_path_factory):
 def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
     pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     path, tokenizer, get = learnt
-    module, layers = get(name), SCHEMES[name][2]
-    file, ends = tmp_path / "m.gguf", range(3, STEPS, 6)
+    module = get(name)
+    layers = SCHEMES[name][2]
+    file = tmp_path / "m.gguf"
+    ends = range(3, STEPS, 6)
     settings = {
         "matrices": "F32",
         "ternary": layers if layers[0] == "T" else "TQ2_0",
@@ -261,7 +263,8 @@ def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
         "end": END,
     }
     write_gguf.write(module, file, **settings)
-    cpp, ids = LlamaCpp(file), text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
+    cpp = LlamaCpp(file)
+    ids = text(tokenizer, HELD_OUT)[: 2 * STEPS].reshape(2, STEPS)
     with torch.inference_mode():
         wanted = module(ids)["logits"].log_softmax(-1)[:, list(ends)]
     found = torch.stack(
@@ -286,10 +289,8 @@ def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
 def test_llama_cpp_reads_and_writes_text_as_the_tokeniser_and_the_module_do(learnt, tmp_path):
     pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     path, tokenizer, get = learnt
-    module, prompt = (
-        get("fp32"),
-        "def shorten(text, width=70):\n    caf\u00e9 = 2\u00b2  # it's 3\n",
-    )
+    module = get("fp32")
+    prompt = "def shorten(text, width=70):\n    caf\u00e9 = 2\u00b2  # it's 3\n"
     write_gguf.write(module, tmp_path / "m.gguf", matrices="F32", tokenizer=path, end=END)
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     length = ids.shape[1]

@@ -98,7 +98,8 @@ def alike(
 @EACH
 def test_the_file_answers_as_the_module_does(name, exported):
     case = exported(name)
-    (logits, valence), (wanted, value) = case.answered(), case.trained()
+    (logits, valence) = case.answered()
+    (wanted, value) = case.trained()
     assert alike(logits, wanted, case.quant)
     assert alike(valence, value, case.quant, worst=5e-2), (
         "tanh of one neuron, at its steepest where it is small"
@@ -152,7 +153,8 @@ def stored(data: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
             found.append((held[node.input[1]].T, scales.reshape(-1, 1)))
         elif node.op_type == "MatMulNBits":
             attributes = {a.name: a.i for a in node.attribute}
-            packed, scales = held[node.input[1]], held[node.input[2]].reshape(attributes["N"], -1)
+            packed = held[node.input[1]]
+            scales = held[node.input[2]].reshape(attributes["N"], -1)
             found.append((unpack(packed.reshape(attributes["N"], -1), attributes["bits"]), scales))
     return found
 
@@ -203,7 +205,8 @@ def test_a_row_is_answered_alone_as_in_a_batch_unless_activations_are_rounded_ov
 )
 def test_a_file_is_as_small_as_its_bits_say(name, bits, tmp_path):
     """Codes and a float32 scale a block: 2.25 bits of a ternary weight in blocks of 128."""
-    quant, width = SCHEMES[name], 128
+    quant = SCHEMES[name]
+    width = 128
     module = encoder_of(quant, width=width)
     rounded = sum(layer.weight.numel() for _, layer in quantised(module))
     rest = sum(p.numel() for p in module.parameters()) - rounded

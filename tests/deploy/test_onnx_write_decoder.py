@@ -34,7 +34,8 @@ from raykd.quant.swap import quantised
 from raykd.recipe.quant import BITS, Quant
 from raykd.training import phases
 
-STEPS, ROWS = 128, 8
+STEPS = 128
+ROWS = 8
 POSITIONS = ROWS * (STEPS - 1)
 SCHEMES = {
     "int8-tensor": Quant(weights="int8", per="tensor"),
@@ -55,10 +56,8 @@ def bytes_of(*names: str) -> Tensor:
 
 def train(module: Llama, steps: int, rate: float) -> Llama:
     """Plain cross-entropy on windows of the text, the same ones at every call."""
-    text, draw = (
-        bytes_of("textwrap.py", "argparse.py", "heapq.py"),
-        torch.Generator().manual_seed(0),
-    )
+    text = bytes_of("textwrap.py", "argparse.py", "heapq.py")
+    draw = torch.Generator().manual_seed(0)
     optim = torch.optim.AdamW(module.parameters(), lr=rate)
     for _ in range(steps):
         first = torch.randint(len(text) - 65, (8,), generator=draw)
@@ -84,7 +83,8 @@ class Exported:
 
     def trained(self, cuts: list[int]) -> np.ndarray:
         """(B, T, V): the module's logits with its own cache, in chunks between the cuts."""
-        cache, ids = self.module.cache(ROWS), torch.from_numpy(self.tokens)
+        cache = self.module.cache(ROWS)
+        ids = torch.from_numpy(self.tokens)
         with torch.inference_mode():
             found = [self.module(ids[:, a:b], cache)["logits"] for a, b in pairwise(cuts)]
         return torch.cat(found, 1).numpy()
@@ -106,7 +106,8 @@ def exported():
 
     def get(name: str) -> Exported:
         if name not in made:
-            quant, module = SCHEMES[name], copy.deepcopy(learnt[name == "sub-norm"])
+            quant = SCHEMES[name]
+            module = copy.deepcopy(learnt[name == "sub-norm"])
             phases.round_as(module, quant)
             train(module, 40, 1e-3)
             made[name] = Exported(quant, module, write_decoder.to_onnx(copy.deepcopy(module)), text)
@@ -127,12 +128,15 @@ def apart(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 @ROUNDED
 def test_token_by_token_the_file_answers_as_the_module_does(name, exported):
-    case, cuts = exported(name), list(range(STEPS + 1))
-    found, wanted = case.answered(cuts), case.trained(cuts)
+    case = exported(name)
+    cuts = list(range(STEPS + 1))
+    found = case.answered(cuts)
+    wanted = case.trained(cuts)
     assert POSITIONS >= 1000
     expected = nll(wanted, case.tokens)
     assert expected < 3.1, "nats a byte; without context 3.4, untrained 5.5"
-    each, bar = apart(found, wanted), bar_of(case.quant)
+    each = apart(found, wanted)
+    bar = bar_of(case.quant)
     agreement = (found.argmax(-1) == wanted.argmax(-1)).mean()
     print(
         f"{name}: NLL {expected:.4f} and {nll(found, case.tokens):.4f}, {agreement:.2%} decided alike, ",
@@ -148,9 +152,11 @@ def test_token_by_token_the_file_answers_as_the_module_does(name, exported):
 @ROUNDED
 def test_any_chunks_answer_as_one_call_unless_activations_are_rounded_over_it(name, exported):
     """Where they are, the module that trains answers so, too, if it reads the same chunks."""
-    case, bar = exported(name), bar_of(exported(name).quant)
+    case = exported(name)
+    bar = bar_of(exported(name).quant)
     cuts = [0, 1, 6, 40, 41, STEPS]
-    found, whole = case.answered(cuts), case.answered([0, STEPS])
+    found = case.answered(cuts)
+    whole = case.answered([0, STEPS])
     if name in OVER_THE_CALL:
         assert np.quantile(apart(found, whole), 0.5) > 1e-3, "the range is that of the call"
         whole = case.trained(cuts)
@@ -160,7 +166,8 @@ def test_any_chunks_answer_as_one_call_unless_activations_are_rounded_over_it(na
 
 @pytest.mark.parametrize("name", ["int8-token", "int4-g32", "ternary-int8"])
 def test_rows_do_not_depend_on_each_other(name, exported):
-    case, bar = exported(name), bar_of(exported(name).quant)
+    case = exported(name)
+    bar = bar_of(exported(name).quant)
     alone = [case.decoder(rows=1).step(case.tokens[i : i + 1]) for i in range(ROWS)]
     whole = case.answered([0, STEPS])
     assert np.quantile(apart(np.concatenate(alone), whole), 0.99) <= bar.relative
@@ -169,7 +176,8 @@ def test_rows_do_not_depend_on_each_other(name, exported):
 
 def test_a_draft_is_taken_back_as_if_it_had_not_been_read(exported):
     case = exported("int4-g32")
-    decoder, straight = case.decoder(), case.answered([0, STEPS])
+    decoder = case.decoder()
+    straight = case.answered([0, STEPS])
     decoder.step(case.tokens[:, :50])
     for kept in (50, 20, 0):
         decoder.step(case.tokens[:, 60:70])
@@ -223,7 +231,8 @@ def test_the_file_holds_the_trained_codes_an_operator_for_each_layer_and_no_tabl
 
 
 def test_what_can_not_be_read_is_refused_and_changes_nothing(exported):
-    case, decoder = exported("int4-g32"), exported("int4-g32").decoder(rows=2)
+    case = exported("int4-g32")
+    decoder = exported("int4-g32").decoder(rows=2)
     first = decoder.step(case.tokens[:2, :100])
     assert first.shape == (2, 100, 256)
     for wrong in (case.tokens[:2, :29], case.tokens[:1, :5], case.tokens[:2, :0]):
@@ -263,7 +272,8 @@ class One(nn.Module):
 
 def test_lookup_tables_answer_within_the_bar_of_blocks_and_others_pass_over_what_they_do_not_know():
     torch.manual_seed(0)
-    module, quant = One(), Quant(weights="ternary", per="group", skip=[])
+    module = One()
+    quant = Quant(weights="ternary", per="group", skip=[])
     phases.round_as(module, quant)
     x = torch.randn(64, 5, 384)
     wanted = module(x).detach().numpy()

@@ -29,7 +29,10 @@ from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.quant import Quant
 from raykd.training import phases
 
-ROWS, STEPS, CHANNELS, CLASSES = 60, 16, 3, 5
+ROWS = 60
+STEPS = 16
+CHANNELS = 3
+CLASSES = 5
 SCHEMES = {
     "fp32": None,
     "int8": Quant(),
@@ -59,11 +62,9 @@ class Exported:
 
     def trained(self, cuts: list[int]) -> dict[str, np.ndarray]:
         """The module's answers, its past handed from call to call between the cuts."""
-        step, state, found = (
-            write_stream.Step(self.module),
-            write_stream.empty(self.module, ROWS),
-            [],
-        )
+        step = write_stream.Step(self.module)
+        state = write_stream.empty(self.module, ROWS)
+        found = []
         with torch.inference_mode():
             for a, b in pairwise(cuts):
                 logits, valence, tail, *kept = step(self.inputs[:, a:b], *state)
@@ -93,7 +94,8 @@ def exported():
 
     def get(name: str) -> Exported:
         if name not in made:
-            module, quant = encoder(), SCHEMES[name]
+            module = encoder()
+            quant = SCHEMES[name]
             if quant:
                 phases.round_as(module, quant)
             made[name] = Exported(
@@ -129,7 +131,8 @@ def test_any_chunks_answer_as_the_whole_window_unless_activations_are_rounded_ov
     name, cuts, exported
 ):
     case = exported(name)
-    found, whole = case.answered(CUTS[cuts]), case.plain()
+    found = case.answered(CUTS[cuts])
+    whole = case.plain()
     if name == "int8" and cuts != "whole":
         each = np.abs(found["logits"] - whole["logits"]).max(-1) / np.abs(whole["logits"]).max()
         assert np.quantile(each, 0.5) > 1e-3, "the range is that of the chunk"
@@ -152,7 +155,8 @@ def test_a_step_is_blind_to_what_comes_after_it_and_sees_all_before(name, export
     keys and values.
     """
     case = exported(name)
-    stream, inputs = StreamReader(case.data, rows=ROWS), case.inputs.numpy()
+    stream = StreamReader(case.data, rows=ROWS)
+    inputs = case.inputs.numpy()
     first = stream.step(inputs[:, :6])
     later = stream.step(inputs[:, 6:])
     stream.reset()
@@ -208,7 +212,8 @@ def test_attention_maps_are_kept_of_what_was_read_before_too():
         block.attention.keep_attention = True
     module(x)
     whole = [block.attention.attention for block in module.blocks]
-    step, state = write_stream.Step(module), write_stream.empty(module, 2)
+    step = write_stream.Step(module)
+    state = write_stream.empty(module, 2)
     _, _, tail, *kept = step(x[:, :10], *state)
     step(x[:, 10:], tail, kept[:2], kept[2:])
     for block, maps in zip(module.blocks, whole, strict=True):
@@ -217,7 +222,8 @@ def test_attention_maps_are_kept_of_what_was_read_before_too():
 
 def test_a_state_can_be_put_down_and_taken_up_elsewhere(exported):
     case = exported("int8-token")
-    inputs, stream = case.inputs.numpy(), StreamReader(case.data, rows=ROWS)
+    inputs = case.inputs.numpy()
+    stream = StreamReader(case.data, rows=ROWS)
     stream.step(inputs[:, :7])
     state = stream.state
     wanted = stream.step(inputs[:, 7:])
@@ -285,7 +291,8 @@ def test_the_file_and_the_module_end_where_their_positions_end(exported):
     with pytest.raises(Exception, match=r"invalid ind|out of"):
         session.run(["logits"], feed | {"inputs": np.zeros((2, 7, CHANNELS), np.float32)})
     module = encoder()
-    step, state = write_stream.Step(module), write_stream.empty(module, 2, past=10)
+    step = write_stream.Step(module)
+    state = write_stream.empty(module, 2, past=10)
     with pytest.raises(
         ValueError, match="7 steps after 10, but this encoder was built for at most 16"
     ):

@@ -25,7 +25,9 @@ from raykd.quant.swap import quantised
 from raykd.recipe.quant import LEVELS, Quant
 from raykd.training import phases
 
-WORDS, WIDTH, STEPS = 21, 33, 6
+WORDS = 21
+WIDTH = 33
+STEPS = 6
 SCHEMES = {
     "int8": Quant(embeddings="int8"),
     "int8-tensor": Quant(per="tensor", activations="int8_token", embeddings="int8"),
@@ -99,7 +101,8 @@ def parts(data: bytes) -> tuple[str, dict[str, Tensor]]:
 
 @EACH
 def test_what_is_read_answers_bit_for_bit_as_what_was_written(quant):
-    module, found = speaker(quant), plain()
+    module = speaker(quant)
+    found = plain()
     before = answers(module)
     packed_file.read(packed_file.write(module), found)
     assert torch.equal(answers(found), before)
@@ -122,7 +125,8 @@ def test_writing_again_gives_the_same_bytes(quant):
 
 def test_scales_are_carried_for_found_again_they_would_be_smaller():
     quant = SCHEMES["ternary"]
-    module, found = speaker(quant), plain()
+    module = speaker(quant)
+    found = plain()
     packed_file.read(packed_file.write(module), found)
     layer = module.inner
     carried = found.inner.scales
@@ -166,7 +170,8 @@ def test_codes_have_the_levels_of_their_scheme(quant):
 
 def test_other_dtypes_are_kept(tmp_path):
     torch.manual_seed(0)
-    module, found = Speaker().bfloat16(), Speaker().bfloat16()
+    module = Speaker().bfloat16()
+    found = Speaker().bfloat16()
     phases.round_as(module, SCHEMES["int4"])
     packed_file.read(packed_file.write(module.eval()), found.eval())
     assert answers(found).dtype == torch.bfloat16
@@ -196,7 +201,8 @@ def test_a_tied_parameter_is_stored_once_under_its_first_name():
 
 
 def test_what_no_layer_rounds_is_read_as_codes_times_scales():
-    module, found = speaker(SCHEMES["ternary"]), plain()
+    module = speaker(SCHEMES["ternary"])
+    found = plain()
     codes, scales = codes_and_scales(module.mix.parametrizations.weight.original)
     packed_file.read(packed_file.write(module), found)
     assert torch.equal(found.mix.weight, codes * scales.reshape(-1, 1, 1))

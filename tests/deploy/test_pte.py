@@ -30,7 +30,8 @@ from raykd.recipe.recipe import DataRef
 pytest.importorskip("executorch", reason="pip install 'raykd[executorch]'")
 
 ROWS = 500
-INT8, INT4 = Quant(), Quant(weights="int4", per="group", activations="none")
+INT8 = Quant()
+INT4 = Quant(weights="int4", per="group", activations="none")
 SMALL = {
     "int8-channel": Quant(skip=[]),
     "int8-tensor": Quant(per="tensor", skip=[]),
@@ -54,10 +55,12 @@ class AsXnnpack(nn.Module):
         super().__init__()
         scales = layer.scales().bfloat16().float() if four_bits(layer) else layer.scales()
         spread = scales.repeat_interleave(layer.in_features // scales.shape[1], 1)
-        self.weight, self.bias = spread * layer.codes(), layer.bias
+        self.weight = spread * layer.codes()
+        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        high = x.amax(-1, keepdim=True).clamp(min=0)
         scale = (high - low) / 255
         zero = (-low / scale).round()
         return F.linear(
@@ -99,7 +102,8 @@ def stored(module: nn.Module) -> list[tuple[bytes, bytes]]:
     """The codes and scales of every rounded layer, as bytes."""
     found = []
     for _, layer in quantised(module):
-        codes, scales = layer.codes().numpy(), layer.scales()
+        codes = layer.codes().numpy()
+        scales = layer.scales()
         if four_bits(layer):
             found.append(
                 (pack(codes, 4).tobytes(), scales.bfloat16().view(torch.int16).numpy().tobytes())
@@ -111,7 +115,8 @@ def stored(module: nn.Module) -> list[tuple[bytes, bytes]]:
 
 def train(module: nn.Module, steps: int) -> None:
     rows = data.load(DataRef()).splits["train"]
-    inputs, label = torch.from_numpy(rows.inputs.copy()), torch.from_numpy(rows.label.copy())
+    inputs = torch.from_numpy(rows.inputs.copy())
+    label = torch.from_numpy(rows.label.copy())
     optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
     draws = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -190,7 +195,8 @@ def test_a_gesture_students_program_answers_as_the_module_that_trained(quant, st
 @pytest.mark.parametrize("name", SMALL)
 def test_a_program_holds_the_trained_codes_and_scales_bit_for_bit(name):
     """In 4 bits where 32 divides a layer's inputs, and in 8 where it does not."""
-    quant, x = SMALL[name], torch.randn(20, 3, 64)
+    quant = SMALL[name]
+    x = torch.randn(20, 3, 64)
     module = rounded(quant, nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 40, bias=False))
     expected = as_xnnpack(module)(x).detach().numpy()
     parts = [part for layer in stored(module) for part in layer]
@@ -201,7 +207,8 @@ def test_a_program_holds_the_trained_codes_and_scales_bit_for_bit(name):
 
 
 def test_scales_that_training_made_negative_are_executed_above_zero():
-    quant, x = SMALL["int4-learned"], torch.randn(2, 3, 64)
+    quant = SMALL["int4-learned"]
+    x = torch.randn(2, 3, 64)
     module = rounded(quant, nn.Linear(64, 24))
     _, layer = next(quantised(module))
     assert layer.scale is not None
@@ -213,7 +220,8 @@ def test_scales_that_training_made_negative_are_executed_above_zero():
 
 def test_a_step_is_answered_alone_as_among_others():
     """XNNPACK's ranges are those of a step; ours are of the call."""
-    quant, x = SMALL["int8-channel"], torch.randn(1, 8, 64) * torch.logspace(-2, 2, 8)[:, None]
+    quant = SMALL["int8-channel"]
+    x = torch.randn(1, 8, 64) * torch.logspace(-2, 2, 8)[:, None]
     module = rounded(quant, nn.Linear(64, 24))
     trained = module(x).detach()[:, :1], module(x[:, :1]).detach()
     answers = [
@@ -224,7 +232,8 @@ def test_a_step_is_answered_alone_as_among_others():
 
 
 def test_a_loaded_program_keeps_its_bytes_and_answers_stay():
-    quant, x = SMALL["int8-channel"], torch.randn(1, 3, 64)
+    quant = SMALL["int8-channel"]
+    x = torch.randn(1, 3, 64)
     program = pte.to_pte(rounded(quant, nn.Linear(64, 24)), x, quant)
     held = sys.getrefcount(program)
     answer = pte.load(program)

@@ -32,7 +32,8 @@ from raykd.quant.swap import quantised
 from raykd.recipe.quant import Quant
 from raykd.training import phases
 
-STEPS, ROWS = 128, 10
+STEPS = 128
+ROWS = 10
 SCHEMES = {
     "fp32": None,
     "int8-tensor": Quant(per="tensor", activations="int8_token"),
@@ -54,11 +55,13 @@ def student(tokenizer):
     """Models under each scheme that trained on, and text that they have not read."""
     ids = text(tokenizer[0], *READ)
     torch.manual_seed(0)
-    learnt, made = train(Llama(classes=TOKENS, steps=STEPS), ids, 200, 3e-3), {}
+    learnt = train(Llama(classes=TOKENS, steps=STEPS), ids, 200, 3e-3)
+    made = {}
 
     def get(name: str) -> Llama:
         if name not in made:
-            made[name], quant = copy.deepcopy(learnt), SCHEMES[name]
+            made[name] = copy.deepcopy(learnt)
+            quant = SCHEMES[name]
             if quant:
                 phases.round_as(made[name], quant)
                 train(made[name], ids, 30, 1e-3)
@@ -70,14 +73,13 @@ def student(tokenizer):
 @pytest.fixture(scope="module")
 def exported(student, tokenizer, tmp_path_factory):
     """(folder, manifest) of each scheme, written once for all that is asked of it."""
-    (get, tokens), made = student, {}
+    (get, tokens) = student
+    made = {}
 
     def written(name: str):
         if name not in made:
-            folder, before = (
-                tmp_path_factory.mktemp(name) / "artefact",
-                copy.deepcopy(get(name).state_dict()),
-            )
+            folder = tmp_path_factory.mktemp(name) / "artefact"
+            before = copy.deepcopy(get(name).state_dict())
             made[name] = (
                 folder,
                 export_decoder(
@@ -117,7 +119,9 @@ def test_its_own_script_writes_the_decoders_greedy_text_without_anything_of_ours
 
 @EACH
 def test_the_manifest_says_what_is_there(name, student, exported):
-    module, quant, (folder, manifest) = student[0](name), SCHEMES[name], exported(name)
+    module = student[0](name)
+    quant = SCHEMES[name]
+    (folder, manifest) = exported(name)
     assert manifest == json.loads((folder / "manifest.json").read_text())
     held = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
     assert held.keys() == {"student.onnx", "model.json", "tokenizer.json", "run.py", "README.md"}
@@ -145,8 +149,11 @@ def test_the_manifest_says_what_is_there(name, student, exported):
 
 @EACH
 def test_parity_is_that_of_plain_answers_and_of_a_model_that_learnt(name, student, exported):
-    (get, tokens), quant, (folder, manifest) = student, SCHEMES[name], exported(name)
-    module, found = get(name), manifest["parity"]
+    (get, tokens) = student
+    quant = SCHEMES[name]
+    (folder, manifest) = exported(name)
+    module = get(name)
+    found = manifest["parity"]
     decoder = Decoder(folder / "student.onnx", rows=ROWS)
     with torch.inference_mode():
         said = {
@@ -177,7 +184,8 @@ def test_parity_is_that_of_plain_answers_and_of_a_model_that_learnt(name, studen
 def test_a_file_that_answers_otherwise_is_refused_and_an_older_folder_stays(
     student, exported, monkeypatch
 ):
-    (get, tokens), (folder, _) = student, exported("int4-g32")
+    (get, tokens) = student
+    (folder, _) = exported("int4-g32")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     written = write_decoder.to_onnx
 

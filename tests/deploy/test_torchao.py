@@ -38,7 +38,8 @@ SCHEMES = {
     "int4-channel": Quant(weights="int4"),
 }
 EACH = pytest.mark.parametrize("quant", SCHEMES.values(), ids=SCHEMES)
-OUTPUTS, INPUTS = 24, 96
+OUTPUTS = 24
+INPUTS = 96
 
 
 def gaussian(draws: torch.Generator) -> Tensor:
@@ -153,7 +154,8 @@ def test_gradients_are_torchaos(quant, kind):
     either.
     """
     weight = kind(torch.Generator().manual_seed(1))
-    upstream, largest = torch.randn(OUTPUTS, INPUTS), LEVELS[quant.weights]
+    upstream = torch.randn(OUTPUTS, INPUTS)
+    largest = LEVELS[quant.weights]
     ours = layer_of(weight, quant)
     ours.rounded().backward(upstream)
     other = weight.clone().requires_grad_()
@@ -220,7 +222,8 @@ def test_activations_in_blocks_are_torchaos_symmetric_groups(kind):
     "ours", [Activations.apply, lambda x: Blocks.apply(x, 32)], ids=["call", "blocks"]
 )
 def test_gradients_of_activations_go_straight_through_as_torchaos(ours: Callable[[Tensor], Tensor]):
-    x, upstream = torch.randn(8, 96, requires_grad=True), torch.randn(8, 96)
+    x = torch.randn(8, 96, requires_grad=True)
+    upstream = torch.randn(8, 96)
     ours(x).backward(upstream)
     other = x.detach().clone().requires_grad_()
     scale, zero = choose_qparams_affine(

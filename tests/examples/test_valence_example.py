@@ -42,7 +42,8 @@ def example(monkeypatch):
 @pytest.fixture
 def package(example) -> bytes:
     """A source package of the same shape, with other sentences in it."""
-    inner, outer = io.BytesIO(), io.BytesIO()
+    inner = io.BytesIO()
+    outer = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         for name, text in FILES.items():
             data = text.encode()

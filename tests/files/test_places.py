@@ -93,7 +93,9 @@ def spoil(where: Address, name: str) -> None:
 
 
 def test_one_of_sixteen_creates_a_name(store):
-    place, gate, told = open_place(store), threading.Barrier(16), {}
+    place = open_place(store)
+    gate = threading.Barrier(16)
+    told = {}
 
     def create(number: int) -> None:
         gate.wait(30)
@@ -151,11 +153,9 @@ def test_a_store_has_the_same_bytes_wherever_it_stands(store, whole):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_that_race_end_with_one_commit_a_shard(kind, server, tmp_path):
-    where, gate, told = (
-        new(kind, tmp_path),
-        CONTEXT.Barrier(2),
-        [tmp_path / "a.json", tmp_path / "b.json"],
-    )
+    where = new(kind, tmp_path)
+    gate = CONTEXT.Barrier(2)
+    told = [tmp_path / "a.json", tmp_path / "b.json"]
     assert wait([start(race, where, salt, gate, told[salt], **server) for salt in (0, 1)]) == [0, 0]
     assert told[0].read_bytes() == told[1].read_bytes()
     assert len(open_place(where).listed("_commits")) == len(SHARDS)

@@ -30,7 +30,8 @@ from raykd.stages import walk
 from raykd.stages.load import load
 from raykd.training import predictions, run_files
 
-VOCAB, ROWS = 13, 24
+VOCAB = 13
+ROWS = 24
 TEXT = TextShape(STEPS, None, VOCAB)
 
 
@@ -61,7 +62,9 @@ def rows(*, told: int = 0) -> Rows:
 
 def judged(teacher: Llama, student: Llama, **how) -> Acceptance:
     settings = {"prompt": 8, "count": 24, "gamma": 3} | how
-    read, split, asked = TorchReader(teacher), rows(), Drafter.model_validate(settings)
+    read = TorchReader(teacher)
+    split = rows()
+    asked = Drafter.model_validate(settings)
     return judge_drafter.judge(
         read,
         TorchReader(student),
@@ -104,7 +107,9 @@ def test_the_teacher_s_own_texts_are_the_same_for_every_drafter_and_shared_alike
     swapped = judged(llama(1), llama(0), gamma=1)
     assert not np.array_equal(swapped.shared, one.shared)
     read = [TorchReader(llama(seed)) for seed in (0, 1)]
-    seen, told, how = [3, 1, 4], [1, 5, 9, 2], Drafter()
+    seen = [3, 1, 4]
+    told = [1, 5, 9, 2]
+    how = Drafter()
     p, q = (
         torch.stack([each.step([t])[0] for t in [*seen, *told[:-1]]])[2:].softmax(-1).detach()
         for each in read
@@ -122,7 +127,8 @@ def test_a_drafter_of_a_shorter_context_is_judged_as_far_as_it_reads():
 
 
 def test_texts_begin_in_every_document_before_any_begins_a_second_one():
-    split, how = rows(), Drafter(prompts=ROWS // 2 + 3, prompt=8)
+    split = rows()
+    how = Drafter(prompts=ROWS // 2 + 3, prompt=8)
     order = judge_drafter.openings(split, how)
     assert split.group[order[: ROWS // 2]].tolist() == list(range(ROWS // 2))
     assert len(set(order)) == len(order) == ROWS // 2 + 3
@@ -142,7 +148,8 @@ def test_a_row_with_a_prompt_of_its_own_begins_with_it():
 
 
 def test_a_figure_of_several_texts_is_the_ratio_of_their_sums():
-    one, other = judged(llama(0), llama(1)), judged(llama(0), llama(2))
+    one = judged(llama(0), llama(1))
+    other = judged(llama(0), llama(2))
     found = text_measures.of_drafts({"student": {0: one, 1: other}, "control": {0: other, 1: one}})
     sample = found["acceptance"].sample()
     pooled = (one.overlap.sum() + other.overlap.sum()) / (one.tested.sum() + other.tested.sum())
@@ -206,7 +213,8 @@ def test_a_run_reports_how_its_students_and_its_artefact_draft(walked):
     of_drafts = {"acceptance", "block_efficiency", "overlap"}
     assert of_drafts <= set(report["gains"])
     assert set(report["control"]["metrics"]) == {"accuracy", "nll", "kl"} | of_drafts
-    artefact, seed = report["artefact"]["metrics"], report["artefact"]["seed"]
+    artefact = report["artefact"]["metrics"]
+    seed = report["artefact"]["seed"]
     own = found[seed]
     assert artefact["acceptance"]["value"] == pytest.approx(
         own.overlap.sum() / own.tested.sum(), abs=5e-3

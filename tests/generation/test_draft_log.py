@@ -38,7 +38,11 @@ from raykd.store.reader import Store
 from raykd.training.arm import World
 
 techniques.load_terms()
-V, STEPS, OWN, LENGTH, EOS = 11, 30, 5, 4, 2
+V = 11
+STEPS = 30
+OWN = 5
+LENGTH = 4
+EOS = 2
 CLASSES = [f"token {i}" for i in range(V)]
 SPANS = ((0, 8.0), (12, 20))  # nothing is drawn from 8 to 12, an interval without text
 CODECS = {
@@ -69,7 +73,8 @@ def llama(seed: int) -> Llama:
     return module
 
 
-STUDENT, TEACHER = llama(0), FrozenTeacher(llama(1))
+STUDENT = llama(0)
+TEACHER = FrozenTeacher(llama(1))
 
 
 def rows(group: int) -> Batch:
@@ -122,7 +127,8 @@ def both(request, tmp_path_factory) -> tuple[DraftLogSpec, dict[int, Batch]]:
 
 def told(batch: Batch) -> dict[str, list[Any]]:
     """Each draft's numbers where a token is told."""
-    rollout, mask = batch.rollout, batch.mask
+    rollout = batch.rollout
+    mask = batch.mask
     assert rollout is not None
     values = {
         name: getattr(rollout, name) for name in ("accepted", "rejected", "correction", "tail")
@@ -135,14 +141,16 @@ def told(batch: Batch) -> dict[str, list[Any]]:
 
 def test_a_log_holds_every_draft_as_it_was(both):
     log, live = both
-    again, drawn = read(log), Store(log.where).column("drawn", "train").values
+    again = read(log)
+    drawn = Store(log.where).column("drawn", "train").values
     groups = [step for step in live if step % 2 == 0]
     assert groups == [group for groups in GROUPS for group in groups]
     assert len(again) == OWN * len(groups)
     seen = {name: set() for name in ("ended early", "rejected", "all stayed", "two documents")}
     for group in groups:
         at = np.flatnonzero(drawn == group)
-        found, mine = again.batch(at), told(live[group])
+        found = again.batch(at)
+        mine = told(live[group])
         assert told(found) == mine
         assert found.rollout
         assert live[group].rollout
@@ -184,7 +192,8 @@ def test_a_kept_draft_teaches_what_it_taught_live(name, both):
         with pytest.raises(RecipeError, match=r'store\.codec = "dense"'):
             gradient(again)
         return
-    (one, mine), (two, theirs) = gradient(live[6]), gradient(again)
+    (one, mine) = gradient(live[6])
+    (two, theirs) = gradient(again)
     drawn = log.codec.name == "comb" and name in ("ghost", "distilspec")
     assert torch.cosine_similarity(mine, theirs, 0) > (0.98 if drawn else 1 - 1e-5)
     if not drawn:
@@ -193,7 +202,8 @@ def test_a_kept_draft_teaches_what_it_taught_live(name, both):
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_any_number_of_workers_writes_one_log(size, tmp_path):
-    alone, shared = place(tmp_path / "alone"), place(tmp_path / "shared")
+    alone = place(tmp_path / "alone")
+    shared = place(tmp_path / "shared")
     wrote(alone)
     for rank in range(size):
         assert not (shared.where / "_MANIFEST.json").exists()
@@ -202,7 +212,8 @@ def test_any_number_of_workers_writes_one_log(size, tmp_path):
 
 
 def test_a_training_that_goes_on_from_a_report_finishes_its_log(tmp_path):
-    whole, parted = place(tmp_path / "whole"), place(tmp_path / "parted")
+    whole = place(tmp_path / "whole")
+    parted = place(tmp_path / "parted")
     wrote(whole)
     wrote(parted, last=15)
     with pytest.raises(StoreError, match="not a complete store"):
@@ -239,7 +250,8 @@ def part(batch: Batch, share: slice) -> Batch:
 
 @pytest.mark.parametrize("wait_s", [0, 0.01, 0.03])
 def test_workers_that_end_a_log_at_once_leave_it_whole(wait_s, tmp_path):
-    alone, shared = place(tmp_path / "alone"), place(tmp_path / "shared")
+    alone = place(tmp_path / "alone")
+    shared = place(tmp_path / "shared")
     batches = {step: batch for step, batch in wrote(alone).items() if step % 2 == 0}
     several = multiprocessing.get_context("fork")
     barrier = several.Barrier(2)
@@ -257,7 +269,8 @@ def test_workers_that_end_a_log_at_once_leave_it_whole(wait_s, tmp_path):
 
 
 def test_a_damaged_shard_of_an_earlier_attempt_is_written_again(tmp_path):
-    whole, hurt = place(tmp_path / "whole"), place(tmp_path / "hurt")
+    whole = place(tmp_path / "whole")
+    hurt = place(tmp_path / "hurt")
     wrote(whole)
     wrote(hurt, last=15)
     (file, *_) = sorted((hurt.where / "data").iterdir())
@@ -304,9 +317,11 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_numbers_that_can_not_be_are_refused(name, tmp_path):
     (column, value), words = BROKEN[name]
-    log, bad = place(tmp_path / "sound"), place(tmp_path / "bad")
+    log = place(tmp_path / "sound")
+    bad = place(tmp_path / "bad")
     wrote(log)
-    store, writer = Store(log.where), StoreWriter(bad.where, bad.identity)
+    store = Store(log.where)
+    writer = StoreWriter(bad.where, bad.identity)
     shards = DraftLog(bad, GROUPS, OWN, slice(0, OWN)).shards
     for shard, table in zip(
         [s for each in shards for s in each], store.shards("train"), strict=True

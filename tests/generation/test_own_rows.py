@@ -26,7 +26,9 @@ from raykd.training.phases import prepare
 from raykd.training.state import State
 
 techniques.load_terms()
-VOCAB, STEPS, ROWS = 13, 12, 40
+VOCAB = 13
+STEPS = 12
+ROWS = 40
 OPTIM = Optim(steps=24, batch=12, learning_rate=1e-2, evaluate_every=6)
 SIZES = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "inner": 32}
 
@@ -107,7 +109,8 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @EVERY
 def test_own_text_is_never_older_than_its_source_says(name):
-    source, history = ARMS[name].source, run(name).history
+    source = ARMS[name].source
+    history = run(name).history
     assert source is not None
     lags = [h["lag"] for h in history if "lag" in h]
     assert lags

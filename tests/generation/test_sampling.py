@@ -31,7 +31,9 @@ from raykd.signals import Batch, Signals
 from raykd.techniques.gkd import gkd
 from raykd.training import phases
 
-V, STEPS, EOS = 7, 20, 3
+V = 7
+STEPS = 20
+EOS = 3
 MAKERS = {"on_policy": on_policy, "drafted": draft_rows}
 
 
@@ -162,7 +164,8 @@ def test_a_position_is_about_the_token_after_it(name, temperature, eos, student,
     """Probabilities of drawing, through the cache, are those of one pass over the whole text, a
     position earlier.
     """
-    prompt, count = text(32, 5), 6
+    prompt = text(32, 5)
+    count = 6
     batch = made(name, student, teacher, prompt, count, temperature=temperature, eos=eos)
     assert batch.inputs.shape == (32, 5 + count - 1, 2)
     assert torch.equal(batch.inputs[:, :5], prompt)
@@ -192,7 +195,8 @@ def test_a_text_ends_with_its_end_of_text_token_which_counts(name, student, teac
 
 
 def test_rows_are_drawn_alike_however_they_are_shared_out(student, teacher):
-    prompt, numbers = text(64, 5), uniforms(64, 6)
+    prompt = text(64, 5)
+    numbers = uniforms(64, 6)
     whole = sample(student, prompt, uniforms=numbers, mixed=TeacherMix(0.2, teacher))
     for parts in ([32, 32], [1, 20, 43]):
         shares = zip(prompt.split(parts), numbers.split(parts), strict=True)
@@ -201,11 +205,13 @@ def test_rows_are_drawn_alike_however_they_are_shared_out(student, teacher):
 
 
 def test_short_prompts_are_continued_as_if_they_stood_alone(student):
-    rows, mask = text(4, 8), torch.arange(8) < torch.tensor([8, 3, 5, 8])[:, None]
+    rows = text(4, 8)
+    mask = torch.arange(8) < torch.tensor([8, 3, 5, 8])[:, None]
     mask[0, :4] = (
         False  # an instruction of five tokens, of which the last tells the first of its answer
     )
-    prompt, numbers = cut_prompts(rows, mask, 6, 8), uniforms(4, 4)
+    prompt = cut_prompts(rows, mask, 6, 8)
+    numbers = uniforms(4, 4)
     together = sample(student, prompt, uniforms=numbers)
     for row, size in enumerate([5, 3, 5, 6]):
         assert torch.equal(prompt[row, 6 - size :], rows[row, :size])
@@ -216,9 +222,11 @@ def test_short_prompts_are_continued_as_if_they_stood_alone(student):
 
 
 def test_of_an_instruction_too_long_the_end_is_continued(student):
-    rows, mask = text(2, 8), torch.ones(2, 8, dtype=torch.bool)
+    rows = text(2, 8)
+    mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :6] = False
-    prompt, numbers = cut_prompts(rows, mask, 3, 4), uniforms(2, 4)
+    prompt = cut_prompts(rows, mask, 3, 4)
+    numbers = uniforms(2, 4)
     assert torch.equal(prompt[0, :, 0], rows[0, 3:7, 0])
     assert prompt[:, :, 1].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
     alone = sample(student, prompt[:1], uniforms=numbers[:1])
@@ -277,7 +285,8 @@ def test_no_gradient_flows_through_the_sampling_or_the_teacher(student, teacher)
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_padded_columns_are_never_drawn_and_take_no_gradient(name):
-    student, teacher = llama(0, classes=V + 3), FrozenTeacher(llama(1, classes=V + 5))
+    student = llama(0, classes=V + 3)
+    teacher = FrozenTeacher(llama(1, classes=V + 5))
     batch = made(name, student, teacher, text(64, 5), 6, vocab=V)
     assert batch.label.max() < V
     assert batch.teacher

@@ -35,7 +35,8 @@ from raykd.generation.speculative import (
 )
 from raykd.models.llama import Llama
 
-VOCAB, STEPS = 50, 96
+VOCAB = 50
+STEPS = 96
 LEVEL = 1e-3  # of every chi-square test, whose seeds are fixed
 
 
@@ -77,7 +78,9 @@ class Table:
     """
 
     def __init__(self, table: Tensor, steps: int = 10**6):
-        self.steps, self.length, self._logits = steps, 0, table.log()
+        self.steps = steps
+        self.length = 0
+        self._logits = table.log()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         self.length += len(tokens)
@@ -98,7 +101,9 @@ class Whole:
     """A reader without a cache: it reads everything anew at every step."""
 
     def __init__(self, module: Llama):
-        self.steps, self._module, self._tokens = module.settings["steps"], module, []
+        self.steps = module.settings["steps"]
+        self._module = module
+        self._tokens = []
 
     @property
     def length(self) -> int:
@@ -179,10 +184,13 @@ def test_greedy_text_is_the_teachers(kind, number):
     """In float64, where one call for many tokens and one for each differ by 1e-15 and no two logits
     are that near.
     """
-    teacher, count = llama().double(), 64
+    teacher = llama().double()
+    count = 64
     asked = prompts(number)
-    ids, cache = torch.tensor(asked), teacher.cache(number)
-    cache.keys, cache.values = cache.keys.double(), cache.values.double()
+    ids = torch.tensor(asked)
+    cache = teacher.cache(number)
+    cache.keys = cache.keys.double()
+    cache.values = cache.values.double()
     wanted = [ids]
     with torch.inference_mode():
         for _ in range(count):
@@ -194,10 +202,8 @@ def test_greedy_text_is_the_teachers(kind, number):
         for prompt in asked
     ]
     assert [text.tokens for text in found] == straight
-    calls, tested = (
-        sum(t.teacher_calls for t in found),
-        sum(r.tested for t in found for r in t.rounds),
-    )
+    calls = sum(t.teacher_calls for t in found)
+    tested = sum(r.tested for t in found for r in t.rounds)
     share = sum(r.accepted for t in found for r in t.rounds) / tested
     print(
         f"greedy: {share:.3f} of {tested} tested drafts stayed, {number * count / calls:.2f} tokens a call"
@@ -211,7 +217,9 @@ def test_greedy_text_is_the_teachers(kind, number):
 
 def test_in_float32_greedy_texts_part_only_where_two_logits_are_as_near_as_its_rounding():
     teacher = llama()
-    reader, drafter, parted = TorchReader(teacher), after_one(teacher), 0
+    reader = TorchReader(teacher)
+    drafter = after_one(teacher)
+    parted = 0
     for prompt in prompts(25):
         found = speculate(reader, drafter, prompt, 64, gamma=4, temperature=0.0).tokens
         straight = generate(reader, prompt, 64, temperature=0.0).tokens
@@ -241,7 +249,11 @@ def test_sampled_texts_have_the_law_of_the_teacher():
     """All 27 texts of three tokens, their probabilities by the teacher's whole pass; caches on both
     sides.
     """
-    vocab, count, prompt, number, temperature = 3, 3, [1, 2], 1000, 0.8
+    vocab = 3
+    count = 3
+    prompt = [1, 2]
+    number = 1000
+    temperature = 0.8
     teacher = llama(vocab, seed=3)
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -250,7 +262,8 @@ def test_sampled_texts_have_the_law_of_the_teacher():
         whole = torch.cat([torch.tensor(prompt).expand(len(every), -1), every], 1)
         logp = (teacher(whole)["logits"][:, 1:-1] / temperature).log_softmax(-1)
     p = logp.gather(2, every[..., None]).sum((1, 2)).double().exp()
-    ours, theirs = TorchReader(teacher), TorchReader(noisy(teacher, 0.3))
+    ours = TorchReader(teacher)
+    theirs = TorchReader(noisy(teacher, 0.3))
     found = [
         speculate(ours, theirs, prompt, count, gamma=2, temperature=temperature, seed=i)
         for i in range(number)
@@ -275,7 +288,8 @@ def test_sampled_texts_have_the_law_of_the_teacher():
 def test_texts_of_a_table_have_its_law_for_any_number_of_drafts(gamma):
     draws = torch.Generator().manual_seed(4)
     ours, theirs = (torch.rand(3, 3, generator=draws, dtype=torch.float64) + 0.15 for _ in range(2))
-    ours, theirs = ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True)
+    ours = ours / ours.sum(1, keepdim=True)
+    theirs = theirs / theirs.sum(1, keepdim=True)
     p = torch.stack(
         [ours[1, a] * ours[a, b] * ours[b, c] for a, b, c in itertools.product(range(3), repeat=3)]
     )
@@ -285,12 +299,15 @@ def test_texts_of_a_table_have_its_law_for_any_number_of_drafts(gamma):
     assert chi_square_level(counted(found, 3, 3), p) > LEVEL
 
 
-P, Q = [0.5, 0.3, 0.2, 0.0], [0.2, 0.3, 0.3, 0.2]  # sum min = 0.7
+# sum min = 0.7
+P = [0.5, 0.3, 0.2, 0.0]
+Q = [0.2, 0.3, 0.3, 0.2]
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 5, 9])
 def test_fixed_laws_are_accepted_by_their_overlap_and_a_call_gives_the_closed_forms_tokens(gamma):
-    a, count = sum(map(min, P, Q)), 4000
+    a = sum(map(min, P, Q))
+    count = 4000
     found = speculate(fixed(P), fixed(Q), [0], count, gamma=gamma, seed=gamma)
     assert found.acceptance == pytest.approx(a, abs=1e-9)
     tested = sum(r.tested for r in found.rounds)

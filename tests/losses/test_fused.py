@@ -16,7 +16,9 @@ from raykd.errors import DataError, RecipeError
 from raykd.losses.fused import Head, dense_kl, shared_vocab, sparse_kl
 from raykd.targets import SparseTargets
 
-P, D, V = 23, 7, 50
+P = 23
+D = 7
+V = 50
 NAMES = ("hidden", "weight", "bias")
 
 
@@ -61,7 +63,8 @@ def naive_sparse(
 def naive_dense(
     z: Tensor, y: Tensor, temperature: float, divergence: str, beta: float = 0.5
 ) -> Tensor:
-    log_q, log_p = (z / temperature).log_softmax(1), (y / temperature).log_softmax(1)
+    log_q = (z / temperature).log_softmax(1)
+    log_p = (y / temperature).log_softmax(1)
     if divergence == "forward":
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
     if divergence == "reverse":
@@ -86,23 +89,24 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
 @pytest.mark.parametrize("tail", [False, True])
 def test_sparse_values_and_gradients_equal_the_naive_ones(tail, temperature):
-    inputs, t = leaves(), sparse(tail)
-    ours, theirs = (
-        sparse_kl(*inputs, t, temperature=temperature),
-        naive_sparse(*inputs, t, temperature),
-    )
+    inputs = leaves()
+    t = sparse(tail)
+    ours = sparse_kl(*inputs, t, temperature=temperature)
+    theirs = naive_sparse(*inputs, t, temperature)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert_same(gradients(ours.mean(), inputs), gradients(theirs.mean(), inputs))
 
 
 @pytest.mark.parametrize("upstream", ["mask", "rows", "any"])
 def test_any_upstream_gradient_is_exact_whether_told_before_or_not(upstream):
-    inputs, t = leaves(), sparse()
+    inputs = leaves()
+    t = sparse()
     g = torch.Generator().manual_seed(2)
     w = {"mask": (torch.arange(P) % 3 > 0).float(), "rows": torch.rand(P, generator=g)}.get(
         upstream
     )
-    ours, theirs = sparse_kl(*inputs, t, place_weight=w), naive_sparse(*inputs, t, 1.0)
+    ours = sparse_kl(*inputs, t, place_weight=w)
+    theirs = naive_sparse(*inputs, t, 1.0)
     if w is not None:
         expected = gradients((w * naive_sparse(*inputs, t, 1.0)).sum() / 7, inputs)
         for _ in range(2):  # the graph may be kept and walked again
@@ -115,7 +119,8 @@ def test_any_upstream_gradient_is_exact_whether_told_before_or_not(upstream):
 
 
 def test_places_of_weight_zero_have_no_gradient():
-    inputs, t = leaves(), sparse()
+    inputs = leaves()
+    t = sparse()
     mask = torch.arange(P) % 2 == 0
     value = sparse_kl(*inputs, t, place_weight=mask.float())
     ours = gradients((value * mask).sum() / mask.sum(), inputs)
@@ -145,7 +150,8 @@ def test_gradients_pass_gradcheck_in_float64(form):
 def test_the_size_of_a_chunk_changes_nothing(chunk):
     inputs = leaves()
     for t in (sparse(), sparse(tail=True)):
-        whole, parts = sparse_kl(*inputs, t), sparse_kl(*inputs, t, chunk=chunk)
+        whole = sparse_kl(*inputs, t)
+        parts = sparse_kl(*inputs, t, chunk=chunk)
         assert torch.allclose(whole, parts, atol=1e-6)
         assert_same(gradients(parts.sum(), inputs), gradients(whole.sum(), inputs), 1e-6)
 
@@ -166,7 +172,8 @@ def test_dense_values_and_gradients_equal_the_naive_ones(divergence, live):
 
 
 def test_the_ends_of_js_are_forward_and_reverse():
-    inputs, y = leaves(), torch.randn(P, V, generator=torch.Generator().manual_seed(5))
+    inputs = leaves()
+    y = torch.randn(P, V, generator=torch.Generator().manual_seed(5))
     for beta, name in ((0, "forward"), (1, "reverse")):
         assert torch.equal(
             dense_kl(*inputs, y, divergence="js", beta=beta), dense_kl(*inputs, y, divergence=name)
@@ -184,13 +191,12 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence):
 
 def test_all_classes_as_a_sparse_target_are_the_dense_loss_and_t_squared_keeps_its_gradient():
     """T^2 KL_T has the gradient T (q - p) with respect to the logits."""
-    inputs, y, temperature = (
-        leaves(),
-        torch.randn(P, V, generator=torch.Generator().manual_seed(6)),
-        3.0,
-    )
+    inputs = leaves()
+    y = torch.randn(P, V, generator=torch.Generator().manual_seed(6))
+    temperature = 3.0
     p = (y / temperature).softmax(1)
-    ids, start = torch.arange(V).repeat(P), torch.arange(P + 1) * V
+    ids = torch.arange(V).repeat(P)
+    start = torch.arange(P + 1) * V
     every = SparseTargets(ids, start, p.flatten(), V, -(p * p.log()).sum(1))
     dense = dense_kl(*inputs, y, temperature=temperature)
     assert torch.allclose(sparse_kl(*inputs, every, temperature=temperature), dense, atol=1e-5)
@@ -205,7 +211,8 @@ def test_all_classes_as_a_sparse_target_are_the_dense_loss_and_t_squared_keeps_i
 
 
 def test_padded_columns_are_outside_the_softmax_and_have_no_gradient():
-    padded, t = leaves(width=V + 6), sparse()
+    padded = leaves(width=V + 6)
+    t = sparse()
     real = [padded[0], padded[1][:V], padded[2][:V]]
     y = torch.randn(P, V + 3, generator=torch.Generator().manual_seed(7))
     for ours, theirs in (
@@ -241,7 +248,8 @@ def test_without_entropy_the_value_is_a_cross_entropy_and_frozen_inputs_take_no_
 
 
 def test_half_precision_inputs_meet_fp32_arithmetic():
-    inputs, t = [x.detach().bfloat16().requires_grad_() for x in leaves()], sparse()
+    inputs = [x.detach().bfloat16().requires_grad_() for x in leaves()]
+    t = sparse()
     value = sparse_kl(*inputs, t)
     assert value.dtype == torch.float32
     exact = [x.detach().float().requires_grad_() for x in inputs]

@@ -28,13 +28,15 @@ def trajectories(draw):
     value = draw(
         hnp.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32, allow_subnormal=False))
     )
-    hole, mask = draw(hnp.arrays(bool, shape)), draw(hnp.arrays(bool, shape))
+    hole = draw(hnp.arrays(bool, shape))
+    mask = draw(hnp.arrays(bool, shape))
     return np.where(hole, np.float32(np.nan), value), mask
 
 
 def defined(value: np.ndarray, mask: np.ndarray, discount: float) -> tuple[np.ndarray, np.ndarray]:
     """The return-to-go by its definition, and where it is known."""
-    out, known = np.zeros(value.shape), np.zeros(value.shape, bool)
+    out = np.zeros(value.shape)
+    known = np.zeros(value.shape, bool)
     here = mask & np.isfinite(value)
     for row, t in zip(*np.nonzero(mask), strict=True):
         later = np.flatnonzero(here[row, t:])
@@ -108,7 +110,8 @@ def test_padding_and_what_stands_at_invalid_steps_change_nothing(drawn, discount
 
 
 def test_missing_steps_are_left_out_of_both_sums():
-    value, mask = np.array([[0.5, np.nan, -1.0, np.nan]], np.float32), np.ones((1, 4), bool)
+    value = np.array([[0.5, np.nan, -1.0, np.nan]], np.float32)
+    mask = np.ones((1, 4), bool)
     found, known = future(value, mask, 0.5)
     np.testing.assert_allclose(found[0, :3], [(0.5 - 0.25) / 1.25, -1.0, -1.0], rtol=1e-6)
     assert known.tolist() == [[True, True, True, False]]
@@ -154,11 +157,9 @@ def test_prefix_confidence_lies_between_its_bounds():
 def test_prefix_confidence_of_a_causal_model_reads_no_later_step(t):
     torch.manual_seed(0)
     model = SeriesEncoder(channels=3, classes=4, steps=16, width=8)
-    inputs, mask, label = (
-        torch.randn(5, 6, 3),
-        torch.ones(5, 6, dtype=torch.bool),
-        torch.arange(5) % 4,
-    )
+    inputs = torch.randn(5, 6, 3)
+    mask = torch.ones(5, 6, dtype=torch.bool)
+    label = torch.arange(5) % 4
     changed = inputs.clone()
     changed[:, t:] = 9 * torch.randn(5, 6 - t, 3)
     with torch.no_grad():
@@ -239,7 +240,8 @@ def test_saliency_by_hand():
 
 @pytest.mark.parametrize("key", ["mean", "min", "coherence"])
 def test_each_coefficient_of_saliency_weighs_its_own_part(key):
-    trajectory, certainty = torch.tensor([[0.5, -0.25, 0.35]]), torch.tensor([0.8])
+    trajectory = torch.tensor([[0.5, -0.25, 0.35]])
+    certainty = torch.tensor([0.8])
     only = Valence(**({"mean": 0.0, "min": 0.0, "coherence": 0.0} | {key: 2.0}))
     parts = {"mean": 0.2, "min": -0.25, "coherence": 0.8}
     found = saliency(trajectory, torch.ones(1, 3, dtype=torch.bool), certainty, only)

@@ -37,7 +37,8 @@ def of(saliency: list[float] | np.ndarray, **keywords) -> np.ndarray:
 
 def by_hand(boost: float) -> list[float]:
     """exp(boost (s - mean) / std) with the unbiased standard deviation, in plain Python."""
-    mean, std = statistics.mean(SALIENCY), statistics.stdev(SALIENCY)
+    mean = statistics.mean(SALIENCY)
+    std = statistics.stdev(SALIENCY)
     return [math.exp(boost * (s - mean) / std) for s in SALIENCY]
 
 
@@ -189,10 +190,8 @@ def rows_of_steps(steps: int) -> tuple[Signals, Batch, Tensor]:
     """Four rows of up to `steps` steps, their batch, and the weights of the formula."""
     torch.manual_seed(0)
     mask = torch.arange(steps) < torch.tensor([steps, 1, max(1, steps - 1), steps])[:, None]
-    student, teacher = (
-        torch.randn(4, steps, 3, dtype=torch.float64),
-        torch.randn(4, steps, 3, dtype=torch.float64),
-    )
+    student = torch.randn(4, steps, 3, dtype=torch.float64)
+    teacher = torch.randn(4, steps, 3, dtype=torch.float64)
     label = torch.tensor([0, 2, 1, 1])
     batch = Batch(
         torch.arange(4), torch.zeros(4, steps, 1), mask, label, None, Signals(teacher, mask)
@@ -223,9 +222,11 @@ def test_the_weighted_loss_is_the_formula():
 def test_the_snippets_loss_is_the_reference_code():
     """The reference's own lines: batch means of CE, T^2 KL and MSE, times the mean weight."""
     student, batch, _ = rows_of_steps(1)
-    value, truth = torch.rand(4, 1), torch.rand(4, 1)
+    value = torch.rand(4, 1)
+    truth = torch.rand(4, 1)
     valence = torch.tensor(SALIENCY)
-    z_s, z_t = student.logits[:, 0], batch.teacher.logits[:, 0]
+    z_s = student.logits[:, 0]
+    z_t = batch.teacher.logits[:, 0]
     w = torch.exp(6.0 * (valence - valence.mean()) / (valence.std() + 1e-8))
     kl = F.kl_div(F.log_softmax(z_s / 4, 1), F.softmax(z_t / 4, 1), reduction="batchmean") * 4**2
     expected = (

@@ -135,7 +135,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_learned_scales_have_no_place_there(tmp_path):
-    module, quant = llama(), Quant(weights="ternary", scale="learned")
+    module = llama()
+    quant = Quant(weights="ternary", scale="learned")
     prepare(module, quant)
     for _, layer in quantised(module):
         layer.set(quant)

@@ -13,7 +13,8 @@ from raykd.models.llama import Attention, Llama, rotate, rotations
 from raykd.quant.swap import prepare, quantised
 from raykd.recipe.quant import Quant
 
-VOCABULARY, STEPS = 50, 24
+VOCABULARY = 50
+STEPS = 24
 SHAPES = {
     "shared": {"heads": 4, "kv_heads": 2},
     "one": {"heads": 4, "kv_heads": 1},
@@ -40,8 +41,10 @@ def tokens(rows: int = 3, count: int = STEPS, seed: int = 1) -> torch.Tensor:
 @given(st.sampled_from(list(SHAPES)), st.data())
 def test_any_chunks_and_any_rollbacks_give_the_logits_of_the_whole_pass(name, data):
     """Other tokens are read now and then, and taken back."""
-    module, ids = llama(**SHAPES[name]), tokens()
-    cache, found = module.cache(len(ids)), []
+    module = llama(**SHAPES[name])
+    ids = tokens()
+    cache = module.cache(len(ids))
+    found = []
     with torch.no_grad():
         whole = module(ids)["logits"]
         while cache.length < STEPS:
@@ -57,7 +60,8 @@ def test_any_chunks_and_any_rollbacks_give_the_logits_of_the_whole_pass(name, da
 
 
 def test_token_by_token_is_the_whole_pass_and_a_cache_is_used_again():
-    module, ids = llama(), tokens()
+    module = llama()
+    ids = tokens()
     cache = module.cache(len(ids))
     place = cache.keys.data_ptr()
     with torch.no_grad():
@@ -70,7 +74,8 @@ def test_token_by_token_is_the_whole_pass_and_a_cache_is_used_again():
 
 
 def test_no_position_sees_a_later_one_and_every_one_sees_the_first():
-    module, ids = llama(), tokens(rows=1)
+    module = llama()
+    ids = tokens(rows=1)
     other = ids.clone()
     other[0, 10] = (ids[0, 10] + 1) % VOCABULARY
     with torch.no_grad():
@@ -80,7 +85,8 @@ def test_no_position_sees_a_later_one_and_every_one_sees_the_first():
 
 
 def test_rows_do_not_depend_on_each_other_with_or_without_a_cache():
-    module, ids = llama(), tokens(rows=4)
+    module = llama()
+    ids = tokens(rows=4)
     cache = module.cache(4)
     with torch.no_grad():
         module(ids[:, :9], cache)
@@ -125,7 +131,8 @@ def test_heads_that_share_keys_are_heads_whose_keys_are_equal():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention_maps_are_those_that_are_mixed_with(name):
-    module, ids = llama(**SHAPES[name]), tokens()
+    module = llama(**SHAPES[name])
+    ids = tokens()
     cache = module.cache(len(ids))
     maps = [m for m in module.modules() if isinstance(m, Attention)]
     assert all(isinstance(m, KeepsAttention) for m in maps)
@@ -145,7 +152,8 @@ def test_attention_maps_are_those_that_are_mixed_with(name):
 
 
 def test_more_tokens_than_there_is_room_for_are_refused_and_change_nothing():
-    module, ids = llama(), tokens()
+    module = llama()
+    ids = tokens()
     with pytest.raises(DataError, match="25 after 0, but this model was built for at most 24"):
         module(tokens(count=25))
     cache = module.cache(3)
@@ -170,7 +178,8 @@ def test_heads_that_do_not_divide_are_refused(wrong):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_projection_can_be_rounded_and_every_parameter_learns(name):
-    module, ids = llama(**SHAPES[name]), tokens()
+    module = llama(**SHAPES[name])
+    ids = tokens()
     plain = module(ids)["logits"]
     quant = Quant(weights="ternary")
     assert len(prepare(module, quant)) == 2 * 7
@@ -183,7 +192,8 @@ def test_every_projection_can_be_rounded_and_every_parameter_learns(name):
 
 
 def test_a_tied_head_is_the_embedding():
-    tied, free = llama(), llama(tied=False)
+    tied = llama()
+    free = llama(tied=False)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert (
         sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in tied.parameters())
@@ -192,7 +202,8 @@ def test_a_tied_head_is_the_embedding():
 
 
 def test_under_sub_norm_the_last_projections_see_inputs_of_unit_scale():
-    module, seen = llama(sub_norm=True), []
+    module = llama(sub_norm=True)
+    seen = []
     for block in module.model.layers:
         for norm in (block.self_attn.attn_sub_norm, block.mlp.ffn_sub_norm):
             nn.init.ones_(norm.weight)
@@ -212,7 +223,9 @@ def packed(*lengths: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_document_in_a_packed_row_answers_as_alone(name):
-    module, ids, places = llama(**SHAPES[name]), tokens(rows=1), packed(7, 1, 12)
+    module = llama(**SHAPES[name])
+    ids = tokens(rows=1)
+    places = packed(7, 1, 12)
     ids = ids[:, : places.shape[1]]
     with torch.no_grad():
         whole = module(torch.stack([ids, places], -1))["logits"]
@@ -222,7 +235,8 @@ def test_a_document_in_a_packed_row_answers_as_alone(name):
 
 @pytest.mark.parametrize("cut", [1, 6, 7, 9, 19])
 def test_a_packed_row_is_read_on_from_a_cache_and_after_a_rollback(cut):
-    module, places = llama(), packed(7, 1, 12)
+    module = llama()
+    places = packed(7, 1, 12)
     row = torch.stack([tokens(rows=1)[:, : places.shape[1]], places], -1)
     cache = module.cache(1)
     with torch.no_grad():
@@ -234,7 +248,8 @@ def test_a_packed_row_is_read_on_from_a_cache_and_after_a_rollback(cut):
 
 
 def test_padding_before_a_row_changes_nothing():
-    module, ids = llama(), tokens(rows=2)[:, :9]
+    module = llama()
+    ids = tokens(rows=2)[:, :9]
     places = torch.arange(9).expand(2, -1)
     padding = torch.zeros(2, 5, dtype=torch.int64)
     before = torch.stack([torch.cat([padding, ids], 1), torch.cat([padding, places], 1)], -1)

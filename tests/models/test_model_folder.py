@@ -42,7 +42,8 @@ SHAPE = {"channels": 2, "classes": 300, "steps": texts.STEPS}
 def test_padding_of_a_teachers_head_changes_nothing_that_is_stored(home):
     """The reference is the same teacher without it; what is stored is rounded to fp16."""
     file = f"teacher.weights={home / 'narrow.safetensors'}"
-    wide, narrow = stored(load(home)), stored(load(home, file, NARROW))
+    wide = stored(load(home))
+    narrow = stored(load(home, file, NARROW))
     assert wide.keys() == narrow.keys() >= {"answer", "log_p", "coherence", "trajectory", "logits"}
     for name in wide:
         np.testing.assert_allclose(wide[name], narrow[name], rtol=2e-3, atol=2e-3)
@@ -83,7 +84,8 @@ def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refuse
 def test_what_lies_in_a_folder_decides_the_result_and_where_it_lies_does_not(home, tmp_path):
     shutil.copytree(home / "wide", tmp_path / "moved")
     (tmp_path / "moved" / "README.md").write_text("about it")
-    first, moved = load(home), load(home, f"teacher.weights={tmp_path / 'moved'}")
+    first = load(home)
+    moved = load(home, f"teacher.weights={tmp_path / 'moved'}")
     dataset = Scorer(first).dataset
     assert digest(first) == digest(moved)
     assert identity(first, dataset) == identity(moved, dataset)

@@ -23,7 +23,12 @@ from raykd.models.build import MODELS
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import ModelRef
 
-B, T, K, C, D, H = 3, 7, 6, 5, 8, 2
+B = 3
+T = 7
+K = 6
+C = 5
+D = 8
+H = 2
 SIZES = [(8, 1), (16, 1), (32, 1), (64, 2), (96, 3)]
 
 
@@ -38,7 +43,8 @@ class Net(nn.Module):
 
     def __init__(self, form: str = "tensor", per_step: bool = True):
         super().__init__()
-        self.form, self.per_step = form, per_step
+        self.form = form
+        self.per_step = per_step
         self.embed = nn.Linear(K, D)
         self.mix = nn.GRU(D, D, batch_first=True)
         self.attend = nn.MultiheadAttention(D, H, batch_first=True)
@@ -142,7 +148,8 @@ def test_scores_are_the_logits_of_attention_with_zeros_at_hidden_keys(batch):
     net = SeriesEncoder(channels=K, classes=C, steps=T, width=D, heads=H)
     name = "blocks.0.attention"
     layers = Adapter(net, want=frozenset({f"scores.{name}", f"attention.{name}"}))(*batch).layers
-    scores, rows = layers[f"scores.{name}"], layers[f"attention.{name}"]
+    scores = layers[f"scores.{name}"]
+    rows = layers[f"attention.{name}"]
     later = torch.ones(T, T, dtype=torch.bool).triu(1)[:, None, :]
     assert (scores.masked_select(later) == 0).all()
     torch.testing.assert_close(scores.masked_fill(later, -torch.inf).softmax(-1), rows)

@@ -31,7 +31,8 @@ from raykd.recipe.recipe import ModelRef
 from raykd.recipe.weight_files import CONFIG, WEIGHTS
 from raykd.teacher.scorer import Scorer
 
-CLASSES, STEPS = 50, 24
+CLASSES = 50
+STEPS = 24
 LENGTHS = ((7, 5, 8, 4), (24,), (1, 1, 16, 1, 5))  # of the documents in each row
 
 
@@ -153,10 +154,8 @@ def test_documents_that_share_a_row_are_read_as_alone_by_any_architecture(kind, 
     found = transformers_lm.read(tmp_path)
     assert found.settings["classes"] == CLASSES
     with torch.no_grad():
-        expected, answer = (
-            each_alone(lambda tokens: theirs(tokens).logits),
-            found(packed())["logits"],
-        )
+        expected = each_alone(lambda tokens: theirs(tokens).logits)
+        answer = found(packed())["logits"]
     assert expected.std() > 0.1
     torch.testing.assert_close(
         answer / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5
@@ -171,7 +170,8 @@ def test_a_llama_is_the_same_model_read_by_either(files, home, tmp_path):
         split(where, tmp_path / "two")
         where = tmp_path / "two"
     rows = Scorer(load(home)).dataset.splits["train"].inputs[:4]
-    shape, refs = {"channels": 2, "classes": 300, "steps": texts.STEPS}, ("llama", "transformers")
+    shape = {"channels": 2, "classes": 300, "steps": texts.STEPS}
+    refs = ("llama", "transformers")
     both = [
         models.build_model(ModelRef(model=m, weights=str(where)), **shape, key="teacher")
         for m in refs

@@ -60,7 +60,8 @@ def alike(out: Path, reference: Path) -> bool:
     undisturbed runs of two workers were seen to differ too; a lost or repeated step moves weights
     by about the learning rate, 2e-3.
     """
-    found, wanted = trained(out), trained(reference)
+    found = trained(out)
+    wanted = trained(reference)
     assert found.keys() == wanted.keys()
     pairs = [(load(found[arm]), load(wanted[arm])) for arm in found]
     return all(
@@ -109,7 +110,8 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
 
 
 def test_a_worker_killed_in_training_changes_no_weight(tiny, pair, stocked, session, tmp_path):
-    fired, out = tmp_path / "fired", stocked("out")
+    fired = tmp_path / "fired"
+    out = stocked("out")
     fault = in_workers(fatal("train:step=25,rank=1,arm=student-0", fired))
     sound(
         raykd(tmp_path, "train", tiny, "--out", out, "--set", "scale.workers=2", **session, **fault)
@@ -126,7 +128,8 @@ def test_a_worker_killed_within_a_phase_resumes_in_it(tiny, scored, stocked, ses
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     wanted = _trained(recipe, scored, undisturbed, "--set", "scale.workers=2", **session)
-    fired, out = tmp_path / "fired", stocked("out")
+    fired = tmp_path / "fired"
+    out = stocked("out")
     fault = in_workers(fatal("train:step=35,rank=1,arm=student-0", fired))
     sound(
         raykd(
@@ -150,7 +153,8 @@ def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
 
 
 def test_a_killed_driver_is_run_again_and_changes_no_weight(tiny, alone, stocked, tmp_path):
-    fired, out = tmp_path / "fired", stocked("out")
+    fired = tmp_path / "fired"
+    out = stocked("out")
     killed = raykd(
         tmp_path, "train", tiny, "--out", out, **fatal("train:step=25,rank=0,arm=student-0", fired)
     )
@@ -165,7 +169,8 @@ def test_a_killed_driver_is_run_again_and_changes_no_weight(tiny, alone, stocked
 def test_a_scorer_killed_between_shard_and_record_changes_no_byte_of_the_manifest(
     tiny, scored, session, tmp_path
 ):
-    fired, out = tmp_path / "fired", tmp_path / "out"
+    fired = tmp_path / "fired"
+    out = tmp_path / "out"
     fault = in_workers(fatal("score:shard=1,at=before_commit", fired))
     sound(raykd(tmp_path, "score", tiny, "--out", out, **session, **fault))
     assert fired.exists()

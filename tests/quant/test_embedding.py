@@ -64,7 +64,8 @@ def test_a_table_is_codes_times_the_scales_of_its_rows(quant, width):
 
 @EACH
 def test_what_is_looked_up_is_the_rounded_table_and_a_row_alone_is_rounded_alike(quant):
-    table, ids = table_of(quant), torch.randint(ROWS, (4, 7))
+    table = table_of(quant)
+    ids = torch.randint(ROWS, (4, 7))
     assert torch.equal(table(ids), table.rounded()[ids])
     assert torch.equal(table(ids[2, 3]), table.rounded()[ids[2, 3]])
     assert table(ids[:0]).shape == (0, 7, 64)
@@ -72,8 +73,10 @@ def test_what_is_looked_up_is_the_rounded_table_and_a_row_alone_is_rounded_alike
 
 @EACH
 def test_rows_scaled_by_powers_of_two_round_alike(quant):
-    table, power = table_of(quant), 2.0 ** torch.arange(-15, 15)[:, None]
-    before, codes = table.rounded().detach()[1:], table.codes()
+    table = table_of(quant)
+    power = 2.0 ** torch.arange(-15, 15)[:, None]
+    before = table.rounded().detach()[1:]
+    codes = table.codes()
     with torch.no_grad():
         table.weight.mul_(power)
     assert torch.equal(table.rounded()[1:], before * power[1:])
@@ -82,7 +85,8 @@ def test_rows_scaled_by_powers_of_two_round_alike(quant):
 
 @EACH
 def test_gradients_go_straight_through_to_the_rows_that_were_looked_up(quant):
-    table, plain = table_of(quant, padding_idx=3), table_of(None, padding_idx=3)
+    table = table_of(quant, padding_idx=3)
+    plain = table_of(None, padding_idx=3)
     ids = torch.tensor([[1, 3, 5], [5, 5, 9]])
     upstream = torch.randn(2, 3, 64)
     for each in (table, plain):
@@ -95,7 +99,8 @@ def test_gradients_go_straight_through_to_the_rows_that_were_looked_up(quant):
 
 @EACH
 def test_rounding_fades_in_from_the_plain_table(quant):
-    table, ids = table_of(quant), torch.arange(ROWS)
+    table = table_of(quant)
+    ids = torch.arange(ROWS)
     table.blend = 0.0
     assert torch.equal(table(ids), table.weight)
     table.blend = 0.25
@@ -129,8 +134,10 @@ class Speaker(nn.Module):
 
     def __init__(self, width: int = 40, tied: bool = True):
         super().__init__()
-        self.tokens, self.places = nn.Embedding(ROWS, width), nn.Embedding(16, width)
-        self.mix, self.head = nn.Linear(width, width), nn.Linear(width, ROWS, bias=False)
+        self.tokens = nn.Embedding(ROWS, width)
+        self.places = nn.Embedding(16, width)
+        self.mix = nn.Linear(width, width)
+        self.head = nn.Linear(width, ROWS, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
 
@@ -174,8 +181,10 @@ def answered(module: nn.Module, ids: Tensor, folder) -> np.ndarray:
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_onnxruntime_looks_up_the_trained_table_bit_for_bit(name, width, kind, tmp_path):
     """The file holds the very codes and scales; of a last byte the rest is zeros."""
-    quant, table = QUANTS[name], table_of(QUANTS[name], width)
-    codes, scales = table.codes().numpy(), table.scales().numpy()
+    quant = QUANTS[name]
+    table = table_of(QUANTS[name], width)
+    codes = table.codes().numpy()
+    scales = table.scales().numpy()
     ids = torch.cat([torch.arange(ROWS), torch.randint(ROWS, (18,))]).reshape(4, 12).to(kind)
     expected = table(ids).detach().numpy()
     assert np.array_equal(answered(Looked(table), ids, tmp_path), expected)
@@ -207,14 +216,16 @@ TIED = {
 def test_a_tied_table_stays_one_parameter_and_each_use_rounds_it_once(quant, tmp_path):
     """Answers are those of two parameters of the same values, the gradient is the sum of theirs."""
     torch.manual_seed(0)
-    module, apart = Speaker(), Speaker(tied=False)
+    module = Speaker()
+    apart = Speaker(tied=False)
     apart.load_state_dict(module.state_dict())
     (module, (own,)), (apart, (table, head)) = (
         (m, tables(m)) for m in (rounding(module, quant), rounding(apart, quant))
     )
     ids = torch.randint(ROWS, (6, 9))
     for _ in range(2):
-        answers, expected = module(ids), apart(ids)
+        answers = module(ids)
+        expected = apart(ids)
         assert torch.equal(answers, expected)
         upstream = torch.randn_like(answers)
         answers.backward(upstream)

@@ -52,7 +52,8 @@ def test_codes_times_scales_are_within_half_a_step_and_round_to_themselves(
 
 
 def test_a_slice_scaled_by_a_power_of_two_keeps_its_codes():
-    value, powers = torch.randn(6, 7), 2.0 ** torch.arange(-3, 3)[:, None]
+    value = torch.randn(6, 7)
+    powers = 2.0 ** torch.arange(-3, 3)[:, None]
     codes, scales = codes_and_scales(value)
     scaled, larger = codes_and_scales(powers * value)
     assert torch.equal(codes, scaled)
@@ -68,7 +69,9 @@ def test_what_it_holds_is_all_that_is_no_vector_and_no_rounded_layer():
 
 
 def test_in_full_precision_it_changes_no_bit():
-    module, plainly, x = encoder(), encoder(), torch.randn(4, 12, 3)
+    module = encoder()
+    plainly = encoder()
+    x = torch.randn(4, 12, 3)
     phases.prepare(module, [Phase(until=1.0, quant=QUANT)])
     assert torch.equal(module(x)["logits"], plainly(x)["logits"])
     phases.enter(module, Phase(until=1.0, quant=QUANT.model_copy(update={"rest": "fp32"})))
@@ -83,14 +86,16 @@ def test_a_module_reads_its_parameters_rounded_and_trains_them_whole():
         codes, scales = codes_and_scales(encoder().get_parameter(name))
         assert torch.equal(read, codes * scales.reshape(-1, *[1] * (codes.dim() - 1)))
     value = torch.randn(3, 4, requires_grad=True)
-    held, upstream = Stored(), torch.randn(3, 4)
+    held = Stored()
+    upstream = torch.randn(3, 4)
     held.set(QUANT)
     held(value).backward(upstream)
     assert torch.equal(value.grad, upstream)
 
 
 def test_blend_is_a_straight_line():
-    held, value = Stored(), torch.randn(4, 9)
+    held = Stored()
+    value = torch.randn(4, 9)
     held.set(QUANT)
     whole = held(value)
     held.blend = 0.25
@@ -100,7 +105,8 @@ def test_blend_is_a_straight_line():
 
 
 def test_the_file_holds_the_codes_and_answers_as_the_module():
-    module, x = rounding().eval(), torch.randn(200, 12, 3)
+    module = rounding().eval()
+    x = torch.randn(200, 12, 3)
     wanted = {n: codes_and_scales(encoder().get_parameter(n))[0].numpy() for n in KEPT}
     with torch.inference_mode():
         said = module(x)
@@ -123,7 +129,8 @@ def test_the_file_holds_the_codes_and_answers_as_the_module():
 
 
 def test_rounding_saves_the_bytes_it_says():
-    x, sizes = torch.randn(2, 12, 3), {}
+    x = torch.randn(2, 12, 3)
+    sizes = {}
     for rest in ("fp32", "int8"):
         sizes[rest] = len(
             write_onnx.to_onnx(rounding(QUANT.model_copy(update={"rest": rest})).eval(), x)
@@ -141,7 +148,8 @@ def test_weights_are_written_and_read_under_the_names_of_the_users_module(tmp_pa
         {k: v.contiguous() for k, v in plain(module.state_dict()).items()},
         tmp_path / "w.safetensors",
     )
-    plainly, again = encoder(), rounding()
+    plainly = encoder()
+    again = rounding()
     for other in (plainly, again):
         with torch.no_grad():
             for value in other.parameters():
@@ -171,11 +179,9 @@ def test_a_head_tied_to_a_table_stays_tied():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.inner, self.head = (
-                nn.Embedding(11, 32),
-                nn.Linear(32, 32),
-                nn.Linear(32, 11, bias=False),
-            )
+            self.table = nn.Embedding(11, 32)
+            self.inner = nn.Linear(32, 32)
+            self.head = nn.Linear(32, 11, bias=False)
             self.head.weight = self.table.weight
 
         def forward(self, ids):
@@ -191,11 +197,10 @@ def test_a_head_tied_to_a_table_stays_tied():
 
 
 def test_baked_it_is_a_plain_module_that_answers_alike():
-    module, x = rounding(), torch.randn(3, 12, 3)
-    said, kept = (
-        module(x)["logits"],
-        {name: module.get_parameter(f"{name}") for name in ("norm.weight", "head.bias")},
-    )
+    module = rounding()
+    x = torch.randn(3, 12, 3)
+    said = module(x)["logits"]
+    kept = {name: module.get_parameter(f"{name}") for name in ("norm.weight", "head.bias")}
     bake(module)
     assert not list(stored(module))
     assert torch.equal(module(x)["logits"], said)

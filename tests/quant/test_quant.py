@@ -55,7 +55,8 @@ def layer_of(
 @LAWS
 def test_codes_have_no_more_levels_than_their_bits_and_the_weights_are_scale_times_code(quant):
     layer = layer_of(quant)
-    codes, scales = layer.codes(), layer.scales()
+    codes = layer.codes()
+    scales = layer.scales()
     largest = LEVELS[quant.weights]
     assert codes.abs().max() <= largest
     assert len(codes.unique()) <= 2 ** BITS[quant.weights]
@@ -107,7 +108,8 @@ def test_absmean_may_not_so_that_its_scale_must_be_carried():
 
 @pytest.mark.parametrize("name", [n for n in SCHEMES if "learned" not in n])
 def test_rows_scaled_by_powers_of_two_round_alike_unless_they_share_a_scale(name):
-    quant, layer = SCHEMES[name], layer_of(SCHEMES[name])
+    quant = SCHEMES[name]
+    layer = layer_of(SCHEMES[name])
     power = 2.0 ** torch.arange(-8, 8)[:, None]
     before = layer.rounded().detach()
     with torch.no_grad():
@@ -157,7 +159,8 @@ def test_activations_are_those_of_dynamic_quantize_linear(x):
     """ONNX's definition in numpy: uint8 over the range of the whole tensor, zero included, ties to
     even.
     """
-    low, high = min(x.min(), 0), max(x.max(), 0)
+    low = min(x.min(), 0)
+    high = max(x.max(), 0)
     scale = np.float32(max((high - low) / np.float32(255), 1e-8))
     zero = np.clip(np.rint(-low / scale), 0, 255)
     expected = (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
@@ -188,7 +191,8 @@ def test_blocks_of_activations_have_a_scale_each(x, block):
 
 @pytest.mark.parametrize("quant", [Quant(weights="int4"), Quant(weights="ternary", per="group")])
 def test_a_row_of_int4_or_ternary_does_not_depend_on_its_batch(quant):
-    layer, x = layer_of(quant), torch.randn(8, 64) * torch.logspace(-2, 2, 8)[:, None]
+    layer = layer_of(quant)
+    x = torch.randn(8, 64) * torch.logspace(-2, 2, 8)[:, None]
     torch.testing.assert_close(
         torch.cat([layer(row[None]) for row in x]), layer(x), rtol=1e-5, atol=1e-5
     )
@@ -196,17 +200,16 @@ def test_a_row_of_int4_or_ternary_does_not_depend_on_its_batch(quant):
 
 @pytest.mark.parametrize("rule", [Activations.apply, lambda x: Blocks.apply(x, 32)])
 def test_the_gradient_of_rounded_activations_goes_straight_through(rule):
-    x, upstream = torch.randn(4, 40, requires_grad=True), torch.randn(4, 40)
+    x = torch.randn(4, 40, requires_grad=True)
+    upstream = torch.randn(4, 40)
     rule(x).backward(upstream)
     assert torch.equal(x.grad, upstream)
 
 
 def test_the_scale_of_clipped_weights_has_the_gradient_of_finite_differences():
     """Where every weight is beyond the range, LSQ's slope is the true one: the outer code."""
-    weight, scale = (
-        torch.tensor([[[3.0, -5.0, 9.0]]]),
-        torch.full((1, 1, 1), 0.25, requires_grad=True),
-    )
+    weight = torch.tensor([[[3.0, -5.0, 9.0]]])
+    scale = torch.full((1, 1, 1), 0.25, requires_grad=True)
     Learned.apply(weight, scale, 7).sum().backward()
     step = 1e-3
     rise = [Learned.apply(weight, scale.detach() + sign * step, 7).sum() for sign in (1, -1)]
@@ -255,8 +258,10 @@ def test_a_learned_scale_at_its_least_takes_only_what_raises_it(start):
 @pytest.mark.parametrize("rate", [1e-2, 1.0])
 def test_training_with_learned_scales_stays_finite_at_any_rate(name, rate):
     """At 1.0 a first step of Adam takes many a scale far below 0."""
-    layer, x = layer_of(SCHEMES[name]), torch.randn(32, 64)
-    goal, least = torch.randn(32, 16), np.inf
+    layer = layer_of(SCHEMES[name])
+    x = torch.randn(32, 64)
+    goal = torch.randn(32, 16)
+    least = np.inf
     optimizer = torch.optim.AdamW(layer.parameters(), lr=rate)
     for _ in range(30):
         optimizer.zero_grad()
@@ -356,7 +361,8 @@ def test_bytes_that_hold_no_trits_are_refused():
 def test_layers_are_swapped_by_name_and_keep_their_weights():
     torch.manual_seed(0)
     module = SeriesEncoder(channels=3, classes=4, steps=8, width=32)
-    plain, x = {k: v.clone() for k, v in module.state_dict().items()}, torch.randn(2, 8, 3)
+    plain = {k: v.clone() for k, v in module.state_dict().items()}
+    x = torch.randn(2, 8, 3)
     before = module(x)["logits"]
     names = prepare(module, Quant())
     assert names == [

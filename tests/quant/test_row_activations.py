@@ -18,8 +18,11 @@ from raykd.quant.rounding import as_multiplied
 from raykd.quant.swap import prepare, quantised
 from raykd.recipe.quant import Quant
 
-BY_ROW, BY_CALL = Quant(activations="int8_token"), Quant(activations="int8")
-ROWS, STEPS, INPUTS = 12, 5, 96
+BY_ROW = Quant(activations="int8_token")
+BY_CALL = Quant(activations="int8")
+ROWS = 12
+STEPS = 5
+INPUTS = 96
 
 
 def rounding(module: nn.Module, quant: Quant) -> nn.Module:
@@ -51,11 +54,9 @@ def executed(module: nn.Module, inputs: Tensor, folder, calls: list[slice]) -> n
     )
 
 
-ALONE, WHOLE, SHUFFLED = (
-    [slice(i, i + 1) for i in range(ROWS)],
-    [slice(None)],
-    [slice(5, None), slice(0, 5)],
-)
+ALONE = [slice(i, i + 1) for i in range(ROWS)]
+WHOLE = [slice(None)]
+SHUFFLED = [slice(5, None), slice(0, 5)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,12 +104,11 @@ def test_the_file_answers_as_the_layer_that_was_trained_at_every_size(tmp_path):
     """Within 1e-6 of each row's own answers, which a scale for the whole call misses by its
     smallest row.
     """
-    inputs, layer = inputs_of_all_sizes(), one_layer(BY_ROW)
+    inputs = inputs_of_all_sizes()
+    layer = one_layer(BY_ROW)
     with torch.inference_mode():
-        trained, plain = (
-            layer(inputs).numpy(),
-            nn.functional.linear(inputs, layer[0].weight, layer[0].bias).numpy(),
-        )
+        trained = layer(inputs).numpy()
+        plain = nn.functional.linear(inputs, layer[0].weight, layer[0].bias).numpy()
     found = executed(layer, inputs, tmp_path, WHOLE)
     sizes = np.abs(trained).max(-1, keepdims=True)
     assert (np.abs(found - trained) / sizes).max() <= 1e-6
@@ -151,7 +151,8 @@ def test_an_encoder_s_file_answers_as_the_encoder_and_alone_as_in_a_batch(tmp_pa
 
 
 def test_gradients_go_straight_through():
-    x, upstream = torch.randn(4, INPUTS, requires_grad=True), torch.randn(4, INPUTS)
+    x = torch.randn(4, INPUTS, requires_grad=True)
+    upstream = torch.randn(4, INPUTS)
     as_multiplied(x, BY_ROW).backward(upstream)
     assert torch.equal(x.grad, upstream)
 

@@ -277,7 +277,8 @@ def test_paths_are_found_from_the_file_and_set_from_the_current_directory(
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     save_file({"a": np.ones(1, np.float32)}, "teacher.safetensors")
-    from_file, from_set = load(path), load(path, ("teacher.weights=teacher.safetensors",))
+    from_file = load(path)
+    from_set = load(path, ("teacher.weights=teacher.safetensors",))
     assert from_file.data.source == str(tmp_path / "rows")
     assert from_file.teacher
     assert from_file.teacher.weights == str(tmp_path / "teacher.safetensors")

@@ -29,7 +29,10 @@ from raykd.training import phases
 from raykd.training.arm import World
 
 techniques.load_terms()
-V, T, ROOM, ROWS = 16, 24, 36, 32
+V = 16
+T = 24
+ROOM = 36
+ROWS = 32
 SCHEDULES = st.builds(
     Schedule,
     passes=st.integers(1, 7),
@@ -42,7 +45,8 @@ SCHEDULES = st.builds(
 @given(SCHEDULES)
 def test_every_step_has_a_group_that_was_drawn_in_its_own_interval_and_is_young(schedule):
     for step in range(80):
-        slot, begin = schedule.slot(step), schedule.begin(step)
+        slot = schedule.slot(step)
+        begin = schedule.begin(step)
         assert begin <= slot.drawn <= slot.first <= step < slot.first + schedule.passes
         assert step - slot.drawn <= schedule.ahead + schedule.passes - 1
         assert slot.drawn == begin or slot.first - slot.drawn == schedule.ahead
@@ -140,11 +144,9 @@ def student_of(weights: dict[str, Tensor]) -> Llama:
 
 @pytest.mark.parametrize("kind", ["on_policy", "drafts"])
 def test_workers_draw_the_rows_of_one_global_batch(kind, rows, begun, teacher):
-    source, student, every = (
-        Source(kind=kind, length=6, mixed=0.0 if kind == "drafts" else 0.2),
-        student_of(begun),
-        rows(0),
-    )
+    source = Source(kind=kind, length=6, mixed=0.0 if kind == "drafts" else 0.2)
+    student = student_of(begun)
+    every = rows(0)
 
     def drawn(share: slice) -> Batch:
         mine = replace(
@@ -152,7 +154,8 @@ def test_workers_draw_the_rows_of_one_global_batch(kind, rows, begun, teacher):
         )
         return write_rows(source, TextShape(ROOM), 7, 3, student, teacher, mine, share=share)()
 
-    whole, parts = drawn(slice(0, ROWS)), [drawn(World(rank, 3).share(ROWS)) for rank in range(3)]
+    whole = drawn(slice(0, ROWS))
+    parts = [drawn(World(rank, 3).share(ROWS)) for rank in range(3)]
     for name in ("row_id", "inputs", "label", "mask"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert not torch.equal(
@@ -196,7 +199,8 @@ def trained(
             source, TextShape(ROOM), group, 0, module, teacher, rows(group), share=slice(0, ROWS)
         )
 
-    own, used = OwnRows(Schedule(source.passes, source.ahead, every=10), draw), []
+    own = OwnRows(Schedule(source.passes, source.ahead, every=10), draw)
+    used = []
     for step in range(first, steps):
         batch = own(step)
         used.append(batch)

@@ -63,7 +63,8 @@ def test_the_interval_covers_the_truth():
     """400 data sets: the share covered has a standard error of 1.1 points, and 0.95 must lie within
     four.
     """
-    spread, training = 1.0, 0.2
+    spread = 1.0
+    training = 0.2
     z = np.random.default_rng(9).normal(0, 1, 1_000_000)
     teacher = logistic(2 + spread * z).mean()
     student, control = (logistic(m + np.hypot(spread, training) * z).mean() for m in (1.0, 0.2))
@@ -90,7 +91,8 @@ def test_the_interval_covers_the_truth():
 
 def test_independent_rows_are_groups_of_one():
     """The weighted sums equal resampling row by row with the same draws."""
-    num, n = 300, 60
+    num = 300
+    n = 60
     rng = np.random.default_rng(0)
     hits = Hits(np.arange(n), rng.random((1, n)) < 0.7, [0], teacher=rng.random(n) < 0.9)
     sample = bootstrap.resample(hits, num=num, seed=5)
@@ -126,7 +128,8 @@ def test_a_row_bootstrap_would_be_too_narrow():
 
 def test_pairing_sharpens_a_difference():
     hits = world(3, spread=2.0)
-    sample, other = bootstrap.resample(hits), bootstrap.resample(hits, seed=1)
+    sample = bootstrap.resample(hits)
+    other = bootstrap.resample(hits, seed=1)
     unpaired = bootstrap.interval(sample.student - other.control, sample.n)
     assert width(bootstrap.difference(sample)) < 0.9 * width(unpaired)
 
@@ -151,7 +154,8 @@ def test_a_student_like_its_control_closes_nothing():
 
 def test_order_of_rows_and_of_seeds_changes_nothing():
     hits = world(6)
-    rows, seeds = np.random.default_rng(0).permutation(200), [2, 0, 1]
+    rows = np.random.default_rng(0).permutation(200)
+    seeds = [2, 0, 1]
     moved = Hits(
         groups=hits.groups[rows],
         student=hits.student[seeds][:, rows],
@@ -259,7 +263,8 @@ def test_seeds_spread_the_mean_by_their_unbiased_variance():
     """Var of the drawn mean is s^2 / S with s^2 over S - 1, which S of S draws would miss by (S -
     1) / S.
     """
-    n, rates = 1000, np.array([0.5, 0.6, 0.8])
+    n = 1000
+    rates = np.array([0.5, 0.6, 0.8])
     student = np.arange(n) < (rates * n)[:, None]
     sample = bootstrap.resample(Hits(np.zeros(n), student, range(3)), num=20_000)
     assert sample.student[1:].var() == pytest.approx(rates.var(ddof=1) / 3, rel=0.05)

@@ -140,7 +140,8 @@ def test_a_run_and_its_copy_differ_by_exactly_nothing(first, tmp_path):
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (2, 3), (7,)])
 def test_the_other_run_first_turns_the_sign(first, tmp_path, seeds):
     other = write(tmp_path / "other", world(RATES | {"student": 0.9}, seed=2, seeds=seeds))
-    there, back = build(first, other)["runs"][1], build(other, first)["runs"][1]
+    there = build(first, other)["runs"][1]
+    back = build(other, first)["runs"][1]
     for key in ("accuracy", "thriving"):
         value, lo, hi = ends(back[key])
         assert ends(there[key]) == (-value, -hi, -lo)
@@ -153,13 +154,15 @@ def test_the_order_of_seeds_changes_nothing(first, second, tmp_path):
     moved = write(
         tmp_path / second.name, replace(found, student=turned, seeds=[2, 0, 1]), seeds=[2, 0, 1]
     )
-    one, other = build(first, second)["runs"][1], build(first, moved)["runs"][1]
+    one = build(first, second)["runs"][1]
+    other = build(first, moved)["runs"][1]
     assert one["accuracy"] == other["accuracy"]
     assert one["thriving"] == other["thriving"]
 
 
 def test_the_differences_are_those_of_the_predictions(first, second):
-    made, found = build(first, second), runs.read([first, second])
+    made = build(first, second)
+    found = runs.read([first, second])
     gains = found[1].answers.hits.mean(0) - found[0].answers.hits.mean(0)
     thriving = found[0].answers.thriving
     assert made["runs"][1]["accuracy"]["value"] == pytest.approx(gains.mean())
@@ -190,7 +193,8 @@ def test_the_interval_is_that_of_theory(first, tmp_path):
     Of 2000 resamples an end of the interval has a standard error of sqrt(.025 * .975 / 2000) /
     .0584 = 0.060 sd, the width one of 2.2 %; four of them are allowed.
     """
-    n, rng = 4000, np.random.default_rng(3)
+    n = 4000
+    rng = np.random.default_rng(3)
     base = replace(
         world(RATES, seeds=(0,)),
         control={},

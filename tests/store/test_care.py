@@ -174,7 +174,8 @@ def test_a_record_that_names_a_file_elsewhere_is_not_followed(store, tmp_path):
 
 
 def test_differences_name_each_field():
-    ours, theirs = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "e": 5}
+    ours = {"a": {"b": 1, "c": 2}, "d": [1]}
+    theirs = {"a": {"b": 1, "c": 3}, "e": 5}
     told = ["a.c: 2 wanted, 3 stored", "d: [1] wanted, None stored", "e: None wanted, 5 stored"]
     assert care.differences(ours, theirs) == told
     assert care.differences(ours, ours) == []

@@ -60,9 +60,11 @@ def test_the_mean_stored_gradient_is_the_dense_one_within_3_standard_errors(grid
     """W q - w per class, 20,000 draws of one place; its direction towards q - p too, where errors
     would add up.
     """
-    draws_count, vocab = 20_000, 24
+    draws_count = 20_000
+    vocab = 24
     g = torch.Generator().manual_seed(3)
-    z, q = 2.5 * torch.randn(vocab, generator=g), torch.randn(vocab, generator=g).softmax(0)
+    z = 2.5 * torch.randn(vocab, generator=g)
+    q = torch.randn(vocab, generator=g).softmax(0)
     codec = Comb(vocab, grid or (temperature,), points=5)
     logits = z.expand(draws_count, 1, vocab)
     t = targets(
@@ -122,7 +124,8 @@ def test_the_comb_has_less_variance_than_independent_draws_of_each_temperature()
 def test_the_tail_bucket_is_at_most_the_full_kl_and_equal_where_all_classes_are_listed(temperature):
     logits, mask, row_id = rows([50])
     g = torch.Generator().manual_seed(8)
-    hidden, weight = torch.randn(50, 6, generator=g), torch.randn(V, 6, generator=g)
+    hidden = torch.randn(50, 6, generator=g)
+    weight = torch.randn(V, 6, generator=g)
     full = dense_kl(hidden, weight, None, logits[mask], temperature=temperature)
     last = torch.zeros(50)
     for k in (1, 8, 40, V):
@@ -150,7 +153,8 @@ def test_dense_values_are_within_the_bounds_of_their_formats():
 
 def test_hidden_states_and_their_own_head_give_the_logits_and_another_head_is_refused():
     g = torch.Generator().manual_seed(9)
-    hidden, weight = torch.randn(2, 5, 16, generator=g), torch.randn(V, 16, generator=g)
+    hidden = torch.randn(2, 5, 16, generator=g)
+    weight = torch.randn(V, 16, generator=g)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     codec = Hidden(16, head_digest(weight))
     found = codec.decode(codec.encode(hidden, mask, np.arange(2), KEY), steps_of(mask))
@@ -286,7 +290,8 @@ def entries_of(rows: list[list[list[int]]]) -> ranked.Entries:
 
 def test_a_large_shard_is_ranked_smaller_and_damage_to_it_is_noticed():
     logits, mask, row_id = rows([150, 130], vocab=3000, scale=1.0)
-    codec, steps = Comb(3000), steps_of(mask)
+    codec = Comb(3000)
+    steps = steps_of(mask)
     likely = torch.randperm(3000, generator=torch.Generator().manual_seed(1))
     column = codec.encode(logits - 1.2 * (1 + likely).log(), mask, row_id, KEY)
     packed, name = codec.pack(column, steps)
@@ -300,7 +305,8 @@ def test_a_large_shard_is_ranked_smaller_and_damage_to_it_is_noticed():
     ):
         with pytest.raises(StoreError, match="frequent classes"):
             codec.decode(packed, steps, 1.0, other)
-    rng, refused = np.random.default_rng(1), 0
+    rng = np.random.default_rng(1)
+    refused = 0
     for _ in range(300):
         try:
             found = codec.decode(damaged(packed, rng), steps, 1.0, name)
@@ -351,7 +357,8 @@ def damaged(column: pa.Array, rng: np.random.Generator) -> pa.Array:
     )
     at = int(rng.integers(len(streams)))
     values = [bytearray(v.as_py()) for v in streams[at]]
-    row, kind = int(rng.integers(len(values))), int(rng.integers(3))
+    row = int(rng.integers(len(values)))
+    kind = int(rng.integers(3))
     if not values[row]:
         values[row] += b"\1"
     elif kind == 0:

@@ -66,21 +66,21 @@ def copy_of(cache: Path, store: Store, split: str = "train") -> Path:
 def test_the_copy_has_the_rows_of_the_shards_one_batch_a_shard(scored, cache):
     _, store = scored
     fresh = Store(store.folder)
-    table, shards = fresh.table("train"), list(fresh.shards("train"))
+    table = fresh.table("train")
+    shards = list(fresh.shards("train"))
     assert [len(c) for c in table.column("logits").chunks] == [s.num_rows for s in shards]
     for name in set(table.column_names) - {"logits"}:
         assert table.column(name).equals(
             pa.chunked_array([c for s in shards for c in s.column(name).chunks])
         )
-    first, stored = 0, fresh.logits("train")
+    first = 0
+    stored = fresh.logits("train")
     for shard in shards:
         found = stored.take(np.arange(first, first + shard.num_rows))
         codec, layout = from_metadata(shard.schema.field("logits").metadata)
         temperature = getattr(codec, "grid", (1.0,))[0]
-        ours, theirs = (
-            found.at(temperature),
-            codec.decode(shard.column("logits"), found.steps, temperature, layout),
-        )
+        ours = found.at(temperature)
+        theirs = codec.decode(shard.column("logits"), found.steps, temperature, layout)
         for a, b in zip(
             *(vars(x).values() if hasattr(x, "ids") else [x] for x in (ours, theirs)), strict=True
         ):
@@ -107,7 +107,8 @@ def test_shards_whose_layouts_differ_are_read_alike(comb, cache, monkeypatch):
         len({s.schema.field("logits").metadata[b"layout"] for s in Store(mixed).shards("train")})
         > 1
     )
-    ours, theirs = Store(mixed).logits("train").at(2.0), Store(store.folder).logits("train").at(2.0)
+    ours = Store(mixed).logits("train").at(2.0)
+    theirs = Store(store.folder).logits("train").at(2.0)
     assert torch.equal(ours.ids, theirs.ids)
     assert torch.equal(ours.weight, theirs.weight)
 
@@ -123,7 +124,8 @@ def open_it(store: str, gate, told: str) -> None:
 
 
 def test_one_process_makes_the_copy_and_others_wait(comb, cache, tmp_path):
-    gate, told = CONTEXT.Barrier(3), [tmp_path / f"{i}.json" for i in range(3)]
+    gate = CONTEXT.Barrier(3)
+    told = [tmp_path / f"{i}.json" for i in range(3)]
     env = {"RAYKD_CACHE": str(cache)}
     assert wait([start(open_it, str(comb[1].folder), gate, str(t), **env) for t in told]) == [
         0,
@@ -142,7 +144,8 @@ def test_a_copy_that_is_not_what_was_written_is_made_again(damage, comb, cache):
     folder = comb[1].folder
     good = Store(folder).table("train").combine_chunks()
     path = copy_of(cache, comb[1])
-    content, record = path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes())
+    content = path.read_bytes()
+    record = json.loads(path.with_suffix(".json").read_bytes())
     path.unlink()
     match damage:
         case "flip":

@@ -56,7 +56,8 @@ def test_what_is_encoded_is_decoded_bit_for_bit(drawn, cut):
     values, mask = drawn
     column = field("x", values, "steps")
     table = pa.table([encode(values, mask)], schema=pa.schema([column]))
-    shape, steps = list(values.shape[2:]), mask.sum(1).astype(np.int32)
+    shape = list(values.shape[2:])
+    steps = mask.sum(1).astype(np.int32)
     for made in (
         table,
         through_parquet(table),
@@ -82,7 +83,8 @@ def test_a_stored_value_is_read_by_numpy_alone(drawn):
 
 
 def test_a_column_of_another_length_is_refused():
-    values, mask = np.ones((2, 3, 4), np.float32), np.ones((2, 3), bool)
+    values = np.ones((2, 3, 4), np.float32)
+    mask = np.ones((2, 3), bool)
     column = pa.chunked_array([encode(values, mask)])
     with pytest.raises(StoreError, match="48 bytes where 5 steps of 8 bytes"):
         decode(column, [4], np.array([3, 2], np.int32))
@@ -253,7 +255,8 @@ def test_a_flipped_bit_in_the_manifest_is_never_accepted(store):
 
 def test_a_flipped_bit_in_a_commit_record_costs_that_shard_alone(store, whole):
     (store / "_MANIFEST.json").unlink()
-    writer, records = StoreWriter(store, IDENTITY), sorted((store / "_commits").iterdir())
+    writer = StoreWriter(store, IDENTITY)
+    records = sorted((store / "_commits").iterdir())
     for path, byte, bit in flips(records, 300, seed=3):
         before = path.read_bytes()
         flip(path, byte, bit)
@@ -346,7 +349,8 @@ def test_two_scorings_in_other_folders_orders_and_processes_are_one_manifest(raw
 
 def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
     found = resolve(raw)
-    store, dataset = Store(by_hand.score(found, tmp_path)), data.load(found.data)
+    store = Store(by_hand.score(found, tmp_path))
+    dataset = data.load(found.data)
     module = models.build_model(found.teacher, **dataset.shape, key="teacher").eval()
     for split, rows in dataset.splits.items():
         read = to_device(

@@ -101,7 +101,8 @@ def check_whole(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("run", range(4))
 def test_ten_kills_of_two_workers_leave_no_trace_in_the_manifest(run, whole, tmp_path):
-    draw, folder = random.Random(run), tmp_path / "store"
+    draw = random.Random(run)
+    folder = tmp_path / "store"
     named = POINTS[:6] if run % 2 else POINTS[6:]
     working = [p for p in named if "ANIFEST" not in p and "manifest" not in p]
     plans: list[Any] = working + [draw.uniform(0.001, 0.04) for _ in range(KILLS - len(named))]
@@ -138,7 +139,8 @@ def test_every_named_point_of_the_protocol_is_killed_at():
 def test_a_driver_killed_three_times_has_every_row_once(whole, tmp_path):
     folder = tmp_path / "store"
     for share in (0.1, 0.4, 0.7):
-        driver, end = start(drive, folder), time.monotonic() + 30
+        driver = start(drive, folder)
+        end = time.monotonic() + 30
         while len(list(folder.glob("_commits/*.json"))) < share * len(SHARDS):
             assert time.monotonic() < end
             time.sleep(0.001)
@@ -206,13 +208,17 @@ def test_three_hundred_flipped_bits_are_never_accepted(where, whole):
     """Each shard by itself, so that the place of a flip is known: the pages, or the footer and its
     length.
     """
-    draw, seen = np.random.default_rng(0), 0
+    draw = np.random.default_rng(0)
+    seen = 0
     for record in (Store(whole).manifest["shards"][i] for i in draw.integers(0, len(SHARDS), 300)):
         path = whole / record["file"]
         size = path.stat().st_size
         footer = int.from_bytes(path.read_bytes()[-8:-4], "little") + 8
-        first, last = (0, size - footer) if where == "data" else (size - footer, size)
-        byte, bit = int(draw.integers(first, last)), int(draw.integers(8))
+        end_of_data = size - footer
+        first = 0 if where == "data" else end_of_data
+        last = end_of_data if where == "data" else size
+        byte = int(draw.integers(first, last))
+        bit = int(draw.integers(8))
         flip(path, byte, bit)
         view = Store.of_shards(whole, [record])
         with pytest.raises(StoreError, match="is damaged"):

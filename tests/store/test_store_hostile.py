@@ -29,7 +29,8 @@ from raykd.store import bounds
 from raykd.store.commit import Shard, record_of, to_parquet
 from raykd.store.reader import Store, decoded
 
-GIB, MIB = 1 << 30, 1 << 20
+GIB = 1 << 30
+MIB = 1 << 20
 
 
 def written(write: Any, **options: Any) -> bytes:
@@ -67,7 +68,8 @@ def lying(data: bytes) -> bytes:
     """The same file with a footer that promises 128 bytes a column for each of its pages' sizes."""
     footer = pq.read_metadata(io.BytesIO(data))
     size = footer.row_group(0).column(0).total_uncompressed_size
-    word, value = bytearray(), 2 * size
+    word = bytearray()
+    value = 2 * size
     while value > 127:
         word.append(value & 127 | 128)
         value >>= 7

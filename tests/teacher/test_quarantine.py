@@ -42,7 +42,9 @@ class Poisoned(Scorer):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
-        self.sound, self.teacher = self.teacher, self._answer  # type: ignore[assignment]
+        # type: ignore[assignment]
+        self.sound = self.teacher
+        self.teacher = self._answer
 
     def _signals(self, rows, bad):
         self.ids = rows.row_id
@@ -61,7 +63,8 @@ def poisoned(
 ) -> tuple[Path, Any, Any]:
     """(the store of a teacher that can not score some rows, its writer, its shards)."""
     scorer = Poisoned(recipe)
-    scorer.nan, scorer.large = nan, large
+    scorer.nan = nan
+    scorer.large = large
     where, wanted = scoring.locate(recipe, scorer.dataset, out)
     writer = StoreWriter(where, wanted)
     shards = plan_shards(
@@ -78,7 +81,8 @@ def poisoned(
 def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder, tmp_path):
     recipe, whole = stored.scored(folder, codec)
     splits = Scorer(recipe).dataset.splits
-    train, test = splits["train"].row_id, splits["test"].row_id
+    train = splits["train"].row_id
+    test = splits["test"].row_id
     lost = {int(train[3]), int(train[70]), int(test[5])}
     large = (int(train[9]),) if codec == "fp16" else ()
     where, writer, shards = poisoned(recipe, tmp_path, tuple(lost), large)
@@ -90,13 +94,15 @@ def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder,
     assert care.verify(where)["complete"]
     assert {row["row_id"] for row in care.show(where)["quarantined"]} == told.keys()
     assert f"row {int(train[3])}: NaN" in bad_rows(told, 0)
-    store, fit = Store(where), ~np.isin(train, list(told))
+    store = Store(where)
+    fit = ~np.isin(train, list(told))
     assert np.array_equal(store.row_id("train"), train[fit])
     ours = to_device(splits["train"], "train", store, frozenset({"logits"}), CPU)
     theirs = to_device(splits["train"], "train", whole, frozenset({"logits"}), CPU)
     at = torch.from_numpy(np.flatnonzero(fit))
     index = torch.tensor([0, 3, 60, len(at) - 1])
-    a, b = ours.batch(index), theirs.batch(at[index])
+    a = ours.batch(index)
+    b = theirs.batch(at[index])
     for name in ("row_id", "inputs", "mask", "label"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     logits = [x.targets(2.0).dense() if x.targets else x.teacher.logits for x in (a, b)]

@@ -24,7 +24,8 @@ from raykd.training.arm import Arm
 from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import train
 
-B, T = 8, 6
+B = 8
+T = 6
 PAIRS = [["a", "b"]]
 
 
@@ -198,10 +199,8 @@ def test_relation_is_the_divergence_of_rows_of_cut_projections(mask):
                 layer[i, :n].numpy().astype(np.float64).reshape(n, 6, -1)[:, head]
                 for layer in (student.layers["hidden.a"], batch.teacher.layers["hidden.b"])
             )
-            q, p = (
-                softmax(x @ x.T / math.sqrt(x.shape[1])),
-                softmax(y @ y.T / math.sqrt(y.shape[1])),
-            )
+            q = softmax(x @ x.T / math.sqrt(x.shape[1]))
+            p = softmax(y @ y.T / math.sqrt(y.shape[1]))
             total += (p * np.log(p / q)).sum(-1) / 6
         np.testing.assert_allclose(value[i, :n].numpy(), total, rtol=1e-4, atol=1e-6)
 
@@ -213,7 +212,8 @@ def test_the_size_of_relation_does_not_vanish_with_length_but_that_of_mean_maps_
     sizes = {}
     for steps in (16, 256):
         whole = torch.ones(4, steps, dtype=torch.bool)
-        x, y = 2 * draw(4, steps, 8), 2 * draw(4, steps, 8, seed=1)
+        x = 2 * draw(4, steps, 8)
+        y = 2 * draw(4, steps, 8, seed=1)
         relation, _ = attention(*pair("hidden", x, y, whole), pairs=PAIRS)
         maps = [(z @ z.mT / 8**0.5).softmax(-1) for z in (x, y)]
         sizes[steps] = relation.mean().item(), (maps[0] - maps[1]).square().mean().item()
@@ -222,23 +222,27 @@ def test_the_size_of_relation_does_not_vanish_with_length_but_that_of_mean_maps_
 
 
 def test_scores_are_summed_over_valid_keys_and_averaged_over_heads(mask):
-    x, y = draw(B, T, 2, T), draw(B, T, 2, T, seed=1)
+    x = draw(B, T, 2, T)
+    y = draw(B, T, 2, T, seed=1)
     value, where = attention(*pair("scores", x, y, mask), pairs=PAIRS, mode="scores")
     assert torch.equal(where, mask)
-    i, n = 1, 4
+    i = 1
+    n = 4
     expected = ((x - y)[i, :n, :, :n].numpy().astype(np.float64) ** 2).sum(-1).mean(-1)
     np.testing.assert_allclose(value[i, :n].numpy(), expected, rtol=1e-5)
 
 
 def test_permuting_heads_in_both_changes_nothing(mask):
-    x, y = draw(B, T, 2, T), draw(B, T, 2, T, seed=1)
+    x = draw(B, T, 2, T)
+    y = draw(B, T, 2, T, seed=1)
     value, _ = attention(*pair("scores", x, y, mask), pairs=PAIRS, mode="scores")
     swapped, _ = attention(*pair("scores", x.flip(2), y.flip(2), mask), pairs=PAIRS, mode="scores")
     torch.testing.assert_close(swapped, value)
 
 
 def test_activation_ignores_the_scale_of_a_layer_and_its_width(mask):
-    x, y = draw(B, T, 3) * mask[..., None], draw(B, T, 7, seed=1) * mask[..., None]
+    x = draw(B, T, 3) * mask[..., None]
+    y = draw(B, T, 7, seed=1) * mask[..., None]
     value, where = attention(*pair("hidden", x, y, mask), pairs=PAIRS, mode="activation")
     scaled, _ = attention(*pair("hidden", 30 * x, 0.1 * y, mask), pairs=PAIRS, mode="activation")
     torch.testing.assert_close(scaled, value)
@@ -316,7 +320,8 @@ def test_perfect_pairs_cost_nothing_as_temperature_falls():
 
 
 def test_both_directions_equal_the_formula():
-    x, y = draw(10, 5), draw(10, 5, seed=1)
+    x = draw(10, 5)
+    y = draw(10, 5, seed=1)
     term, student, batch = contrast(x, y, alike="row", temperature=0.2)
     value, _ = term(student, batch)
     a, b = (
@@ -335,7 +340,8 @@ def test_the_gradient_with_respect_to_similarities_is_softmax_less_one_hot():
     """Through identity maps and unit vectors: the student's gradient is the tangent part of
     (softmax - 1) y / tau.
     """
-    x, y = F.normalize(draw(6, 4), dim=1), F.normalize(draw(6, 4, seed=1), dim=1)
+    x = F.normalize(draw(6, 4), dim=1)
+    y = F.normalize(draw(6, 4, seed=1), dim=1)
     term, student, batch = contrast(x.clone().requires_grad_(), y, alike="row", temperature=0.5)
     leaf = student.layers["embedding.a"]
     leaf.retain_grad()
@@ -360,7 +366,8 @@ def test_a_misaligned_student_scores_below_an_aligned_one():
 
 
 def test_rows_that_are_alike_are_no_negatives():
-    x, y = draw(9, 4), draw(9, 4, seed=1)
+    x = draw(9, 4)
+    y = draw(9, 4, seed=1)
     term, student, batch = contrast(x, y, alike="label")  # labels are row % 3
     value, _ = term(student, batch)
     for i in range(9):
@@ -376,7 +383,8 @@ def test_rows_that_are_alike_are_no_negatives():
 
 
 def test_one_row_twice_in_a_batch_is_no_negative_of_itself():
-    x, y = draw(5, 4), draw(5, 4, seed=1)
+    x = draw(5, 4)
+    y = draw(5, 4, seed=1)
     term, student, batch = contrast(x[[0, 1, 2, 3, 4, 4]], y[[0, 1, 2, 3, 4, 4]], alike="row")
     value, _ = term(student, replace(batch, row_id=torch.tensor([0, 1, 2, 3, 4, 4])))
     alone, some, rows = contrast(x, y, alike="row")
@@ -385,10 +393,12 @@ def test_one_row_twice_in_a_batch_is_no_negative_of_itself():
 
 
 def test_hard_negatives_count_as_often_as_said():
-    x, y = draw(4, 3), draw(4, 3, seed=1)
+    x = draw(4, 3)
+    y = draw(4, 3, seed=1)
     term, student, batch = contrast(x, y, alike="row", hard=3.0)
     value, _ = term(student, replace(batch, saliency=torch.tensor([1.0, 1.0, 1.0, -9.0])))
-    a, b = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    a = F.normalize(x, dim=1)
+    b = F.normalize(y, dim=1)
     s = (a @ b.T / 0.1).double()
     weight = torch.ones(4, 4).double()
     weight[:3, 3] = 3

@@ -34,7 +34,9 @@ from raykd.techniques.minillm import minillm
 from raykd.training.arm import World
 
 techniques.load_terms()
-V, LENGTH, EOS = 3, 3, 2
+V = 3
+LENGTH = 3
+EOS = 2
 EXACT: dict[str, Any] = {"discount": 1.0, "normalise": False, "clip": 1e9}
 KINDS = ("forward", "reverse", "js", "tvd", "lk", "hybrid")
 
@@ -80,7 +82,8 @@ class Tabular:
 
     def estimated(self, share: float = 0.0, weight_of: Any = None, **settings: Any) -> Tensor:
         """The mean of minillm's gradient over all texts, each as likely as it is drawn."""
-        log_q, log_p = self.log(self.mine).detach(), self.log(self.theirs)
+        log_q = self.log(self.mine).detach()
+        log_p = self.log(self.theirs)
         mixture = share * log_p.exp() + (1 - share) * log_q.exp()
         weight = log_q.exp() / mixture
         batch = Batch(
@@ -146,7 +149,8 @@ def test_counting_a_reward_twice_or_discounting_is_another_gradient(change):
 def test_without_a_future_only_the_single_step_part_is_left():
     table = Tabular(None)
     log_q = table.log(table.mine).detach()
-    rows, theirs = table.mine[table.at].log_softmax(-1), table.theirs[table.at].log_softmax(-1)
+    rows = table.mine[table.at].log_softmax(-1)
+    theirs = table.theirs[table.at].log_softmax(-1)
     single = (log_q.sum(1).exp()[:, None] * (rows.exp() * (rows - theirs)).sum(-1)).sum()
     expected = torch.autograd.grad(single, table.mine)[0]
     assert apart(table.estimated(discount=0.0), expected) < 1e-10
@@ -243,7 +247,9 @@ def pair_of(places: int = 5, classes: int = 6, seed: int = 1) -> tuple[Tensor, T
 @pytest.mark.parametrize("kind", KINDS)
 def test_divergences_pass_gradcheck_and_equal_their_definitions(kind):
     z, y = pair_of()
-    log_p, q, p = y.log_softmax(-1), z.softmax(-1), y.softmax(-1)
+    log_p = y.log_softmax(-1)
+    q = z.softmax(-1)
+    p = y.softmax(-1)
     found = divergence(z.log_softmax(-1), log_p, kind, 0.3)
     m = 0.3 * p + 0.7 * q
     a = torch.minimum(p, q).sum(-1)
@@ -268,12 +274,11 @@ def test_the_gradients_of_overlap_are_closed_forms():
     mixture.
     """
     z, y = pair_of()
-    p, q = y.softmax(-1), z.softmax(-1).detach()
+    p = y.softmax(-1)
+    q = z.softmax(-1).detach()
     below = (q < p).double()
-    grad_a, a = (
-        q * (below - (q * below).sum(-1, keepdim=True)),
-        torch.minimum(p, q).sum(-1, keepdim=True),
-    )
+    grad_a = q * (below - (q * below).sum(-1, keepdim=True))
+    a = torch.minimum(p, q).sum(-1, keepdim=True)
     k = (-a).exp()
     expected = {"tvd": -grad_a, "lk": -grad_a / a, "hybrid": k * (q - p) - (1 - k) * grad_a}
     for kind, gradient in expected.items():
@@ -284,7 +289,8 @@ def test_the_gradients_of_overlap_are_closed_forms():
 
 
 def test_lk_learns_where_tvd_stalls():
-    z, y = torch.tensor([[30.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 30.0]])
+    z = torch.tensor([[30.0, 0.0]], requires_grad=True)
+    y = torch.tensor([[0.0, 30.0]])
     found = [
         torch.autograd.grad(divergence(z.log_softmax(-1), y.log_softmax(-1), kind), z)[0]
         for kind in ("tvd", "lk")
@@ -324,7 +330,8 @@ def drafts(
 def outcomes() -> tuple[Tensor, dict[str, Tensor]]:
     """Every (token, verdict, correction) of one position as a row, with its probability."""
     z, y = pair_of(1)
-    q, p = z.detach().softmax(-1)[0], y.softmax(-1)[0]
+    q = z.detach().softmax(-1)[0]
+    p = y.softmax(-1)[0]
     accept = (p / q).clamp(max=1)
     residual = (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
     size = len(q)
@@ -333,10 +340,8 @@ def outcomes() -> tuple[Tensor, dict[str, Tensor]]:
     )
     rejected = (q * (1 - accept))[x] * residual[c]
     likely = torch.cat([rejected, q * accept])
-    label, correction = (
-        torch.cat([x, torch.arange(size)]),
-        torch.cat([c, torch.zeros(size, dtype=torch.int64)]),
-    )
+    label = torch.cat([x, torch.arange(size)])
+    correction = torch.cat([c, torch.zeros(size, dtype=torch.int64)])
     is_rejected = torch.arange(len(likely)) < len(x)
     fields = {
         "label": label,
@@ -380,7 +385,8 @@ def test_ghosts_pair_agrees_with_the_forward_kl_on_drafts_as_they_are_drawn():
     student, teacher = (Llama(classes=7, steps=8, width=16, layers=1, inner=16) for _ in range(2))
     for parameter in [*student.parameters(), *teacher.parameters()]:
         parameter.data.mul_(10 if parameter.dim() > 1 else 1)
-    rows, table = 20_000, Source(kind="drafts", length=1, share=1.0)
+    rows = 20_000
+    table = Source(kind="drafts", length=1, share=1.0)
     tokens = torch.stack([torch.full((rows, 1), 4), torch.zeros(rows, 1, dtype=torch.int64)], -1)
     mask = torch.ones(rows, 1, dtype=torch.bool)
     batch = write_rows(
@@ -416,9 +422,11 @@ def test_expected_rejections_are_the_mean_of_drawn_ones(tail):
     """Over all verdicts on a draft of four tokens, to float64's last digits."""
     draw = torch.Generator().manual_seed(2)
     z, y = (torch.randn(4, 6, generator=draw, dtype=torch.double) for _ in range(2))
-    label, mask = torch.randint(6, (1, 4), generator=draw), torch.ones(1, 4, dtype=torch.bool)
+    label = torch.randint(6, (1, 4), generator=draw)
+    mask = torch.ones(1, 4, dtype=torch.bool)
     log_q, log_p = (x.log_softmax(-1).gather(1, label.T).T for x in (z, y))
-    a, steps = (log_p - log_q).exp().clamp(max=1)[0], torch.arange(4)
+    a = (log_p - log_q).exp().clamp(max=1)[0]
+    steps = torch.arange(4)
     assert (a < 1).sum() >= 2
 
     def value(at: int, rejections: Any) -> Tensor:

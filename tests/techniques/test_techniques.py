@@ -49,7 +49,11 @@ OWN = [  # techniques of the examples' own, named by their modules
 for name in OWN:
     register(name)
 TECHNIQUES = {t.name: t for t in [*techniques.all_techniques(), *map(techniques.find, OWN)]}
-B, T, C, D, H = 6, 5, 4, 6, 2
+B = 6
+T = 5
+C = 4
+D = 6
+H = 2
 SHAPES = {"hidden": (T, D), "embedding": (1, D), "attention": (T, H, T), "scores": (T, H, T)}
 KINKED = ("tvd", "lk", "hybrid")  # divergences whose gradient jumps where p = q
 GARBAGE = [1e4, torch.inf, -torch.inf, torch.nan]
@@ -199,7 +203,8 @@ def batch(student, request) -> Batch:
     valence = torch.rand(B, T, generator=draw) * 2 - 1
     valence[0, 1] = valence[2, 1] = torch.nan
     inputs = torch.randn(B, T, 3, generator=draw)
-    saliency, answer = torch.linspace(-1, 1, B), torch.tensor([0, 1, 2, 3, 0, 1])
+    saliency = torch.linspace(-1, 1, B)
+    answer = torch.tensor([0, 1, 2, 3, 0, 1])
     teacher = signals(2, student.mask)
     found = Batch(
         torch.arange(B),
@@ -312,7 +317,8 @@ def test_masked_places_have_no_gradient_and_garbage_there_changes_nothing(
 
 @pytest.mark.parametrize("terms", CASES)
 def test_rows_may_be_permuted(terms, student, batch):
-    objective, order = objective_of(terms), torch.tensor([3, 0, 5, 1, 4, 2])
+    objective = objective_of(terms)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
     sums, counts, gradients = evaluate(objective, student, batch)
     sums2, counts2, gradients2 = evaluate(
         objective, mapped(student, lambda v: v[order]), rows_of(batch, order)
@@ -517,7 +523,8 @@ def test_the_loss_falls(terms, teacher):
         said = model(inputs, mask)
     columns = {"logits": 3 * said.logits, "trajectory": said.valence}
     columns |= said.layers
-    answer, saliency = said.sequence_logits().argmax(1), torch.linspace(-1, 1, 64)
+    answer = said.sequence_logits().argmax(1)
+    saliency = torch.linspace(-1, 1, 64)
     rows = DeviceRows(
         torch.arange(64),
         inputs * mask[..., None],
@@ -545,7 +552,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p || q) of softmaxes, in float64."""
-    log_p, log_q = log_softmax(p.astype(np.float64)), log_softmax(q.astype(np.float64))
+    log_p = log_softmax(p.astype(np.float64))
+    log_q = log_softmax(q.astype(np.float64))
     return (np.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
@@ -598,7 +606,8 @@ def test_without_the_factor_the_gradient_of_kd_is_divided_by_temperature(student
 
 
 def test_kd_tends_to_matching_centred_logits_as_temperature_rises(student, batch):
-    z_s, z_t = student.logits.double(), batch.teacher.logits.double()
+    z_s = student.logits.double()
+    z_t = batch.teacher.logits.double()
     gap = (z_s - z_s.mean(-1, keepdim=True)) - (z_t - z_t.mean(-1, keepdim=True))
     limit = gap.square().sum(-1) / (2 * C)
     errors = []
@@ -617,17 +626,16 @@ def test_kd_runs_from_teacher_to_student():
     for it.
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
-    two_modes, one_mode = torch.tensor([[[5.0, 5.0, 0.0]]]), torch.tensor([[[12.0, 0.0, 0.0]]])
+    two_modes = torch.tensor([[[5.0, 5.0, 0.0]]])
+    one_mode = torch.tensor([[[12.0, 0.0, 0.0]]])
     batch = Batch(
         torch.zeros(1), torch.zeros(1, 1, 1), mask, torch.zeros(1, dtype=torch.int64), None
     )
     value, _ = shared_terms.kd(
         Signals(one_mode, mask), replace(batch, teacher=Signals(two_modes, mask)), temperature=1.0
     )
-    forward, reverse = (
-        kl(two_modes.numpy(), one_mode.numpy()).item(),
-        kl(one_mode.numpy(), two_modes.numpy()).item(),
-    )
+    forward = kl(two_modes.numpy(), one_mode.numpy()).item()
+    reverse = kl(one_mode.numpy(), two_modes.numpy()).item()
     assert forward > 5 * reverse
     assert value.item() == pytest.approx(forward, rel=1e-5)
 
@@ -679,10 +687,8 @@ def test_a_batch_without_any_label_costs_nothing(student, batch):
 
 
 def test_a_weight_of_0_for_kd_is_ce_alone_bit_for_bit(student, batch):
-    alone, both = (
-        objective_of({"ce": {"weight": 0.7}}),
-        objective_of({"ce": {"weight": 0.7}, "kd": {"weight": 0.0}}),
-    )
+    alone = objective_of({"ce": {"weight": 0.7}})
+    both = objective_of({"ce": {"weight": 0.7}, "kd": {"weight": 0.0}})
     found = [evaluate(objective, student, batch) for objective in (alone, both)]
     assert torch.equal(alone.total(*found[0][:2]), both.total(*found[1][:2]))
     assert torch.equal(found[0][2][0], found[1][2][0])

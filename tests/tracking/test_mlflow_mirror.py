@@ -88,7 +88,8 @@ def test_everything_in_the_journal_is_in_mlflow(store, folder):
     assert result == mlflow_mirror.Synced(True, "", 0, result.runs)
     assert set(result.runs) == {"run", "student/seed-0", "student/seed-1"}
     runs = recorded(store, "all")
-    parent, child = runs["gesture-0a1b2c3d/run"], runs["gesture-0a1b2c3d/student/seed-1"]
+    parent = runs["gesture-0a1b2c3d/run"]
+    child = runs["gesture-0a1b2c3d/student/seed-1"]
     assert parent["params"]["seeds"] == "[0, 1]"
     assert parent["params"]["setting"].endswith("[7000 characters; the whole is in journal.jsonl]")
     assert parent["inputs"] == {("teacher store", "d" * 36): 1}
@@ -247,7 +248,8 @@ def test_a_torn_last_line_is_ignored_and_then_dropped(folder, torn):
 
 
 def test_two_writers_share_one_numbering(tmp_path):
-    one, two = Journal(tmp_path / journal.NAME), Journal(tmp_path / journal.NAME)
+    one = Journal(tmp_path / journal.NAME)
+    two = Journal(tmp_path / journal.NAME)
     one.run("run", "shared")
     for step in range(5):
         two.metrics("run", [("loss", 1.0, step)])

@@ -88,7 +88,8 @@ def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(
     for name, value in weights.items():
         if value.dim() > 1:
             ternary = ".qkv." in name or ".out." in name or ".mlp." in name
-            rule, largest = ("absmean", 1) if ternary else ("absmax", 127)
+            rule = "absmean" if ternary else "absmax"
+            largest = 1 if ternary else 127
             rows = value.reshape(len(value), 1, -1)
             scale = scale_of(rows, rule, largest)
             weights[name] = (codes_of(rows, scale, rule, largest) * scale).reshape(value.shape)
@@ -110,7 +111,8 @@ def test_what_was_lost_is_a_paired_difference(made):
 
 
 def test_the_report_shows_them(made, folder):
-    told, html = sentences.table(made), page.render(made)
+    told = sentences.table(made)
+    html = page.render(made)
     for name in sentences.BESIDE.values():
         assert name in told
         assert name in html
@@ -127,7 +129,8 @@ def test_student_weights_keep_their_names(folder, recipe):
 
 
 def test_the_bytes_by_kind_are_those_of_the_file(made, folder):
-    sizes, tensors = made["artefact"]["bytes_by_kind"], made["artefact"]["tensors"]
+    sizes = made["artefact"]["bytes_by_kind"]
+    tensors = made["artefact"]["tensors"]
     file = (folder / "artefact/student.onnx").read_bytes()
     assert sum(sizes.values()) == len(file) == made["artefact"]["bytes"]
     assert sizes == bytes_of(file, tensors)

@@ -117,7 +117,9 @@ def test_each_epoch_has_its_own_order():
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_an_epoch(share):
-    size, labelled, batch = 48, 6, 16
+    size = 48
+    labelled = 6
+    batch = 16
     order = Order(
         hidden_labels(size, labelled) != UNLABELLED, Optim(batch=batch, labelled_share=share), 0
     )
@@ -137,7 +139,8 @@ def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_a
 
 
 def test_the_order_is_a_function_of_seed_and_step_alone():
-    label, optim = hidden_labels(50, 10) != UNLABELLED, Optim(batch=8)
+    label = hidden_labels(50, 10) != UNLABELLED
+    optim = Optim(batch=8)
     straight = [Order(label, optim, 0).rows(step).tolist() for step in range(20)]
     used = Order(label, optim, 0)
     backwards = [used.rows(step).tolist() for step in reversed(range(20))]
@@ -159,7 +162,8 @@ def test_shares_part_a_batch_in_order_and_differ_by_one_row_at_most(batch, data)
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_workers_sees_the_same_global_batches(size):
-    rows, optim = tiny_rows(), OPTIM
+    rows = tiny_rows()
+    optim = OPTIM
     for step in range(12):
         alone = Order(rows.labelled.numpy(), optim, 0).rows(step)
         parts = [
@@ -256,7 +260,8 @@ def test_a_killed_run_resumed_in_a_new_process_ends_with_the_same_bits(tmp_path)
     assert [step for step, _ in Checkpoints(folder)._found()] == [20, 10]
     assert not (tmp_path / "history.json").exists()
     assert wait([start(train_in, folder, tmp_path, **fault)]) == [0]
-    alone, found = tiny_run(), read_json(tmp_path / "history.json")
+    alone = tiny_run()
+    found = read_json(tmp_path / "history.json")
     assert found["told"] == [25, 30, 35, 40]
     assert found["history"] == alone.history
     assert_equal_bits(load_file(tmp_path / "weights.safetensors"), weights_of(alone))
@@ -306,7 +311,8 @@ def test_checkpoints_are_taken_at_the_first_report_after_each_interval(tmp_path)
 
 
 def test_a_nan_stops_the_run_names_the_terms_and_reaches_no_weight():
-    student, snapshots = tiny_student(), []
+    student = tiny_student()
+    snapshots = []
 
     def snapshot(model: torch.nn.Module) -> dict[str, float]:
         snapshots.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -345,7 +351,9 @@ class Forgetful(SeriesEncoder):
 
 
 def test_dropout_is_drawn_by_seed_and_step_so_that_a_resumed_run_draws_the_same(tmp_path):
-    kept, optim, students = Checkpoints(tmp_path), OPTIM.model_copy(update={"steps": 12}), []
+    kept = Checkpoints(tmp_path)
+    optim = OPTIM.model_copy(update={"steps": 12})
+    students = []
     for _ in range(2):
         torch.manual_seed(1)
         students.append(Forgetful())
@@ -366,7 +374,8 @@ def test_dropout_is_drawn_by_seed_and_step_so_that_a_resumed_run_draws_the_same(
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
-    first, second = tiny_run(), tiny_run()
+    first = tiny_run()
+    second = tiny_run()
     assert first.history == second.history
     assert_equal_bits(weights_of(first), weights_of(second))
     other = train(replace(ARM, seed=4), OPTIM, tiny_student(), tiny_rows(), lambda _: {})
@@ -387,7 +396,8 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines
 
 
 def test_history_holds_the_mean_of_each_term_since_the_last_report():
-    often, seldom = tiny_run(OPTIM.model_copy(update={"evaluate_every": 1})), tiny_run()
+    often = tiny_run(OPTIM.model_copy(update={"evaluate_every": 1}))
+    seldom = tiny_run()
     rows = tiny_rows()
     order = Order(rows.labelled.numpy(), OPTIM, ARM.seed)
     counts = np.array([rows.mask[order.rows(step)].sum() for step in range(OPTIM.steps)])
@@ -437,7 +447,8 @@ def test_control_and_student_start_from_equal_weights_and_see_equal_rows(distill
     shop = ArmRunner(*distillation, CPU)
     arms = arms_of(shop.recipe)
     assert [arm.key for arm in arms] == ["control-0", "student-0", "control-5", "student-5"]
-    starts, seen = {}, {}
+    starts = {}
+    seen = {}
     for arm in arms:
         student = shop.student(arm)
         starts[arm.key] = {k: v.clone() for k, v in student.state_dict().items()}

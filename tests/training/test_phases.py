@@ -203,7 +203,8 @@ def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
     rounded = student_of((Phase(until=1.0, quant=Quant()),)).module
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     models.load_weights(rounded, tmp_path / "plain.safetensors", "student")
-    found, wanted = other_parameters.plain(rounded.state_dict()), plain.state_dict()
+    found = other_parameters.plain(rounded.state_dict())
+    wanted = plain.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -302,7 +303,8 @@ def test_a_model_that_can_not_be_written_is_refused():
         def forward(self, x):
             return self.layer(x) if x.sum() > 0 else x
 
-    module, phase = Odd(), Phase(until=1.0, quant=Quant(skip=[]))
+    module = Odd()
+    phase = Phase(until=1.0, quant=Quant(skip=[]))
     prepare(module, [phase])
     enter(module, phase)
     with pytest.raises(RecipeError, match="Odd can not be written as ONNX"):
