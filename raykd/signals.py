@@ -16,7 +16,6 @@ from torch import Tensor
 
 from raykd.targets import SparseTargets
 
-UNLABELLED = -100
 LANES = 8  # floats in a CPU vector register
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+UNLABELLED = -100  # the label of a row or step whose label is hidden or missing
+
 
 @dataclass(frozen=True)
 class SparseTargets:

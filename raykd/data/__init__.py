@@ -3,7 +3,7 @@
 import numpy as np
 
 from raykd.data import python_library, tables, watch_gestures
-from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows, checked, hide_labels
+from raykd.data.rows import SPLITS, Dataset, Rows, checked, hide_labels
 from raykd.errors import DataError
 from raykd.recipe.digest import is_path
 from raykd.recipe.recipe import DataRef
@@ -11,7 +11,7 @@ from raykd.recipe.validation import suggestion
 
 BUILT_IN = {"watch_gestures": watch_gestures.load, "python_library": python_library.load}
 
-__all__ = ["BUILT_IN", "SPLITS", "UNLABELLED", "Dataset", "Rows", "load"]
+__all__ = ["BUILT_IN", "SPLITS", "Dataset", "Rows", "load"]
 
 
 def load(ref: DataRef) -> Dataset:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raykd.errors import DataError
+from raykd.targets import UNLABELLED
 
-UNLABELLED = -100
 SPLITS = ("train", "val", "test")
 CHUNK = 4096  # rows at a time: inputs may be memory maps of any size
 SERIES = {

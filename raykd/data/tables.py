@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raykd.data import text
-from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
+from raykd.data.rows import SPLITS, Dataset, Rows
 from raykd.errors import DataError
 from raykd.recipe import imports
 from raykd.recipe.recipe import DataRef
 from raykd.recipe.validation import suggestion
+from raykd.targets import UNLABELLED
 
 SERIES = ("inputs", "label", "split", "group", "valence")
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raykd.data.rows import SPLITS, UNLABELLED, Dataset, Rows
+from raykd.data.rows import SPLITS, Dataset, Rows
 from raykd.errors import DataError, RecipeError
 from raykd.recipe.recipe import DataRef
 from raykd.recipe.validation import suggestion
+from raykd.targets import UNLABELLED
 
 PARTS = ("prompt", "completion")
 

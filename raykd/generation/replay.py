@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.data import UNLABELLED
 from raykd.data.vocabulary import check_digest
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.address import Address
@@ -19,6 +18,7 @@ from raykd.losses.terms import TERMS
 from raykd.recipe.recipe import TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.store.reader import Store
+from raykd.targets import UNLABELLED
 
 
 class Replay:

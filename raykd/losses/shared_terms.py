@@ -14,8 +14,8 @@ from torch import Tensor
 from raykd.errors import RecipeError
 from raykd.losses.terms import TermValues, term
 from raykd.losses.valence import prefix_confidence, realised_future
-from raykd.signals import UNLABELLED, Batch, Signals, flatten_valid, log_softmax
-from raykd.targets import SparseTargets, cross_entropy
+from raykd.signals import Batch, Signals, flatten_valid, log_softmax
+from raykd.targets import UNLABELLED, SparseTargets, cross_entropy
 
 Temperature = Annotated[float, Field(gt=0)]
 Where = Literal["steps", "sequence"]

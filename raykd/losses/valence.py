@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from raykd.recipe.recipe import Valence
-from raykd.signals import UNLABELLED, log_softmax, masked_mean, zeroed
+from raykd.signals import log_softmax, masked_mean, zeroed
+from raykd.targets import UNLABELLED
 
 
 def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:

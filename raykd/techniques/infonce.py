@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from raykd.losses.all_rows import gather_rows
 from raykd.losses.terms import Pairs, TermValues, term
-from raykd.signals import UNLABELLED, Batch, Signals
+from raykd.signals import Batch, Signals
+from raykd.targets import UNLABELLED
 
 RECIPE = {
     "terms": {

@@ -8,11 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.data import UNLABELLED, Rows
+from raykd.data import Rows
 from raykd.errors import StoreError
 from raykd.signals import Batch, Signals, as_tensor
 from raykd.store.logits import StoredLogits
 from raykd.store.reader import Store
+from raykd.targets import UNLABELLED
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raykd import data
-from raykd.data import SPLITS, UNLABELLED
+from raykd.data import SPLITS
 from raykd.data.rows import Dataset, Rows, checked, hide_labels
 from raykd.errors import DataError, RecipeError
 from raykd.recipe.recipe import DataRef
 from raykd.stages.load import resolve
+from raykd.targets import UNLABELLED
 from raykd.teacher.identity import run_digest
 
 SHIPPED = resources.files("raykd.data") / "shipped" / "watch_gestures.npz"

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 from raykd import data
 from raykd import models as ours
 from raykd.data import python_library, text
-from raykd.data.rows import UNLABELLED
 from raykd.data.vocabulary import check_digest
 from raykd.errors import DataError, RecipeError
 from raykd.losses.objective import Objective
@@ -34,6 +33,7 @@ from raykd.stages import walk
 from raykd.stages.load import load
 from raykd.store.reader import Store
 from raykd.training import predictions
+from raykd.targets import UNLABELLED
 from raykd.training.device_rows import to_device
 
 CPU = torch.device("cpu")

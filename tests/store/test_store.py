@@ -33,6 +33,7 @@ from raykd.stages.load import resolve
 from raykd.store.columns import decode, encode, field
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
+from raykd.targets import UNLABELLED
 from raykd.teacher.identity import identity
 from raykd.teacher.scorer import Scorer
 from raykd.training.device_rows import to_device
@@ -376,7 +377,7 @@ def test_the_stored_signals_do_not_know_a_hidden_label(raw):
     """Training rows whose labels are hidden are stored alike, whatever the labels were."""
     scorer = Scorer(resolve(raw))
     rows = scorer.dataset.splits["train"]
-    hidden = np.flatnonzero(rows.label == data.UNLABELLED)
+    hidden = np.flatnonzero(rows.label == UNLABELLED)
     assert 0 < len(hidden) < len(rows)
     shard = Shard(0, "train", 0, len(rows))
     before = scorer.table(shard)

@@ -29,10 +29,11 @@ from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.digest import digest
 from raykd.recipe.recipe import Optim, Recipe, TermSpec
-from raykd.signals import UNLABELLED, Batch, Rollout, Signals
+from raykd.signals import Batch, Rollout, Signals
 from raykd.stages.load import register, resolve
 from raykd.store import layer_signals
 from raykd.store.commit import Shard
+from raykd.targets import UNLABELLED
 from raykd.teacher.scorer import Scorer
 from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows

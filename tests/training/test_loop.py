@@ -28,8 +28,9 @@ from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Optim, Recipe, TermSpec
-from raykd.signals import UNLABELLED, Batch
+from raykd.signals import Batch
 from raykd.stages.load import resolve
+from raykd.targets import UNLABELLED
 from raykd.training import predictions
 from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
