@@ -1,10 +1,9 @@
-"""A byte-level BPE tokeniser (GPT-2's) as the data in its tokenizer.json, or refused where that
-file says more.
+"""A byte-level BPE tokeniser (GPT-2's) read from its tokenizer.json.
 
-What is accepted, an artefact's run.py tokenises exactly and llama.cpp knows as "gpt2": no
-normaliser, the ByteLevel pre-tokeniser with its own pattern, or after one that cuts out every
-digit, merges over bytes, of which one that is no token is left out of any text, and special tokens
-that no plain text contains.
+A file is refused unless an artefact's run.py tokenises exactly as it says and llama.cpp knows it
+as "gpt2". It has no normaliser. Its pre-tokeniser is ByteLevel with its own pattern, alone or after
+one that splits off every digit. Its merges are over bytes; a byte that is no token is left out of
+any text. Its special tokens are in no plain text.
 """
 
 import json
@@ -28,9 +27,9 @@ ABSENT = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, in GPT-2's letters for bytes; merges, the first first; ids of special tokens.
+    """Tokens by id, in GPT-2's letters for bytes; merges by rank; ids of the special tokens.
 
-    With `digits` every digit is a word of its own.
+    With `digits`, every digit is a word.
     """
 
     tokens: list[str]
@@ -45,53 +44,67 @@ def read(path: Path) -> Vocabulary:
     RecipeError names the first key under which it is of another kind.
     """
     try:
-        held = json.loads(path.read_bytes())
-        model, added = held["model"], held.get("added_tokens") or []
+        content = json.loads(path.read_bytes())
+        model = content["model"]
+        added = content.get("added_tokens") or []
         ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        merges = [_pair(merge) for merge in model["merges"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"tokenizer {path}: not a tokenizer.json of BPE ({error!r}); name one"
         ) from None
-    first, second = (
-        held.get("pre_tokenizer") or {},
-        held.get("post_processor") or {"type": "ByteLevel"},
-    )
-    parts = first.get("pretokenizers") or []
-    digits = first.get("type") == "Sequence" and len(parts) == 2 and parts[0] == DIGITS
-    first = parts[1] if digits else first
-    if first.get("type") == "ByteLevel":
-        first = PLAIN | {key: first[key] for key in PLAIN if key in first}
-    asked: dict[str, tuple[Any, Any]] = {  # key: what is found, what is read
+    splitter, digits = _splitter(content.get("pre_tokenizer") or {})
+    processor = content.get("post_processor") or {"type": "ByteLevel"}
+    plain_added = [token["content"] for token in added if not token.get("special")]
+    dangling = [merge for merge in merges if len(merge) != 2 or "".join(merge) not in ids]
+    values: dict[str, tuple[Any, Any]] = {  # key: (the file's value, the only one that is read)
         "model.type": (model.get("type", "BPE"), "BPE"),
-        "normalizer": (held.get("normalizer"), None),
-        "pre_tokenizer": (first, PLAIN),
-        "post_processor": (second.get("type"), "ByteLevel"),
+        "normalizer": (content.get("normalizer"), None),
+        "pre_tokenizer": (splitter, PLAIN),
+        "post_processor": (processor.get("type"), "ByteLevel"),
         **{f"model.{key}": (model.get(key) or None, None) for key in ABSENT},
-        "added_tokens: not special": ([t["content"] for t in added if not t.get("special")], []),
+        "added_tokens: not special": (plain_added, []),
         "model.vocab: ids": (sorted(ids.values()) == list(range(len(ids))), True),
-        "model.merges: no token": (
-            [m for m in merges if len(m) != 2 or "".join(m) not in ids][:3],
-            [],
-        ),
+        "model.merges: no token": (dangling[:3], []),
     }
-    for key, (found, read_as) in asked.items():
-        if found != read_as:
+    for key, (value, readable) in values.items():
+        if value != readable:
             raise RecipeError(
-                f"tokenizer {path}: {key} is {found!r}, and only {read_as!r} is read here; leave the tokenizer out, "
-                "and the model takes and gives token ids"
+                f"tokenizer {path}: {key} is {value!r}, and only {readable!r} is read here; leave "
+                "the tokenizer out, and the model takes and gives token ids"
             )
-    pairs = [(m[0], m[1]) for m in merges]
-    special = frozenset(token["id"] for token in added)
-    return Vocabulary(sorted(ids, key=ids.__getitem__), pairs, special, digits)
+    return Vocabulary(
+        tokens=sorted(ids, key=ids.__getitem__),
+        merges=[(merge[0], merge[1]) for merge in merges],
+        special=frozenset(token["id"] for token in added),
+        digits=digits,
+    )
+
+
+def _pair(merge: Any) -> tuple[Any, ...]:
+    """A merge, which is written as a list or as two words in one string."""
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def _splitter(pre_tokenizer: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(the pre-tokeniser with its defaults filled in, whether another splits off digits first)."""
+    sequence = pre_tokenizer.get("pretokenizers") or []
+    digits = (
+        pre_tokenizer.get("type") == "Sequence" and len(sequence) == 2 and sequence[0] == DIGITS
+    )
+    splitter = sequence[1] if digits else pre_tokenizer
+    if splitter.get("type") == "ByteLevel":
+        splitter = PLAIN | {key: splitter[key] for key in PLAIN if key in splitter}
+    return splitter, digits
 
 
 def letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it prints, one from 256 on where not (arXiv
-    2005.14165's code).
+    """GPT-2's letter for each byte: itself if it prints, else one from 256 on.
+
+    The rule is that of GPT-2's code (arXiv 2005.14165).
     """
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
-    return {byte: chr(byte) for byte in printed} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
+    letter = {byte: chr(byte) for byte in printed}
+    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return letter

@@ -1,5 +1,6 @@
-"""Which rows a step sees, and the noise on them: a pure function of (seed, step), for any number of
-workers.
+"""Which rows a step sees, and the noise on them.
+
+Both are pure functions of (seed, step), so any number of workers, stopped or resumed, see the same.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from raykd.recipe.recipe import Optim
 
 @dataclass(frozen=True)
 class ShuffledStream:
-    """An endless shuffled reading of a pool: one permutation after the other, each drawn by (seed,
-    tag, epoch).
+    """An endless stream of a pool's entries: one permutation after another.
+
+    Each permutation is drawn by (seed, tag, epoch).
     """
 
     pool: NDArray[np.int64]
@@ -25,13 +27,15 @@ class ShuffledStream:
 
     def take(self, start: int, count: int) -> NDArray[np.int64]:
         """Entries [start, start + count) of the stream."""
-        size, end, parts = len(self.pool), start + count, []
+        size = len(self.pool)
+        end = start + count
+        runs = []
         while start < end:
             epoch, at = divmod(start, size)
-            part = _permutation(size, self.seed, self.tag, epoch)[at : at + end - start]
-            parts.append(part)
-            start += len(part)
-        return self.pool[np.concatenate(parts)]
+            run = _permutation(size, self.seed, self.tag, epoch)[at : at + end - start]
+            runs.append(run)
+            start += len(run)
+        return self.pool[np.concatenate(runs)]
 
 
 @lru_cache(maxsize=8)
@@ -47,31 +51,31 @@ class Order:
     """
 
     def __init__(self, is_labelled: NDArray[np.bool_], optim: Optim, seed: int):
-        every, labelled = np.arange(len(is_labelled)), np.flatnonzero(is_labelled)
-        from_labelled = (
-            round(optim.labelled_share * optim.batch) if len(labelled) < len(every) else 0
-        )
-        sizes = [(labelled, from_labelled), (every, optim.batch - from_labelled)]
-        self.parts = [
-            (ShuffledStream(pool, seed, tag), n) for tag, (pool, n) in enumerate(sizes) if n
+        rows = np.arange(len(is_labelled))
+        labelled = np.flatnonzero(is_labelled)
+        count = 0  # of labelled rows in each batch
+        if len(labelled) < len(rows):
+            count = round(optim.labelled_share * optim.batch)
+        pools = [(labelled, count), (rows, optim.batch - count)]
+        self.streams = [
+            (ShuffledStream(pool, seed, tag), size)
+            for tag, (pool, size) in enumerate(pools)
+            if size
         ]
-        place = np.concatenate([(np.arange(n) + 0.5) / n for _, n in self.parts])
+        place = np.concatenate([(np.arange(size) + 0.5) / size for _, size in self.streams])
         self.deal = np.argsort(place, kind="stable")
 
     def rows(self, step: int) -> NDArray[np.int64]:
-        """(batch,) positions in the split, for one step.
+        """(batch,): the positions in the split of one step's rows.
 
-        The two parts are dealt out evenly to contiguous shares.
+        Labelled rows are dealt out evenly, so that each worker's contiguous share has its part.
         """
-        return np.concatenate([stream.take(step * count, count) for stream, count in self.parts])[
-            self.deal
-        ]
+        taken = [stream.take(step * size, size) for stream, size in self.streams]
+        return np.concatenate(taken)[self.deal]
 
 
 def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:
-    """(batch, T, K) Gaussian noise for a global batch, drawn by `seed`; None where the recipe has
-    none.
-    """
+    """(batch, T, K): Gaussian noise for a global batch, drawn by `seed`; None without noise."""
     if optim.input_noise == 0:
         return None
     generator = torch.Generator().manual_seed(seed)

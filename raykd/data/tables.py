@@ -21,105 +21,117 @@ SERIES = ("inputs", "label", "split", "group", "valence")
 
 
 def load_parquet(ref: DataRef) -> Dataset:
-    """Rows from every *.parquet under a folder, in the order of file names.
+    """The data set of every *.parquet file under a folder, in the order of file names.
 
-    Columns as `data.columns` names them.
+    `data.columns` names the columns.
     """
-    table, wanted = _read(Path(ref.source), ref)
-    columns = {key: table.column(name).to_pylist() for key, name in wanted.items()}
+    folder = Path(ref.source)
+    names = _column_names(ref)
+    table = _read_folder(folder, names)
+    columns = {key: table.column(name).to_pylist() for key, name in names.items()}
     if ref.tokenizer:
-        rows = (
-            dict(zip(columns, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
-        )
-        return text.load(rows, Path(ref.source).name, ref)
-    return from_columns(columns, Path(ref.source).name, ref)
+        rows = zip(*columns.values(), strict=True)
+        records = (dict(zip(columns, row, strict=True)) for row in rows)
+        return text.load(records, folder.name, ref)
+    return from_columns(columns, folder.name, ref)
 
 
-def _read(folder: Path, ref: DataRef) -> tuple[pa.Table, dict[str, str]]:
-    """Every row of a folder's files, and the names of the columns that are read, by key."""
+def _read_folder(folder: Path, names: dict[str, str]) -> pa.Table:
+    """Every row of a folder's files, in the columns that `names` gives by key."""
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise DataError(f"data.source {folder}: no *.parquet file there")
-    wanted = _wanted(ref)
-    tables = []
-    for file in files:
-        try:
-            parquet = pq.ParquetFile(file)
-            known = parquet.schema_arrow.names
-            for key, name in wanted.items():
-                if name not in known:
-                    raise DataError(
-                        f"{file.name}: no column {name!r} (data.columns.{key}).{suggestion(name, known)}"
-                    )
-            tables.append(parquet.read(columns=list(dict.fromkeys(wanted.values()))))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a readable Parquet file: {error}") from None
+    tables = [_read_file(file, names) for file in files]
     try:
-        table = pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
             f"data.source {folder}: the files' columns differ in type: {error}"
         ) from None
-    return table, wanted
+
+
+def _read_file(file: Path, names: dict[str, str]) -> pa.Table:
+    try:
+        parquet = pq.ParquetFile(file)
+        known = parquet.schema_arrow.names
+        for key, name in names.items():
+            if name not in known:
+                raise DataError(
+                    f"{file.name}: no column {name!r} (data.columns.{key})."
+                    f"{suggestion(name, known)}"
+                )
+        return parquet.read(columns=list(dict.fromkeys(names.values())))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file: {error}") from None
 
 
 def load_function(ref: DataRef) -> Dataset:
-    """What `module:function(**data.settings)` gives: a Dataset, or dicts with the keys that
-    `data.columns` names.
+    """The data set that `module:function(**data.settings)` gives.
+
+    The function returns a Dataset, or dicts with the keys that `data.columns` names.
     """
     given = imports.load(ref.source, "data.source")(**ref.settings)
     if isinstance(given, Dataset):
         if ref.classes and tuple(ref.classes) != given.classes:
             raise DataError(
-                f"{ref.source}: its classes {list(given.classes)} are not data.classes {ref.classes}"
+                f"{ref.source}: its classes {list(given.classes)} are not data.classes "
+                f"{ref.classes}"
             )
         return given
     rows: list[dict[str, Any]] = list(given)
-    wanted = _wanted(ref)
+    names = _column_names(ref)
     for number, row in enumerate(rows):
-        for key, name in wanted.items():
+        for key, name in names.items():
             if name not in row:
                 raise DataError(
-                    f"{ref.source}: row {number} has no {name!r} (data.columns.{key}); it has {list(row)}"
+                    f"{ref.source}: row {number} has no {name!r} (data.columns.{key}); "
+                    f"it has {list(row)}"
                 )
-    name = ref.source.partition(":")[2]
+    function = ref.source.partition(":")[2]
     if ref.tokenizer:
-        return text.load(
-            ({key: row[column] for key, column in wanted.items()} for row in rows), name, ref
-        )
-    return from_columns(
-        {key: [row[column] for row in rows] for key, column in wanted.items()}, name, ref
-    )
+        records = ({key: row[name] for key, name in names.items()} for row in rows)
+        return text.load(records, function, ref)
+    columns = {key: [row[name] for row in rows] for key, name in names.items()}
+    return from_columns(columns, function, ref)
 
 
 def from_columns(columns: dict[str, list[Any]], name: str, ref: DataRef) -> Dataset:
-    """A Dataset from plain lists; `inputs` are steps of channel values, of any length per row."""
+    """The data set of plain lists by column; `inputs` are rows of steps of channel values."""
     if not columns["label"]:
         raise DataError(f"{name}: 0 rows")
     classes = _classes(columns["label"], ref)
-    number = {c: i for i, c in enumerate(classes)}
-    if unknown := sorted({str(v) for v in columns["label"] if v is not None} - set(number)):
+    number = {label: i for i, label in enumerate(classes)}
+    if unknown := sorted(_names(columns["label"]) - set(number)):
         raise DataError(f"{name}: labels {unknown[:5]} are outside data.classes {list(classes)}")
     label = np.array(
-        [UNLABELLED if v is None else number[str(v)] for v in columns["label"]], np.int64
+        [UNLABELLED if value is None else number[str(value)] for value in columns["label"]],
+        np.int64,
     )
     inputs, mask = _padded(columns["inputs"], name)
     group = _numbered(columns["group"]) if "group" in columns else np.arange(len(label))
     valence = _aligned(columns["valence"], mask, name) if "valence" in columns else None
-    split = np.array([str(v) for v in columns["split"]])
+    split = np.array([str(value) for value in columns["split"]])
     if unknown := sorted(set(split.tolist()) - set(SPLITS)):
         raise DataError(
             f"{name}: column {ref.columns.split!r} holds {unknown[:5]}; write train, val or test"
         )
-    every = Rows(np.arange(len(label)), inputs, mask, label, group, valence)
-    return Dataset(name, classes, {s: every.take(split == s) for s in SPLITS})
+    rows = Rows(
+        row_id=np.arange(len(label)),
+        inputs=inputs,
+        mask=mask,
+        label=label,
+        group=group,
+        valence=valence,
+    )
+    return Dataset(name, classes, {part: rows.take(split == part) for part in SPLITS})
 
 
-def _wanted(ref: DataRef) -> dict[str, str]:
-    """The columns to read, by key."""
-    of_text = text.PARTS if ref.columns.prompt else ("text",)
-    keys = ("split", "group", *of_text) if ref.tokenizer else SERIES
+def _column_names(ref: DataRef) -> dict[str, str]:
+    """The names of the columns to read, by key."""
+    keys = SERIES
+    if ref.tokenizer:
+        of_text = text.PARTS if ref.columns.prompt else ("text",)
+        keys = ("split", "group", *of_text)
     return {
         key: name
         for key, name in ref.columns.model_dump().items()
@@ -129,15 +141,22 @@ def _wanted(ref: DataRef) -> dict[str, str]:
 
 def _classes(labels: Iterable[Any], ref: DataRef) -> tuple[str, ...]:
     """The classes as the recipe orders them, else every label in sorted order."""
-    return tuple(ref.classes or sorted({str(v) for v in labels if v is not None}))
+    return tuple(ref.classes or sorted(_names(labels)))
+
+
+def _names(labels: Iterable[Any]) -> set[str]:
+    """The labels as text, without those that are missing."""
+    return {str(label) for label in labels if label is not None}
 
 
 def _numbered(values: Sequence[Any]) -> NDArray[np.int64]:
-    return np.unique(np.array([str(v) for v in values]), return_inverse=True)[1].astype(np.int64)
+    """A number for each distinct value, in the sorted order of the values as text."""
+    names = np.array([str(value) for value in values])
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
 def _padded(rows: Sequence[Any], name: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """(N, T, K) right-padded with zeros, and its mask (N, T)."""
+    """(inputs (N, T, K), mask (N, T)): rows of any length, padded with zeros on the right."""
     try:
         steps = [np.asarray(row, np.float32) for row in rows]
     except (TypeError, ValueError) as error:
@@ -146,9 +165,9 @@ def _padded(rows: Sequence[Any], name: str) -> tuple[NDArray[np.float32], NDArra
         ) from None
     for i, step in enumerate(steps):
         if step.ndim != 2 or step.shape[1] != steps[0].shape[1]:
-            shape = f"row {i} has shape {step.shape} and row 0 {steps[0].shape}"
             raise DataError(
-                f"{name}: inputs must be (steps, channels) with one channel count, but {shape}"
+                f"{name}: inputs must be (steps, channels) with one channel count, but row {i} has "
+                f"shape {step.shape} and row 0 {steps[0].shape}"
             )
     length = np.array([len(step) for step in steps])
     mask = np.arange(length.max()) < length[:, None]
@@ -158,8 +177,8 @@ def _padded(rows: Sequence[Any], name: str) -> tuple[NDArray[np.float32], NDArra
 
 
 def _aligned(rows: Sequence[Any], mask: NDArray[np.bool_], name: str) -> NDArray[np.float32]:
-    """(N, T) one value a step, NaN where missing or padded."""
-    out = np.full(mask.shape, np.nan, np.float32)
+    """(N, T): one value a step, NaN where it is missing or the row is padded."""
+    aligned = np.full(mask.shape, np.nan, np.float32)
     for i, row in enumerate(rows):
         if row is None:
             continue
@@ -173,5 +192,5 @@ def _aligned(rows: Sequence[Any], mask: NDArray[np.bool_], name: str) -> NDArray
             raise DataError(
                 f"{name}: row {i} has {values.size} valence values for {mask[i].sum()} steps"
             )
-        out[i, mask[i]] = values
-    return out
+        aligned[i, mask[i]] = values
+    return aligned

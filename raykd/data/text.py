@@ -1,9 +1,8 @@
-"""Text as rows of tokens: documents, or prompts and their completions, tokenised and laid into rows
-of `window` steps.
+"""Text as rows of tokens: documents, or prompts and their completions, in rows of `window` steps.
 
-A training row holds as many documents as fit, and a model reads each as if it stood alone; a
-document longer than a row goes on in the next, without what came before. A row of the other splits
-holds one document or a part of it, so that rows of different documents are independent.
+A training row holds as many documents as fit, and a model reads each as if it were alone. A
+document longer than a row continues in the next one, without what came before. A row of the other
+splits holds one document or a part of one, so rows of different documents are independent.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,20 +23,21 @@ PARTS = ("prompt", "completion")
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document and the end after them; those from `told` on are to be told, each
-    from all before.
+    """The tokens of a document, with the end-of-text token last.
+
+    Tokens from `first_label` on are labels, each predicted from all tokens before it.
     """
 
     tokens: NDArray[np.int32]
-    told: int = 1
+    first_label: int = 1
     group: int = 0
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a part of a document lies:
+    """Where a part of a document lies: `count` steps of `row` from step `at` on.
 
-    `count` steps from `at` on in a row, whose first token is its `first`.
+    The first of these steps reads the document's token number `first`.
     """
 
     document: int
@@ -48,11 +48,10 @@ class Piece:
 
 
 def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
-    """The Dataset of records {split, group, text} or {split, group, prompt, completion}, under
-    `data.tokenizer`.
+    """The data set of records {split, group, text} or {split, group, prompt, completion}.
 
-    DataError names the records that can not be rows: without a completion, or with a prompt that
-    fills the window.
+    `data.tokenizer` turns them into tokens. DataError names a record that cannot be a row: one
+    without a completion, or with a prompt that fills the window.
     """
     rows = list(records)
     split = np.array([str(row["split"]) for row in rows])
@@ -62,36 +61,42 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
         )
     has_prompts = bool(rows) and "prompt" in rows[0]
     for key in PARTS if has_prompts else ("text",):
-        strange = [i for i, row in enumerate(rows) if not isinstance(row[key], str)]
-        if strange:
-            raise DataError(
-                f"{name}: {key} of row {strange[0]} is {rows[strange[0]][key]!r}, not text; mend or drop it"
-            )
+        for number, row in enumerate(rows):
+            if not isinstance(row[key], str):
+                raise DataError(
+                    f"{name}: {key} of row {number} is {row[key]!r}, not text; mend or drop it"
+                )
     tokenizer = read_tokenizer(ref)
+    end = _end_of_text(tokenizer, ref)
+    if has_prompts:
+        documents = _of_prompts(rows, tokenizer, end, name=name, ref=ref)
+        cut = sum(len(document.tokens) - 1 > ref.window for document in documents)
+        name = f"{name}, {cut} completions cut" if cut else name
+    else:
+        documents = _of_text(rows, tokenizer, end)
+    splits = {}
+    count = 0
+    for part in SPLITS:
+        of_split = [documents[number] for number in np.flatnonzero(split == part)]
+        splits[part] = laid_out(
+            of_split, ref.window, shared=part == "train", whole=has_prompts, first_id=count
+        )
+        count += len(splits[part])
+    return Dataset(name, tokens_of(tokenizer), splits)
+
+
+def _end_of_text(tokenizer: Any, ref: DataRef) -> int:
     end = tokenizer.token_to_id(ref.end)
     if end is None:
         known = [token for token in tokenizer.get_vocab() if token.startswith("<")]
         raise RecipeError(
             f"data.end: the tokeniser has no token {ref.end!r}.{suggestion(ref.end, known)}"
         )
-    documents = (
-        _of_prompts(rows, tokenizer, end, name, ref)
-        if has_prompts
-        else _of_text(rows, tokenizer, end)
-    )
-    count, splits = 0, {}
-    for part in SPLITS:
-        own = [documents[i] for i in np.flatnonzero(split == part)]
-        splits[part] = laid_out(
-            own, ref.window, shared=part == "train", whole=has_prompts, first_id=count
-        )
-        count += len(splits[part])
-    cut = sum(len(document.tokens) - 1 > ref.window for document in documents) if has_prompts else 0
-    return Dataset(f"{name}, {cut} completions cut" if cut else name, tokens_of(tokenizer), splits)
+    return end
 
 
 def read_tokenizer(ref: DataRef) -> Any:
-    """The tokeniser of `data.tokenizer`. RecipeError if it is none, or the library is missing."""
+    """The tokeniser of `data.tokenizer`. RecipeError if the file or the library is missing."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -99,19 +104,19 @@ def read_tokenizer(ref: DataRef) -> Any:
             "data.tokenizer needs the tokenizers library: pip install 'raykd[lm]'"
         ) from None
     try:
-        found = Tokenizer.from_file(str(ref.tokenizer))
-    except Exception as error:  # the library raises nothing more special
+        tokenizer = Tokenizer.from_file(str(ref.tokenizer))
+    except Exception as error:  # the library raises nothing more specific
         raise RecipeError(
             f"data.tokenizer {ref.tokenizer}: not a tokenizer.json: {error}"
         ) from None
-    found.encode_special_tokens = True  # a text that spells one holds its letters
-    found.no_truncation()  # what some files ask for; rows are cut and filled here
-    found.no_padding()
-    return found
+    tokenizer.encode_special_tokens = True  # a text that spells one is read as its letters
+    tokenizer.no_truncation()  # some files ask for both; rows are cut and padded here
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def tokens_of(tokenizer: Any) -> tuple[str, ...]:
-    """The tokens by id; an id without one has an empty name."""
+    """The tokens by id; an id without a token has an empty name."""
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     return tuple(names.get(i, "") for i in range(max(names) + 1))
 
@@ -119,87 +124,111 @@ def tokens_of(tokenizer: Any) -> tuple[str, ...]:
 def laid_out(
     documents: Sequence[Document], steps: int, *, shared: bool, whole: bool, first_id: int
 ) -> Rows:
-    """Rows of documents in their order.
+    """Rows of `steps` steps that hold the documents in their order.
 
-    `shared` rows hold several, `whole` documents are not cut but shortened.
+    With `shared`, a row holds several. With `whole`, a document is shortened to one row instead of
+    being continued in the next. `first_id` is the first row's id.
     """
-    pieces, count = _pieces(documents, steps, shared, whole)
+    pieces, count = _pieces(documents, steps, shared=shared, whole=whole)
     inputs = np.zeros((count, steps, 2), np.int32)
     label = np.full((count, steps), UNLABELLED, np.int64)
-    mask, group = np.zeros((count, steps), bool), np.zeros(count, np.int64)
+    mask = np.zeros((count, steps), bool)
+    group = np.zeros(count, np.int64)
     for piece in pieces:
-        found, at = documents[piece.document], slice(piece.at, piece.at + piece.count)
-        inputs[piece.row, at, 0] = found.tokens[piece.first : piece.first + piece.count]
+        document = documents[piece.document]
+        end = piece.first + piece.count
+        at = slice(piece.at, piece.at + piece.count)
+        inputs[piece.row, at, 0] = document.tokens[piece.first : end]
         inputs[piece.row, at, 1] = np.arange(piece.count)
-        skipped = min(max(found.told - 1 - piece.first, 0), piece.count)
-        told = slice(piece.at + skipped, piece.at + piece.count)
-        label[piece.row, told] = found.tokens[
-            piece.first + skipped + 1 : piece.first + piece.count + 1
-        ]
-        mask[piece.row, told] = True
-        group[piece.row] = found.group
-    return Rows(np.arange(first_id, first_id + count), inputs, mask, label, group)
+        skipped = min(max(document.first_label - 1 - piece.first, 0), piece.count)
+        labelled = slice(piece.at + skipped, piece.at + piece.count)
+        label[piece.row, labelled] = document.tokens[piece.first + skipped + 1 : end + 1]
+        mask[piece.row, labelled] = True
+        group[piece.row] = document.group
+    return Rows(
+        row_id=np.arange(first_id, first_id + count),
+        inputs=inputs,
+        mask=mask,
+        label=label,
+        group=group,
+    )
 
 
 def _pieces(
-    documents: Sequence[Document], steps: int, shared: bool, whole: bool
+    documents: Sequence[Document], steps: int, *, shared: bool, whole: bool
 ) -> tuple[list[Piece], int]:
-    found: list[Piece] = []
-    row, at = 0, 0
+    """(where every part of the documents lies, how many rows they fill)."""
+    pieces: list[Piece] = []
+    row = 0
+    at = 0
     for number, document in enumerate(documents):
-        first, left = 0, len(document.tokens) - 1  # the last token is told, and read by nobody
+        first = 0
+        left = len(document.tokens) - 1  # the last token is a label only; no step reads it
         if whole:
             left = min(left, steps)
         if at and (not shared or (whole and at + left > steps)):
-            row, at = row + 1, 0
+            row += 1
+            at = 0
         while left > 0:
             count = min(left, steps - at)
-            found.append(Piece(number, first, count, row, at))
-            first, left, at = first + count, left - count, at + count
+            pieces.append(Piece(document=number, first=first, count=count, row=row, at=at))
+            first += count
+            left -= count
+            at += count
             if at == steps:
-                row, at = row + 1, 0
-    return found, row + (at > 0)
+                row += 1
+                at = 0
+    return pieces, row + (at > 0)
+
+
+def _encoded(rows: list[dict[str, Any]], key: str, tokenizer: Any) -> list[list[int]]:
+    """The token ids of one text of each row."""
+    texts = [row[key] for row in rows]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def _of_text(rows: list[dict[str, Any]], tokenizer: Any, end: int) -> list[Document]:
-    encoded = tokenizer.encode_batch_fast([row["text"] for row in rows], add_special_tokens=False)
+    """A document of each row's text."""
+    ids = _encoded(rows, "text", tokenizer)
     return [
-        Document(np.array([*found.ids, end], np.int32), group=group)
-        for found, group in zip(encoded, _numbered(rows), strict=True)
+        Document(np.array([*tokens, end], np.int32), group=group)
+        for tokens, group in zip(ids, _numbered(rows), strict=True)
     ]
 
 
 def _of_prompts(
-    rows: list[dict[str, Any]], tokenizer: Any, end: int, name: str, ref: DataRef
+    rows: list[dict[str, Any]], tokenizer: Any, end: int, *, name: str, ref: DataRef
 ) -> list[Document]:
-    parts = [
-        tokenizer.encode_batch_fast([row[key] for row in rows], add_special_tokens=False)
-        for key in PARTS
-    ]
-    found = []
-    for number, (prompt, completion, group) in enumerate(zip(*parts, _numbered(rows), strict=True)):
-        if not completion.ids:
+    """A document of each row's prompt and completion; its labels begin with the completion."""
+    prompts, completions = (_encoded(rows, key, tokenizer) for key in PARTS)
+    documents = []
+    for number, group in enumerate(_numbered(rows)):
+        prompt = prompts[number]
+        completion = completions[number]
+        if not completion:
             raise DataError(
                 f"{name}: row {number} has an empty completion, which teaches nothing; drop it"
             )
-        if not prompt.ids:
+        if not prompt:
             raise DataError(
-                f"{name}: row {number} has an empty prompt; name the column as data.columns.text instead"
+                f"{name}: row {number} has an empty prompt; name the column as data.columns.text "
+                "instead"
             )
-        if len(prompt.ids) > ref.window:
+        if len(prompt) > ref.window:
             raise DataError(
-                f"{name}: the prompt of row {number} has {len(prompt.ids)} tokens, and a row {ref.window}: "
-                "raise data.window, or shorten it"
+                f"{name}: the prompt of row {number} has {len(prompt)} tokens, and a row "
+                f"{ref.window}: raise data.window, or shorten it"
             )
-        tokens = np.array([*prompt.ids, *completion.ids, end], np.int32)
-        found.append(Document(tokens, told=len(prompt.ids), group=group))
-    return found
+        tokens = np.array([*prompt, *completion, end], np.int32)
+        documents.append(Document(tokens, first_label=len(prompt), group=group))
+    return documents
 
 
 def _numbered(rows: list[dict[str, Any]]) -> list[int]:
-    """A number for each group; records without one are groups of their own."""
-    known: dict[Any, int] = {}
+    """A number for each group by first appearance; a record without a group is its own."""
+    numbers: dict[Any, int] = {}
     groups = [
         ("row", i) if row.get("group") is None else row["group"] for i, row in enumerate(rows)
     ]
-    return [known.setdefault(group, len(known)) for group in groups]
+    return [numbers.setdefault(group, len(numbers)) for group in groups]

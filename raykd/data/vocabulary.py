@@ -1,8 +1,7 @@
-"""Whether two tokenisers mean the same by a number: a teacher's classes are the student's only if
-they do.
+"""Whether two tokenisers give each token the same id, as a teacher and its student must.
 
-Tables of equal size may be permuted, and nothing but their content tells. A table that is a prefix
-of another is sound: the columns beyond it are padding, or tokens that only one side knows, and stay
+Tables of equal size may be permuted, so their content is compared. A table that is a prefix of
+another is sound: the columns beyond it are padding, or tokens that only one side knows, and stay
 outside the softmax.
 """
 
@@ -17,20 +16,21 @@ Table = Mapping[str, int] | Sequence[str]
 
 
 def tokens_by_id(table: Table) -> list[str | None]:
-    """The token of each id from 0; None where an id has none.
+    """The token of each id from 0; None where an id has no token.
 
     DataError where two tokens have one id.
     """
     if not isinstance(table, Mapping):
         return list(table)
-    out: list[str | None] = [None] * (max(table.values(), default=-1) + 1)
+    tokens: list[str | None] = [None] * (max(table.values(), default=-1) + 1)
     for token, number in table.items():
-        if number < 0 or out[number] is not None:
+        if number < 0 or tokens[number] is not None:
             raise DataError(
-                f"token id {number} stands for {token!r} and for {out[number]!r}: not a tokeniser's table"
+                f"token id {number} stands for {token!r} and for {tokens[number]!r}: "
+                "not a tokeniser's table"
             )
-        out[number] = token
-    return out
+        tokens[number] = token
+    return tokens
 
 
 def table_digest(table: Table, size: int | None = None) -> str:
@@ -40,12 +40,13 @@ def table_digest(table: Table, size: int | None = None) -> str:
 
 
 def shared_tokens(teacher: Table, student: Table) -> int:
-    """How many ids, from 0, mean the same on both sides: the smaller table's number. DataError
-    names those that differ.
+    """The size of the smaller table, whose ids must mean the same tokens on both sides.
 
-    It is the `vocab` of the losses: columns beyond it are padding on at least one side.
+    It is the `vocab` of the losses: columns beyond it are padding on at least one side. DataError
+    names the first ids that differ.
     """
-    ours, theirs = tokens_by_id(teacher), tokens_by_id(student)
+    ours = tokens_by_id(teacher)
+    theirs = tokens_by_id(student)
     size = min(len(ours), len(theirs))
     differ = (i for i in range(size) if ours[i] != theirs[i])
     first = [
@@ -54,26 +55,27 @@ def shared_tokens(teacher: Table, student: Table) -> int:
     ]
     if first:
         raise DataError(
-            f"teacher ({len(ours)} tokens) and student ({len(theirs)}) have different tokenisers: {'; '.join(first)}. "
-            "Give the student the teacher's tokeniser"
+            f"teacher ({len(ours)} tokens) and student ({len(theirs)}) have different tokenisers: "
+            f"{'; '.join(first)}. Give the student the teacher's tokeniser"
         )
     return size
 
 
 def check_digest(digest: str, size: int, student: Table) -> int:
-    """The same against a stored teacher's table of which only its digest and size are known:
+    """`size`, if the student's first `size` tokens have the digest of a stored teacher's table.
 
-    `size`, or DataError.
+    DataError otherwise: of a stored teacher only the digest and the size are known.
     """
     tokens = tokens_by_id(student)
     if len(tokens) < size:
         raise DataError(
-            f"the stored teacher's tokeniser has {size} tokens, the student's {len(tokens)}: whether they agree can "
-            "not be told from a digest; give the student the teacher's tokeniser"
+            f"the stored teacher's tokeniser has {size} tokens, the student's {len(tokens)}: a "
+            "digest does not show whether they agree; give the student the teacher's tokeniser"
         )
     if table_digest(tokens[:size]) != digest:  # type: ignore[arg-type]
         raise DataError(
-            f"the first {size} tokens of the student's tokeniser are not those of the stored teacher's: equal in "
-            "number, different in meaning; give the student the teacher's tokeniser"
+            f"the first {size} tokens of the student's tokeniser are not those of the stored "
+            "teacher's: equal in number, different in meaning; give the student the teacher's "
+            "tokeniser"
         )
     return size

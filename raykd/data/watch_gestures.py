@@ -1,7 +1,7 @@
-"""Wrist-worn arm-exercise gestures: 140 recordings, 7 classes, 10 subjects, 6 channels at 25 Hz,
-shipped.
+"""The gestures that ship with raykd: 140 recordings of arm exercises by a sensor on the wrist.
 
-Source and licence: see NOTICE. `examples/gesture/make_data.py` remakes the file.
+They have 7 classes, 10 subjects and 6 channels at 25 Hz. `examples/gesture/make_data.py` makes the
+file again. Source and licence: see NOTICE.
 """
 
 from importlib import resources
@@ -18,20 +18,22 @@ SUBJECT_SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
 
 
 def load(ref: DataRef) -> Dataset:
-    """Windows of `ref.window` steps, split by time inside each recording or by subject.
+    """The data set of windows of `ref.window` steps, split by time or by subject.
 
-    The time split leaves a gap of one window between parts, so that no test window shares a step
-    with training.
+    The time split cuts each recording and leaves a gap of one window between its parts, so that no
+    test window shares a step with training.
     """
     with (resources.files("raykd.data") / "shipped" / "watch_gestures.npz").open("rb") as file:
         raw = dict(np.load(file, allow_pickle=False))
     signal = raw["signal"] * raw["scale"] + raw["offset"]
-    parts = {name: _windows(raw, name, ref) for name in TIME_SHARES}
-    splits, first = {}, 0
-    for name, (start, recording) in parts.items():
+    splits = {}
+    first = 0
+    for name in TIME_SHARES:
+        start, recording = _windows(raw, name, ref)
         if not len(start):
             raise DataError(
-                f"watch_gestures: no window of {ref.window} steps fits split {name!r}; lower data.window"
+                f"watch_gestures: no window of {ref.window} steps fits split {name!r}; "
+                "lower data.window"
             )
         steps = start[:, None] + np.arange(ref.window)
         splits[name] = Rows(
@@ -47,17 +49,21 @@ def load(ref: DataRef) -> Dataset:
 
 def _windows(raw: dict[str, NDArray], split: str, ref: DataRef) -> tuple[NDArray, NDArray]:
     """(first step, recording) of every window of one split."""
-    starts, owners = [], []
+    shares = TIME_SHARES if ref.split == "time" else SUBJECT_SHARES
+    low, high = shares[split]
     subjects = np.unique(raw["subject"]).tolist()
-    for i, (begin, end) in enumerate(zip(raw["start"][:-1], raw["start"][1:], strict=True)):
-        low, high = (TIME_SHARES if ref.split == "time" else SUBJECT_SHARES)[split]
+    starts = []
+    recordings = []
+    for number, (begin, end) in enumerate(zip(raw["start"][:-1], raw["start"][1:], strict=True)):
+        first = begin
+        last = end
         if ref.split == "time":
-            first = begin + int(low * (end - begin)) + (ref.window if low else 0)
+            gap = ref.window if low else 0
+            first = begin + int(low * (end - begin)) + gap
             last = begin + int(high * (end - begin))
-        else:
-            rank = subjects.index(raw["subject"][i]) / len(subjects)
-            first, last = (begin, end) if low <= rank < high else (begin, begin)
-        here = np.arange(first, last - ref.window + 1, ref.stride)
-        starts.append(here)
-        owners.append(np.full(len(here), i))
-    return np.concatenate(starts), np.concatenate(owners)
+        elif not low <= subjects.index(raw["subject"][number]) / len(subjects) < high:
+            last = begin
+        start = np.arange(first, last - ref.window + 1, ref.stride)
+        starts.append(start)
+        recordings.append(np.full(len(start), number))
+    return np.concatenate(starts), np.concatenate(recordings)

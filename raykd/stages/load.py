@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from raykd import data, techniques
+from raykd import techniques
+from raykd.data.sources import BUILT_IN
 from raykd.errors import Problem, RecipeError
 from raykd.losses import terms
 from raykd.models.build import MODELS
@@ -199,7 +200,7 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     """Data and models that do not exist, and code that may not be imported."""
     problems = []
     for table, key, known in (
-        ("data", "source", data.BUILT_IN),
+        ("data", "source", BUILT_IN),
         ("teacher", "model", {*MODELS, weight_files.TRANSFORMERS}),
         ("student", "model", MODELS),
     ):

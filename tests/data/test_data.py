@@ -19,7 +19,7 @@ import pytest
 
 from raykd import data
 from raykd.data import SPLITS
-from raykd.data.rows import Dataset, Rows, checked, hide_labels
+from raykd.data.rows import Dataset, Rows, check_dataset, hide_labels
 from raykd.errors import DataError, RecipeError
 from raykd.recipe.recipe import DataRef
 from raykd.stages.load import resolve
@@ -326,7 +326,7 @@ def test_rows_without_a_step_are_named(load):
     val = good.splits["val"]
     empty = replace(val, mask=val.mask & (val.row_id != 3)[:, None])
     with pytest.raises(DataError, match="split 'val': rows 3 hold no step"):
-        checked(replace(good, splits=good.splits | {"val": empty}))
+        check_dataset(replace(good, splits=good.splits | {"val": empty}))
 
 
 def test_many_faulty_rows_are_five_ids_and_a_count(load):

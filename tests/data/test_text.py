@@ -95,7 +95,7 @@ def test_rows_are_full_where_they_are_shared_and_of_one_document_where_not(lengt
 )
 def test_of_a_prompt_nothing_is_told_and_of_its_completion_all_that_fits(parts, shared):
     made = [
-        text.Document(np.arange(p + c, dtype=np.int32), told=p, group=i)
+        text.Document(np.arange(p + c, dtype=np.int32), first_label=p, group=i)
         for i, (p, c) in enumerate(parts)
     ]
     rows = text.laid_out(made, 8, shared=shared, whole=True, first_id=0)
@@ -160,7 +160,7 @@ FAULTS = {
 def test_text_that_can_not_be_used_is_refused_in_words(name, tokenizer):
     rows, settings, words = FAULTS[name]
     with pytest.raises((DataError, RecipeError), match=words):
-        data.rows.checked(text.load(rows, "r", ref(tokenizer).model_copy(update=settings)))
+        data.rows.check_dataset(text.load(rows, "r", ref(tokenizer).model_copy(update=settings)))
 
 
 def test_what_a_tokeniser_cuts_or_fills_by_itself_it_does_not_here(tokenizer, tmp_path):

@@ -126,7 +126,7 @@ def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_a
     )
     drawn = [order.rows(step) for step in range(12)]
     count = round(share * batch)
-    streams = {len(stream.pool): stream for stream, _ in order.parts}
+    streams = {len(stream.pool): stream for stream, _ in order.streams}
     for step, rows in enumerate(drawn):
         expected = streams[labelled].take(step * count, count).tolist()
         if share < 1:

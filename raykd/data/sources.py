@@ -1,0 +1,58 @@
+"""The sources that `data.source` can name: a built-in data set, a folder or a function."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from raykd.data import python_library, tables, watch_gestures
+from raykd.data.rows import Dataset, Rows, check_dataset, hide_labels
+from raykd.errors import DataError
+from raykd.recipe.digest import is_path
+from raykd.recipe.recipe import DataRef
+from raykd.recipe.validation import suggestion
+
+BUILT_IN = {"watch_gestures": watch_gestures.load, "python_library": python_library.load}
+
+
+def load(ref: DataRef) -> Dataset:
+    """The checked data set of a recipe, its training labels hidden down to `label_fraction`.
+
+    DataError if the rows cannot be used; it names the first of them.
+
+    Example:
+        >>> from raykd.recipe.recipe import DataRef
+        >>> dataset = load(DataRef(source="watch_gestures"))
+        >>> dataset.shape
+        {'channels': 6, 'classes': 7, 'steps': 16}
+    """
+    dataset = _read(ref)
+    if ref.limit:
+        fewer = {name: _spread(rows, ref.limit) for name, rows in dataset.splits.items()}
+        dataset = replace(dataset, splits=fewer)
+    check_dataset(dataset)
+    train = hide_labels(dataset.splits["train"], ref.label_fraction, ref.label_seed)
+    return replace(dataset, splits=dataset.splits | {"train": train})
+
+
+def _read(ref: DataRef) -> Dataset:
+    if is_path(ref.source):
+        return tables.load_parquet(ref)
+    if ":" in ref.source:
+        return tables.load_function(ref)
+    if ref.tokenizer and ref.source == "watch_gestures":
+        raise DataError(
+            "data.source: missing; a tokenizer reads text, so name a folder, module:function or "
+            '"python_library"'
+        )
+    if ref.source not in BUILT_IN:
+        raise DataError(
+            f"data.source {ref.source!r}: no such data set.{suggestion(ref.source, BUILT_IN)}"
+        )
+    return BUILT_IN[ref.source](ref)
+
+
+def _spread(rows: Rows, limit: int) -> Rows:
+    """At most `limit` rows, as far apart as they can be."""
+    if len(rows) <= limit:
+        return rows
+    return rows.take(np.arange(limit) * len(rows) // limit)
