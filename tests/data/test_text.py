@@ -32,8 +32,8 @@ from raykd.recipe.recipe import DataRef, TermSpec
 from raykd.stages import walk
 from raykd.stages.load import load
 from raykd.store.reader import Store
-from raykd.training import predictions
 from raykd.targets import UNLABELLED
+from raykd.training import predictions
 from raykd.training.device_rows import to_device
 
 CPU = torch.device("cpu")
