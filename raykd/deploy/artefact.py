@@ -192,20 +192,6 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
     return module
 
 
-def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:
-    """The test predictions of a student trained in full precision, rounded as the artefact is
-    without training.
-    """
-    module, quant = (
-        models.build_model(recipe.student.bare, **dataset.shape, key="student"),
-        recipe.phases[-1].quant,
-    )
-    assert quant is not None
-    models.load_weights(module, weights, "student")
-    phases.round_as(module, quant)
-    return _by_torch(Adapter(module), dataset)
-
-
 def predict(folder: Path, dataset: Dataset) -> Predictions:
     """The artefact's predictions of the test split."""
     if (folder / ONNX).exists():

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from raykd.data import Dataset
-from raykd.deploy import artefact, text_artefact
 from raykd.files.address import Address
 from raykd.files.atomic import read_json
 from raykd.files.place import read_json_in
@@ -48,7 +47,7 @@ def gather(
     manifest = read_json(run_files.artefact(folder) / run_files.MANIFEST)
     saliency = _saliency(opened, dataset, test) if opened else None
     predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
-    deployed = _deployed(dataset).predict(folder / "artefact", dataset) if manifest else None
+    deployed = predictions.read(folder / run_files.ARTEFACT_ANSWERS) if manifest else None
     every = predicted | ({"artefact": {0: deployed}} if deployed else {})
     return Evidence(
         recipe_digest=run_digest(found, dataset),
@@ -69,7 +68,7 @@ def gather(
         measures=_measures(found, folder, records, every, opened, dataset)
         if dataset.is_text
         else {},
-        beside=_beside(found, dataset, folder, records),
+        beside=_beside(found, folder, records),
         teacher=_teacher(opened, dataset) if opened else None,
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
@@ -99,10 +98,6 @@ def gather(
 def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predictions]:
     own = _seeds(folder, records, name)
     return {seed: predictions.read(arm / run_files.PREDICTIONS) for seed, arm in own.items()}
-
-
-def _deployed(dataset: Dataset) -> Any:
-    return text_artefact if dataset.is_text else artefact
 
 
 def _teacher(store: Store, dataset: Dataset) -> Predicted:
@@ -159,24 +154,17 @@ def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
     }
 
 
-def _beside(
-    recipe: Recipe, dataset: Dataset, folder: Path, records: dict[str, Any]
-) -> dict[str, Any]:
+def _beside(recipe: Recipe, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
     """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it
     stands.
     """
     arms = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
     found = {name: {seed: said.answer for seed, said in arm.items()} for name, arm in arms.items()}
-    if recipe.phases and recipe.phases[-1].quant:
-        weights = {
-            seed: arm / run_files.WEIGHTS
+    if recipe.quant:
+        found["post_training"] = {
+            seed: predictions.read(arm / run_files.ROUNDED).answer
             for seed, arm in _seeds(folder, records, UNROUNDED).items()
         }
-        said = {
-            seed: artefact.rounded_afterwards(recipe, dataset, path)
-            for seed, path in weights.items()
-        }
-        found["post_training"] = {seed: each.answer for seed, each in said.items()}
     return {name: arm for name, arm in found.items() if arm}
 
 

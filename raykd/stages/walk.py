@@ -35,7 +35,7 @@ from raykd.teacher.identity import run_digest, signals_of
 from raykd.teacher.scorer import Scorer
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
-from raykd.training import run_files
+from raykd.training import post_training, run_files
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import kept_of, replay_of
 
@@ -206,6 +206,7 @@ def _train(place: Place) -> Path:
         run_log.arms(place.journal(), place.recipe, place.folder)
     else:
         say("train", f"done before: {run_files.arms(place.folder)}")
+    post_training.write_missing(place.recipe, place.dataset, place.folder)
     return place.folder
 
 

@@ -2,8 +2,9 @@
 group.
 
 Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet`
-(the test split), `drafts.parquet` where it is judged as a drafter, and last `arm.json`: its
-presence means the arm is done, and a later attempt does not train it again.
+(the test split), `drafts.parquet` where it is judged as a drafter, `rounded_afterwards.parquet`
+where it is in full precision beside a rounded student, and last `arm.json`: its presence means that
+the arm is done, and a later attempt does not train it again.
 """
 
 import hashlib
@@ -34,9 +35,9 @@ from raykd.stages.load import register
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import run_digest, store_table
-from raykd.training import phases, predictions, run_files
+from raykd.training import phases, post_training, predictions, run_files
 from raykd.training.arm import Arm, World
-from raykd.training.arms import arms_of
+from raykd.training.arms import UNROUNDED, arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import to_device
 from raykd.training.loop import train
@@ -227,6 +228,8 @@ def _write_arm(shop: ArmRunner, arm: Arm, state: State, target: Path) -> None:
     shop.test(student).write(target / run_files.PREDICTIONS)
     if shop.recipe.drafter and arm.name in DRAFTERS:
         shop.drafts(student.module).write(target / run_files.DRAFTS)
+    if arm.name == UNROUNDED and shop.recipe.quant:
+        post_training.write_rounded(shop.recipe, shop.dataset, target)
     record = {
         "arm": arm.name,
         "seed": arm.seed,

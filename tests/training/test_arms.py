@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raykd.deploy.artefact import rounded_afterwards
+from raykd import data
 from raykd.deploy.sizes import bytes_of
 from raykd.quant.rounding import codes_of, scale_of
 from raykd.reports import page, sentences
 from raykd.stages import walk
 from raykd.stages.load import load
+from raykd.training import run_files
 from raykd.training.arms import arms_of
+from raykd.training.post_training import rounded_afterwards, write_missing
 from raykd.training.run_arms import ArmRunner
 
 pytestmark = pytest.mark.ray
@@ -98,6 +100,18 @@ def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(
     np.testing.assert_allclose(shop.test(student).logits, said.logits, atol=1e-5)
     right = said.metrics()["accuracy"]
     assert made["beside"]["post_training"]["metrics"]["accuracy"]["value"] == pytest.approx(right)
+
+
+def test_what_rounding_afterwards_gives_is_written_for_arms_that_lack_it(made, recipe, folder):
+    found = load(recipe)
+    dataset = data.load(found.data)
+    files = sorted(path.parent.name for path in folder.glob(f"arms/*/{run_files.ROUNDED}"))
+    assert files == ["unrounded-0"]
+    path = run_files.arm(folder, "unrounded-0") / run_files.ROUNDED
+    before = path.read_bytes()
+    path.unlink()
+    write_missing(found, dataset, folder)
+    assert path.read_bytes() == before
 
 
 def test_what_was_lost_is_a_paired_difference(made):
