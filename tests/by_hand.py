@@ -18,7 +18,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import plan_shards, store_id
 from raykd.store.reader import Store
-from raykd.teacher.identity import identity, signals_of
+from raykd.teacher.identity import signals_of, store_identity
 from raykd.teacher.scorer import Scorer
 from raykd.teacher.statistics import store_statistics
 
@@ -41,7 +41,7 @@ def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     scorer = Scorer(found)
-    wanted = identity(found, scorer.dataset)
+    wanted = store_identity(found, scorer.dataset)
     folder = address_below(out, store_id(wanted))
     shards = plan_shards(
         {n: len(r) for n, r in scorer.dataset.splits.items()}, found.store.rows_per_shard

@@ -31,9 +31,9 @@ from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.deploy.parity import Parity, bar_of, compare, refusal
 from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
+from raykd.files.digests import file_sha256
 from raykd.models.adapter import Adapter
 from raykd.quant import swap
-from raykd.recipe.digest import file_sha256
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, ModelRef, Recipe
 from raykd.training import phases, predictions, run_files

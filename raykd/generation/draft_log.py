@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from raykd.data.vocabulary import table_digest
 from raykd.errors import RecipeError
 from raykd.files.address import Address
-from raykd.recipe.digest import digest_of
+from raykd.files.digests import digest_of
 from raykd.signals import Batch
 from raykd.store import columns as codec
 from raykd.store.codecs import Codec

@@ -19,7 +19,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
-from raykd.teacher.identity import identity, signals_of
+from raykd.teacher.identity import signals_of, store_identity
 from raykd.teacher.scorer import Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics
 
@@ -62,7 +62,7 @@ def home(recipe: Recipe, out: Path) -> Address:
 
 def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Address, dict[str, Any]]:
     """(address, identity) of the store that belongs to a recipe, whether or not it exists."""
-    wanted = identity(recipe, dataset)
+    wanted = store_identity(recipe, dataset)
     return address_below(home(recipe, out), store_id(wanted)), wanted
 
 

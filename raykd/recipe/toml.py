@@ -6,7 +6,6 @@ from typing import Any
 
 from raykd.errors import RecipeError
 from raykd.files.address import is_url
-from raykd.recipe.digest import is_path
 
 PATHS = (
     ("teacher", "weights"),
@@ -15,6 +14,11 @@ PATHS = (
     ("scale", "store"),
     ("source", "log"),
 )
+
+
+def is_path(source: str) -> bool:
+    """Whether a data source names a folder: it holds a slash or starts with a dot."""
+    return "/" in source or source.startswith(".")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from raykd.losses import terms
 from raykd.models.build import MODELS
 from raykd.recipe import imports, weight_files
 from raykd.recipe import recipe as recipe_tables
-from raykd.recipe.digest import is_path
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.toml import merge, parse_set, read, resolve_paths, set_key
+from raykd.recipe.toml import is_path, merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe.validation import suggestion, validate
 
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")

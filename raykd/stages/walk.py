@@ -23,11 +23,11 @@ from raykd.errors import InfraError, RecipeError
 from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
+from raykd.files.digests import digest_of
 from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.orchestration.session import connect
-from raykd.recipe.digest import digest_of
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers, evidence, gather, page
 from raykd.stages.load import apply_trial, register

@@ -24,9 +24,9 @@ from raykd.errors import StoreError
 from raykd.files import faults
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
+from raykd.files.digests import digest_of
 from raykd.files.open import open_place
 from raykd.files.place import Place, read_json_in
-from raykd.recipe.digest import digest_of
 from raykd.store import bounds
 
 SCHEMA = 1

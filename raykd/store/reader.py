@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from raykd.errors import StoreError
 from raykd.files.address import Address
+from raykd.files.digests import digest_of
 from raykd.files.open import open_place
 from raykd.files.place import Place, read_json_in
-from raykd.recipe.digest import digest_of
 from raykd.store import bounds, layer_signals, node_copy
 from raykd.store.columns import decode
 from raykd.store.logits import StoredLogits, from_metadata, plain

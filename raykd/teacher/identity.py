@@ -6,9 +6,9 @@ from typing import Any
 
 from raykd.data import Dataset
 from raykd.errors import RecipeError
+from raykd.files.digests import digest_of, file_sha256
 from raykd.losses.terms import TERMS, needs_of
-from raykd.recipe.digest import content_of, digest_of, file_sha256
-from raykd.recipe.digest import identity as recipe_identity
+from raykd.recipe.digest import content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.stages.load import apply_trial, register
 from raykd.store.codecs import CODECS, check_serves
@@ -23,7 +23,7 @@ CODEC_KEYS = {
 }
 
 
-def identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def store_identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Everything the store's content depends on, and nothing else."""
     assert recipe.teacher is not None
     register(recipe.technique)

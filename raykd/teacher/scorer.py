@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from raykd import data, models
 from raykd.data import Rows
 from raykd.errors import DataError, RecipeError
+from raykd.files.digests import digest_of
 from raykd.losses import valence
 from raykd.models.adapter import Adapter, whole
 from raykd.models.device import device_of
-from raykd.recipe.digest import digest_of
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals, as_tensor, log_softmax
 from raykd.stages.load import register
@@ -28,7 +28,7 @@ from raykd.store.codecs.hidden import Hidden, head_digest
 from raykd.store.columns import encode, field
 from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, metadata
-from raykd.teacher.identity import identity, signals_of, store_table
+from raykd.teacher.identity import signals_of, store_identity, store_table
 
 HALF = torch.finfo(torch.float16).max
 FAR = 0.02  # of the largest logit: above what bfloat16 rounds
@@ -45,7 +45,7 @@ class Scorer:
         module = models.build_model(recipe.teacher, **self.dataset.shape, key="teacher")
         want = frozenset(signals_of(recipe))
         self.settings = store_table(recipe, len(self.dataset.classes))
-        self.key = int(digest_of(identity(recipe, self.dataset))[:15], 16)
+        self.key = int(digest_of(store_identity(recipe, self.dataset))[:15], 16)
         self.head_inputs = (
             _watch_head(module, recipe.store.head) if self.settings["codec"] == "hidden" else None
         )

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import texts
 import torch
+from digests import recipe_digest
 from hypothesis import given
 from hypothesis import strategies as st
 from texts import END, STEPS, sentence
@@ -27,7 +28,6 @@ from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.models.weights import fill
-from raykd.recipe.digest import digest
 from raykd.recipe.recipe import DataRef, TermSpec
 from raykd.stages import walk
 from raykd.stages.load import load
@@ -203,7 +203,9 @@ def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
 
 
 def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
-    listed = {name: digest for name, digest in python_library.listed().items() if name < "b"}
+    listed = {
+        name: recipe_digest for name, recipe_digest in python_library.listed().items() if name < "b"
+    }
     monkeypatch.setattr(python_library, "listed", lambda: listed)
     small = ref(tokenizer, settings={"share": 1.0, "pinned": False}).model_copy(
         update={"source": "python_library"}
@@ -254,7 +256,7 @@ def test_a_text_students_artefact_holds_gguf_where_it_is_asked_for(walked):
     pytest.importorskip("gguf")
     _, folder, found = walked
     asked = found.model_copy(update={"export": found.export.model_copy(update={"gguf": True})})
-    assert digest(asked) == digest(found)
+    assert recipe_digest(asked) == recipe_digest(found)
     walk.export(asked, folder.parent)
     manifest = json.loads((folder / "artefact" / "manifest.json").read_text())
     assert (

@@ -22,9 +22,9 @@ from raykd.deploy import artefact, forms, packed, run_artefact
 from raykd.deploy.parity import BLOCKS, Bar, bar_of, compare
 from raykd.errors import GateError, RecipeError, StoreError
 from raykd.files.atomic import read_json
+from raykd.files.digests import file_sha256
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.digest import file_sha256
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, Recipe
 from raykd.stages import plan, walk

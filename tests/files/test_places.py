@@ -22,6 +22,7 @@ import stored
 from by_hand import typed
 from child import CONTEXT, start, wait
 from command import raykd
+from digests import recipe_digest
 from shards import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 
 from raykd.errors import InfraError, RecipeError, StoreError
@@ -31,7 +32,6 @@ from raykd.files.bucket import Bucket
 from raykd.files.open import address_below, open_place
 from raykd.files.place import read_json_in
 from raykd.orchestration import scoring
-from raykd.recipe.digest import digest
 from raykd.stages import plan
 from raykd.stages.load import load, resolve
 from raykd.store import care, layer_signals
@@ -255,7 +255,7 @@ def test_check_finds_the_nearest_store(kind, folder, tmp_path):
     where = by_hand.score(recipe, home)
     raw = recipe.model_dump(mode="json", exclude_none=True)
     same = resolve(raw | {"scale": {"store": f"{home}/"}})
-    assert digest(same) == digest(recipe), "a place is no part of what is made"
+    assert recipe_digest(same) == recipe_digest(recipe), "a place is no part of what is made"
     score = plan.plan(same, tmp_path)["stages"][0]
     assert score["done"]
     assert str(where) in score["what"]

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import texts
 import torch
+from digests import recipe_digest
 from texts import STEPS
 
 from raykd import data, models
@@ -22,7 +23,6 @@ from raykd.generation.own_rows import TextShape
 from raykd.generation.reader import TorchReader
 from raykd.models.llama import Llama
 from raykd.models.weights import read_tensors
-from raykd.recipe.digest import digest
 from raykd.recipe.drafter import Drafter
 from raykd.recipe.recipe import Recipe
 from raykd.reports import compare, text_measures
@@ -242,7 +242,7 @@ def test_a_student_goes_on_from_the_weights_of_its_own_seed(walked, recipe):
         started = models.build_model(on.student.of_seed(seed), **shape, key="student")
         kept = read_tensors(folder / "arms" / f"student-{seed}" / "weights.safetensors", "x")
         assert torch.equal(started.state_dict()["model.norm.weight"], kept["model.norm.weight"])
-    assert digest(on) != digest(on.model_copy(update={"seeds": [0]}))
+    assert recipe_digest(on) != recipe_digest(on.model_copy(update={"seeds": [0]}))
     walk.run(on, folder.parent)
     (other,) = folder.parent.glob("on-*")
     first, second = (read_json(f / "report.json")["student"]["metrics"] for f in (folder, other))

@@ -11,6 +11,7 @@ import folders
 import numpy as np
 import pytest
 import texts
+from digests import recipe_digest
 from folders import load, split, stored
 from safetensors.torch import load_file
 
@@ -19,14 +20,13 @@ from raykd.errors import RecipeError
 from raykd.models import transformers_lm
 from raykd.models.build import MODELS
 from raykd.models.llama import Llama
-from raykd.recipe.digest import digest
 from raykd.recipe.recipe import ModelRef
 from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
 from raykd.reports import gather
 from raykd.reports.compare.changes import changes
 from raykd.stages.load import resolve
 from raykd.store.commit import Shard
-from raykd.teacher.identity import identity
+from raykd.teacher.identity import store_identity
 from raykd.teacher.scorer import Scorer
 
 
@@ -87,14 +87,14 @@ def test_what_lies_in_a_folder_decides_the_result_and_where_it_lies_does_not(hom
     first = load(home)
     moved = load(home, f"teacher.weights={tmp_path / 'moved'}")
     dataset = Scorer(first).dataset
-    assert digest(first) == digest(moved)
-    assert identity(first, dataset) == identity(moved, dataset)
+    assert recipe_digest(first) == recipe_digest(moved)
+    assert store_identity(first, dataset) == store_identity(moved, dataset)
     assert changes(first, moved) == []
     config = json.loads((tmp_path / "moved" / CONFIG).read_text())
     (tmp_path / "moved" / CONFIG).write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     other = load(home, f"teacher.weights={tmp_path / 'moved'}")
-    assert digest(first) != digest(other)
-    assert identity(first, dataset) != identity(other, dataset)
+    assert recipe_digest(first) != recipe_digest(other)
+    assert store_identity(first, dataset) != store_identity(other, dataset)
     assert [change.key for change in changes(first, other)] == ["teacher.weights"]
 
 
@@ -108,7 +108,9 @@ def test_a_report_counts_every_file_of_a_folder(home, tmp_path):
     }
     split(home / "wide", tmp_path / "two")
     assert gather._weights(str(tmp_path / "two"))["params"] == whole["params"]
-    assert digest(load(home, f"teacher.weights={tmp_path / 'two'}")) != digest(load(home))
+    assert recipe_digest(load(home, f"teacher.weights={tmp_path / 'two'}")) != recipe_digest(
+        load(home)
+    )
 
 
 def _pickled(path: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
+from digests import recipe_digest
 from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from raykd.errors import RecipeError
 from raykd.recipe import imports, toml
-from raykd.recipe.digest import digest
 from raykd.recipe.recipe import Range, Recipe
 from raykd.stages.load import SMOKE, apply_trial, load, resolve
 
@@ -77,7 +77,7 @@ def test_every_recipe_of_the_repository_loads(path, monkeypatch):
         return
     found = load(path)
     assert resolve(found.model_dump(mode="json")) == found
-    assert digest(found) != digest(load(path, ("data.label_seed=99",)))
+    assert recipe_digest(found) != recipe_digest(load(path, ("data.label_seed=99",)))
 
 
 def test_there_are_recipes_to_load():
@@ -284,7 +284,7 @@ def test_paths_are_found_from_the_file_and_set_from_the_current_directory(
     assert from_file.teacher.weights == str(tmp_path / "teacher.safetensors")
     assert from_set.teacher
     assert from_set.teacher.weights == str(tmp_path / "else" / "teacher.safetensors")
-    assert digest(from_file) != digest(from_set)
+    assert recipe_digest(from_file) != recipe_digest(from_set)
 
 
 def test_smoke_cuts_steps_seeds_and_trials(write):
@@ -325,7 +325,7 @@ def test_a_recipe_equals_its_json_and_its_pickle(rich):
     assert Recipe.model_validate_json(rich.model_dump_json()) == rich
     assert resolve(json.loads(rich.model_dump_json())) == rich
     assert pickle.loads(pickle.dumps(rich)) == rich
-    assert digest(pickle.loads(pickle.dumps(rich))) == digest(rich)
+    assert recipe_digest(pickle.loads(pickle.dumps(rich))) == recipe_digest(rich)
 
 
 def test_a_recipe_error_survives_pickle(write):
@@ -405,24 +405,24 @@ def test_the_digest_changes_with_what_decides_the_result_and_nothing_else(
     else:
         moved = changed(rich, keys, name)
     assert moved != rich
-    assert (digest(moved) == digest(rich)) == ((keys or [name])[0] in FREE)
+    assert (recipe_digest(moved) == recipe_digest(rich)) == ((keys or [name])[0] in FREE)
 
 
 def test_the_digest_reads_what_a_path_holds_and_not_where_it_lies(write, tmp_path):
-    first = digest(load(write("")))
+    first = recipe_digest(load(write("")))
     (tmp_path / "moved").mkdir()
     there = tmp_path / "moved" / "other.safetensors"
     (tmp_path / "teacher.safetensors").rename(there)
-    assert digest(load(write(""), (f"teacher.weights={there}",))) == first
+    assert recipe_digest(load(write(""), (f"teacher.weights={there}",))) == first
     save_file({"a": np.ones(1, np.float32)}, there)
-    assert digest(load(write(""), (f"teacher.weights={there}",))) != first
+    assert recipe_digest(load(write(""), (f"teacher.weights={there}",))) != first
 
 
 def test_the_digest_of_a_folder_reads_its_parquet_files_by_name_and_content(write, tmp_path):
     def of(folder: str, name: str, data: bytes) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_bytes(data)
-        return digest(load(write(""), (f"data.source=./{folder}",)))
+        return recipe_digest(load(write(""), (f"data.source=./{folder}",)))
 
     first = of("a", "1.parquet", b"1")
     assert of("b", "1.parquet", b"1") == first

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import ROOT, raykd
+from digests import recipe_digest
 from html_page import Page
 
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json, write_json
-from raykd.recipe.digest import digest
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers, bootstrap, compare, evidence
 from raykd.reports.compare import page, runs, table, words
@@ -98,7 +98,7 @@ def write(folder: Path, found: Evidence, **keys: Any) -> Path:
         "teacher": {"model": "series_encoder"},
     }
     recipe = Recipe.model_validate(raw | keys)
-    made = evidence.build(replace(found, recipe_digest=digest(recipe))) | {"inputs": "x"}
+    made = evidence.build(replace(found, recipe_digest=recipe_digest(recipe))) | {"inputs": "x"}
     answers.write(found, folder)
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     write_json(folder / "report.json", made)

@@ -24,7 +24,7 @@ from shards import IDENTITY, SHARDS, fill, table_of
 
 from raykd.errors import StoreError
 from raykd.files.atomic import read_json, to_json
-from raykd.recipe.digest import digest_of
+from raykd.files.digests import digest_of
 from raykd.store import bounds
 from raykd.store.commit import Shard, record_of, to_parquet
 from raykd.store.reader import Store, decoded

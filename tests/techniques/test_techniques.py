@@ -18,6 +18,7 @@ import by_hand
 import numpy as np
 import pytest
 import torch
+from digests import recipe_digest
 from safetensors.torch import load_file
 
 from raykd import models, techniques
@@ -27,7 +28,6 @@ from raykd.losses.objective import Objective
 from raykd.losses.terms import TERMS, needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.digest import digest
 from raykd.recipe.recipe import Optim, Recipe, TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.stages.load import register, resolve
@@ -501,7 +501,7 @@ def test_a_techniques_recipe_resolves_and_is_its_json(name, teacher):
     assert set(found.terms) == set(TECHNIQUES[name].recipe["terms"])
     back = Recipe.model_validate_json(found.model_dump_json())
     assert back == found
-    assert digest(back) == digest(found)
+    assert recipe_digest(back) == recipe_digest(found)
 
 
 @pytest.mark.parametrize("name", list(TECHNIQUES))

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd.recipe.digest import NOT_HASHED, file_sha256, weights_sha256
+from raykd.files.digests import file_sha256
+from raykd.recipe.digest import NOT_HASHED, weights_sha256
 from raykd.recipe.recipe import Recipe, TermSpec
 from raykd.reports.compare.table import Change
 

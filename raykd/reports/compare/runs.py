@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json
+from raykd.files.digests import digest_of, file_sha256
 from raykd.generation import acceptance
-from raykd.recipe.digest import digest_of, file_sha256
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers, text_measures
 from raykd.reports.answers import Answers

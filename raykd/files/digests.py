@@ -1,0 +1,29 @@
+"""Digests of files and of plain values."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def digest_of(values: Any) -> str:
+    """Hex sha256 of canonical JSON."""
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
+    path = Path(path)
+    if path.is_dir():
+        return files_sha256(path, sorted(path.rglob("*.parquet")))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(folder: Path, files: Sequence[Path]) -> str:
+    """Hex sha256 of files, by their names in the folder and their content."""
+    parts = [f"{p.relative_to(folder)}:{file_sha256(p)}" for p in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
