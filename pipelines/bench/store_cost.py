@@ -22,7 +22,7 @@ from pipelines.bench.table import Clock
 from raykd.data import Rows
 from raykd.losses.objective import Objective
 from raykd.models.adapter import Adapter
-from raykd.recipe.recipe import Optim, TermSpec
+from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch
 from raykd.store.codecs import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, to_parquet

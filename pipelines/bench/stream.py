@@ -31,7 +31,7 @@ import torch
 from pipelines.bench.table import machine
 from raykd.data import Rows
 from raykd.data.order import Order
-from raykd.recipe.recipe import Optim
+from raykd.recipe.tables import Optim
 from raykd.store import care
 from raykd.store.codecs.comb import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id

@@ -16,7 +16,8 @@ from pipelines.bench.table import Clock
 from raykd.files.address import Address
 from raykd.losses.objective import Objective
 from raykd.orchestration import training
-from raykd.recipe.recipe import Optim, Recipe
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import Optim
 from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.recipe.recipe import Optim
+from raykd.recipe.tables import Optim
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from raykd.data import text
 from raykd.data.rows import SPLITS, Dataset
 from raykd.errors import DataError, RecipeError
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 
 MADE_WITH = "3.11.7"
 SETTINGS = {"share": 1.0, "pinned": True}

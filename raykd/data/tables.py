@@ -13,7 +13,7 @@ from raykd.data import text
 from raykd.data.rows import SPLITS, Dataset, Rows
 from raykd.errors import DataError
 from raykd.recipe import imports
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 from raykd.recipe.validation import suggestion
 from raykd.targets import UNLABELLED
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from raykd.data.rows import SPLITS, Dataset, Rows
 from raykd.errors import DataError, RecipeError
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 from raykd.recipe.validation import suggestion
 from raykd.targets import UNLABELLED
 

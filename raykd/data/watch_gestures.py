@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raykd.data.rows import Dataset, Rows
 from raykd.errors import DataError
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 
 TIME_SHARES = {"train": (0.0, 0.60), "val": (0.60, 0.72), "test": (0.72, 1.0)}
 SUBJECT_SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}

@@ -15,7 +15,7 @@ from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.address import Address
 from raykd.generation.draft_log import CODECS, NONE, SPLIT
 from raykd.losses.terms import TERMS
-from raykd.recipe.recipe import TermSpec
+from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.store.reader import Store
 from raykd.targets import UNLABELLED

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raykd.losses import shared_terms  # noqa: F401 - registers the terms that all techniques share
 from raykd.losses.terms import TERMS, TermValues, needs_of
-from raykd.recipe.recipe import TermSpec
+from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Signals
 
 

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, create_model
 from torch import Tensor
 
 from raykd.errors import Problem
-from raykd.recipe.recipe import Pair, TermSpec
+from raykd.recipe.tables import Pair, TermSpec
 from raykd.recipe.validation import suggestion, validate
 from raykd.signals import masked_mean
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.recipe.recipe import Weighting
+from raykd.recipe.tables import Weighting
 
 Floats = NDArray[np.float64]
 HALVINGS = 40

@@ -13,7 +13,7 @@ from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.models.weights import load_weights
 from raykd.recipe import imports
-from raykd.recipe.recipe import ModelRef
+from raykd.recipe.tables import ModelRef
 from raykd.recipe.validation import suggestion
 from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
 

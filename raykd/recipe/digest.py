@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from raykd.files.digests import file_sha256, files_sha256
 from raykd.files.open import open_place
-from raykd.recipe.recipe import ModelRef, Recipe
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import ModelRef
 from raykd.recipe.toml import is_path
 from raykd.recipe.weight_files import hashed_files
 

@@ -2,18 +2,16 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
+from raykd.recipe.tables import Positive, Table
 
 
-class Drafter(BaseModel):
+class Drafter(Table):
     """Student and control judged as the teacher's drafter: `prompts` test rows, of each its own
     prompt or `prompt` tokens, and `count` tokens after them by speculative decoding, `gamma`
     drafted for each call of the teacher, at `temperature`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: Positive = 64
     prompt: Positive = 32

@@ -5,12 +5,12 @@ Needs no torch.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+from raykd.recipe.tables import Positive, Share, Table
 
 
-class Source(BaseModel):
+class Source(Table):
     """Text that the student writes in training, scored by the live teacher: `share` of a step's
     rows, the data's begun and continued by `length` tokens; as `drafts`, these are tested by the
     teacher as speculative decoding would.
@@ -21,10 +21,8 @@ class Source(BaseModel):
     `log`, `{seed}` in whose path is that of each training, and needs no teacher.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     kind: Literal["on_policy", "drafts", "replay"] = "on_policy"
-    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    share: Share = 0.5
     length: Positive = 32
     temperature: Annotated[float, Field(gt=0)] = 1.0
     mixed: Annotated[float, Field(ge=0, lt=1)] = 0.0

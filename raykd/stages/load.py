@@ -1,6 +1,5 @@
 """A recipe file made whole and checked: `load` gives a Recipe, or every error at once."""
 
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from raykd.errors import Problem, RecipeError
 from raykd.losses import terms
 from raykd.models.build import MODELS
 from raykd.recipe import imports, weight_files
-from raykd.recipe import recipe as recipe_tables
 from raykd.recipe.recipe import Recipe
+from raykd.recipe.search import apply_trial
+from raykd.recipe.tables import TermSpec
 from raykd.recipe.toml import is_path, merge, parse_set, read, resolve_paths, set_key
 from raykd.recipe.validation import suggestion, validate
 
@@ -120,9 +120,7 @@ def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any]
 def _term_problems(merged: dict[str, Any]) -> list[Problem]:
     given = merged.get("terms")
     specs = (
-        {k: validate(recipe_tables.TermSpec, v)[0] for k, v in given.items()}
-        if isinstance(given, dict)
-        else {}
+        {k: validate(TermSpec, v)[0] for k, v in given.items()} if isinstance(given, dict) else {}
     )
     return terms.term_problems({k: v for k, v in specs.items() if v is not None})
 
@@ -187,7 +185,7 @@ def _source_problems(found: Recipe) -> list[Problem]:
     return [Problem(key, text)] if text else []
 
 
-def _always(specs: Iterable[recipe_tables.TermSpec]) -> bool:
+def _always(specs: Iterable[TermSpec]) -> bool:
     """Whether some of the terms counts at every step."""
     reached = 0.0
     for spec in sorted(specs, key=lambda spec: spec.since):
@@ -245,7 +243,7 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
 
 def _of_seeds(named: str, seeds: Any) -> list[str]:
     """The path that each seed's training names."""
-    found = seeds if isinstance(seeds, list) else recipe_tables.Recipe.model_fields["seeds"].default
+    found = seeds if isinstance(seeds, list) else Recipe.model_fields["seeds"].default
     return sorted({named.replace("{seed}", str(seed)) for seed in found})
 
 
@@ -279,13 +277,3 @@ def _search_problems(
                 ]
                 break
     return problems
-
-
-def apply_trial(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with a trial's dotted keys set and its search removed: one point of the space, as a
-    plain recipe.
-    """
-    raw = {k: v for k, v in json.loads(json.dumps(raw)).items() if k != "search"}
-    for key, value in values.items():
-        raw = set_key(raw, key, value)
-    return raw

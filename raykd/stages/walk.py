@@ -29,8 +29,9 @@ from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.orchestration.session import connect
 from raykd.recipe.recipe import Recipe
+from raykd.recipe.search import apply_trial
 from raykd.reports import answers, evidence, gather, page
-from raykd.stages.load import apply_trial, register
+from raykd.stages.load import register
 from raykd.teacher.identity import run_digest, signals_of
 from raykd.teacher.scorer import Scorer
 from raykd.tracking import mlflow_mirror, run_log

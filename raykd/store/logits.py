@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.errors import StoreError
-from raykd.recipe.recipe import StoreSettings
+from raykd.recipe.tables import StoreSettings
 from raykd.store.codecs import CODECS, Codec, default_codec
 from raykd.store.codecs.comb import Comb
 from raykd.store.codecs.dense import Dense

@@ -10,7 +10,8 @@ from raykd.files.digests import digest_of, file_sha256
 from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
-from raykd.stages.load import apply_trial, register
+from raykd.recipe.search import apply_trial
+from raykd.stages.load import register
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import codec_name

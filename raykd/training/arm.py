@@ -6,8 +6,8 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from raykd.recipe.recipe import Phase, TermSpec, Weighting
 from raykd.recipe.source import Source
+from raykd.recipe.tables import Phase, TermSpec, Weighting
 
 
 @dataclass(frozen=True)

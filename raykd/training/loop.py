@@ -20,7 +20,7 @@ from raykd.generation.own_rows import LiveTeacher
 from raykd.generation.replay import Replay
 from raykd.losses.objective import Objective, learned_terms
 from raykd.models.adapter import Adapter
-from raykd.recipe.recipe import Optim
+from raykd.recipe.tables import Optim
 from raykd.signals import Signals
 from raykd.training import phases
 from raykd.training.arm import ONE_PROCESS, Arm, World

@@ -9,7 +9,7 @@ from torch import nn
 
 from raykd.quant import other_parameters, swap
 from raykd.recipe.quant import Quant
-from raykd.recipe.recipe import Optim, Phase, ends_of
+from raykd.recipe.tables import Optim, Phase, ends_of
 
 WHOLE = Phase(until=1.0)
 

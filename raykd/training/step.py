@@ -18,8 +18,8 @@ from raykd.generation.schedule import Schedule
 from raykd.losses.terms import is_own
 from raykd.losses.weighting import RowWeights, Spread, mean_spread
 from raykd.quant.swap import roundable
-from raykd.recipe.recipe import Optim
 from raykd.recipe.source import Source
+from raykd.recipe.tables import Optim
 from raykd.signals import Batch
 from raykd.store.logits import Targets
 from raykd.training import phases

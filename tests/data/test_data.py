@@ -21,7 +21,7 @@ from raykd import data
 from raykd.data import SPLITS
 from raykd.data.rows import Dataset, Rows, check_dataset, hide_labels
 from raykd.errors import DataError, RecipeError
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 from raykd.stages.load import resolve
 from raykd.targets import UNLABELLED
 from raykd.teacher.identity import run_digest

@@ -28,7 +28,7 @@ from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.models.weights import fill
-from raykd.recipe.recipe import DataRef, TermSpec
+from raykd.recipe.tables import DataRef, TermSpec
 from raykd.stages import walk
 from raykd.stages.load import load
 from raykd.store.reader import Store

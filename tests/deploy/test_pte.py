@@ -25,7 +25,7 @@ from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.pack import pack
 from raykd.quant.swap import QuantLinear, prepare, quantised, replace
 from raykd.recipe.quant import Quant
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 
 pytest.importorskip("executorch", reason="pip install 'raykd[executorch]'")
 

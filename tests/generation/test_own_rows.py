@@ -16,8 +16,8 @@ from raykd.generation.own_rows import LiveTeacher, TextShape
 from raykd.generation.sampling import FrozenTeacher
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
-from raykd.recipe.recipe import Optim, Phase, TermSpec
 from raykd.recipe.source import Source
+from raykd.recipe.tables import Optim, Phase, TermSpec
 from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows

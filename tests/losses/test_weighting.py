@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raykd.losses.objective import Objective
 from raykd.losses.weighting import RowWeights, boost_of, ess, standardised, weights
-from raykd.recipe.recipe import TermSpec, Weighting
+from raykd.recipe.tables import TermSpec, Weighting
 from raykd.signals import Batch, Signals
 from raykd.training.arm import World
 

@@ -20,7 +20,7 @@ from raykd.errors import RecipeError
 from raykd.models import transformers_lm
 from raykd.models.build import MODELS
 from raykd.models.llama import Llama
-from raykd.recipe.recipe import ModelRef
+from raykd.recipe.tables import ModelRef
 from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
 from raykd.reports import gather
 from raykd.reports.compare.changes import changes

@@ -21,7 +21,7 @@ from raykd.models import build_model, load_weights, register_model
 from raykd.models.adapter import Adapter
 from raykd.models.build import MODELS
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.recipe import ModelRef
+from raykd.recipe.tables import ModelRef
 
 B = 3
 T = 7

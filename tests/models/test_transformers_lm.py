@@ -27,7 +27,7 @@ from raykd.models import transformers_lm
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.models.transformers_lm import TransformersLM, parts
-from raykd.recipe.recipe import ModelRef
+from raykd.recipe.tables import ModelRef
 from raykd.recipe.weight_files import CONFIG, WEIGHTS
 from raykd.teacher.scorer import Scorer
 

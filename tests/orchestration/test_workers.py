@@ -21,7 +21,7 @@ from raykd.losses.terms import wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.swap import QuantLinear, quantised
-from raykd.recipe.recipe import Optim, Phase, TermSpec, Weighting
+from raykd.recipe.tables import Optim, Phase, TermSpec, Weighting
 from raykd.training.arm import Arm, World
 from raykd.training.loop import train
 from raykd.training.phases import prepare

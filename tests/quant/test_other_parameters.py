@@ -16,7 +16,7 @@ from raykd.errors import RecipeError
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.other_parameters import Stored, bake, codes_and_scales, plain, plain_name, stored
 from raykd.recipe.quant import Quant
-from raykd.recipe.recipe import Phase
+from raykd.recipe.tables import Phase
 from raykd.training import phases
 
 QUANT = Quant(weights="ternary", activations="none")

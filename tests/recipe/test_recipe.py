@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 from raykd.errors import RecipeError
 from raykd.recipe import imports, toml
-from raykd.recipe.recipe import Range, Recipe
-from raykd.stages.load import SMOKE, apply_trial, load, resolve
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.search import Range, apply_trial
+from raykd.stages.load import SMOKE, load, resolve
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(

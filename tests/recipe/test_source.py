@@ -21,8 +21,8 @@ from raykd.generation.schedule import Schedule
 from raykd.losses.objective import Objective
 from raykd.models.llama import Llama
 from raykd.recipe.quant import Quant
-from raykd.recipe.recipe import TermSpec
 from raykd.recipe.source import Source
+from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Signals
 from raykd.stages.load import resolve
 from raykd.training import phases

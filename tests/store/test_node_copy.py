@@ -24,7 +24,7 @@ from child import CONTEXT, start, wait
 from raykd import data
 from raykd.data import Dataset
 from raykd.errors import DataError, InfraError, StoreError
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
 from raykd.store import node_copy
 from raykd.store.logits import from_metadata
 from raykd.store.reader import Store

@@ -15,7 +15,7 @@ from raykd.errors import RecipeError
 from raykd.losses.objective import Objective
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.recipe import Optim, TermSpec
+from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch, Signals, resampled, same_length
 from raykd.techniques.attention import attention
 from raykd.techniques.fitnets import hint

@@ -24,8 +24,8 @@ from raykd.losses.divergences import divergence
 from raykd.losses.objective import Objective
 from raykd.losses.returns import returns_to_go, whitened
 from raykd.models.llama import Llama
-from raykd.recipe.recipe import TermSpec
 from raykd.recipe.source import Source
+from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.techniques.distilspec import distilspec
 from raykd.techniques.ghost import ghost

@@ -27,7 +27,7 @@ from raykd.quant import other_parameters
 from raykd.quant.pack import pack, unpack
 from raykd.quant.swap import quantised
 from raykd.recipe.quant import Quant
-from raykd.recipe.recipe import Optim, Phase, TermSpec
+from raykd.recipe.tables import Optim, Phase, TermSpec
 from raykd.stages.load import resolve
 from raykd.training.arm import Arm, World
 from raykd.training.checkpoints import Checkpoints

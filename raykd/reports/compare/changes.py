@@ -6,7 +6,8 @@ from typing import Any
 
 from raykd.files.digests import file_sha256
 from raykd.recipe.digest import NOT_HASHED, weights_sha256
-from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import TermSpec
 from raykd.reports.compare.table import Change
 
 UNSAID = {name: field.default for name, field in TermSpec.model_fields.items() if name != "weight"}
