@@ -95,13 +95,6 @@ def resolve(
     return found
 
 
-def register(technique: str) -> None:
-    """Import all terms that a recipe of this technique may name."""
-    techniques.load_terms()
-    if "." in technique:
-        imports.load(technique, "technique")
-
-
 def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:
     """A technique's own settings, its terms registered, and what is wrong with its name."""
     techniques.load_terms()
@@ -111,7 +104,7 @@ def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any]
         settings = techniques.find(name).recipe
         problems = imports.problems("technique", name, allow_import) if "." in name else []
         if not problems:
-            register(name)
+            techniques.register(name)
     except RecipeError as error:
         return {}, [Problem("technique", problem.message) for problem in error.problems]
     return settings, problems

@@ -31,9 +31,9 @@ from raykd.orchestration.session import connect
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.reports import answers, evidence, gather, page
-from raykd.stages.load import register
 from raykd.teacher.identity import run_digest, signals_of
 from raykd.teacher.scorer import Scorer
+from raykd.techniques import register
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
 from raykd.training import post_training, run_files

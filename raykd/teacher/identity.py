@@ -11,10 +11,10 @@ from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
-from raykd.stages.load import register
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import codec_name
+from raykd.techniques import register
 
 CODEC_KEYS = {
     "dense": ("values",),

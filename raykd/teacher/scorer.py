@@ -21,7 +21,6 @@ from raykd.models.adapter import Adapter, whole
 from raykd.models.device import device_of
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals, as_tensor, log_softmax
-from raykd.stages.load import register
 from raykd.store import layer_signals
 from raykd.store.codecs import Codec
 from raykd.store.codecs.hidden import Hidden, head_digest
@@ -29,6 +28,7 @@ from raykd.store.columns import encode, field
 from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, metadata
 from raykd.teacher.identity import signals_of, store_identity, store_table
+from raykd.techniques import register
 
 HALF = torch.finfo(torch.float16).max
 FAR = 0.02  # of the largest logit: above what bfloat16 rounds

@@ -58,6 +58,13 @@ def load_terms() -> None:
         importlib.import_module(f"{__name__}.{module.name}")
 
 
+def register(technique: str) -> None:
+    """Import all terms that a recipe of this technique may name."""
+    load_terms()
+    if "." in technique:
+        imports.load(technique, "technique")
+
+
 def _read(name: str, path: Path) -> Technique:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -20,11 +20,11 @@ from raykd.errors import RecipeError
 from raykd.losses.shared_terms import kd
 from raykd.models.adapter import Adapter
 from raykd.signals import Signals
-from raykd.stages.load import register
 from raykd.store.logits import taken
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.scorer import Scorer
+from raykd.techniques import register
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.run_arms import ArmRunner
