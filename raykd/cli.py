@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from raykd import __version__
+from raykd.console import show
 from raykd.errors import RaykdError
-from raykd.store.commands import show, store
+from raykd.store.commands import store
 
 EXITS = "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, 130/143 signals."
 

@@ -1,9 +1,11 @@
-"""Progress on stderr: stage, done/total, rate, time left; one rewritten line on a terminal, plain
-lines elsewhere.
+"""What a command prints: its result on stdout; progress on stderr as stage, done/total, rate and
+time left, which is one rewritten line on a terminal and plain lines elsewhere.
 """
 
+import json
 import sys
 import time
+from typing import Any
 
 
 class Progress:
@@ -48,3 +50,8 @@ class Progress:
 def say(stage: str, text: str) -> None:
     """One plain line about a stage."""
     print(f"{stage:<7} {text}", file=sys.stderr, flush=True)
+
+
+def show(result: Any, text: str, as_json: bool) -> None:
+    """Print a result on stdout: as one line of JSON for a script, or as text for a person."""
+    print(json.dumps(result, sort_keys=True) if as_json else text)

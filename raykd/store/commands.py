@@ -1,6 +1,5 @@
 """The command line's verbs over one store: verify, show, repair, gc."""
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -8,10 +7,7 @@ from typing import Any
 
 import click
 
-
-def show(result: Any, text: str, as_json: bool) -> None:
-    """The result for a script or for a person."""
-    click.echo(json.dumps(result, sort_keys=True) if as_json else text)
+from raykd.console import show
 
 
 @click.group()
