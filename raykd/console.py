@@ -54,4 +54,4 @@ def say(stage: str, text: str) -> None:
 
 def show(result: Any, text: str, as_json: bool) -> None:
     """Print a result on stdout: as one line of JSON for a script, or as text for a person."""
-    print(json.dumps(result, sort_keys=True) if as_json else text)
+    print(json.dumps(result, sort_keys=True) if as_json else text, flush=True)

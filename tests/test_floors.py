@@ -33,6 +33,7 @@ LIGHT = [
     "raykd.errors",
     "raykd.recipe.recipe",
     "raykd.recipe.digest",
+    "raykd.recipe",
     "raykd.recipe.toml",
     "raykd.recipe.imports",
     "raykd.techniques",

@@ -203,9 +203,7 @@ def test_a_file_that_is_no_tokeniser_is_refused(tmp_path):
 
 
 def test_the_library_is_that_of_the_list_or_refused(tokenizer, monkeypatch):
-    listed = {
-        name: recipe_digest for name, recipe_digest in python_library.listed().items() if name < "b"
-    }
+    listed = {name: digest for name, digest in python_library.listed().items() if name < "b"}
     monkeypatch.setattr(python_library, "listed", lambda: listed)
     small = ref(tokenizer, settings={"share": 1.0, "pinned": False}).model_copy(
         update={"source": "python_library"}
