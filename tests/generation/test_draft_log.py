@@ -18,6 +18,7 @@ from torch import Tensor
 from raykd import techniques
 from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json, to_json
+from raykd.files.digests import digest_of
 from raykd.generation.draft_log import DraftLog, DraftLogSpec, draft_log_spec
 from raykd.generation.own_rows import OwnRows, TextShape, replay_rows, write_rows
 from raykd.generation.replay import Replay
@@ -26,9 +27,8 @@ from raykd.generation.schedule import Schedule
 from raykd.losses.divergences import student_log_probs
 from raykd.losses.objective import Objective
 from raykd.models.llama import Llama
-from raykd.recipe.digest import digest_of
-from raykd.recipe.recipe import TermSpec
 from raykd.recipe.source import Source
+from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Signals
 from raykd.stages import walk
 from raykd.stages.load import load
