@@ -35,7 +35,8 @@ from raykd.files.digests import file_sha256
 from raykd.models.adapter import Adapter
 from raykd.quant import swap
 from raykd.recipe.quant import Quant
-from raykd.recipe.recipe import Export, ModelRef, Recipe
+from raykd.recipe.recipe import Export, Recipe
+from raykd.recipe.tables import ModelRef
 from raykd.training import phases, predictions, run_files
 from raykd.training.arms import best_seed
 from raykd.training.device_rows import to_device

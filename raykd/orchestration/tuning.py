@@ -22,8 +22,8 @@ from raykd.files.atomic import write_bytes
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.training import group
-from raykd.recipe.recipe import Range, Recipe
-from raykd.stages.load import apply_trial
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.search import Range, apply_trial
 from raykd.training import phases, run_files
 from raykd.training.arm import World
 from raykd.training.arms import student_arm

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from raykd.recipe.drafter import Drafter
+from raykd.recipe.quant import Quant
 from raykd.recipe.search import Search
 from raykd.recipe.source import Source
 from raykd.recipe.tables import (

@@ -16,7 +16,7 @@ from raykd.stages.walk import Place
 from raykd.store import care
 from raykd.store.commit import plan_shards
 from raykd.store.logits import codec_name
-from raykd.teacher.identity import identity
+from raykd.teacher.identity import store_identity
 from raykd.training import run_files
 from raykd.training.arms import arms_of
 
@@ -94,7 +94,7 @@ def _nearest(place: Place) -> dict[str, Any] | None:
     if place.store is None or open_place(place.store).get("_RECIPE.json") is not None:
         return None
     return care.nearest(
-        scoring.home(place.recipe, place.out.resolve()), identity(place.recipe, place.dataset)
+        scoring.home(place.recipe, place.out.resolve()), store_identity(place.recipe, place.dataset)
     )
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raykd.files.atomic import read_json
-from raykd.recipe.recipe import Recipe, TermSpec
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import TermSpec
 from raykd.training import run_files
 from raykd.training.arm import Arm
 
