@@ -7,8 +7,8 @@ import numpy as np
 from raykd.data import python_library, tables, watch_gestures
 from raykd.data.rows import Dataset, Rows, check_dataset, hide_labels
 from raykd.errors import DataError
-from raykd.recipe.digest import is_path
-from raykd.recipe.recipe import DataRef
+from raykd.recipe.tables import DataRef
+from raykd.recipe.toml import is_path
 from raykd.recipe.validation import suggestion
 
 BUILT_IN = {"watch_gestures": watch_gestures.load, "python_library": python_library.load}

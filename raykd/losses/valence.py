@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from raykd.recipe.recipe import Valence
+from raykd.recipe.tables import Valence
 from raykd.signals import log_softmax, masked_mean, zeroed
 from raykd.targets import UNLABELLED
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from raykd.losses.valence import coherence, prefix_confidence, realised_future, saliency
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.recipe import Valence
+from raykd.recipe.tables import Valence
 from raykd.targets import UNLABELLED
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8))

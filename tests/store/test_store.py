@@ -34,7 +34,7 @@ from raykd.store.columns import decode, encode, field
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
 from raykd.targets import UNLABELLED
-from raykd.teacher.identity import identity
+from raykd.teacher.identity import store_identity
 from raykd.teacher.scorer import Scorer
 from raykd.training.device_rows import to_device
 
@@ -397,7 +397,7 @@ def test_the_stored_signals_do_not_know_a_hidden_label(raw):
 
 def id_of(raw: dict[str, Any]) -> str:
     found = resolve(raw)
-    return store_id(identity(found, data.load(found.data)))
+    return store_id(store_identity(found, data.load(found.data)))
 
 
 def with_(raw: dict[str, Any], table: str, **values: Any) -> dict[str, Any]:

@@ -28,13 +28,15 @@ from raykd.losses.objective import Objective
 from raykd.losses.terms import TERMS, needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.recipe import Optim, Recipe, TermSpec
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch, Rollout, Signals
-from raykd.stages.load import register, resolve
+from raykd.stages.load import resolve
 from raykd.store import layer_signals
 from raykd.store.commit import Shard
 from raykd.targets import UNLABELLED
 from raykd.teacher.scorer import Scorer
+from raykd.techniques import register
 from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import train

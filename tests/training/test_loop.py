@@ -27,7 +27,8 @@ from raykd.errors import DataError
 from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.recipe.recipe import Optim, Recipe, TermSpec
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch
 from raykd.stages.load import resolve
 from raykd.targets import UNLABELLED
