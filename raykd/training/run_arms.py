@@ -31,10 +31,10 @@ from raykd.generation.sampling import FrozenTeacher, Teacher
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe
-from raykd.stages.load import register
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import run_digest, store_table
+from raykd.techniques import register
 from raykd.training import phases, post_training, predictions, run_files
 from raykd.training.arm import Arm, World
 from raykd.training.arms import UNROUNDED, arms_of
