@@ -1,8 +1,8 @@
-"""Student and teacher writing on from rows of the test split, by speculative decoding: what
-acceptance is measured on.
+"""Acceptance measured: student and teacher continue rows of the test split together.
 
-The states are those of serving: texts of the teacher's law, with what the student drafts in them.
-What the teacher writes after the same beginnings by itself is the same for every drafter.
+They write by speculative decoding, as in serving: the text follows the teacher's law, and the
+student drafts within it. What the teacher writes alone after the same beginnings is the same for
+every drafter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,38 +17,39 @@ from raykd.errors import DataError, RecipeError
 from raykd.generation.acceptance import Acceptance
 from raykd.generation.own_rows import TextShape
 from raykd.generation.reader import Reader, TorchReader
-from raykd.generation.speculative import generate, law, speculate
+from raykd.generation.speculative import WrittenText, generate, law, speculate
 from raykd.models.llama import Llama
 from raykd.recipe.drafter import Drafter
 
 
 def check(module: nn.Module, key: str) -> Llama:
-    """The module, if it can write with others. RecipeError otherwise; `key` names it."""
+    """The module, if it can write with another. RecipeError otherwise; `key` names its table."""
     if not isinstance(module, Llama):
         raise RecipeError(
-            f'drafter: {key} keeps no cache of its own; use {key}.model = "llama", or leave drafter out'
+            f'drafter: {key} keeps no cache of its own; use {key}.model = "llama", '
+            "or leave drafter out"
         )
     return module
 
 
 def reader(module: nn.Module, key: str) -> TorchReader:
-    """A module as what reads one text. RecipeError if it keeps no cache."""
+    """A module as a reader of one text. RecipeError if it keeps no cache."""
     return TorchReader(check(module, key))
 
 
 def teacher_texts(
     teacher: Reader, split: Rows, how: Drafter, text: TextShape
 ) -> dict[int, list[int]]:
-    """{row: what the teacher writes after its beginning}; the draws are the row's own.
+    """{row: the tokens that the teacher writes after its beginning}; the row's id seeds the draws.
 
-    DataError where no row is long enough to begin a text.
+    DataError if no row is long enough to begin a text.
     """
-    found = {}
+    texts = {}
     for row in openings(split, how):
-        found[row] = generate(
-            teacher, _seen(split, row, how), how.count, **_settings(split, row, how, text)
-        ).tokens
-    return found
+        prompt = _beginning_of(split, row, how)
+        written = generate(teacher, prompt, how.count, **_settings(split, row, how, text))
+        texts[row] = written.tokens
+    return texts
 
 
 def judge(
@@ -59,45 +60,48 @@ def judge(
     text: TextShape,
     texts: Mapping[int, Sequence[int]],
 ) -> Acceptance:
-    """What both write after the beginnings of the split's rows, and how far they agree on the
-    teacher's `texts` there.
+    """What both write after the beginnings of rows, and their overlap on the teacher's own texts.
 
-    `texts` are those of `alone`. The draws are the row's own, equal for every drafter.
+    `texts` are those of `teacher_texts`. The row's id seeds the draws, so they are equal for every
+    drafter.
     """
-    found = []
-    for row, told in texts.items():
-        seen, more = _seen(split, row, how), _settings(split, row, how, text)
-        done = speculate(teacher, drafter, seen, how.count, gamma=how.gamma, **more)
-        tested, accepted = (
-            sum(getattr(each, key) for each in done.rounds) for key in ("tested", "accepted")
-        )
-        overlap, written = (
-            sum(sum(each.overlap) for each in done.rounds),
-            (len(done.tokens), done.teacher_calls),
-        )
-        shared = overlaps(teacher, drafter, seen, told, how, text.vocab)
-        agreed = (float(shared.double().sum()), len(shared))
-        numbers = (int(split.row_id[row]), int(split.group[row]))
-        found.append((*numbers, float(overlap), tested, accepted, *written, *agreed))
-    return Acceptance(*(np.array(column) for column in zip(*found, strict=True)))
+    rows = list(texts)
+    written: list[WrittenText] = []
+    agreed: list[Tensor] = []
+    for row in rows:
+        prompt = _beginning_of(split, row, how)
+        settings = _settings(split, row, how, text)
+        written.append(speculate(teacher, drafter, prompt, how.count, gamma=how.gamma, **settings))
+        agreed.append(overlaps(teacher, drafter, prompt, texts[row], how, text.vocab))
+    return Acceptance(
+        row_id=np.array([int(split.row_id[row]) for row in rows]),
+        group=np.array([int(split.group[row]) for row in rows]),
+        overlap=np.array([float(sum(sum(r.overlap) for r in done.rounds)) for done in written]),
+        tested=np.array([sum(r.tested for r in done.rounds) for done in written]),
+        accepted=np.array([sum(r.accepted for r in done.rounds) for done in written]),
+        tokens=np.array([len(done.tokens) for done in written]),
+        calls=np.array([done.teacher_calls for done in written]),
+        shared=np.array([float(shares.double().sum()) for shares in agreed]),
+        places=np.array([len(shares) for shares in agreed]),
+    )
 
 
 def overlaps(
     teacher: Reader,
     drafter: Reader,
-    seen: Sequence[int],
-    told: Sequence[int],
+    prompt: Sequence[int],
+    tokens: Sequence[int],
     how: Drafter,
     vocab: int | None,
 ) -> Tensor:
-    """(n,): sum min(p, q) at each token that was told after what was seen, as far as both can read."""
+    """(n,): sum min(p, q) at each of the tokens after a prompt, as far as both can read."""
     laws = []
     for reader in (teacher, drafter):
         reader.rollback(0)
-        said = reader.step([*seen, *told[:-1]][: reader.steps])[len(seen) - 1 :]
-        laws.append(law(said, how.temperature, vocab))
+        logits = reader.step([*prompt, *tokens[:-1]][: reader.steps])[len(prompt) - 1 :]
+        laws.append(law(logits, how.temperature, vocab))
     both = min(map(len, laws))
-    return minimum(*(each[:both].cpu() for each in laws)).sum(1)
+    return minimum(*(probabilities[:both].cpu() for probabilities in laws)).sum(1)
 
 
 def _settings(split: Rows, row: int, how: Drafter, text: TextShape) -> dict[str, Any]:
@@ -109,15 +113,16 @@ def _settings(split: Rows, row: int, how: Drafter, text: TextShape) -> dict[str,
     }
 
 
-def _seen(split: Rows, row: int, how: Drafter) -> list[int]:
+def _beginning_of(split: Rows, row: int, how: Drafter) -> list[int]:
     return split.inputs[row, : beginning(split.mask[row], how.prompt), 0].tolist()
 
 
 def openings(split: Rows, how: Drafter) -> list[int]:
-    """The rows that texts begin as, at most `how.prompts`: the first of every document, then the
-    second ones and so on, of which a last turn that is not whole is spread over the documents.
+    """The rows that texts continue, at most `how.prompts` of them.
 
-    DataError where no row has so many tokens, and room for one more.
+    The first row of every document comes first, then the second of each, and so on. A last turn
+    that is not whole is spread over the documents. DataError if no row has enough tokens, with room
+    for one more.
     """
     steps = np.arange(1, split.mask.shape[1] + 1)
     length = np.where(split.mask, steps, 0).max(1)
@@ -125,22 +130,26 @@ def openings(split: Rows, how: Drafter) -> list[int]:
     fit = np.flatnonzero((length >= first) & (first < len(steps)))
     if not len(fit):
         raise DataError(
-            f"drafter.prompt = {how.prompt}: no row of the test split has so many tokens and room after them; lower it"
+            f"drafter.prompt = {how.prompt}: no row of the test split has so many tokens and room "
+            "after them; lower it"
         )
-    group, turn, seen = split.group[fit], np.zeros(len(fit), np.int64), dict[int, int]()
-    for i, each in enumerate(group.tolist()):
-        turn[i] = seen[each] = seen.get(each, -1) + 1
+    turn = np.zeros(len(fit), np.int64)  # the how-manieth row of its document each is
+    count: dict[int, int] = {}
+    for i, document in enumerate(split.group[fit].tolist()):
+        turn[i] = count.get(document, 0)
+        count[document] = count.get(document, 0) + 1
     order: list[int] = []
-    for each in range(int(turn.max()) + 1):
-        rows = fit[turn == each]
+    for number in range(int(turn.max()) + 1):
+        rows = fit[turn == number]
         room = min(how.prompts - len(order), len(rows))
         order += rows[np.arange(room) * len(rows) // max(room, 1)].tolist()
     return order
 
 
 def beginning(mask: NDArray[np.bool_], prompt: int) -> int:
-    """How many of a row's tokens begin a text: its own prompt where its first step is not told,
-    which takes a prompt of two tokens; else `prompt`.
+    """How many of a row's tokens begin a text: its own prompt if it has one, else `prompt`.
+
+    `mask` (T,) leaves out the first step of a row with a prompt of at least two tokens.
     """
-    told = int(mask.argmax())
-    return told + 1 if told else prompt
+    first = int(mask.argmax())
+    return first + 1 if first else prompt

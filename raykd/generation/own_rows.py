@@ -1,5 +1,6 @@
-"""A recipe's `[source]`: the batches that the student writes, each a pure function of (seed, step,
-its weights).
+"""A recipe's `[source]`: batches that the student writes.
+
+Each is a pure function of the seed, the step and the student's weights.
 """
 
 import math
@@ -21,21 +22,21 @@ from raykd.generation.schedule import Schedule
 from raykd.recipe.source import Source
 from raykd.signals import Batch
 
-REPLAYED = 2  # the order of a log's drafts, beside those of the rows
+REPLAYED = 2  # names the order of a log's drafts, apart from those of the rows
 
 
 @dataclass(frozen=True)
 class TextShape:
-    """What ends a text, how many real tokens there are, and how many positions the student takes."""
+    """What a text is to a model."""
 
-    steps: int
-    eos: int | None = None
-    vocab: int | None = None
+    steps: int  # positions that the student takes
+    eos: int | None = None  # the token that ends a text
+    vocab: int | None = None  # real tokens, where heads are padded
 
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A teacher that scores while the student trains, and what a text is to both."""
+    """A teacher that scores while the student trains, and what a text is to the two."""
 
     teacher: Teacher
     text: TextShape
@@ -52,20 +53,19 @@ def write_rows(
     *,
     share: slice,
 ) -> LaterBatch:
-    """The group of rows named `group`: this worker's rows continued by the student, from their
-    prompts or one cut.
+    """The group of rows named `group`: this worker's `rows`, continued by the student.
 
-    It is written now; the batch is given once the teacher has scored it.
+    They are continued from their prompts, or from one cut that the whole batch shares. The text is
+    written now; the batch waits for the teacher's scores.
 
-    `share` are this worker's rows of the global batch. Cut and uniforms are those of the global
-    batch, drawn by (seed, group). DataError where a row can not be cut so that `source.length`
-    tokens follow.
+    `share` says which rows of the global batch these are. The cut and the uniforms are the global
+    batch's, drawn by (seed, group). DataError if no cut leaves room for `source.length` tokens.
     """
     most = min(rows.inputs.shape[1], text.steps + 1 - source.length)
     if most < 1:
         raise DataError(
-            f"source.length = {source.length} leaves no position for a prompt: the student was built for "
-            f"{text.steps}; give at most {text.steps}"
+            f"source.length = {source.length} leaves no position for a prompt: the student was "
+            f"built for {text.steps}; give at most {text.steps}"
         )
     draw = torch.Generator().manual_seed(mixed(seed, group))
     cut = int(torch.randint(1, most + 1, (), generator=draw))
@@ -85,54 +85,47 @@ def write_rows(
 
 
 def replay_rows(replay: Replay, own: int, seed: int, group: int, *, share: slice) -> LaterBatch:
-    """This worker's `share` of the `own` drafts of a log that a step reads, in an order drawn by
-    the seed.
-    """
+    """This worker's `share` of the `own` drafts of a log that a step reads; the seed shuffles."""
     index = ShuffledStream(np.arange(len(replay)), seed, REPLAYED).take(group * own, own)[share]
     return lambda: replay.batch(index)
 
 
 @dataclass
 class OwnRows:
-    """The same for each step in turn, by a schedule: groups are drawn when due and held while they
-    are used.
+    """The student's own rows for each step in turn: groups are drawn when due, and kept while used.
 
-    Call it with every step from a report's boundary or a phase's begin on, before that step's
-    update.
+    Call it with every step, before that step's update, from the boundary of a report or the begin
+    of a phase on.
     """
 
     schedule: Schedule
     draw: Callable[[int], LaterBatch]  # a group -> its batch, by the student as it is
-    spans: Sequence[tuple[float, float]] = (
-        (0, math.inf),
-    )  # the steps [since, until) in which its terms count
-    held: dict[int, LaterBatch] = field(default_factory=dict)
+    # the steps [since, until) in which its terms count
+    spans: Sequence[tuple[float, float]] = ((0, math.inf),)
+    drawn: dict[int, LaterBatch] = field(default_factory=dict)  # groups that are still used
     log: DraftLog | None = None  # where drafts are kept
 
     def counts(self, step: int) -> bool:
-        """Whether any term counts in the interval of a step: in others nothing is drawn."""
+        """Whether any term counts in the interval of a step. Elsewhere nothing is drawn."""
         first = self.schedule.begin(step)
-        return any(
-            first < until and since < first + self.schedule.every for since, until in self.spans
-        )
+        last = first + self.schedule.every
+        return any(first < until and since < last for since, until in self.spans)
 
     def intervals(self, steps: int) -> list[list[int]]:
-        """The groups that are used within `steps`, by the intervals between reports that they are
-        drawn in.
-        """
-        found: dict[int, list[int]] = {}
+        """The groups that `steps` use, in a list for each interval between reports."""
+        groups: dict[int, list[int]] = {}
         for step in range(steps):
             if self.counts(step) and self.schedule.slot(step).first == step:
-                found.setdefault(self.schedule.begin(step), []).append(step)
-        return list(found.values())
+                groups.setdefault(self.schedule.begin(step), []).append(step)
+        return list(groups.values())
 
     def __call__(self, step: int) -> Batch:
         slot = self.schedule.slot(step)
         for group in self.schedule.due(step):
-            self.held[group] = self.draw(group)
-        self.held = {group: batch for group, batch in self.held.items() if group >= slot.first}
-        batch = self.held[slot.first]()
-        self.held[slot.first] = lambda: batch
+            self.drawn[group] = self.draw(group)
+        self.drawn = {group: batch for group, batch in self.drawn.items() if group >= slot.first}
+        batch = self.drawn[slot.first]()
+        self.drawn[slot.first] = lambda: batch
         assert batch.rollout is not None
         if self.log and step == slot.first:
             self.log.add(step, batch)

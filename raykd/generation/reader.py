@@ -11,7 +11,7 @@ from raykd.models.llama import Llama
 
 
 class Reader(Protocol):
-    """A causal language model with one text so far, of at most `steps` tokens."""
+    """A causal language model in the middle of one text, of at most `steps` tokens."""
 
     steps: int
 
@@ -21,7 +21,7 @@ class Reader(Protocol):
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read S tokens on -> logits (S, V) of what follows each."""
+        """Read S more tokens -> logits (S, V) of what follows each."""
         ...
 
     def rollback(self, length: int) -> None:
@@ -30,16 +30,15 @@ class Reader(Protocol):
 
 
 class TorchReader:
-    """A Llama and a cache for one text, in its weights' type and place."""
+    """A Llama and a cache for one text, with the dtype and device of its weights."""
 
     def __init__(self, module: Llama):
         self.steps = module.settings["steps"]
-        self._module, self._cache = module, module.cache(1)
+        self._module = module
+        self._cache = module.cache(1)
         weight = module.lm_head.weight
-        self._cache.keys, self._cache.values = (
-            self._cache.keys.to(weight),
-            self._cache.values.to(weight),
-        )
+        self._cache.keys = self._cache.keys.to(weight)
+        self._cache.values = self._cache.values.to(weight)
 
     @property
     def length(self) -> int:
@@ -48,12 +47,12 @@ class TorchReader:
     def rollback(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise DataError(
-                f"rollback: {length} tokens, but {self.length} have been read; keep 0 to {self.length}"
+                f"rollback: {length} tokens, but {self.length} have been read; "
+                f"keep 0 to {self.length}"
             )
         self._cache.length = length
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        return self._module(torch.tensor([tokens], device=self._cache.keys.device), self._cache)[
-            "logits"
-        ][0]
+        ids = torch.tensor([tokens], device=self._cache.keys.device)
+        return self._module(ids, self._cache)["logits"][0]

@@ -1,5 +1,6 @@
-"""A log of verified drafts, read again as batches to train on (written by
-`raykd/generation/draft_log.py`).
+"""A log of verified drafts, read again as batches to train on.
+
+`raykd/generation/draft_log.py` writes it.
 """
 
 import math
@@ -17,6 +18,7 @@ from raykd.generation.draft_log import CODECS, NONE, SPLIT
 from raykd.losses.terms import TERMS
 from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Rollout, Signals
+from raykd.store.logits import Targets
 from raykd.store.reader import Store
 from raykd.targets import UNLABELLED
 
@@ -24,34 +26,40 @@ from raykd.targets import UNLABELLED
 class Replay:
     """The drafts of a log, as batches.
 
-    StoreError for a store of another kind, or one whose numbers can not be; DataError for another
-    tokeniser's, or texts longer than the student was built for.
+    StoreError for a store of another kind, or one with impossible numbers. DataError for a log of
+    another tokeniser, or of texts that are longer than the student was built for.
     """
 
     def __init__(self, where: Address, classes: Sequence[str], steps: int, device: torch.device):
-        self.where, self.device, store = where, device, Store(where)
+        self.where = where
+        self.device = device
+        store = Store(where)
         try:
-            told = store.manifest["identity"]["drafts"]
-            vocabulary, self.temperature = (
-                store.manifest["identity"]["vocabulary"],
-                float(told["temperature"]),
-            )
-            size, sha256 = int(vocabulary["size"]), str(vocabulary["sha256"])
+            identity = store.manifest["identity"]
+            self.temperature = float(identity["drafts"]["temperature"])
+            size = int(identity["vocabulary"]["size"])
+            sha256 = str(identity["vocabulary"]["sha256"])
             self.logits = store.logits(SPLIT)
-            text, log_q = store.column("text", SPLIT), store.column("log_q", SPLIT)
-            names = ("row", "accepted", "correction", "steps", "text_steps")
-            self.row, self.accepted, self.correction, self.steps, self.read = (
-                _column(store, name) for name in names
-            )
+            text = store.column("text", SPLIT)
+            log_q = store.column("log_q", SPLIT)
+            self.row = _column(store, "row")
+            self.accepted = _column(store, "accepted")
+            self.correction = _column(store, "correction")
+            self.steps = _column(store, "steps")
+            self.text_steps = _column(store, "text_steps")
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
-                f"source.log: {where} is no log of drafts ({error!r}); a training with source.keep = true writes one"
+                f"source.log: {where} is no log of drafts ({error!r}); "
+                "a training with source.keep = true writes one"
             ) from None
         self.vocab = check_digest(sha256, size, classes)
-        self.text, self.log_q = (torch.from_numpy(column.values.copy()) for column in (text, log_q))
-        self.start, self.drawn = (steps.cumsum(0) - steps for steps in (self.read, self.steps))
+        self.text = torch.from_numpy(text.values.copy())
+        self.log_q = torch.from_numpy(log_q.values.copy())
+        self.start = self.text_steps.cumsum(0) - self.text_steps  # of each text in `text`
+        self.drawn = self.steps.cumsum(0) - self.steps  # of each draft in `log_q`
         self._check()
-        if (longest := int(self.read.max()) - 1) > steps:
+        longest = int(self.text_steps.max()) - 1
+        if longest > steps:
             raise DataError(
                 f"source.log: texts of {longest} tokens, but the student was built for {steps}"
             )
@@ -60,76 +68,65 @@ class Replay:
         return len(self.row)
 
     def batch(self, index: NDArray[np.int64]) -> Batch:
-        """The drafts at `index` (B,): those of the training that kept them, up to rounding and
-        places nobody reads.
+        """The drafts at `index` (B,), padded to the longest text.
+
+        They are those of the training that kept them, up to rounding and to padding that nobody
+        reads.
         """
         i = torch.from_numpy(index)
-        read, steps, accepted = (
-            values[i][:, None] for values in (self.read, self.steps, self.accepted)
-        )
-        at = torch.arange(int(read.max()))
-        text = torch.where(
-            at < read, self.text[(self.start[i][:, None] + at).clamp(max=len(self.text) - 1)], 0
-        )
+        length = self.text_steps[i][:, None]
+        steps = self.steps[i][:, None]
+        accepted = self.accepted[i][:, None]
+        at = torch.arange(int(length.max()))
+        source = (self.start[i][:, None] + at).clamp(max=len(self.text) - 1)
+        text = torch.where(at < length, self.text[source], 0)
         at = at[:-1]
-        nth = at - (read - 1 - steps)  # which of the drafted tokens a position is about
+        nth = at - (length - 1 - steps)  # which of the drafted tokens a position is about
         mask = (nth >= 0) & (nth < steps)
-        flat = (self.drawn[i][:, None] + nth)[mask]
         rejected = mask & (nth == accepted)
-        stored = self.logits.take(index)
-        logits = torch.zeros(*mask.shape, 0)
-        if not stored.is_sparse:
-            answers = stored.at()
-            assert isinstance(answers, Tensor)
-            logits = torch.zeros(*mask.shape, answers.shape[1]).index_put_((mask,), answers.float())
-        inputs = torch.stack([text[:, :-1], torch.where(at < read - 1, at, 0)], -1)
-        log_q = torch.zeros(mask.shape).masked_scatter(mask, self.log_q[flat].float())
+        inputs = torch.stack([text[:, :-1], torch.where(at < length - 1, at, 0)], -1)
+        stored_log_q = self.log_q[(self.drawn[i][:, None] + nth)[mask]].float()
+        log_q = torch.zeros(mask.shape).masked_scatter(mask, stored_log_q).to(self.device)
         correction = torch.where(rejected, self.correction[i][:, None], 0)
         tail = torch.where(mask & (nth > accepted), nth - accepted, 0)
-        label = torch.where(mask, text[:, 1:], UNLABELLED)
-        found = (
-            self.row[i],
-            inputs,
-            mask,
-            label,
-            logits,
-            log_q,
-            mask & (nth < accepted),
-            rejected,
-            correction,
-            tail,
-        )
-        row, inputs, mask, label, logits, log_q, stayed, rejected, correction, tail = (
-            x.to(self.device) for x in found
-        )
         rollout = Rollout(
-            log_q,
-            torch.ones_like(log_q),
-            0,
-            self.temperature,
-            stayed,
-            rejected,
-            correction=correction,
-            tail=tail,
+            log_q=log_q,
+            weight=torch.ones_like(log_q),
+            lag=0,
+            temperature=self.temperature,
+            accepted=(mask & (nth < accepted)).to(self.device),
+            rejected=rejected.to(self.device),
+            correction=correction.to(self.device),
+            tail=tail.to(self.device),
         )
-        targets = stored.targets(self.device) if stored.is_sparse else None
+        logits, targets = self._answers(index, mask)
+        on_device = mask.to(self.device)
         return Batch(
-            row,
-            inputs,
-            mask,
-            label,
-            teacher=Signals(logits, mask),
+            row_id=self.row[i].to(self.device),
+            inputs=inputs.to(self.device),
+            mask=on_device,
+            label=torch.where(mask, text[:, 1:], UNLABELLED).to(self.device),
+            teacher=Signals(logits, on_device),
             targets=targets,
             rollout=rollout,
         )
 
+    def _answers(self, index: NDArray[np.int64], mask: Tensor) -> tuple[Tensor, Targets | None]:
+        """The teacher's logits (B, T, V) at the drafts in `mask`, or V = 0 and sparse targets."""
+        stored = self.logits.take(index)
+        if stored.is_sparse:
+            return torch.zeros(*mask.shape, 0).to(self.device), stored.targets(self.device)
+        answers = stored.at()
+        assert isinstance(answers, Tensor)
+        logits = torch.zeros(*mask.shape, answers.shape[1])
+        return logits.index_put_((mask,), answers.float()).to(self.device), None
+
     def check(self, terms: Mapping[str, TermSpec], temperature: float) -> None:
-        """RecipeError where a term can not be told from this log, or its drafts were drawn at
-        another temperature.
-        """
+        """RecipeError for a term that needs what the log does not hold, or another temperature."""
         if temperature != self.temperature:
             raise RecipeError(
-                f"source.temperature = {temperature}, but {self.where} was drafted at {self.temperature}; write that"
+                f"source.temperature = {temperature}, but {self.where} was drafted at "
+                f"{self.temperature}; write that"
             )
         draft = self.batch(np.zeros(1, np.int64))
         student = Signals(
@@ -146,7 +143,7 @@ class Replay:
             "a codec that keeps no answers": torch.tensor(codec.name in CODECS),
             "answers of another vocabulary": torch.tensor(getattr(codec, "vocab", vocab) == vocab),
             "no drafts": torch.tensor(len(self.row) > 0),
-            "texts that no draft ends": (self.steps >= 1) & (self.steps < self.read),
+            "texts that no draft ends": (self.steps >= 1) & (self.steps < self.text_steps),
             "accepted tokens that were not drafted": (self.accepted >= 0)
             & (self.accepted <= self.steps),
             "corrections that do not fit": (self.correction >= NONE) & (self.correction < vocab),

@@ -1,9 +1,9 @@
-"""When the student's text is drawn and when it is used: a pure function of the step, so that a
-resume repeats it.
+"""When the student's text is drawn and when it is used: a pure function of the step.
 
-A group drawn at step s serves `passes` steps in a row, from s + `ahead` on. Nothing is carried over
-a report's boundary, for a training resumes at those, or over the begin of a phase, which changes
-the student: the groups of an interval's first steps are all drawn at its begin.
+So a resumed training repeats it. A group drawn at step s serves `passes` steps in a row, from s +
+`ahead` on. No group crosses the boundary of a report, because a training resumes there, or the
+begin of a phase, because that changes the student. The groups of an interval's first steps are all
+drawn at its begin.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slot:
-    """A step's group: the first step that uses it, which names it, and the step at which it is
-    drawn.
-    """
+    """The group that a step uses."""
 
-    first: int
-    drawn: int
+    first: int  # the first step that uses it; this names the group
+    drawn: int  # the step at which it is drawn
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`every` is optim.evaluate_every, `begins` are the first steps of the phases."""
+    """The schedule of a training's own text."""
 
-    passes: int = 1
-    ahead: int = 0
-    every: int = 1
-    begins: Sequence[int] = (0,)
+    passes: int = 1  # steps in a row that use a group
+    ahead: int = 0  # steps between drawing a group and its first use
+    every: int = 1  # optim.evaluate_every
+    begins: Sequence[int] = (0,)  # the first steps of the phases
 
     def begin(self, step: int) -> int:
         """The first step of the interval that a step lies in."""
-        return max(step - step % self.every, *(b for b in self.begins if b <= step))
+        return max(step - step % self.every, *(first for first in self.begins if first <= step))
 
     def slot(self, step: int) -> Slot:
         """The group that a step uses. Its lag there is step - drawn, at most ahead + passes - 1."""
@@ -42,5 +40,9 @@ class Schedule:
     def due(self, step: int) -> list[int]:
         """The first steps of the groups to draw at a step, before its update."""
         begin = self.begin(step)
-        ahead = range(step, step + self.ahead + 1)
-        return [f for f in ahead if self.begin(f) == begin and self.slot(f) == Slot(f, step)]
+        firsts = range(step, step + self.ahead + 1)
+        return [
+            first
+            for first in firsts
+            if self.begin(first) == begin and self.slot(first) == Slot(first, step)
+        ]
