@@ -1,5 +1,4 @@
-"""The walk: score -> train -> [tune] -> export -> report. Each verb runs what it needs and is not
-yet done.
+"""The walk: score -> train -> [tune] -> export -> report. Each verb does what it needs and lacks.
 
 A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same folder, so a finished
 stage is found and not done again, and a changed input is a new folder. Teacher stores lie beside
@@ -7,139 +6,54 @@ it, in `<out>/stores/`, or where `scale.store` says.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 
-from raykd import data, models
 from raykd.console import say
-from raykd.data import Dataset
 from raykd.deploy import run_artefact
 from raykd.errors import InfraError, RecipeError
 from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.files.digests import digest_of
-from raykd.generation import judge_drafter
-from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.orchestration.session import connect
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.reports import answers, evidence, gather, page
-from raykd.teacher.identity import run_digest, signals_of
+from raykd.stages.check import check_with_data
+from raykd.stages.run_folder import OUT, RunFolder
 from raykd.teacher.scorer import Scorer
 from raykd.techniques import register
 from raykd.tracking import mlflow_mirror, run_log
-from raykd.tracking.journal import Journal
 from raykd.training import post_training, run_files
 from raykd.training.arms import arms_of
-from raykd.training.run_arms import kept_of, replay_of
 
-OUT = Path("runs")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a recipe's results stand, and what has been done there."""
-
-    recipe: Recipe
-    out: Path = OUT
-    address: str | None = None
-
-    @cached_property
-    def folder(self) -> Path:
-        return (
-            self.out / f"{self.recipe.name}-{run_digest(self.recipe, self.dataset)[:8]}"
-        ).resolve()
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        return data.load(self.recipe.data)
-
-    @cached_property
-    def store(self) -> Address | None:
-        """The address of the recipe's teacher store, whether or not it exists; None if no teacher
-        is read.
-        """
-        if self.recipe.teacher is None or not needs_of(self.recipe.terms):
-            return None
-        return scoring.locate(self.recipe, self.dataset, self.out.resolve())[0]
-
-    @property
-    def is_scored(self) -> bool:
-        return self.store is None or scoring.is_complete(self.store, signals_of(self.recipe))
-
-    @property
-    def untrained(self) -> list[str]:
-        """The arms that are not trained yet."""
-        keys = [arm.key for arm in arms_of(self.recipe)]
-        return [key for key in keys if not run_files.arm_record(self.folder, key).exists()]
-
-    @property
-    def is_searched(self) -> bool:
-        return self.recipe.search is None or (self.folder / run_files.TRIALS).exists()
-
-    @property
-    def is_exported(self) -> bool:
-        return run_artefact.is_whole(self.recipe, self.folder)
-
-    def check_text(self) -> None:
-        """RecipeError where a table is about text and the data are none, a model can not write, or
-        a log be used.
-        """
-        recipe = self.recipe
-        for key in ("source", "drafter"):
-            if getattr(recipe, key) and not self.dataset.is_text:
-                raise RecipeError(
-                    f"{key}: is about rows of text, and these are none; name data.tokenizer, or leave it out"
-                )
-        for arm in arms_of(recipe):
-            kept_of(recipe, self.dataset, arm, self.folder)
-            replay_of(arm, self.dataset, torch.device("cpu"))
-        if recipe.drafter and recipe.teacher is None:
-            raise RecipeError(
-                "drafter: judges students by their teacher, and there is none; add [teacher], or leave it out"
-            )
-        if recipe.drafter and recipe.teacher:
-            judge_drafter.openings(self.dataset.splits["test"], recipe.drafter)
-            for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
-                with torch.device("meta"):
-                    judge_drafter.check(
-                        models.build_model(ref.bare, **self.dataset.shape, key=key), key
-                    )
-
-    def journal(self) -> Journal:
-        return run_log.open_journal(self.recipe, self.dataset, self.folder, self.store)
-
-    @property
-    def uri(self) -> str:
-        return self.recipe.track.uri or mlflow_mirror.default_uri(self.out)
+Stage = Callable[[RunFolder], Any]
 
 
 def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Address | None:
     """The recipe's complete teacher store, a folder or an s3:// URL; None if it reads no teacher."""
-    return _walk(Place(recipe, Path(out), address), _score)
+    return _walk(RunFolder(recipe, Path(out), address), _score)
 
 
 def train(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
     """The run folder, with every arm trained in `arms/`."""
-    return _walk(Place(recipe, Path(out), address), _score, _train)
+    return _walk(RunFolder(recipe, Path(out), address), _score, _train)
 
 
 def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
-    """The table of trials and the best of them, whose whole recipe is `best.toml` in the run
-    folder.
+    """The table of trials and the best of them.
+
+    The best trial's whole recipe is `best.toml` in the run folder.
     """
     if recipe.search is None:
         raise RecipeError(
             'search: missing; add [search] with a line such as "optim.learning_rate" = {...}'
         )
-    return _walk(Place(recipe, Path(out), address), _score, _tune)
+    return _walk(RunFolder(recipe, Path(out), address), _score, _tune)
 
 
 def export(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
@@ -147,95 +61,97 @@ def export(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Pa
 
     GateError if it is not faithful.
     """
-    return _walk(Place(recipe, Path(out), address), _score, _train, _export)
+    return _walk(RunFolder(recipe, Path(out), address), _score, _train, _export)
 
 
 def report(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
     """report.json as a dict, of all that is done; the stages it can not do without are run."""
-    return _walk(Place(recipe, Path(out), address), _score, _train, _report)
+    return _walk(RunFolder(recipe, Path(out), address), _score, _train, _report)
 
 
 def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
     """Every stage, then report.json as a dict."""
     searching = [_tune] if recipe.search else []
-    return _walk(Place(recipe, Path(out), address), _score, _train, *searching, _export, _report)
+    return _walk(
+        RunFolder(recipe, Path(out), address), _score, _train, *searching, _export, _report
+    )
 
 
-def _walk(place: Place, *stages: Callable[[Place], Any]) -> Any:
+def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     """What the last of the stages gives, taken in order while no other process works on this run."""
-    register(place.recipe.technique)
-    place.check_text()
-    if _export in stages:
-        run_artefact.check(place.recipe, place.dataset)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    write_json(place.folder / run_files.RECIPE, place.recipe.model_dump(mode="json"))
+    register(run_folder.recipe.technique)
+    check_with_data(
+        run_folder.recipe,
+        run_folder.dataset,
+        run_folder.path,
+        with_export=_export in stages,
+    )
+    run_folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(run_folder.path / run_files.RECIPE, run_folder.recipe.model_dump(mode="json"))
     try:
-        with waiting.locked(run_files.checkpoints(place.folder)):
+        with waiting.locked(run_files.checkpoints(run_folder.path)):
             for stage in stages:
-                found = stage(place)
+                result = stage(run_folder)
     except BlockingIOError:
         raise InfraError(
-            f"{place.folder} is being worked on by another process; wait for it, or end it"
+            f"{run_folder.path} is being worked on by another process; wait for it, or end it"
         ) from None
     except BaseException as error:
-        run_log.ended(place.folder, "FAILED" if isinstance(error, Exception) else "KILLED")
+        run_log.ended(run_folder.path, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    run_log.ended(place.folder, "FINISHED")
-    _sync(place)
-    return found
+    run_log.ended(run_folder.path, "FINISHED")
+    _sync(run_folder)
+    return result
 
 
-def _score(place: Place) -> Address | None:
-    if place.store is None:
+def _score(run_folder: RunFolder) -> Address | None:
+    if run_folder.store is None:
         return None
-    if place.is_scored:
-        say("score", f"done before: {place.store}")
+    if run_folder.is_scored:
+        say("score", f"done before: {run_folder.store}")
     else:
-        Scorer.check(place.recipe)
-        connect(place.address)
-        scoring.score(place.recipe, place.dataset, place.out.resolve())
-    return place.store
+        Scorer.check(run_folder.recipe)
+        connect(run_folder.address)
+        scoring.score(run_folder.recipe, run_folder.dataset, run_folder.out.resolve())
+    return run_folder.store
 
 
-def _train(place: Place) -> Path:
+def _train(run_folder: RunFolder) -> Path:
     from raykd.orchestration.training import fit
 
-    if place.untrained:
-        if place.recipe.scale.workers[1] > 1:
-            connect(place.address)
-        fit(place.recipe, place.store, place.folder)
-        run_log.arms(place.journal(), place.recipe, place.folder)
+    if run_folder.untrained:
+        if run_folder.recipe.scale.workers[1] > 1:
+            connect(run_folder.address)
+        fit(run_folder.recipe, run_folder.store, run_folder.path)
+        run_log.arms(run_folder.journal(), run_folder.recipe, run_folder.path)
     else:
-        say("train", f"done before: {run_files.arms(place.folder)}")
-    post_training.write_missing(place.recipe, place.dataset, place.folder)
-    return place.folder
+        say("train", f"done before: {run_files.arms(run_folder.path)}")
+    post_training.write_missing(run_folder.recipe, run_folder.dataset, run_folder.path)
+    return run_folder.path
 
 
-def _tune(place: Place) -> dict[str, Any]:
+def _tune(run_folder: RunFolder) -> dict[str, Any]:
     from raykd.orchestration.tuning import search
 
-    if not place.is_searched:
-        connect(place.address)
-        table = search(place.recipe, place.store, place.folder)
-        best = Recipe.model_validate(
-            apply_trial(place.recipe.model_dump(mode="json"), table["best"]["params"])
-        )
-        write_bytes(place.folder / run_files.BEST_RECIPE, _toml(best).encode())
-        write_json(
-            place.folder / run_files.TRIALS,
-            table | {"best": table["best"] | _tested(place, best, table["best"])},
-        )
-        run_log.trials(place.journal(), place.folder, table)
+    if run_folder.is_searched:
+        say("tune", f"done before: {run_folder.path / run_files.TRIALS}")
     else:
-        say("tune", f"done before: {place.folder / run_files.TRIALS}")
-    return read_json(place.folder / run_files.TRIALS)
+        connect(run_folder.address)
+        table = search(run_folder.recipe, run_folder.store, run_folder.path)
+        raw = run_folder.recipe.model_dump(mode="json")
+        best = Recipe.model_validate(apply_trial(raw, table["best"]["params"]))
+        write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())
+        best_row = table["best"] | _tested(run_folder, best, table["best"])
+        write_json(run_folder.path / run_files.TRIALS, table | {"best": best_row})
+        run_log.trials(run_folder.journal(), run_folder.path, table)
+    return read_json(run_folder.path / run_files.TRIALS)
 
 
-def _tested(place: Place, best: Recipe, row: dict[str, Any]) -> dict[str, float]:
+def _tested(run_folder: RunFolder, best: Recipe, row: dict[str, Any]) -> dict[str, float]:
     """Test accuracy of the best trial, looked at once, after the search."""
     from raykd.orchestration.tuning import test_metrics
 
-    weights = run_files.trial(place.folder, row["id"]) / run_files.WEIGHTS
+    weights = run_files.trial(run_folder.path, row["id"]) / run_files.WEIGHTS
     return {f"test_{k}": v for k, v in test_metrics(best, weights).items()}
 
 
@@ -244,57 +160,65 @@ def _toml(best: Recipe) -> str:
     return tomli_w.dumps(best.model_dump(mode="json", exclude_defaults=True, exclude_none=True))
 
 
-def _export(place: Place) -> Path:
-    target = run_files.artefact(place.folder)
-    if place.is_exported:
+def _export(run_folder: RunFolder) -> Path:
+    target = run_files.artefact(run_folder.path)
+    if run_folder.is_exported:
         say("export", f"done before: {target}")
     else:
-        manifest = run_artefact.write(place.recipe, place.dataset, place.folder)
+        manifest = run_artefact.write(run_folder.recipe, run_folder.dataset, run_folder.path)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
     return target
 
 
-def _report(place: Place) -> dict[str, Any]:
-    inputs = _inputs(place)
-    made = read_json(place.folder / run_files.REPORT)
-    if made is None or made["inputs"] != inputs or not (place.folder / run_files.ANSWERS).exists():
-        run_artefact.answer(place.dataset, place.folder)
-        synced = _sync(place)
-        found = gather.gather(place.recipe, place.dataset, place.folder, place.store, synced)
-        made = evidence.build(found) | {"inputs": inputs}
-        answers.write(found, place.folder)
-        page.write_html(made, place.folder / run_files.REPORT_PAGE)
-        write_json(place.folder / run_files.REPORT, made)
-        run_log.result(place.journal(), made)
-        say("report", str(place.folder / run_files.REPORT_PAGE))
-    else:
-        say("report", f"done before: {place.folder / run_files.REPORT_PAGE}")
-    return made
+def _report(run_folder: RunFolder) -> dict[str, Any]:
+    inputs = _inputs(run_folder)
+    folder = run_folder.path
+    report_page = folder / run_files.REPORT_PAGE
+    existing = read_json(folder / run_files.REPORT)
+    if existing and existing["inputs"] == inputs and (folder / run_files.ANSWERS).exists():
+        say("report", f"done before: {report_page}")
+        return existing
+    run_artefact.answer(run_folder.dataset, folder)
+    synced = _sync(run_folder)
+    measured = gather.gather(
+        run_folder.recipe,
+        run_folder.dataset,
+        folder=folder,
+        where=run_folder.store,
+        mlflow=synced,
+    )
+    report = evidence.build(measured) | {"inputs": inputs}
+    answers.write(measured, folder)
+    page.write_html(report, report_page)
+    write_json(folder / run_files.REPORT, report)
+    run_log.result(run_folder.journal(), report)
+    say("report", str(report_page))
+    return report
 
 
-def _inputs(place: Place) -> str:
+def _inputs(run_folder: RunFolder) -> str:
     """Digest of everything that a report is made of: it is made again only if that changed."""
-    names = [f"arms/{arm.key}/arm.json" for arm in arms_of(place.recipe)] + [
-        "tune.json",
-        "artefact/manifest.json",
-    ]
-    return digest_of({name: read_json(place.folder / name) for name in names})
+    here = Path()
+    files = [run_files.arm_record(here, arm.key) for arm in arms_of(run_folder.recipe)]
+    files.append(here / run_files.TRIALS)
+    files.append(run_files.artefact(here) / run_files.MANIFEST)
+    return digest_of({file.as_posix(): read_json(run_folder.path / file) for file in files})
 
 
-def _sync(place: Place) -> dict[str, Any]:
-    """Bring MLflow up to the journal; what the run is called there.
+def _sync(run_folder: RunFolder) -> dict[str, Any]:
+    """Bring MLflow up to the journal, and give what the run is called there.
 
-    A server that is down is told later.
+    A server that is down is brought up to it by a later command.
     """
-    experiment = place.recipe.track.experiment
-    synced = mlflow_mirror.sync(place.folder, uri=place.uri, experiment=experiment)
+    experiment = run_folder.recipe.track.experiment
+    synced = mlflow_mirror.sync(run_folder.path, uri=run_folder.uri, experiment=experiment)
     if not synced.done or synced.reason:
         say(
             "track",
-            f"{synced.reason}; {synced.pending} lines wait: raykd track sync {place.folder}",
+            f"{synced.reason}; {synced.pending} lines wait: raykd track sync {run_folder.path}",
         )
     return {
-        "uri": mlflow_mirror.public_uri(place.uri),
+        "uri": mlflow_mirror.public_uri(run_folder.uri),
         "experiment": experiment,
         "run_id": synced.runs.get(run_log.PARENT),
     }

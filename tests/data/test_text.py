@@ -31,6 +31,7 @@ from raykd.models.weights import fill
 from raykd.recipe.tables import DataRef, TermSpec
 from raykd.stages import walk
 from raykd.stages.load import load
+from raykd.stages.run_folder import RunFolder
 from raykd.store.reader import Store
 from raykd.targets import UNLABELLED
 from raykd.training import predictions
@@ -331,7 +332,7 @@ def test_what_is_reported_of_text_is_what_the_models_say(walked):
 
 def test_a_store_of_text_knows_its_tokeniser(walked, tokenizer):
     _, _, found = walked
-    place = walk.Place(found, walked[1].parent)
+    place = RunFolder(found, walked[1].parent)
     vocabulary = Store(place.store).manifest["statistics"]["vocabulary"]
     table = json.loads(tokenizer.read_text())["model"]["vocab"]
     assert check_digest(vocabulary["sha256"], vocabulary["size"], table) == len(table)

@@ -27,7 +27,9 @@ from raykd.recipe.drafter import Drafter
 from raykd.recipe.recipe import Recipe
 from raykd.reports import compare, text_measures
 from raykd.stages import walk
+from raykd.stages.check import check_with_data
 from raykd.stages.load import load
+from raykd.stages.run_folder import RunFolder
 from raykd.training import predictions, run_files
 
 VOCAB = 13
@@ -280,13 +282,14 @@ def test_drafts_asked_for_otherwise_are_not_compared(walked):
 def test_what_can_not_be_judged_is_refused_before_any_work(recipe, change, message):
     found = load(recipe, ("drafter.prompts=2",))
     changed = Recipe.model_validate(found.model_dump(mode="json") | change)
-    place = walk.Place(changed, recipe.parent / "out")
+    run_folder = RunFolder(changed, recipe.parent / "out")
     with pytest.raises((RecipeError, DataError), match=message):
-        place.check_text()
+        check_with_data(changed, run_folder.dataset, run_folder.path, with_export=False)
 
 
 def test_series_draft_nothing(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('technique = "none"\n[drafter]\n')
-    with pytest.raises(RecipeError, match="drafter: is about rows of text"):
-        walk.Place(load(path), tmp_path).check_text()
+    found = load(path)
+    with pytest.raises(RecipeError, match="drafter: needs text rows"):
+        check_with_data(found, data.load(found.data), tmp_path)

@@ -1,0 +1,64 @@
+"""What can be known to fail before any work: a recipe held against its data, teacher and student.
+
+`raykd.stages.load` checks a recipe by itself; this needs the data, and builds models.
+"""
+
+from pathlib import Path
+
+import torch
+
+from raykd import models
+from raykd.data import Dataset
+from raykd.deploy import run_artefact
+from raykd.errors import RecipeError
+from raykd.generation import judge_drafter
+from raykd.recipe.recipe import Recipe
+from raykd.training.arms import arms_of
+from raykd.training.run_arms import kept_of, replay_of
+
+
+def check_with_data(
+    recipe: Recipe, dataset: Dataset, folder: Path, *, with_export: bool = True
+) -> None:
+    """RecipeError, StoreError or DataError if the run in `folder` would fail.
+
+    `with_export` checks the student's export, too, in all forms of `[export]`.
+    """
+    _check_text_tables(recipe, dataset)
+    _check_drafts(recipe, dataset, folder)
+    _check_drafter(recipe, dataset)
+    if with_export:
+        run_artefact.check(recipe, dataset)
+
+
+def _check_text_tables(recipe: Recipe, dataset: Dataset) -> None:
+    """RecipeError where a table is about text and the data are none."""
+    for key in ("source", "drafter"):
+        if getattr(recipe, key) and not dataset.is_text:
+            raise RecipeError(
+                f"{key}: needs text rows, but this data set has none; set data.tokenizer, "
+                f"or remove [{key}]"
+            )
+
+
+def _check_drafts(recipe: Recipe, dataset: Dataset, folder: Path) -> None:
+    """An error where a log of drafts cannot be written or read."""
+    for arm in arms_of(recipe):
+        kept_of(recipe, dataset, arm, folder)
+        replay_of(arm, dataset, torch.device("cpu"))
+
+
+def _check_drafter(recipe: Recipe, dataset: Dataset) -> None:
+    """An error where students cannot be judged as the teacher's drafters."""
+    if recipe.drafter is None:
+        return
+    if recipe.teacher is None:
+        raise RecipeError(
+            "drafter: judges students by their teacher, and there is none; add [teacher], "
+            "or remove [drafter]"
+        )
+    judge_drafter.openings(dataset.splits["test"], recipe.drafter)
+    for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
+        with torch.device("meta"):
+            module = models.build_model(ref.bare, **dataset.shape, key=key)
+            judge_drafter.check(module, key)
