@@ -23,7 +23,7 @@ class Problem:
 
 
 class RecipeError(RaykdError):
-    """A recipe or a command line that can not be carried out (exit code 2)."""
+    """A recipe or a command line that cannot be carried out (exit code 2)."""
 
     exit_code = 2
 
@@ -45,7 +45,7 @@ def _rebuild(problems: list[Problem], text: str) -> RecipeError:
 
 
 class DataError(RaykdError):
-    """Rows that can not be used: a missing column, a label outside the classes, an empty split
+    """Rows that cannot be used: a missing column, a label outside the classes, an empty split
     (exit code 3).
     """
 

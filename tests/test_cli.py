@@ -129,7 +129,7 @@ def test_a_recipe_that_is_not_there_is_a_usage_error_of_the_pipelines_too(tmp_pa
     asked = [sys.executable, "-m", "pipelines.run", "nowhere.toml", "--out", str(tmp_path / "out")]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "nowhere.toml can not be read" in done.stderr
+    assert "nowhere.toml cannot be read" in done.stderr
     assert is_one_screen(done.stderr)
     assert not (tmp_path / "out").exists()
 

@@ -23,16 +23,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def put_once(path: Path, data: bytes) -> bool:
-    """Create `path` with `data` unless it exists; True if this call created it (one winner under a
-    race).
+    """Create `path` with `data` unless it exists.
+
+    True if this call created it. Of many racing calls exactly one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = _stage(path, data)
-    where = {"folder": path.parent.name, "name": path.name}
-    faults.point("file", **where, at="staged")
+    fault_at = {"folder": path.parent.name, "name": path.name}
+    faults.point("file", **fault_at, at="staged")
     try:
         os.link(staged, path)
-        faults.point("file", **where, at="linked")
+        faults.point("file", **fault_at, at="linked")
         created = True
     except FileExistsError:
         created = False
@@ -44,8 +45,9 @@ def put_once(path: Path, data: bytes) -> bool:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `path` afterwards; if what fills it fails,
-    `path` stays.
+    """A new folder to fill, which then takes the place of `path`.
+
+    If the block raises, `path` stays as it was.
     """
     staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     staged.mkdir(parents=True)

@@ -1,9 +1,10 @@
-"""A prefix of an S3 bucket as a store's place: a conditional PUT (`If-None-Match: *`) creates a
-name once.
+"""A prefix of an S3 bucket as a store's place.
 
-Region and credentials are those of the environment: AWS_ACCESS_KEY_ID and its like, a web identity,
-the role of a container or machine. AWS_ENDPOINT_URL names another server that speaks S3. Every wait
-has an end.
+A conditional PUT (`If-None-Match: *`) creates a name once.
+
+Region and credentials come from the environment: AWS_ACCESS_KEY_ID and its like, a web identity,
+or the role of a container or machine. AWS_ENDPOINT_URL names another server that speaks S3. Every
+wait has an end.
 """
 
 import os
@@ -16,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from raykd.errors import InfraError
-from raykd.files.place import Found
+from raykd.files.place import Listed
 
 CLIENT: Any = {"connect_timeout": "5s", "timeout": "120s"}  # of one request, its body included
 RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
@@ -46,14 +47,15 @@ class Bucket:
         return Bucket(self.bucket, f"{self.prefix}/{name}".lstrip("/"))
 
     def put_once(self, name: str, data: bytes) -> bool:
-        """Create an object unless it exists; False too for a call that created it but lost the
-        answer.
+        """Create an object unless it exists.
+
+        False, too, for a call that created it but lost the answer.
         """
         created = self._create(name, data)
         if created and self.bucket not in SEEN and self._create(name, data):
             raise InfraError(
-                f"{self}: the server creates an object twice, so no store is safe there; name one that honours "
-                "If-None-Match, as Amazon S3 does, in AWS_ENDPOINT_URL"
+                f"{self}: the server creates an object twice, so no store is safe there; name one "
+                "that honours If-None-Match, as Amazon S3 does, in AWS_ENDPOINT_URL"
             )
         SEEN.add(self.bucket)
         return created
@@ -61,12 +63,12 @@ class Bucket:
     def _create(self, name: str, data: bytes) -> bool:
         """Whether this call created an object.
 
-        One that collides with another which then fails is tried again.
+        It is tried again if it collides with a creation that then fails.
         """
         from obstore.exceptions import AlreadyExistsError
 
         for _ in range(ATTEMPTS):
-            with self._told(name) as (api, client):
+            with self._requests(name) as (api, client):
                 try:
                     api.put(client, name, data, mode="create", use_multipart=False)
                     return True
@@ -74,11 +76,12 @@ class Bucket:
                     if self._exists(name):
                         return False
         raise InfraError(
-            f"{self}/{name}: collided with other writers {ATTEMPTS} times; give the same command again"
+            f"{self}/{name}: collided with other writers {ATTEMPTS} times; give the same command "
+            "again"
         )
 
     def _exists(self, name: str) -> bool:
-        with self._told(name) as (api, client):
+        with self._requests(name) as (api, client):
             try:
                 return bool(api.head(client, name))
             except FileNotFoundError as error:
@@ -86,46 +89,42 @@ class Bucket:
                 return False
 
     def put(self, name: str, data: bytes) -> None:
-        with self._told(name) as (api, client):
+        with self._requests(name) as (api, client):
             api.put(client, name, data, use_multipart=False)
 
     def get(self, name: str, *, last: int | None = None) -> bytes | None:
         options = {} if last is None else {"range": {"suffix": last}}
-        with self._told(name) as (api, client):
+        with self._requests(name) as (api, client):
             try:
                 return bytes(api.get(client, name, options=options).bytes())
-            except (
-                FileNotFoundError,
-                ValueError,
-            ) as error:  # the latter for a name that no object can have
+            # ValueError: a name that no object can have
+            except (FileNotFoundError, ValueError) as error:
                 _no_bucket(self, error)
                 return None
 
     def delete(self, name: str) -> None:
-        with self._told(name) as (api, client):
+        with self._requests(name) as (api, client):
             api.delete(client, name)
 
-    def listed(self, below: str = "") -> dict[str, Found]:
-        with self._told(below) as (api, client):
+    def listed(self, below: str = "") -> dict[str, Listed]:
+        with self._requests(below) as (api, client):
             objects = api.list(client, below or None).collect()
-        found = {o["path"]: Found(o["size"], o["last_modified"].timestamp()) for o in objects}
-        return dict(sorted(found.items()))
+        files = {o["path"]: Listed(o["size"], o["last_modified"].timestamp()) for o in objects}
+        return dict(sorted(files.items()))
 
     def folders(self, below: str = "") -> list[str]:
-        with self._told(below) as (api, client):
+        with self._requests(below) as (api, client):
             prefixes = api.list_with_delimiter(client, below or None)["common_prefixes"]
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
     def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether every file has the size that its record says; its digest is checked by whoever
-        fetches it.
-        """
-        found = self.listed("data")
-        return all(r["file"] in found and found[r["file"]].bytes == r["bytes"] for r in records)
+        """Whether every file has the size in its record. Whoever fetches a file checks its digest."""
+        sizes = {name: file.bytes for name, file in self.listed("data").items()}
+        return all(sizes.get(record["file"]) == record["bytes"] for record in records)
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[tuple[Any, Any]]:
-        """(the package's functions, a client of this prefix); what fails is told as a user's error."""
+    def _requests(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """(the package's functions, a client of this prefix); a failure raises InfraError."""
         api = _package(str(self))
         from obstore.exceptions import BaseError
 
@@ -134,8 +133,9 @@ class Bucket:
         except (BaseError, FileNotFoundError, ValueError) as error:
             _no_bucket(self, error)
             raise InfraError(
-                f"{self}/{name}: {_reason(error)}; check the server and AWS_ENDPOINT_URL, AWS_REGION, "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then give the same command, which continues from here"
+                f"{self}/{name}: {_reason(error)}; check the server and AWS_ENDPOINT_URL, "
+                "AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then give the same "
+                "command, which continues from here"
             ) from None
 
 
@@ -148,11 +148,10 @@ def _no_bucket(place: Bucket, error: BaseException) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what the package says, and the server's code, such as AccessDenied."""
+    """The first line of the package's message, and the server's code, such as AccessDenied."""
     code = re.search(r"<Code>(\w+)</Code>", str(error))
-    return str(error).partition("\n")[0].partition("<?xml")[0].strip(" :") + (
-        f" ({code[1]})" if code else ""
-    )
+    line = str(error).partition("\n")[0].partition("<?xml")[0].strip(" :")
+    return f"{line} ({code[1]})" if code else line
 
 
 def _package(address: str) -> Any:
@@ -167,9 +166,7 @@ def _package(address: str) -> Any:
 
 @lru_cache
 def _client(bucket: str, prefix: str, endpoint: str | None) -> Any:
-    """A client, made once a process; plain HTTP only where the endpoint that the user named asks
-    for it.
-    """
+    """A client, made once a process. Plain HTTP only if the user's endpoint asks for it."""
     from obstore.store import S3Store
 
     plain = bool(endpoint and endpoint.startswith("http://"))

@@ -10,13 +10,13 @@ import signal
 
 
 def point(stage: str, **where: object) -> None:
-    """Die here if the environment asks for it; otherwise nothing."""
+    """Kill this process if the environment asks for it here; otherwise do nothing."""
     wanted = os.environ.get("RAYKD_FAULT")
     if not wanted:
         return
     name, _, conditions = wanted.partition(":")
-    asked = dict(part.split("=") for part in conditions.split(",") if part)
-    if name != stage or any(str(where.get(k)) != v for k, v in asked.items()):
+    wanted_values = dict(part.split("=") for part in conditions.split(",") if part)
+    if name != stage or any(str(where.get(k)) != v for k, v in wanted_values.items()):
         return
     try:
         os.close(os.open(os.environ["RAYKD_FAULT_FIRED"], os.O_CREAT | os.O_EXCL))

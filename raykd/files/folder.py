@@ -1,4 +1,4 @@
-"""A folder of this machine, or one that all nodes mount, as a store's place: a link creates a name
+"""A folder as a store's place: on this machine, or mounted by all nodes. A link creates a name
 once.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.files import atomic
-from raykd.files.place import Found
+from raykd.files.place import Listed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Folder:
         try:
             with (self.address / name).open("rb") as file:
                 if last is not None:
-                    file.seek(-min(last, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(-min(last, size), os.SEEK_END)
                 return file.read()
         except FileNotFoundError:
             return None
@@ -47,24 +48,23 @@ class Folder:
     def delete(self, name: str) -> None:
         (self.address / name).unlink(missing_ok=True)
 
-    def listed(self, below: str = "") -> dict[str, Found]:
-        found = {}
+    def listed(self, below: str = "") -> dict[str, Listed]:
+        files = {}
         for path in sorted((self.address / below).rglob("*")):
             try:
-                told = path.stat()
-            except FileNotFoundError:  # a writer's, put in place or removed meanwhile
+                status = path.stat()
+            except FileNotFoundError:  # a writer put it in place or removed it meanwhile
                 continue
             if path.is_file():
-                found[path.relative_to(self.address).as_posix()] = Found(
-                    told.st_size, told.st_mtime
-                )
-        return found
+                name = path.relative_to(self.address).as_posix()
+                files[name] = Listed(status.st_size, status.st_mtime)
+        return files
 
     def folders(self, below: str = "") -> list[str]:
         return sorted(path.name for path in (self.address / below).glob("*") if path.is_dir())
 
     def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether every file has the bytes that its record says: a disk is near, so they are read."""
+        """Whether every file has the digest in its record. A disk is near, so files are read."""
         return all(self._sha256(record["file"]) == record["sha256"] for record in records)
 
     def _sha256(self, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Where a store's files stand, by name: in a folder, or below a prefix of an S3 bucket.
+"""Where a store keeps its files, by name: in a folder, or below a prefix of an S3 bucket.
 
 The protocol asks three things of a place: a file is there whole or not at all, of many who create
 one name just one wins, and what is written is read at once. It needs no rename and no lock, and
@@ -14,8 +14,8 @@ from raykd.files.atomic import from_json
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a listing tells of a file."""
+class Listed:
+    """What a listing reports of a file."""
 
     bytes: int
     written_s: float  # since the epoch
@@ -52,7 +52,7 @@ class Place(Protocol):
         """Remove a file; nothing if there is none."""
         ...
 
-    def listed(self, below: str = "") -> dict[str, Found]:
+    def listed(self, below: str = "") -> dict[str, Listed]:
         """Every file in a folder and its folders, by its whole name, in order."""
         ...
 

@@ -1,4 +1,4 @@
-"""Waiting, with an end: for a server that may be dead or slow, and for another process."""
+"""Waits that end: for a server that may be dead or slow, and for another process."""
 
 import fcntl
 import os
@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 
 def bounded(work: Callable[[], T], limit_s: float) -> T:
-    """What `work` returns; TimeoutError after `limit_s`, whatever hangs (a name look-up has no
-    timeout).
+    """What `work` returns.
+
+    TimeoutError after `limit_s`, even where a call has no timeout itself, as a name look-up.
     """
     result: Future[T] = Future()
 
@@ -33,9 +34,10 @@ def bounded(work: Callable[[], T], limit_s: float) -> T:
 
 
 def knock(uri: str, limit_s: float) -> None:
-    """OSError if nobody listens at `uri`; behind a proxy or on an unknown port nothing is asked."""
+    """OSError if nobody listens at `uri`. Nothing is tried behind a proxy or on an unknown port."""
     parts = urlsplit(uri)
-    host, scheme = parts.hostname or "", parts.scheme.split("+")[0]
+    host = parts.hostname or ""
+    scheme = parts.scheme.split("+")[0]
     port = parts.port or PORTS.get(scheme)
     proxied = scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     if port and not proxied:
@@ -44,7 +46,7 @@ def knock(uri: str, limit_s: float) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder` against other processes; BlockingIOError if one has it and we do not wait."""
+    """Hold a lock on `folder`. BlockingIOError if another process has it and `wait` is False."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

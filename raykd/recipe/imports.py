@@ -31,10 +31,10 @@ def load(dotted: str, kind: str) -> Any:
     try:
         module = importlib.import_module(name)
     except (ImportError, TypeError, ValueError) as error:
-        raise RecipeError([Problem(kind, f"{dotted!r} can not be imported: {error}")]) from None
+        raise RecipeError([Problem(kind, f"{dotted!r} cannot be imported: {error}")]) from None
     if sign and not callable(getattr(module, function, None)):
         raise RecipeError(
-            [Problem(kind, f"{dotted!r} can not be imported: {name} has no function {function!r}")]
+            [Problem(kind, f"{dotted!r} cannot be imported: {name} has no function {function!r}")]
         )
     return getattr(module, function) if sign else module
 

@@ -43,7 +43,7 @@ class Scale(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     retries: Annotated[int, Field(ge=0)] = 3
     max_bad_rows: Annotated[int, Field(ge=0)] = (
-        0  # that the teacher can not score; they are left out
+        0  # that the teacher cannot score; they are left out
     )
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
@@ -127,14 +127,14 @@ class Recipe(Table):
     def _possible(self) -> Self:
         if self.optim.batch < self.scale.workers[1]:
             raise ValueError(
-                f"optim.batch = {self.optim.batch} rows can not be shared by scale.workers = {self.scale.workers[1]};"
+                f"optim.batch = {self.optim.batch} rows cannot be shared by scale.workers = {self.scale.workers[1]};"
                 " raise optim.batch or lower scale.workers"
             )
         own = self.source.rows(self.optim.batch) if self.source else 0
         if own and min(own, self.optim.batch - own or own) < self.scale.workers[1]:
             raise ValueError(
                 f"source.share = {self.source.share if self.source else 0} makes {own} of {self.optim.batch} rows the "
-                f"student's, which scale.workers = {self.scale.workers[1]} can not share with as many of the data's; "
+                f"student's, which scale.workers = {self.scale.workers[1]} cannot share with as many of the data's; "
                 "raise optim.batch or lower scale.workers"
             )
         ends = [phase.until for phase in self.phases]

@@ -22,12 +22,12 @@ def is_path(source: str) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The values of a TOML file; RecipeError if it can not be read."""
+    """The values of a TOML file; RecipeError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
-            f"recipe {path} can not be read: {error.strerror}; name an existing TOML file"
+            f"recipe {path} cannot be read: {error.strerror}; name an existing TOML file"
         ) from None
     except ValueError as error:  # not UTF-8, not TOML, or a number too long for Python
         raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None

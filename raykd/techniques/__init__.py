@@ -70,7 +70,7 @@ def _read(name: str, path: Path) -> Technique:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         recipes = [ast.literal_eval(node.value) for node in tree.body if _sets_recipe(node)]
     except (SyntaxError, ValueError) as error:
-        raise RecipeError(f"technique {name!r}: {path} can not be read: {error}") from None
+        raise RecipeError(f"technique {name!r}: {path} cannot be read: {error}") from None
     if not recipes or not isinstance(recipes[-1], dict):
         raise RecipeError(f"technique {name!r}: {path.name} has no literal RECIPE = {{...}}")
     return Technique(name, (ast.get_docstring(tree) or "").partition("\n")[0], recipes[-1], path)

@@ -157,7 +157,7 @@ class _Mirror:
 
     @property
     def client(self) -> Any:
-        """The client, while there is time; its next request can not outlast the deadline."""
+        """The client, while there is time; its next request cannot outlast the deadline."""
         left_s = self.deadline - time.monotonic()
         if left_s < 1:
             raise TimeoutError("too slow; what is left waits in the journal")

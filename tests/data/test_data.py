@@ -379,7 +379,7 @@ def test_an_unknown_data_set_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("source", ["rows_nowhere:rows", "json:rows", "json:__name__"])
 def test_a_function_that_does_not_exist_is_a_fault_of_the_recipe(source):
-    with pytest.raises(RecipeError, match=f"data.source: '{source}' can not be imported"):
+    with pytest.raises(RecipeError, match=f"data.source: '{source}' cannot be imported"):
         data.load(DataRef(source=source))
 
 

@@ -457,6 +457,6 @@ def test_a_model_is_found_in_a_module_of_the_current_directory(tmp_path, monkeyp
     assert isinstance(module, nn.Linear)
     del sys.modules["mine_net"]
     for name in ("mine_net:nett", "mine_lost:net"):
-        with pytest.raises(RecipeError, match=rf"student\.model: '{name}' can not be imported"):
+        with pytest.raises(RecipeError, match=rf"student\.model: '{name}' cannot be imported"):
             build_model(ModelRef(model=name), channels=K, classes=C, steps=16, key="student")
     sys.modules.pop("mine_net", None)

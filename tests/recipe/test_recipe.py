@@ -222,7 +222,7 @@ def test_weights_that_can_run_code_are_refused(write, tmp_path, table, suffix):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (None, "can not be read: No such file"),
+        (None, "cannot be read: No such file"),
         (b"a = ", "not valid TOML"),
         (b"a = 1\na = 2", "not valid TOML"),
         ("name = 'ü'".encode("latin-1"), "not valid TOML"),
@@ -585,7 +585,7 @@ def test_a_technique_that_can_not_be_read_is_one_problem_among_the_others(
 def test_loading_names_the_key_and_what_is_missing():
     with pytest.raises(
         RecipeError,
-        match=r"data\.source: 'json:lods' can not be imported: json has no function 'lods'",
+        match=r"data\.source: 'json:lods' cannot be imported: json has no function 'lods'",
     ):
         imports.load("json:lods", "data.source")
     assert imports.load("json:loads", "data.source") is json.loads

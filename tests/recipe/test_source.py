@@ -318,7 +318,7 @@ LINES = {
     ),
     "too few rows": (
         {"technique": "gkd", "source": {"share": 0.01}, "scale": {"workers": 4}},
-        "can not share with as many",
+        "cannot share with as many",
     ),
     "nothing to keep": (
         {"technique": "gkd", "source": {"keep": True}},
