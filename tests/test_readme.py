@@ -28,6 +28,8 @@ NOT_RUN = {
     r" -m pytest": "the tests themselves",
     r"cluster/local\.sh": "needs a Ray head; tests/orchestration/test_jobs.py has one",
     r"pipelines\.bench\.": "a bench measures for minutes",
+    r"qat_progressive": "trains for ten minutes; tests/training/test_phases.py has small phases",
+    r"own/(teacher|reverse)\.toml": "trains as own/recipe.toml does, which is run",
     r"^examples/valence/|raykd run examples/valence/": "fetches its data from the network",
     r"^examples/smollm2/": "fetches its teacher from the network",
     r"^examples/code_lm/": "trains for minutes; tests/data/test_text.py has a small one",
