@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.store.codecs import Comb, TopK, layout
-from raykd.store.codecs.layout import Column, Layout, Stream
+from raykd.store.codecs.layout import ByteStream, EncodedColumn, Layout
 from raykd.store.codecs.temperatures import chunks
 from raykd.targets import SparseTargets
 
@@ -55,14 +55,14 @@ class RandomSampling:
         entries = layout.sums(found, steps)
         start = np.concatenate([[0], np.cumsum(found)])
         ids = layout.put_ids(drawn.reshape(-1)[first], start, entries, self.vocab, "plain")
-        return layout.struct({"ids": ids, "counts": Stream(count, entries)})
+        return layout.struct({"ids": ids, "counts": ByteStream(count, entries)})
 
     def pack(self, column: pa.StructArray, steps: NDArray[Any]) -> tuple[pa.StructArray, Layout]:
         return self.stored.pack(column, steps)
 
     def decode(
         self,
-        column: Column,
+        column: EncodedColumn,
         steps: NDArray[Any],
         temperature: float = 1.0,
         laid_out: Layout = "plain",
@@ -75,7 +75,7 @@ class Renormalised(TopK):
 
     def decode(
         self,
-        column: Column,
+        column: EncodedColumn,
         steps: NDArray[Any],
         temperature: float = 1.0,
         laid_out: Layout = "plain",
@@ -123,7 +123,7 @@ class DistillKit:
         arrays = [np.concatenate(p) for p in zip(*parts, strict=True)]
         sizes = (2 * self.k, 2 * self.exact, 4 * len(self.powers))
         streams = [
-            Stream(a.reshape(-1).view(np.uint8), steps * n)
+            ByteStream(a.reshape(-1).view(np.uint8), steps * n)
             for a, n in zip(arrays, sizes, strict=True)
         ]
         return layout.struct(dict(zip(("ids", "exact", "curve"), streams, strict=True)))
@@ -133,7 +133,7 @@ class DistillKit:
 
     def decode(
         self,
-        column: Column,
+        column: EncodedColumn,
         steps: NDArray[Any],
         temperature: float = 1.0,
         laid_out: Layout = "plain",

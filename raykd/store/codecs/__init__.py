@@ -1,6 +1,4 @@
-"""How a teacher's answers become bytes, one file each: dense, comb, topk, hidden; and what each can
-serve.
-"""
+"""Codecs: how a teacher's answers become bytes, a file each, and which divergences each serves."""
 
 from typing import Any, ClassVar, Protocol
 
@@ -13,17 +11,20 @@ from raykd.errors import RecipeError
 from raykd.store.codecs.comb import Comb
 from raykd.store.codecs.dense import Dense
 from raykd.store.codecs.hidden import Hidden
-from raykd.store.codecs.layout import Column, Layout
+from raykd.store.codecs.layout import EncodedColumn, Layout
 from raykd.store.codecs.temperatures import index_of
 from raykd.store.codecs.topk import TopK
 from raykd.targets import SparseTargets
 
-SMALL = 64  # classes up to which every one is stored: a sparse form has no fewer bytes
+SMALL = 64  # up to so many classes all are stored: a sparse form has no fewer bytes
 
 
 class Codec(Protocol):
-    """A frozen dataclass of a column's settings: `encode` batches, `pack` the shard they make
-    in its smallest layout, `unpack` it into the plain one, `decode` any rows."""
+    """A frozen dataclass of a column's settings.
+
+    `encode` gives a batch's rows, `pack` a shard's rows in their smallest layout, `unpack` those in
+    the plain layout, `decode` the answers of any rows.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
@@ -36,7 +37,7 @@ class Codec(Protocol):
     def unpack(self, column: Any, steps: NDArray[Any], laid_out: Layout, /) -> pa.Array: ...
     def decode(
         self,
-        column: Column,
+        column: EncodedColumn,
         steps: NDArray[Any],
         temperature: float = 1.0,
         laid_out: Layout = "plain",
@@ -55,13 +56,12 @@ def default_codec(classes: int) -> str:
 def check_serves(
     codec: type[Codec] | Codec, divergence: str, temperature: float | None = None
 ) -> None:
-    """RecipeError unless a column of this codec can serve the divergence, at the temperature where
-    one is given.
-    """
+    """RecipeError unless a column of this codec serves the divergence (at the temperature)."""
     if divergence not in codec.serves:
         raise RecipeError(
-            f"a {codec.name!r} store serves the {', '.join(sorted(codec.serves))} divergence, not {divergence!r}, "
-            'which needs every class: score with store.codec = "dense", or "hidden", which is small for a large head'
+            f"a {codec.name!r} store serves the {', '.join(sorted(codec.serves))} divergence, not "
+            f'{divergence!r}, which needs every class: score with store.codec = "dense", or '
+            '"hidden", which is small for a large head'
         )
     grid = getattr(codec, "grid", None)
     if isinstance(grid, tuple) and temperature is not None:

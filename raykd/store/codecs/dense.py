@@ -1,9 +1,7 @@
-"""Every class of every step: fp16 logits, or log-probs in 8 bits. Serves any divergence at any
-temperature.
+"""Every class of every step, as fp16 logits or 8-bit log-probs, for any divergence and temperature.
 
 fp16   2 V bytes a step; logits within 2^-11 of themselves, so |error of log p| <= 2^-10 max |z|
-int8   V + 2 bytes a step; log p rounded to 1/255 of the step's lowest log p: half the bytes, for
-small heads
+int8   V + 2 bytes a step, for small heads; log p rounded to 1/255 of the step's lowest log p
 """
 
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from raykd.errors import DataError, StoreError
 from raykd.store.codecs import layout
-from raykd.store.codecs.layout import Column, Layout, Stream
+from raykd.store.codecs.layout import ByteStream, EncodedColumn, Layout
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,15 @@ class Dense:
         if self.values == "fp16":
             data = z.half().cpu().numpy().astype("<f2", copy=False)
             _check_finite(data, steps, row_id)
-            return layout.binary(Stream(data.reshape(-1).view(np.uint8), steps * 2 * self.vocab))
+            return layout.binary(
+                ByteStream(data.reshape(-1).view(np.uint8), steps * 2 * self.vocab)
+            )
         log_p = z.log_softmax(1).cpu().numpy()
         _check_finite(log_p, steps, row_id)
         low = np.minimum(log_p.min(1, initial=-1e-3), -1e-3).astype("<f2")
         codes = np.rint(log_p / low[:, None].astype(np.float32) * 255).clip(0, 255).astype(np.uint8)
         data = np.concatenate([low[:, None].view(np.uint8), codes], 1)
-        return layout.binary(Stream(data.reshape(-1), steps * (2 + self.vocab)))
+        return layout.binary(ByteStream(data.reshape(-1), steps * (2 + self.vocab)))
 
     def pack(self, column: pa.BinaryArray, steps: NDArray[Any]) -> tuple[pa.BinaryArray, Layout]:
         """The column as it is: it has one layout."""
@@ -58,13 +58,14 @@ class Dense:
 
     def decode(
         self,
-        column: Column,
+        column: EncodedColumn,
         steps: NDArray[Any],
         temperature: float = 1.0,
         laid_out: Layout = "plain",
     ) -> Tensor:
-        """(P, V): logits as fp16, or log-probs as fp32, of all rows' steps in turn; the loss
-        divides them by T.
+        """(P, V): fp16 logits or fp32 log-probs of all rows' steps in turn.
+
+        The loss divides them by the temperature.
         """
         width = 2 * self.vocab if self.values == "fp16" else 2 + self.vocab
         stream = layout.bytes_of(column)

@@ -1,5 +1,4 @@
-"""Random numbers without a state: each is a function of (store key, row id, step), whoever draws it
-and when.
+"""Random numbers without a state: each is a function of (store key, row id, step).
 
 SplitMix64's finaliser (Steele, Lea, Flood 2014) over a running mix of the coordinates; 53 bits of
 each word are used.

@@ -1,10 +1,9 @@
-"""The teacher's last hidden state, for a head that is frozen and kept: exact logits again at
-training time.
+"""The teacher's last hidden states, from which its frozen head gives exact logits in training.
 
-    z = hidden W^T + b    2 D bytes a step whatever the vocabulary; fp16 hidden states are the only
-    rounding
+    z = hidden W^T + b
 
-The head's digest stands in the column's settings; another head is refused.
+They take 2 D bytes a step, whatever the vocabulary; fp16 hidden states are the only rounding. The
+head's digest is among the column's settings; another head is refused.
 """
 
 import hashlib
@@ -19,14 +18,12 @@ from torch import Tensor
 
 from raykd.errors import StoreError
 from raykd.store.codecs.dense import Dense
-from raykd.store.codecs.layout import Column, Layout
+from raykd.store.codecs.layout import EncodedColumn, Layout
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Settings of one column: the width D of a hidden state, and the `head_digest` of the head it
-    belongs to.
-    """
+    """Settings of one column: the width D of a hidden state, and the `head_digest` of its head."""
 
     width: int
     head: str
@@ -50,31 +47,30 @@ class Hidden:
 
     def decode(
         self,
-        column: Column,
+        column: EncodedColumn,
         steps: NDArray[Any],
         temperature: float = 1.0,
         laid_out: Layout = "plain",
     ) -> Tensor:
-        """(P, D) fp16: hidden states of all rows' steps in turn; with the head they are
-        `raykd.losses.fused.Head`.
-        """
+        """(P, D) fp16: the hidden states of all rows' steps in turn."""
         return Dense(self.width).decode(column, steps)
 
     def check_head(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """StoreError unless this is the head whose hidden states are stored."""
-        found = head_digest(weight, bias)
-        if found != self.head:
+        digest = head_digest(weight, bias)
+        if digest != self.head:
             raise StoreError(
-                f"the stored hidden states belong to the output head {self.head[:12]}, and this teacher's is "
-                f"{found[:12]}: load the weights that scored the store, or score again"
+                f"the stored hidden states belong to the output head {self.head[:12]}, and this "
+                f"teacher's is {digest[:12]}: load the weights that scored the store, or score "
+                "again"
             )
 
 
 def head_digest(weight: Tensor, bias: Tensor | None = None) -> str:
-    """sha256 of a head's dtype, shape and bytes; of its bias too."""
+    """sha256 of the dtype, shape and bytes of a head's weight and of its bias."""
     sha = hashlib.sha256()
-    for part in (weight, bias):
-        if part is not None:
-            sha.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-            sha.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for tensor in (weight, bias):
+        if tensor is not None:
+            sha.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

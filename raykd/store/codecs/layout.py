@@ -1,13 +1,13 @@
-"""How arrays of entries become one value per sequence, and back, without a loop over rows or
-places.
+"""How arrays of entries become one value per row, and back, without a loop over rows or places.
 
-A column is a struct of binary streams, so that the file compresses like with like: Parquet keeps
-each child apart. Class ids take 2, 3 or 4 bytes by vocabulary, and rise within a place. Their
-stream is laid out in one of three ways, the same for a whole shard, whichever is smallest under the
-file's own compression (a comb's has one more, ranked.py):
+A column is a struct of binary streams: Parquet stores each child apart, so that the file compresses
+like with like. Class ids take 2, 3 or 4 bytes by vocabulary, and rise within a place. The id stream
+of a shard has the layout that is smallest under the file's own compression (ranked.py has one more
+layout, for a comb):
 
-    plain   id after id        planes   byte plane after byte plane, per row        delta   planes
-    of the differences
+    plain    id after id
+    planes   byte plane after byte plane, in each row
+    delta    planes of the differences between ids
 """
 
 from collections.abc import Iterator
@@ -23,20 +23,18 @@ Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Layout: TypeAlias = str  # of a shard: one of LAYOUTS, or a name of ranked.py's
 LAYOUTS = ("plain", "planes", "delta")
-Column: TypeAlias = "pa.Array | pa.ChunkedArray"
+EncodedColumn: TypeAlias = "pa.Array | pa.ChunkedArray"
 
 
-class Stream(NamedTuple):
-    """Bytes of every row, row after row, and how many of them each row has, (R,)."""
+class ByteStream(NamedTuple):
+    """The bytes of all rows in turn, and the number of bytes of each row, (R,)."""
 
     data: Bytes
     length: Ints
 
 
 def ragged(first: Ints, length: Ints) -> Ints:
-    """(sum of length,): first[0], first[0] + 1, .. for length[0], then the same for every other
-    row.
-    """
+    """(sum of `length`,): for each row the `length` integers from its `first` on."""
     before = np.cumsum(length) - length
     return np.repeat(first - before, length) + np.arange(int(length.sum()))
 
@@ -48,7 +46,7 @@ def sums(values: NDArray[Any], length: Ints) -> Ints:
     return total[end] - total[end - length]
 
 
-def binary(stream: Stream) -> pa.BinaryArray:
+def binary(stream: ByteStream) -> pa.BinaryArray:
     """(R,) binary: each row's bytes."""
     offsets = np.concatenate([[0], np.cumsum(stream.length)])
     if offsets[-1] > np.iinfo(np.int32).max:
@@ -59,69 +57,82 @@ def binary(stream: Stream) -> pa.BinaryArray:
     return pa.Array.from_buffers(pa.binary(), len(stream.length), buffers)
 
 
-def bytes_of(column: Column) -> Stream:
+def bytes_of(column: EncodedColumn) -> ByteStream:
     """The inverse of `binary`. StoreError for another type or a missing value."""
     if column.type != pa.binary() or column.null_count:
         raise StoreError(
-            f"an encoded column is {column.type} with {column.null_count} nulls, not binary without any"
+            f"an encoded column is {column.type} with {column.null_count} nulls, not binary "
+            "without any"
         )
-    data, length = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)]
-    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        if len(chunk):
-            _, offsets, body = chunk.buffers()
-            ends = np.frombuffer(offsets, np.int32)[
-                chunk.offset : chunk.offset + len(chunk) + 1
-            ].astype(np.int64)
-            data.append(np.frombuffer(body or b"", np.uint8)[ends[0] : ends[-1]])
-            length.append(np.diff(ends))
-    return Stream(np.concatenate(data), np.concatenate(length))
+    data = [np.zeros(0, np.uint8)]
+    length = [np.zeros(0, np.int64)]
+    for chunk in _chunks(column):
+        if not len(chunk):
+            continue
+        _, offsets, body = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        ends = ends.astype(np.int64)
+        data.append(np.frombuffer(body or b"", np.uint8)[ends[0] : ends[-1]])
+        length.append(np.diff(ends))
+    return ByteStream(np.concatenate(data), np.concatenate(length))
 
 
-def struct(streams: dict[str, Stream]) -> pa.StructArray:
+def _chunks(column: EncodedColumn) -> list[pa.Array]:
+    return column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+
+
+def struct(streams: dict[str, ByteStream]) -> pa.StructArray:
     """(R,) struct of binaries: each row's bytes of every stream."""
     fields = [pa.field(name, pa.binary(), nullable=False) for name in streams]
-    return pa.StructArray.from_arrays([binary(s) for s in streams.values()], fields=fields)
+    children = [binary(stream) for stream in streams.values()]
+    return pa.StructArray.from_arrays(children, fields=fields)
 
 
-def streams_of(column: Column, names: list[str]) -> dict[str, Stream]:
+def streams_of(column: EncodedColumn, names: list[str]) -> dict[str, ByteStream]:
     """The inverse of `struct`. StoreError where the column has other streams than `names`."""
-    found = [f.name for f in column.type] if pa.types.is_struct(column.type) else [str(column.type)]
-    if found != names or column.null_count:
+    present = [str(column.type)]
+    if pa.types.is_struct(column.type):
+        present = [field.name for field in column.type]
+    if present != names or column.null_count:
         raise StoreError(
-            f"an encoded column holds {', '.join(found)} where {', '.join(names)} belong: another codec's"
+            f"an encoded column holds {', '.join(present)} where {', '.join(names)} belong: "
+            "another codec's"
         )
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    return {
-        name: bytes_of(pa.chunked_array([c.field(i) for c in chunks], pa.binary()))
-        for i, name in enumerate(names)
-    }
+    streams = {}
+    for number, name in enumerate(names):
+        children = [chunk.field(number) for chunk in _chunks(column)]
+        streams[name] = bytes_of(pa.chunked_array(children, pa.binary()))
+    return streams
 
 
-def check_sizes(streams: dict[str, Stream], expected: dict[str, Ints]) -> None:
+def check_sizes(streams: dict[str, ByteStream], expected: dict[str, Ints]) -> None:
     """StoreError unless every row has the expected bytes in each stream."""
-    for name, length in expected.items():
-        found = streams[name].length
-        if len(found) != len(length) or not np.array_equal(found, length):
-            row = (
-                int(np.argmax(found != length))
-                if len(found) == len(length)
-                else min(len(found), len(length))
-            )
-            had = found[row] if row < len(found) else "no"
-            raise StoreError(
-                f"stream {name!r} of row {row} has {had} bytes where {length[row] if row < len(length) else 'none'} "
-                "belong: the column is damaged or of other rows"
-            )
+    for name, wanted in expected.items():
+        length = streams[name].length
+        if np.array_equal(length, wanted):
+            continue
+        row = min(len(length), len(wanted))
+        if len(length) == len(wanted):
+            row = int(np.argmax(length != wanted))
+        stored = length[row] if row < len(length) else "no"
+        belong = wanted[row] if row < len(wanted) else "none"
+        raise StoreError(
+            f"stream {name!r} of row {row} has {stored} bytes where {belong} belong: "
+            "the column is damaged or of other rows"
+        )
 
 
 def id_bytes(vocab: int) -> int:
     """Bytes of one class id: 2, 3 or 4."""
-    return 2 if vocab <= 1 << 16 else 3 if vocab <= 1 << 24 else 4
+    if vocab <= 1 << 16:
+        return 2
+    return 3 if vocab <= 1 << 24 else 4
 
 
-def put_ids(ids: Ints, start: Ints, entries: Ints, vocab: int, layout: Layout) -> Stream:
-    """The id stream of `ids` (M,), rising within each place [start[p], start[p + 1]), `entries`
-    (R,) to a row.
+def put_ids(ids: Ints, start: Ints, entries: Ints, vocab: int, layout: Layout) -> ByteStream:
+    """The id stream of `ids` (M,), of which `entries` (R,) belong to each row.
+
+    The ids of a place are [start[p], start[p + 1]), and rise.
     """
     width = id_bytes(vocab)
     if layout == "delta":
@@ -130,14 +141,14 @@ def put_ids(ids: Ints, start: Ints, entries: Ints, vocab: int, layout: Layout) -
         ids = ids - previous
     data = np.ascontiguousarray(ids.astype("<u4")).view(np.uint8).reshape(-1, 4)[:, :width]
     if layout != "plain":
-        out = np.empty(data.size, np.uint8)
+        planes = np.empty(data.size, np.uint8)
         for byte, at in enumerate(_planes(entries, width)):
-            out[at] = data[:, byte]
-        data = out
-    return Stream(np.ascontiguousarray(data).reshape(-1), entries * width)
+            planes[at] = data[:, byte]
+        data = planes
+    return ByteStream(np.ascontiguousarray(data).reshape(-1), entries * width)
 
 
-def take_ids(stream: Stream, start: Ints, entries: Ints, vocab: int, layout: Layout) -> Ints:
+def take_ids(stream: ByteStream, start: Ints, entries: Ints, vocab: int, layout: Layout) -> Ints:
     """(M,) int64: the inverse of `put_ids`.
 
     StoreError for ids that do not rise or leave the vocabulary.
@@ -171,29 +182,30 @@ def smallest(
 ) -> tuple[pa.Array, Layout]:
     """The column with its id stream in the layout of fewest bytes, and that layout."""
     candidates: dict[Layout, Any] = {
-        x: binary(put_ids(ids, start, entries, vocab, x)) for x in LAYOUTS
+        name: binary(put_ids(ids, start, entries, vocab, name)) for name in LAYOUTS
     }
-    layout = min(candidates, key=lambda x: compressed(candidates[x]))
-    names = [f.name for f in column.type]
-    children = [candidates[layout] if name == "ids" else column.field(name) for name in names]
+    layout = min(candidates, key=lambda name: compressed(candidates[name]))
+    children = [
+        candidates[layout] if field.name == "ids" else column.field(field.name)
+        for field in column.type
+    ]
     return pa.StructArray.from_arrays(children, fields=list(column.type)), layout
 
 
-def compressed(column: Column) -> int:
-    """Bytes of a column's values under zstd-3, each stream by itself, as the shard's file holds
-    them.
-    """
+def compressed(column: EncodedColumn) -> int:
+    """Bytes of a column's values under zstd-3, each stream by itself, as in the shard's file."""
     if pa.types.is_struct(column.type):
         return sum(compressed(column.field(i)) for i in range(column.type.num_fields))
     data = bytes_of(column).data
-    return pa.Codec("zstd", compression_level=3).compress(data.tobytes()).size if len(data) else 0
+    if not len(data):
+        return 0
+    return pa.Codec("zstd", compression_level=3).compress(data.tobytes()).size
 
 
 def _planes(entries: Ints, width: int) -> Iterator[Ints]:
-    """For each byte (M,): where that of each entry stands when every row keeps byte plane after
-    byte plane.
-    """
-    at, gap = ragged((np.cumsum(entries) - entries) * width, entries), np.repeat(entries, entries)
+    """For each byte of an id in turn, (M,): the position of that byte of each entry."""
+    at = ragged((np.cumsum(entries) - entries) * width, entries)
+    gap = np.repeat(entries, entries)
     for _ in range(width):
         yield at
         at = at + gap

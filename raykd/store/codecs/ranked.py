@@ -1,18 +1,17 @@
-"""A comb's classes and counts in the fewest bytes: numbered by frequency, those drawn once apart
-from the others.
+"""A comb's classes and counts in the fewest bytes: classes are numbered by frequency.
 
-For each place the classes drawn several times, then those drawn once; each of the two runs rises in
+Each place has two runs: the classes drawn several times, then those drawn once. Each run rises in
 a numbering where the shard's frequent classes come first, the most frequent as 0, and all others
-follow in their own order. A run is kept as gaps of one byte, larger ones with one byte or two more.
-Five streams:
+follow in the order of their ids. A run is stored as gaps: one byte each, larger gaps with one or
+two bytes more. There are five streams:
 
-    counts                 per place the counts above 1, then a 1; what is left of `points` was
-    drawn once many, once             the gaps' first bytes many_more, once_more   their further
-    bytes
+    counts                  of each place the counts above 1, then a 1
+    many, once              the first bytes of the gaps of each run
+    many_more, once_more    their further bytes
 
-The name of this layout carries the frequent classes, because a shard's rows are read in any slices.
-The order within a place is lost, and decoding sorts it back: the result is that of any other
-layout, to the bit.
+The points that the counts leave of `points` were drawn once. The name of this layout carries the
+frequent classes, because a shard's rows are read in any slices. Decoding sorts each place by id:
+the result is that of any other layout, to the bit.
 """
 
 import base64
@@ -23,12 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raykd.errors import StoreError
-from raykd.store.codecs.layout import Bytes, Ints, Layout, Stream, check_sizes, id_bytes, sums
+from raykd.store.codecs.layout import Bytes, ByteStream, Ints, Layout, check_sizes, id_bytes, sums
 
 STREAMS = ["counts", "many", "many_more", "once", "once_more"]
 PREFIX = "ranked:"
-FREQUENT, MOST = 48, 4096  # occurrences in a shard that pay for naming a class; classes named
-ONE, TWO = 192, 224  # the first bytes from which on one more byte, or two, follow
+FREQUENT = 48  # occurrences in a shard that pay for naming a class
+MOST = 4096  # classes that are named
+ONE = 192  # from this first byte on, one more byte follows
+TWO = 224  # from this first byte on, two more bytes follow
 LONG = ONE + (TWO - ONE << 8)  # the smallest gap that takes two
 LARGEST = LONG + (256 - TWO << 16)  # classes that gaps can tell apart
 BASE = np.concatenate(
@@ -39,22 +40,17 @@ WIDTH = (np.arange(256) >= ONE).astype(np.uint8) + (np.arange(256) >= TWO)
 
 
 class Entries(NamedTuple):
-    """A column's classes and counts (M,), where places start (P + 1,), and how many entries rows
-    have (R,).
-    """
+    """A column's entries: a class and its count each, in places, in rows."""
 
-    ids: Ints
-    counts: Bytes
-    start: Ints
-    entries: Ints
+    ids: Ints  # (M,)
+    counts: Bytes  # (M,)
+    start: Ints  # (P + 1,) where places start
+    entries: Ints  # (R,) how many entries each row has
 
 
-def put(found: Entries, steps: Ints, vocab: int) -> tuple[dict[str, Stream], Layout]:
-    """The streams of a shard's entries, and the name of their layout.
-
-    `vocab` is LARGEST at most.
-    """
-    ids, counts, start, _ = found
+def put(column: Entries, steps: Ints, vocab: int) -> tuple[dict[str, ByteStream], Layout]:
+    """(the streams of a shard's entries, the name of their layout); `vocab` is at most LARGEST."""
+    ids, counts, start, _ = column
     seen = np.bincount(ids, minlength=vocab)
     common = np.argsort(-seen, kind="stable")[:MOST]
     common = common[seen[common] >= FREQUENT]
@@ -66,22 +62,23 @@ def put(found: Entries, steps: Ints, vocab: int) -> tuple[dict[str, Stream], Lay
     key.sort()
     count = key.astype(np.uint8)
     several = sums(counts > 1, np.diff(start))
-    streams = {"counts": Stream(_ended(count[count > 1], several), sums(several + 1, steps))}
-    for name, here, size in (
-        ("many", count > 1, several),
-        ("once", count == 1, np.diff(start) - several),
-    ):
-        first, more = _gaps(key[here] >> 8 & 0xFFFFFF, size)
+    streams = {"counts": ByteStream(_ended(count[count > 1], several), sums(several + 1, steps))}
+    runs = {
+        "many": (count > 1, several),
+        "once": (count == 1, np.diff(start) - several),
+    }
+    for name, (in_run, size) in runs.items():
+        first, more = _gaps(key[in_run] >> 8 & 0xFFFFFF, size)
         entries = sums(size, steps)
-        streams[name] = Stream(first, entries)
-        streams[f"{name}_more"] = Stream(more, sums(WIDTH[first], entries))
+        streams[name] = ByteStream(first, entries)
+        streams[f"{name}_more"] = ByteStream(more, sums(WIDTH[first], entries))
     width = id_bytes(vocab)
     named = np.ascontiguousarray(common.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width])
     return streams, PREFIX + base64.b85encode(named.tobytes()).decode()
 
 
 def take(
-    streams: dict[str, Stream], steps: Ints, vocab: int, points: int, laid_out: Layout
+    streams: dict[str, ByteStream], steps: Ints, vocab: int, points: int, laid_out: Layout
 ) -> Entries:
     """The inverse of `put`. StoreError for damaged bytes."""
     counts, length = streams["counts"]
@@ -105,15 +102,16 @@ def take(
     return _sorted(key, several + single, steps)
 
 
-def _sorted(key: Ints, each: Ints, steps: Ints) -> Entries:
-    """The entries of keys place << 32 | id << 8 | count in any order, `each` (P,) of a place."""
+def _sorted(key: Ints, size: Ints, steps: Ints) -> Entries:
+    """The entries of keys place << 32 | id << 8 | count in any order, `size` (P,) of each place."""
     key.sort()
     count = key.astype(np.uint8)
     key >>= 8
     if (key[1:] == key[:-1]).any():
         raise StoreError("a stored class comes twice in one place: the column is damaged")
     key &= 0xFFFFFF
-    return Entries(key, count, np.concatenate([[0], np.cumsum(each)]), sums(each, steps))
+    start = np.concatenate([[0], np.cumsum(size)])
+    return Entries(ids=key, counts=count, start=start, entries=sums(size, steps))
 
 
 def _ended(count: Bytes, several: Ints) -> Bytes:
@@ -130,7 +128,8 @@ def _gaps(number: Ints, size: Ints) -> tuple[Bytes, Bytes]:
     begins = (np.cumsum(size) - size)[size > 0]
     gap = np.diff(number, prepend=-1) - 1
     gap[begins] = number[begins]
-    long, longer = np.flatnonzero(gap >= ONE), np.flatnonzero(gap >= LONG)
+    long = np.flatnonzero(gap >= ONE)
+    longer = np.flatnonzero(gap >= LONG)
     first = gap.astype(np.uint8)
     first[long] = ONE + (gap[long] - ONE >> 8)
     first[longer] = TWO + (gap[longer] - LONG >> 16)
@@ -138,22 +137,22 @@ def _gaps(number: Ints, size: Ints) -> tuple[Bytes, Bytes]:
     return first, more[WIDTH[first[long]][:, None] > np.arange(2)]
 
 
-def _numbers(streams: dict[str, Stream], name: str, size: Ints) -> NDArray[np.int32]:
+def _numbers(streams: dict[str, ByteStream], name: str, size: Ints) -> NDArray[np.int32]:
     """(M,): the numbers of one stream's runs of `size` (P,), modulo 2^32."""
-    (first, length), more = streams[name], streams[f"{name}_more"]
-    long, longer = np.flatnonzero(first >= ONE), np.flatnonzero(first >= TWO)
-    check_sizes(
-        {f"{name}_more": more}, {f"{name}_more": _within(long, length) + _within(longer, length)}
-    )
+    first, length = streams[name]
+    more = streams[f"{name}_more"]
+    long = np.flatnonzero(first >= ONE)
+    longer = np.flatnonzero(first >= TWO)
+    wanted = _within(long, length) + _within(longer, length)
+    check_sizes({f"{name}_more": more}, {f"{name}_more": wanted})
     total = np.concatenate([[-1], first], dtype=np.int32)
     at = np.arange(len(long)) + np.searchsorted(longer, long)
     total[long + 1] = BASE[first[long]] + more.data[at]
     if len(longer):
         total[longer + 1] += more.data[at[np.searchsorted(long, longer)] + 1].astype(np.int32) << 8
     total[1:] += 1
-    np.cumsum(
-        total, dtype=np.int32, out=total
-    )  # it may pass 2^31: no run does, and runs are differences
+    # the sum may pass 2^31; no run does, and runs are differences
+    np.cumsum(total, dtype=np.int32, out=total)
     number = total[1:]
     number -= np.repeat(total[np.cumsum(size) - size] + np.int32(1), size)
     return number
@@ -175,9 +174,8 @@ def _named(laid_out: Layout, vocab: int) -> Ints:
     """The classes that a layout's name carries."""
     width = id_bytes(vocab)
     try:
-        data = np.frombuffer(base64.b85decode(laid_out.removeprefix(PREFIX)), np.uint8).reshape(
-            -1, width
-        )
+        named = base64.b85decode(laid_out.removeprefix(PREFIX))
+        data = np.frombuffer(named, np.uint8).reshape(-1, width)
     except (ValueError, binascii.Error):
         raise StoreError("the frequent classes of a shard's layout are not readable") from None
     ids = (data.astype(np.int64) << 8 * np.arange(width)).sum(1)

@@ -1,6 +1,4 @@
-"""Which classes the teeth of a comb fall on, without a sum over all classes' cumulative
-distribution.
-"""
+"""Which classes the teeth of a comb fall on, without the cumulative sum over all classes."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +7,16 @@ from torch import Tensor
 BLOCK = 32  # classes that are added up before the search
 
 
-def find(r: Tensor, share: Tensor) -> Tensor:
-    """(c, N) int64: the class of r (c, V) whose part of the cumulative distribution holds each
-    `share` (c, N) of it.
+def find_classes(r: Tensor, share: Tensor) -> Tensor:
+    """(c, N) int64: the class at each `share` (c, N) of the cumulative distribution of r (c, V).
 
-    Sums over blocks are searched first, then only the blocks found are added up: a third of the
-    cost of all V.
+    Sums over blocks of classes are searched first, then only the blocks found are summed: a third
+    of the cost of all V.
     """
     short = -r.shape[1] % BLOCK
-    blocks = (F.pad(r, (0, short)) if short else r).unflatten(1, (-1, BLOCK))
+    if short:
+        r = F.pad(r, (0, short))
+    blocks = r.unflatten(1, (-1, BLOCK))
     mass = blocks.sum(2)
     total = mass.cumsum(1)
     block = torch.searchsorted(total, _below(share * total[:, -1:], total), right=True)
@@ -29,8 +28,9 @@ def find(r: Tensor, share: Tensor) -> Tensor:
 
 
 def _below(value: Tensor, total: Tensor) -> Tensor:
-    """`value` in the type of running sums `total` (.., n), below the last of them: rounding may
-    have lifted it.
+    """`value` in the type of the running sums `total` (.., n), and below the last of them.
+
+    Rounding may have lifted it above.
     """
     end = total[..., -1:]
     return torch.minimum(value.to(total.dtype), torch.nextafter(end, torch.zeros_like(end)))

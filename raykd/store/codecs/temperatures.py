@@ -1,5 +1,4 @@
-"""A column that serves several temperatures: which ones, and the log-sum-exp of log p / T for each
-step.
+"""The temperatures that a column serves, and the log-sum-exp of log p / T of each step.
 
 lse_T = log sum_i exp(log p_i / T) lies between 0 and (1 - 1/T) log V, so 16 bits of that range move
 a weight by less than 1e-4 of itself. lse_1 = 0 is not stored.
@@ -19,34 +18,40 @@ CHUNK = 1 << 20  # logits at a time: smaller ones cost more calls than they save
 
 
 def chunks(logits: Tensor, mask: Tensor, vocab: int) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of valid steps of `logits` (B, T, C) and their fp32 logits (c, vocab); an empty one if
-    there are none.
+    """Runs of valid steps of `logits` (B, T, C), and their fp32 logits (c, vocab).
+
+    There is one empty run if no step is valid.
     """
-    places, flat = mask.flatten().nonzero().squeeze(1).cpu(), logits.flatten(0, 1)
+    places = mask.flatten().nonzero().squeeze(1).cpu()
+    flat = logits.flatten(0, 1)
     size = max(1, CHUNK // logits.shape[-1])
     for first in range(0, max(len(places), 1), size):
-        here = places[first : first + size]
-        whole = len(here) > 0 and int(here[-1] - here[0]) + 1 == len(
-            here
-        )  # most are: no copy is made then
-        z = flat[int(here[0]) : int(here[-1]) + 1] if whole else flat[here.to(flat.device)]
+        chunk = places[first : first + size]
+        if len(chunk) > 0 and int(chunk[-1] - chunk[0]) + 1 == len(chunk):
+            z = flat[int(chunk[0]) : int(chunk[-1]) + 1]  # most have no gap: no copy is made
+        else:
+            z = flat[chunk.to(flat.device)]
         yield slice(first, first + size), z[:, :vocab].float()
 
 
 def index_of(temperature: float, grid: tuple[float, ...]) -> int:
     """The place of a temperature in a store's grid; RecipeError names the grid if it has none."""
     if temperature not in grid:
+        known = ", ".join(f"{t:g}" for t in grid)
         raise RecipeError(
-            f"temperature {temperature:g} is not in this store's grid ({', '.join(f'{t:g}' for t in grid)}): choose "
-            'one of these, or score again with it in the grid, or with store.codec = "dense", which serves any'
+            f"temperature {temperature:g} is not in this store's grid ({known}): choose one of "
+            'these, or score again with it in the grid, or with store.codec = "dense", which '
+            "serves any"
         )
     return grid.index(temperature)
 
 
 def tempered(log_p: Tensor, grid: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
     """The mean over the grid of softmax(log p / T) (c, V), and lse_T (c,) of every T but 1."""
-    mixed, lse = torch.zeros_like(log_p), []
-    scaled, p = torch.empty_like(log_p), torch.empty_like(log_p)
+    mixed = torch.zeros_like(log_p)
+    lse = []
+    scaled = torch.empty_like(log_p)
+    p = torch.empty_like(log_p)
     top = log_p.argmax(1, keepdim=True)
     for t in grid:
         torch.softmax(torch.div(log_p, t, out=scaled), 1, out=p)
@@ -66,7 +71,9 @@ def lse_bytes(lse: list[Tensor], grid: tuple[float, ...], vocab: int) -> NDArray
     bounds = [lse_bound(t, vocab) for t in grid if t != 1]
     if not bounds:
         return np.zeros((0, 0), np.uint8)
-    codes = torch.stack(
-        [(x.double().abs() / b * 65535).round() for x, b in zip(lse, bounds, strict=True)], 1
-    )
+    shares = [
+        (values.double().abs() / bound * 65535).round()
+        for values, bound in zip(lse, bounds, strict=True)
+    ]
+    codes = torch.stack(shares, 1)
     return codes.clamp(max=65535).cpu().numpy().astype("<u2").view(np.uint8)
