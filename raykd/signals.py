@@ -92,7 +92,8 @@ class Rollout:
     """
 
     log_q: Tensor  # the student's log probability of the token, when it was drawn
-    weight: Tensor  # q / (share p + (1 - share) q) of teacher-mixed sampling, at most 1 / (1 - share); 1 without
+    # q / (share p + (1 - share) q) of teacher-mixed sampling, at most 1 / (1 - share); 1 without
+    weight: Tensor
     lag: int  # steps of the optimiser between drawing and now
     temperature: float = 1.0
     accepted: Tensor | None = None  # bool

@@ -27,7 +27,8 @@ class SparseTargets:
 
     ids: Tensor  # (M,) int64, below `vocab`
     start: Tensor  # (P + 1,) int64, start[0] = 0
-    weight: Tensor  # (M,) fp32, the estimator's weights: sampled shares, or probabilities of the top classes
+    # (M,) fp32, the estimator's weights: sampled shares, or probabilities of the top classes
+    weight: Tensor
     vocab: int  # number of real classes; columns beyond it are padding
     entropy: Tensor | None = (
         None  # (P,) fp32, -sum_i w_i log p_i (tail included); None: the KL's value is cross-entropy

@@ -1,4 +1,4 @@
-"""A recipe over the folder of a Llama whose head is wider than its tokeniser, for tests of folders."""
+"""A recipe over the folder of a Llama whose head is wider than its tokeniser."""
 
 import json
 import shutil

@@ -20,7 +20,7 @@ TOKENS = 384
 
 
 def bpe(path: Path) -> Tokenizer:
-    """Train the tokeniser, write its tokenizer.json and give it as the tokenizers library has it."""
+    """Train the tokeniser, write its tokenizer.json and return the library's object."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,5 +1,6 @@
-"""Reverse distillation: the student keeps to what the teacher finds likely (Gu et al. 2023, arXiv
-2306.08543, eq. 1).
+"""Reverse distillation: the student keeps to what the teacher finds likely (Gu et al. 2023).
+
+ArXiv 2306.08543, eq. 1:
 
 L = w_ce CE + w_reverse KL(q || p), q the student's classes and p the teacher's, at temperature 1.
 """

@@ -44,7 +44,8 @@ def main() -> None:
         each = np.array([correlation(one, realised[known].numpy(), group) for one in foreseen])
         r, lo, hi = each.mean(0)
         print(
-            f"{split:<5} r {r:.2f} ({lo:.2f} to {hi:.2f}), {len(group)} steps of {len(np.unique(group))} reviews"
+            f"{split:<5} r {r:.2f} ({lo:.2f} to {hi:.2f}), {len(group)} steps of "
+            f"{len(np.unique(group))} reviews"
         )
 
 

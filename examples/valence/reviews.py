@@ -1,4 +1,4 @@
-"""Rows of human valence: a review is a sequence of sentences, each rated by at least twenty people."""
+"""Rows of human valence: a review is a sequence of sentences, each rated by twenty people."""
 
 import re
 import zlib
@@ -15,7 +15,8 @@ from raykd.errors import DataError
 
 FILE = Path(__file__).parent / "data" / "sentences.parquet"
 WORD = re.compile(r"[a-z']+|[!?]+|[:;=][-']?[()dp/]")
-LENGTH = 10.0  # of a sentence's features, so that one word is about as large as a channel that has variance 1
+# of a sentence's features, so that one word is about as large as a channel that has variance 1
+LENGTH = 10.0
 PARTS = ("train", "test", "train", "val", "train", "test", "train", "test")
 Row = dict[str, Any]
 Sentence = dict[str, Any]  # source, document, step, valence in [-1, 1], text

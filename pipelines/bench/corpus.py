@@ -89,8 +89,10 @@ def load(out: Path, *, rows: int, held: int) -> Corpus:
     version = platform.python_version()
     same = "the text" if digest.startswith(PUBLISHED[1]) else "not the text"
     described = (
-        f"corpus: Python {version} standard library without tests, {len(texts)} files, {size} bytes, "
-        f"sha256 {digest[:16]}, {same} of the published figures (Python {PUBLISHED[0]}'s, {PUBLISHED[1]})"
+        f"corpus: Python {version} standard library without tests, {len(texts)} files, {size} "
+        "bytes, "
+        f"sha256 {digest[:16]}, {same} of the published figures (Python {PUBLISHED[0]}'s, "
+        f"{PUBLISHED[1]})"
     )
     path = out / f"tokens-{digest[:16]}-{VOCAB}.safetensors"
     if not path.exists():

@@ -158,7 +158,8 @@ def told(title: str, rows: Sequence[Row], seconds: NDArray[np.float64]) -> None:
     for row, ratios in zip(rows, speed_ups(seconds).T, strict=True):
         accuracy = "" if row.accuracy is None else f"{row.accuracy:10.2%}"
         print(
-            f"{row.name:<46}{row.bytes:>12,}{rows[0].bytes / row.bytes:>8.2f}x{np.median(ratios):>8.2f}{accuracy}"
+            f"{row.name:<46}{row.bytes:>12,}{rows[0].bytes / row.bytes:>8.2f}x"
+            f"{np.median(ratios):>8.2f}{accuracy}"
         )
 
 

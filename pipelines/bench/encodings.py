@@ -23,7 +23,7 @@ SHARD = 64
 
 
 class Encoding(NamedTuple):
-    """A codec by the name it has in tables; `family` and `points` tell the curves of a plot apart."""
+    """A codec by its name in tables; `family` and `points` separate the curves of a plot."""
 
     family: str
     codec: Any

@@ -85,7 +85,8 @@ def built(out: Path, *, acceptance: float, steps: int, prompts: int) -> Pair:
     found = reached(scale)
     described = (
         f"{text.described}\n"
-        f"built pair: a teacher of {_count(teacher)} parameters around a drafter of {_count(drafter)}\n"
+        f"built pair: a teacher of {_count(teacher)} parameters around a drafter of "
+        f"{_count(drafter)}\n"
         f"the drafter learnt for {steps} steps; "
         f"sum min(p, q) on its text: {same:.6f} at scale 0, {found:.3f} at {scale:.4f}"
     )
@@ -119,7 +120,10 @@ def read(teacher: Path, student: Path, *, prompts: int) -> Pair:
         for path in files
     ]
     known = [ids for ids in starts if len(ids) == PROMPT and max(ids) < vocab][:prompts]
-    described = f"{teacher} of {_count(large)} parameters, {student} of {_count(small)}, {vocab} tokens alike"
+    described = (
+        f"{teacher} of {_count(large)} parameters, {student} of {_count(small)}, "
+        f"{vocab} tokens alike"
+    )
     return Pair(large, small, known, vocab, described)
 
 

@@ -116,7 +116,8 @@ def main() -> None:
             options.out, acceptance=ACCEPTANCE, steps=size.steps, prompts=size.prompts
         )
     print(
-        f"{pair.described}\n1 thread, torch {torch.__version__}, {size.prompts} prompts, {size.tokens} tokens each"
+        f"{pair.described}\n1 thread, torch {torch.__version__}, {size.prompts} prompts, "
+        f"{size.tokens} tokens each"
     )
     teacher = TorchReader(pair.teacher)
     drafter = TorchReader(pair.drafter)

@@ -114,18 +114,22 @@ def prepare(size: Size, out: Path) -> Setting:
     logits = mixture.logits(text.distil)
     held = mixture.logits(text.held)
     print(
-        f"teacher: {mixture.share:.3f} x network of {_count(neural)} + 4-grams of {len(text.train) / 1e6:.2f} M "
-        f"tokens, {teachers.FLAT_BITS} bits; log-probs x {mixture.sharpening:.3f} for {teachers.SHARP_BITS} bits"
+        f"teacher: {mixture.share:.3f} x network of {_count(neural)} + 4-grams of "
+        f"{len(text.train) / 1e6:.2f} M "
+        f"tokens, {teachers.FLAT_BITS} bits; log-probs x {mixture.sharpening:.3f} for "
+        f"{teachers.SHARP_BITS} bits"
     )
     student = teachers.warm_student(text, out, steps=size.warm_steps)
     inputs = [torch.from_numpy(rows[:, CONTEXT:-1].copy()) for rows in (text.distil, text.held)]
     print(
-        f"student: {_count(student)}, {logits.shape[:2].numel()} tokens to distil on, {held.shape[:2].numel()} held out"
+        f"student: {_count(student)}, {logits.shape[:2].numel()} tokens to distil on, "
+        f"{held.shape[:2].numel()} held out"
     )
     late = teachers.warm_student(text, out, steps=LATE)
     school = School(student, inputs[0], logits, (inputs[1], held), size.steps)
     print(
-        f"held-out KL from the flat teacher: the student that gradients are judged by {school.start:.2f}, "
+        "held-out KL from the flat teacher: the student that gradients are judged by "
+        f"{school.start:.2f}, "
         f"the late one {school.divergence(late):.2f}"
     )
     return Setting(size, student, late, inputs[0], logits, (inputs[1], held), mixture.sharpening)
@@ -146,7 +150,8 @@ def measured(setting: Setting, factor: float, name: str) -> tuple[list[Point], l
     )
     points = []
     print(
-        f"{f'{name} teacher':<22}{'bytes/token':>12}{'cosine':>10}{'error':>8}{'late: cosine':>16}{'error':>8}"
+        f"{f'{name} teacher':<22}{'bytes/token':>12}{'cosine':>10}{'error':>8}"
+        f"{'late: cosine':>16}{'error':>8}"
     )
     for encoding in [encodings.full(VOCAB), *chosen]:
         logits = (
@@ -192,7 +197,8 @@ def quality_figure(setting: Setting, flat: list[Point]) -> Figure:
     )
     full = np.array([school.taught(None, seed) for seed in range(setting.size.seeds)])
     print(
-        f"held-out KL, warm start {school.start:.4f}, every class {', '.join(f'{kl:.4f}' for kl in full)}"
+        f"held-out KL, warm start {school.start:.4f}, every class "
+        f"{', '.join(f'{kl:.4f}' for kl in full)}"
     )
     small = [p for p in flat if p.encoding.family == "comb" and p.bytes_per_token.mean() <= ROOM]
     comb = max(small, key=lambda p: p.encoding.points).encoding
@@ -222,7 +228,8 @@ def loss_figures(size: Size) -> Iterator[Figure]:
     grown = fused_cost.growths(("naive", "fused"), fused_cost.PLACES, times)
     twice = fused_cost.growths(("fused",), more, 1)[0, 0]
     print(
-        f"peak growth in MiB: naive {grown[:, 0].mean() / 2**20:.0f}, fused {grown[:, 1].mean() / 2**20:.0f}, "
+        f"peak growth in MiB: naive {grown[:, 0].mean() / 2**20:.0f}, fused "
+        f"{grown[:, 1].mean() / 2**20:.0f}, "
         f"fused of {more} places {twice / 2**20:.0f}"
     )
     yield figure(
@@ -250,13 +257,15 @@ def cost_figures(setting: Setting, folder: Path) -> Iterator[Figure]:
     bare, forward = seconds.T[:2]
     encode, write = seconds.T[2:]
     print(
-        f"of a shard's {np.median(forward):.2f} s of forward, encoding {np.median(encode / forward):.1%}, "
+        f"of a shard's {np.median(forward):.2f} s of forward, encoding "
+        f"{np.median(encode / forward):.1%}, "
         f"packing and commit {np.median(write / forward):.1%}"
     )
     decode, mapped, step = store_cost.decoding(*data, rounds=size.rounds).T
     loaded, held = store_cost.ingest(*data, folder / "i", rounds=size.ingest_rounds).T
     print(
-        f"decode {1e6 * np.median(decode):.2f} us a token from Parquet, {1e6 * np.median(mapped):.2f} from the mapped "
+        f"decode {1e6 * np.median(decode):.2f} us a token from Parquet, "
+        f"{1e6 * np.median(mapped):.2f} from the mapped "
         f"copy, a student's step {1e6 * np.median(step):.0f}"
     )
     bare_forward = "bare forward, 20 M parameters"

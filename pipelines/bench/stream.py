@@ -207,7 +207,8 @@ def run(tokens: int) -> dict[str, dict[str, float]]:
         for straight, resumed in zip(phases["read"][0], phases["resume"][0], strict=True):
             assert straight[middle:] == resumed, "resumed in mid-epoch, a reader sees other batches"
     print(
-        f"{tokens:,} tokens: {count} rows, {len(shards)} shards, {manifest['bytes'] / count / STEPS:.2f} bytes a token"
+        f"{tokens:,} tokens: {count} rows, {len(shards)} shards, "
+        f"{manifest['bytes'] / count / STEPS:.2f} bytes a token"
     )
     return {
         name: {"peak_mb": peak / 1e6, "seconds": seconds}

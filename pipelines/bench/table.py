@@ -1,4 +1,4 @@
-"""How every benchmark measures and ends: the machine, a table of its figures, and one line of JSON."""
+"""How every benchmark measures and ends: the machine, a table of figures, and one line of JSON."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def breakdown(title: str, parts: dict[str, float], unit: str) -> None:
 
 
 def machine() -> str:
-    """One line: the processor, how many of its cores are ours, and the load that others put on it."""
+    """One line: the processor, how many of its cores this process has, and the load on it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next(
@@ -77,4 +77,5 @@ def machine() -> str:
         "unknown CPU",
     )
     load = os.getloadavg()[0]
-    return f"{platform.machine()}, {name}, {len(os.sched_getaffinity(0))} cores, load {load:.1f}, {platform.system()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{platform.machine()}, {name}, {cores} cores, load {load:.1f}, {platform.system()}"

@@ -143,7 +143,7 @@ def _bits(p: Tensor) -> float:
 
 
 def _bisect(rises: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """Where a rising function reaches `wanted`, or the end of the interval that is nearest to it."""
+    """Where a rising function reaches `wanted`, or the nearest end of the interval."""
     for _ in range(12):
         middle = (low + high) / 2
         if rises(middle) < wanted:

@@ -97,8 +97,9 @@ def endless(pool: Tensor, size: int) -> Iterator[Tensor]:
 
 
 class Alternating(ArmRunner):
-    """A ArmRunner whose student, every TURN steps, lets the hand-written loop train as many; it does
-    not validate.
+    """An ArmRunner whose student lets the hand-written loop train as many steps, every TURN steps.
+
+    It does not validate.
     """
 
     def __init__(self, recipe: Recipe, store: Address):

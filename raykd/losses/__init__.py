@@ -15,7 +15,7 @@ from raykd.losses.divergences import (
     unflatten_valid,
 )
 from raykd.losses.fused import dense_kl, sparse_kl
-from raykd.losses.returns import returns_to_go
+from raykd.losses.returns import returns_to_go, running_products, whitened
 from raykd.losses.terms import Pairs, TermValues, mean_over_pairs, term
 from raykd.losses.valence import realised_future
 
@@ -30,10 +30,12 @@ __all__ = [
     "mean_over_pairs",
     "realised_future",
     "returns_to_go",
+    "running_products",
     "sparse_kl",
     "student_log_probs",
     "teacher_divergence",
     "term",
     "token_log_probs",
     "unflatten_valid",
+    "whitened",
 ]

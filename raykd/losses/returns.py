@@ -38,7 +38,15 @@ def returns_to_go(
 def running_products(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The product of the weights before each token, and the product up to and including it.
 
-    Weights at invalid steps count as 1.
+    Use it for importance weights of a whole prefix. Weights at invalid steps count as 1.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import running_products
+        >>> valid = torch.tensor([[True, True, True]])
+        >>> before, through = running_products(torch.tensor([[2.0, 3.0, 4.0]]), valid)
+        >>> before, through
+        (tensor([[1., 2., 6.]]), tensor([[ 2.,  6., 24.]]))
     """
     through = torch.where(mask, weight, 1.0).cumprod(1)
     before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1)
@@ -48,7 +56,14 @@ def running_products(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def whitened(values: Tensor, mask: Tensor) -> Tensor:
     """The values less their mean and over their standard deviation, over all valid steps.
 
-    Mean and deviation are of the rows of every worker. No gradient flows back through them.
+    Use it to give advantages one scale whatever the batch. Mean and deviation are of the rows of
+    every worker, and no gradient flows back through them.
+
+    Example:
+        >>> import torch
+        >>> from raykd.losses import whitened
+        >>> whitened(torch.tensor([[1.0, 3.0, 7.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-1.,  1.,  0.]])
     """
     valid = values.detach()[mask].double()
     sums = torch.stack([valid.new_tensor(len(valid)), valid.sum(), valid.square().sum()])

@@ -1,19 +1,20 @@
-"""A better drafter for speculative decoding: q nearer to p on text that it wrote (DistillSpec,
-arXiv 2310.08461, 2024).
+"""A better drafter for speculative decoding, trained on text that it wrote (DistillSpec, 2024).
 
-L = (1 - l) KL(p || q) on the data's rows + l D(p, q) on the student's own, p and q at the
-temperature that it drafts with, l = 0.5. Of the divergences in raykd/divergences.py "tvd" and "lk"
-are the share of accepted drafts itself; which one serves best depends on task and temperature (the
-paper's section 5): search `terms.distilspec.divergence`. Text that speculative decoding puts out is
-distributed as p, not as q: it would be off the student's policy.
+L = (1 - l) KL(p || q) on the data's rows + l D(p, q) on the student's own, with p and q at the
+temperature that it drafts with and l = 0.5 (arXiv 2310.08461). Of the divergences in
+raykd/losses/divergences.py, "tvd" and "lk" are the share of accepted drafts itself. Which one
+serves best depends on task and temperature (the paper's section 5), so search
+`terms.distilspec.divergence`.
+
+Text that speculative decoding puts out is distributed as p, not as q. Learning from it would be off
+the student's policy.
 """
 
 from typing import Annotated
 
 from pydantic import Field
 
-from raykd.losses.divergences import DivergenceKind, teacher_divergence, unflatten_valid
-from raykd.losses.terms import TermValues, term
+from raykd.losses import DivergenceKind, TermValues, teacher_divergence, term, unflatten_valid
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -33,8 +34,9 @@ def distilspec(
     divergence: DivergenceKind = "lk",
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> TermValues:
-    """D(p, q) at every written or drafted token, at the temperature it was drawn at; `beta` is
-    js's.
+    """D(p, q) at every written or drafted token, at the temperature that it was drawn at.
+
+    `beta` belongs to the divergence "js".
     """
     assert batch.rollout is not None
     value = teacher_divergence(student, batch, divergence, beta, batch.rollout.temperature)

@@ -1,16 +1,15 @@
-"""FitNets: the student's inner layers follow the teacher's through a learned map (Romero et al.
-2015, arXiv 1412.6550).
+"""FitNets: inner layers follow the teacher's through a learned map (Romero et al. 2015).
 
-L = w_ce CE + w_kd T^2 KL + w_hint |LN(h_T) - r(h_S)|^2, jointly here; the paper's two stages, hints
-first and the rest of the student after them, are `terms.hint.until = 0.3` with `since = 0.3` for
-the other terms. r is linear, trained with the student and never exported. Pair a middle layer: a
-late one leaves the student no freedom.
+L = w_ce CE + w_kd T^2 KL + w_hint |LN(h_T) - r(h_S)|^2, jointly (arXiv 1412.6550). The paper trains
+in two stages, hints first and the rest of the student after them: that is `terms.hint.until = 0.3`
+with `since = 0.3` for the other terms. r is linear, trained with the student and never exported.
+Pair a middle layer: a late one leaves the student no freedom.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.losses.terms import Pairs, TermValues, mean_over_pairs, term
+from raykd.losses import Pairs, TermValues, mean_over_pairs, term
 from raykd.signals import Batch, Signals, same_length
 
 RECIPE = {
@@ -24,9 +23,9 @@ RECIPE = {
 
 @term(layers="hidden")
 class hint(nn.Module):
-    """Mean over channels of (t(h_T) - r(h_S))^2 at every valid step, mean over pairs of layers.
+    """The mean over channels of (t(h_T) - r(h_S))^2 at every valid step, mean over pairs of layers.
 
-    t is LayerNorm without parameters, or nothing with normalise = false. Where the layers have
+    t is LayerNorm without parameters, or the identity with normalise = false. Where two layers have
     unequal numbers of steps, the longer is averaged down to the shorter.
     """
 
@@ -35,23 +34,25 @@ class hint(nn.Module):
         assert batch.teacher is not None
         self.pairs = [(f"hidden.{mine}", f"hidden.{theirs}") for mine, theirs in pairs]
         self.normalise = normalise
-        widths = [
-            (student.layers[s].shape[-1], batch.teacher.layers[t].shape[-1]) for s, t in self.pairs
-        ]
-        self.maps = nn.ModuleList(nn.Linear(mine, theirs) for mine, theirs in widths)
+        self.maps = nn.ModuleList()
+        for mine, theirs in self.pairs:
+            width = student.layers[mine].shape[-1]
+            teacher_width = batch.teacher.layers[theirs].shape[-1]
+            self.maps.append(nn.Linear(width, teacher_width))
 
     def forward(self, student: Signals, batch: Batch) -> TermValues:
         assert batch.teacher is not None
-        layers = zip(self.maps, self.pairs, strict=True)
-        values = [
-            self._pair(r, student.layers[s], batch.teacher.layers[t], batch.mask)
-            for r, (s, t) in layers
-        ]
+        values = []
+        for regressor, (mine, theirs) in zip(self.maps, self.pairs, strict=True):
+            layer = student.layers[mine]
+            teacher_layer = batch.teacher.layers[theirs]
+            values.append(self._pair(regressor, layer, teacher_layer, batch.mask))
         return mean_over_pairs(values, batch.mask)
 
     def _pair(self, regressor: nn.Module, mine: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-        """(B, T): the squared difference, mean over channels; (B, 1), mean over steps too, of
-        unequal lengths.
+        """(B, T): the squared difference, mean over channels.
+
+        Of layers with unequal numbers of steps it is (B, 1), the mean over steps too.
         """
         is_even = mine.shape[1] == theirs.shape[1]
         mine, theirs = same_length(mine.float(), theirs.float(), mask)

@@ -1,13 +1,12 @@
-"""Learning from rejected drafts: the position that the teacher rejects, and the discarded tail
-after it.
+"""Learning from rejected drafts: the position that the teacher rejects, and the tail after it.
 
-A project's own definition, not a published method; near to it are Online Speculative Decoding (Liu
-et al. 2024, arXiv 2310.07177), which learns where drafts were corrected, and DistillSpec (arXiv
-2310.08461). It aims at accepted drafts. For a student's own quality the opposite is reported:
-SpecKD (arXiv 2510.24021) leaves rejected tokens out.
+A definition of this project, not a published method. Near to it are Online Speculative Decoding
+(Liu et al. 2024, arXiv 2310.07177), which learns where drafts were corrected, and DistillSpec
+(arXiv 2310.08461). It aims at accepted drafts. For a student's own quality the opposite is
+reported: SpecKD (arXiv 2510.24021) leaves rejected tokens out.
 
-L = 0.5 G + 0.5 KL(p || q) over all drafted tokens, p and q at the temperature of the drafts; a
-draft's rejection and tail cost no more of the teacher than verifying it does.
+L = 0.5 G + 0.5 KL(p || q) over all drafted tokens, p and q at the temperature of the drafts. A
+draft's rejection and tail cost the teacher no more than verifying it does.
 """
 
 from typing import Annotated, Literal
@@ -16,16 +15,18 @@ import torch
 from pydantic import Field
 
 from raykd.errors import RecipeError
-from raykd.losses.divergences import (
+from raykd.losses import (
     DivergenceKind,
+    TermValues,
     both_log_probs,
+    returns_to_go,
+    running_products,
     student_log_probs,
     teacher_divergence,
+    term,
     token_log_probs,
     unflatten_valid,
 )
-from raykd.losses.returns import returns_to_go, running_products
-from raykd.losses.terms import TermValues, term
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -50,15 +51,15 @@ def ghost(
 ) -> TermValues:
     """What a draft's rejection teaches; nothing where there was none.
 
-    soft: at every drafted token rho D(p, q), rho = 1 at the rejection and tail^k k tokens after it;
-    with "expected" rejections rho is the mean of that over the tests, given the draft: prod_{i < j}
-    a_i (1 - a_j) for a rejection at j, a = min(1, p / q) when it was drawn. No gradient flows into
-    rho.
+    soft: rho D(p, q) at every drafted token, with rho = 1 at the rejection and tail^k k tokens
+    after it. With "expected" rejections rho is the mean of that over the tests, given the draft:
+    prod_{i < j} a_i (1 - a_j) for a rejection at j, with a = min(1, p / q) when it was drawn. No
+    gradient flows into rho.
 
-    Over the tested tokens, from token numbers alone: correction is -log q(y) at the rejection, y ~
-    (p - q)+ the teacher's token, with the mean gradient (1 - a) q - (p - q)+ in the logits, a = sum
-    min(p, q); pair is that + log q(x), x the rejected token, whose mean gradient is that of KL(p ||
-    q), since (p - q)+ - (q - p)+ = p - q.
+    The other two forms read token numbers alone, and count over the tested tokens. correction is
+    -log q(y) at the rejection, y ~ (p - q)+ the teacher's token. Its mean gradient by the logits is
+    (1 - a) q - (p - q)+, with a = sum min(p, q). pair is that + log q(x), x the rejected token. Its
+    mean gradient is that of KL(p || q), since (p - q)+ - (q - p)+ = p - q.
     """
     rollout = batch.rollout
     mask = batch.mask
@@ -78,24 +79,18 @@ def ghost(
         value = -token_log_probs(log_q, torch.where(rejected, rollout.correction, 0)[mask])
         if form == "pair":
             value = value + token_log_probs(log_q, batch.label[mask]).clamp(min=LEAST)
-        return TermValues(
-            torch.where(rejected, unflatten_valid(value, mask), 0.0),
-            (rollout.accepted | rollout.rejected) & mask,
-        )
-    value = unflatten_valid(
-        teacher_divergence(student, batch, divergence, temperature=rollout.temperature), mask
-    )
+        tested = (rollout.accepted | rollout.rejected) & mask
+        return TermValues(torch.where(rejected, unflatten_valid(value, mask), 0.0), tested)
+    value = teacher_divergence(student, batch, divergence, temperature=rollout.temperature)
+    value = unflatten_valid(value, mask)
     if rejections == "drawn":
         after = rollout.tail.to(value.dtype)
         rho = torch.where(after > 0, tail**after, 0.0) + rejected
     else:
         _, log_p = both_log_probs(student, batch, rollout.temperature)
-        a = (
-            (unflatten_valid(token_log_probs(log_p, batch.label[mask]), mask) - rollout.log_q)
-            .exp()
-            .clamp(max=1)
-        )
-        before, until = running_products(a, mask)
-        rho = before - until
+        log_p_of_token = unflatten_valid(token_log_probs(log_p, batch.label[mask]), mask)
+        acceptance = (log_p_of_token - rollout.log_q).exp().clamp(max=1)
+        before, through = running_products(acceptance, mask)
+        rho = before - through
         rho = rho + returns_to_go(rho.flip(1), mask.flip(1), discount=tail).flip(1)
     return TermValues(rho * value, mask)

@@ -1,15 +1,15 @@
-"""Contrastive distillation: a student's summary of a row is nearest to the teacher's of the same
-row, not of others.
+"""Contrastive distillation: a row's summary is nearest to the teacher's of the same row (InfoNCE).
 
-L = w_ce CE + w_kd T^2 KL + w_infonce I, I = (CE over rows + CE over columns) / 2 of s_ij =
-<g_S(f_S^i), g_T(f_T^j)> / t with unit vectors g, f the mean over steps of a layer, and the other
-rows of the global batch as negatives (van den Oord et al. 2018, arXiv 1807.03748, eq. 4; both
-directions as in Radford et al. 2021; for distillation Tian et al. 2020, arXiv 1910.10699). ln N - I
-bounds what the two know of each other from below. g_S and g_T are never exported.
+L = w_ce CE + w_kd T^2 KL + w_infonce I, with I = (CE over rows + CE over columns) / 2 of
+s_ij = <g_S(f_S^i), g_T(f_T^j)> / t. g are maps to unit vectors, and f is the mean over steps of a
+layer. The other rows of the global batch are the negatives (van den Oord et al. 2018, arXiv
+1807.03748, eq. 4; both directions as in Radford et al. 2021; for distillation Tian et al. 2020,
+arXiv 1910.10699). ln N - I is a lower bound on the mutual information of the two. g_S and g_T are
+never exported.
 
-Tian et al. keep a memory of stale embeddings for more negatives than a batch has. Here the store is
-that memory, and never stale: with `negatives` > 0 the students' rows are also held against so many
-teacher embeddings drawn from it.
+Tian et al. keep a memory of stale embeddings, for more negatives than a batch has. Here the store
+is that memory and is never stale: with `negatives` > 0 the student's rows are also compared with so
+many teacher embeddings drawn from it.
 """
 
 import math
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raykd.losses.all_rows import gather_rows
-from raykd.losses.terms import Pairs, TermValues, term
+from raykd.losses import Pairs, TermValues, gather_rows, term
 from raykd.signals import Batch, Signals
 from raykd.targets import UNLABELLED
 
@@ -37,11 +36,11 @@ RECIPE = {
 
 @term(layers="embedding", whole_batch=True)
 class infonce(nn.Module):
-    """(CE over rows + CE over columns) / 2 a row, mean over pairs of layers.
+    """(CE over rows + CE over columns) / 2 of each row, mean over pairs of layers.
 
     `alike` names the rows that are no negatives of each other: the same row only, those of one
-    known label, or those that the teacher answers alike. `hard` > 1 counts a negative of saliency
-    below the batch's mean that many times.
+    known label, or those to which the teacher gives one answer. `hard` > 1 counts a negative whose
+    saliency is below the batch's mean that many times.
     """
 
     def __init__(
@@ -71,46 +70,47 @@ class infonce(nn.Module):
 
     def forward(self, student: Signals, batch: Batch) -> TermValues:
         assert batch.teacher is not None
-        bias, own = self._bias(batch)
+        bias, own_column = self._bias(batch)
         drawn, drawn_bias = self._drawn(batch)
         values = []
         for g_s, g_t, (s, t) in zip(self.mine, self.theirs, self.pairs, strict=True):
             x = _unit(g_s, student.layers[s])
             y = _unit(g_t, batch.teacher.layers[t])
-            rows, columns = (
-                a @ gather_rows(b)[0].T / self.temperature + bias for a, b in ((x, y), (y, x))
-            )
+            rows = x @ gather_rows(y)[0].T / self.temperature + bias
+            columns = y @ gather_rows(x)[0].T / self.temperature + bias
             if len(drawn):
                 assert batch.split is not None
                 more = _unit(g_t, batch.split.teacher[t][drawn])
                 rows = torch.cat([rows, x @ more.T / self.temperature + drawn_bias], 1)
-            values += [F.cross_entropy(s, own, reduction="none") for s in (rows, columns)]
+            values.append(F.cross_entropy(rows, own_column, reduction="none"))
+            values.append(F.cross_entropy(columns, own_column, reduction="none"))
         return TermValues(torch.stack(values).mean(0), batch.mask.any(1))
 
     @torch.no_grad()
     def _bias(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """((B, N) what is added to the similarity of a row of the global batch, (B,) each row's own
-        column).
+        """What is added to the similarities (B, N) of the global batch, and each row's own column.
+
+        The column (B,) is the row's place in the global batch, which is its one positive.
         """
         row_id, first = gather_rows(batch.row_id)
-        own = first + torch.arange(len(batch.row_id), device=row_id.device)
+        own_column = first + torch.arange(len(batch.row_id), device=row_id.device)
         valid, _ = gather_rows(batch.mask.any(1).to(torch.int64))
         group, _ = gather_rows(self._group(batch.label, batch.answer))
-        hidden = (valid == 0) | _alike(batch.row_id, row_id) | _alike(group[own], group)
+        hidden = (valid == 0) | _alike(batch.row_id, row_id) | _alike(group[own_column], group)
         bias = torch.zeros(hidden.shape, device=row_id.device)
         if self.hard > 1 and batch.saliency is not None:
             saliency, _ = gather_rows(batch.saliency)
             bias += math.log(self.hard) * (saliency < saliency.nanmean())
         bias.masked_fill_(hidden, -torch.inf)
-        return bias.index_put_(
-            (torch.arange(len(own), device=own.device), own), bias.new_zeros(())
-        ), own
+        row = torch.arange(len(own_column), device=own_column.device)
+        bias.index_put_((row, own_column), bias.new_zeros(()))
+        return bias, own_column
 
     @torch.no_grad()
     def _drawn(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(places (K,) in the split of more negatives, (B, K) what is added to their similarity).
+        """The places (K,) in the split of further negatives, and what is added to them, (B, K).
 
-        Drawn by the ids of the global batch, so that every worker draws the same.
+        They are drawn by the ids of the global batch, so that every worker draws the same.
         """
         if not self.negatives or batch.split is None:
             return batch.row_id[:0], torch.empty(0)
@@ -118,13 +118,13 @@ class infonce(nn.Module):
         rows = np.random.default_rng(key).integers(len(batch.split.row_id), size=self.negatives)
         drawn = torch.from_numpy(rows).to(batch.row_id.device)
         answer = batch.split.answer
-        group = self._group(batch.split.label[drawn], None if answer is None else answer[drawn])
-        hidden = _alike(batch.row_id, batch.split.row_id[drawn]) | _alike(
-            self._group(batch.label, batch.answer), group
-        )
-        return drawn, torch.zeros(hidden.shape, device=drawn.device).masked_fill_(
-            hidden, -torch.inf
-        )
+        drawn_answer = None if answer is None else answer[drawn]
+        drawn_group = self._group(batch.split.label[drawn], drawn_answer)
+        group = self._group(batch.label, batch.answer)
+        same_row = _alike(batch.row_id, batch.split.row_id[drawn])
+        hidden = same_row | _alike(group, drawn_group)
+        bias = torch.zeros(hidden.shape, device=drawn.device)
+        return drawn, bias.masked_fill_(hidden, -torch.inf)
 
     def _group(self, label: Tensor, answer: Tensor | None) -> Tensor:
         """(B,): rows of one number are no negatives of each other, unless it is UNLABELLED."""

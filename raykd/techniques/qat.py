@@ -1,8 +1,7 @@
-"""Distillation under int8 rounding, one scale a layer (Jacob et al. 2018, arXiv 1712.05877;
-LLM-QAT, arXiv 2305.17888).
+"""Distillation under int8 rounding, one scale a layer (Jacob et al. 2018, arXiv 1712.05877).
 
 L = w_ce CE + w_kd T^2 KL throughout: in full precision first, then with weights and activations
-rounded to int8.
+rounded to int8 (see also LLM-QAT, arXiv 2305.17888).
 """
 
 RECIPE = {

@@ -1,8 +1,7 @@
-"""Distillation under int4 rounding, a scale for every 32 inputs (LLM-QAT, Liu et al. 2023, arXiv
-2305.17888).
+"""Distillation under int4 rounding, a scale for every 32 inputs (LLM-QAT, Liu et al. 2023).
 
-L = w_ce CE + w_kd T^2 KL throughout: in full precision first, then with weights rounded to int4. A
-phase with weights = "int8" and per = "channel" is the eight-bit form.
+L = w_ce CE + w_kd T^2 KL throughout (arXiv 2305.17888): in full precision first, then with weights
+rounded to int4. A phase with weights = "int8" and per = "channel" is the eight-bit form.
 """
 
 RECIPE = {

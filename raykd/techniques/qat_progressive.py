@@ -1,9 +1,8 @@
-"""Distillation down to ternary weights in steps, int8 and int4 before (BitNet b1.58, 2024, arXiv
-2402.17764).
+"""Distillation down to ternary weights in steps, int8 and int4 before (BitNet b1.58, 2024).
 
-L = w_ce CE + w_kd T^2 KL throughout: 30 % of the steps in full precision, then 15, 25 and 60 % of
-the others under int8, int4 and ternary rounding, each with scales anew and a learning rate warmed
-up again. Ternary scales are learned (LSQ, arXiv 1902.08153).
+L = w_ce CE + w_kd T^2 KL throughout (arXiv 2402.17764). 30 % of the steps are in full precision,
+then 15, 25 and 60 % of the others under int8, int4 and ternary rounding. Each phase begins with new
+scales and warms the learning rate up again. Ternary scales are learned (LSQ, arXiv 1902.08153).
 """
 
 RECIPE = {

@@ -1,10 +1,9 @@
-"""A quantised drafter: int8 rounding, then on-policy distillation of what it drafts rounded (arXiv
-2310.08461, 2024).
+"""A quantised drafter: int8 rounding, then distillation on what the rounded student drafts.
 
-L = KL(p || q) on the data's rows throughout, in full precision first; under int8 rounding, at 0.3
-of the learning rate, -log sum min(p, q) joins on text that the rounded student wrote: q is what the
-device will draft with, not what its float32 weights would. Activations are rounded token by token,
-so that q does not depend on the size of a call.
+L = KL(p || q) on the data's rows throughout, in full precision first. Under int8 rounding, at 0.3
+of the learning rate, -log sum min(p, q) joins on text that the rounded student wrote (DistillSpec,
+arXiv 2310.08461): q is what the device will draft with, not what its float32 weights would.
+Activations are rounded token by token, so that q does not depend on the size of a call.
 """
 
 RECIPE = {

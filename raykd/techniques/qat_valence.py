@@ -1,10 +1,9 @@
-"""Valence-weighted distillation down to ternary weights by way of int8: `valence` and quantisation
-in one.
+"""Valence-weighted distillation down to ternary weights by way of int8.
 
-L is that of raykd/techniques/valence.py, rows whose future goes well counting more, throughout; 30
-% of the steps are in full precision, then weights are int8, then ternary with scales that are
-learned (LSQ, arXiv 1902.08153). Everything else is stored as int8. What the weighting does is seen
-beside the same recipe with weighting.mode = "uniform".
+L is that of raykd/techniques/valence.py throughout: rows whose future goes well count more. 30 % of
+the steps are in full precision, then weights are int8, then ternary with learned scales (LSQ, arXiv
+1902.08153). Everything else is stored as int8. To see what the weighting does, compare with the
+same recipe and weighting.mode = "uniform".
 """
 
 RECIPE = {

@@ -1,10 +1,9 @@
-"""Valence-weighted distillation: rows whose future goes well count more, by a stated effective
-sample size.
+"""Valence-weighted distillation: rows whose future goes well count more.
 
 L = (1 / N) sum_i w_i [w_ce CE_i + w_kd T^2 KL_i + w_attention A_i + w_value (F_S - F_T)^2_i], each
-the mean over a row's steps. w_i = n softmax(boost z_i) with z the standardised saliency of the
-teacher's future-valence trajectory F_T, and boost lowered until the effective sample size is half
-the rows (Kish 1965). See raykd/weighting.py for the other modes; exponential weights of
+the mean over a row's steps. w_i = n softmax(boost z_i), with z the standardised saliency of the
+teacher's future-valence trajectory F_T. boost is lowered until the effective sample size is half
+the rows (Kish 1965). raykd/losses/weighting.py has the other modes. Exponential weights of
 standardised returns are Peng et al. 2019, arXiv 1910.00177.
 """
 

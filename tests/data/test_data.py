@@ -468,7 +468,8 @@ def test_a_line_says_what_was_loaded():
     found = data.load(DataRef(label_fraction=0.1))
     labels = (found.splits["train"].label != UNLABELLED).sum()
     assert found.describe() == (
-        f"watch_gestures: train 8946, val 1353, test 3798 rows, {labels} training labels, 7 classes, "
+        f"watch_gestures: train 8946, val 1353, test 3798 rows, {labels} training labels, 7 "
+        "classes, "
         f"sha256 {found.digest[:12]}"
     )
 

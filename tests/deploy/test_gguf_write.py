@@ -217,7 +217,7 @@ class LlamaCpp:
         )
 
     def log_probabilities(self, ids: list[int]) -> Tensor:
-        """(V,): of what follows; a biased draw of a letter, for only whole characters are reported."""
+        """(V,): of what follows; drawn by a bias, as only whole characters are reported."""
         letter = [[34, 1000.0]]
         said = self.answer(ids, n_predict=1, n_probs=TOKENS, logprobs=TOKENS, logit_bias=letter)
         found = torch.full((TOKENS,), float("nan"))
@@ -275,7 +275,8 @@ def test_llama_cpp_answers_as_the_module_does(name, learnt, tmp_path):
     nll = [-x.gather(-1, following).mean().item() for x in (found, wanted)]
     alike = (found.argmax(-1) == wanted.argmax(-1)).float().mean().item()
     print(
-        f"\n{name}: {file.stat().st_size:,} bytes, NLL {nll[0]:.4f} and {nll[1]:.4f}, {alike:.1%} decided alike,"
+        f"\n{name}: {file.stat().st_size:,} bytes, NLL {nll[0]:.4f} and {nll[1]:.4f}, {alike:.1%} "
+        "decided alike,"
     )
     print(f"log-probabilities apart by {apart.max():.1e}, half by {apart.median():.1e}")
     exact = SCHEMES[name][0] is None

@@ -1,4 +1,4 @@
-"""What onnxruntime does not execute, or can not read, is said with the operator and what to type."""
+"""What onnxruntime cannot execute or read is reported with the operator and what to type."""
 
 import re
 import tomllib
@@ -77,7 +77,7 @@ def test_what_is_no_onnx_file_is_said_to_be_none(data, tmp_path):
 
 
 def test_products_of_large_codes_do_not_overflow():
-    """Two products of 255 and 127 are more than 16 bits hold, where x86 without VNNI adds them up."""
+    """Two products of 255 and 127 exceed 16 bits, in which x86 without VNNI adds them up."""
     codes = np.full((64, 16), 127, np.int8)
     value = [
         helper.make_tensor_value_info("inputs", TensorProto.UINT8, [None, 64]),

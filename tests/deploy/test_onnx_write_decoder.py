@@ -139,7 +139,8 @@ def test_token_by_token_the_file_answers_as_the_module_does(name, exported):
     bar = bar_of(case.quant)
     agreement = (found.argmax(-1) == wanted.argmax(-1)).mean()
     print(
-        f"{name}: NLL {expected:.4f} and {nll(found, case.tokens):.4f}, {agreement:.2%} decided alike, ",
+        f"{name}: NLL {expected:.4f} and {nll(found, case.tokens):.4f}, {agreement:.2%} decided "
+        "alike, ",
         end="",
     )
     print(f"apart by {each.max():.1e}, 99 % by {np.quantile(each, 0.99):.1e}")

@@ -262,7 +262,8 @@ def test_run_py_cuts_out_digits_and_leaves_out_bytes_as_the_library_does(card, b
 
 @given(WRITTEN)
 @example(
-    "it's  I'll\t\n  42\u00b2 \u2167 \u4e09\u3007 caf\u00e9 \u0e01\u0e33 a\u0301 \U0001f600!? _x_  \xa0 y"
+    "it's  I'll\t\n  42\u00b2 \u2167 \u4e09\u3007 caf\u00e9 \u0e01\u0e33 a\u0301 \U0001f600!? _x_  "
+    "\xa0 y"
 )
 def test_run_py_tokenises_as_the_tokenizers_library_does(card, tokenizer, written):
     library, path = tokenizer

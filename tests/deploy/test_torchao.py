@@ -234,7 +234,7 @@ def test_gradients_of_activations_go_straight_through_as_torchaos(ours: Callable
 
 
 def test_the_range_of_torchaos_recipes_is_another():
-    """Its int4 leaves -8 to the lowest and cuts the highest: half a level more, or less, than ours."""
+    """Its int4 leaves -8 to the lowest and cuts the highest: half a level from ours."""
     weight = gaussian(torch.Generator().manual_seed(0))
     layer = layer_of(weight, SCHEMES["int4-g32"])
     scale, _ = choose_qparams_affine(

@@ -116,7 +116,10 @@ def test_sentences_without_a_document_only_train(example, file):
 
 def test_features_are_the_same_in_every_process(example):
     here = example[1].features("Not good, not bad :)", 64)
-    code = "from examples.valence.reviews import features; print(features('Not good, not bad :)', 64).tobytes().hex())"
+    code = (
+        "from examples.valence.reviews import features; "
+        "print(features('Not good, not bad :)', 64).tobytes().hex())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

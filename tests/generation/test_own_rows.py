@@ -166,7 +166,7 @@ def test_two_workers_write_and_learn_as_one(name, tmp_path):
 
 
 def test_what_the_student_writes_comes_to_be_the_teachers():
-    """KL(q || p) on the student's own text falls to less than half within 150 steps of gkd alone."""
+    """KL(q || p) on the student's own text falls below half within 150 steps of gkd alone."""
     found = replace(
         ARMS["gkd"], terms={"gkd": TermSpec(beta=1.0)}, source=Source(length=8, share=1.0)
     )

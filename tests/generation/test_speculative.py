@@ -206,7 +206,8 @@ def test_greedy_text_is_the_teachers(kind, number):
     tested = sum(r.tested for t in found for r in t.rounds)
     share = sum(r.accepted for t in found for r in t.rounds) / tested
     print(
-        f"greedy: {share:.3f} of {tested} tested drafts stayed, {number * count / calls:.2f} tokens a call"
+        f"greedy: {share:.3f} of {tested} tested drafts stayed, {number * count / calls:.2f} "
+        "tokens a call"
     )
     assert 0.3 < share < 0.95, "neither side decides alone"
     assert all(t.acceptance == t.accepted_share for t in found), (
@@ -275,7 +276,8 @@ def test_sampled_texts_have_the_law_of_the_teacher():
     overlap = [value for t in found for r in t.rounds for value in r.overlap]
     levels = [chi_square_level(counted(texts, vocab, count), p) for texts in (found, plain)]
     print(
-        f"chi-square levels {levels}, mean overlap {sum(overlap) / len(overlap):.3f}, {p.min():.4f} the rarest text"
+        f"chi-square levels {levels}, mean overlap {sum(overlap) / len(overlap):.3f}, "
+        f"{p.min():.4f} the rarest text"
     )
     assert 0.4 < sum(overlap) / len(overlap) < 0.95
     assert min(levels) > LEVEL

@@ -300,7 +300,7 @@ print(json.dumps([step(256), step(256), step(4096)]))
 
 
 def test_memory_does_not_grow_with_the_number_of_places():
-    """16 times the places would be 310 MiB more of logits alone; here it is the places' own inputs."""
+    """16 times the places would be 310 MiB more of logits; here it is the inputs of the places."""
     done = subprocess.run(
         [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
     )

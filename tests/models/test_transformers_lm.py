@@ -123,7 +123,8 @@ def home(tmp_path_factory) -> Path:
 
 
 SHAPE = {"vocab_size": CLASSES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-KINDS = {  # learned positions, a window of 3 tokens, slopes in place of positions, a state in place of attention
+# Learned positions, a window of 3 tokens, slopes for positions, a state for attention.
+KINDS = {
     "GPT2": {"vocab_size": CLASSES, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},
     "Qwen2": SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2, "use_sliding_window": True}
     | {"sliding_window": 3, "max_window_layers": 0},

@@ -105,7 +105,10 @@ ROUNDED = {"terms": {"ce": {}, "kd": {}}, "phases": [
     {"until": 0.25},
     {"until": 0.5, "quant": {"weights": "int8"}},
     {"until": 0.75, "quant": {"weights": "int4", "per": "group", "group": 16, "scale": "learned"}},
-    {"until": 1.0, "quant": {"weights": "ternary", "scale": "learned", "activations": "none", "rest": "int8"}},
+    {
+        "until": 1.0,
+        "quant": {"weights": "ternary", "scale": "learned", "activations": "none", "rest": "int8"},
+    },
 ]}  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def rounded_on(rank: int, size: int, meeting: Path, out: Path) -> None:
 
 
 def test_every_rank_has_the_same_scales_and_codes_to_the_bit(tmp_path):
-    """Ranks see other rows, and round activations over those; but weights and scales are one model."""
+    """Ranks round activations over rows of their own; weights and scales are one model."""
     workers = [start(rounded_on, rank, 2, tmp_path / "meeting", tmp_path) for rank in range(2)]
     assert wait(workers) == [0, 0]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))

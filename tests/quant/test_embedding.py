@@ -43,7 +43,7 @@ def table_of(quant: Quant | None, width: int = 64, **settings: object) -> QuantE
 @EACH
 @pytest.mark.parametrize("width", [64, 48, 40, 33])
 def test_a_table_is_codes_times_the_scales_of_its_rows(quant, width):
-    """Written anew from the table of definitions; a width that no group divides has a scale a row."""
+    """From the table of definitions; a width that no group divides has a scale a row."""
     table = table_of(quant, width)
     largest = LEVELS[quant.embeddings]
     whole = quant.per != "group" or width % quant.group

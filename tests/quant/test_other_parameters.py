@@ -1,4 +1,4 @@
-"""The parameters that no layer rounds, stored as int8: by themselves, in training, and in the file."""
+"""The parameters that no layer rounds, as int8: by themselves, in training, and in the file."""
 
 import numpy as np
 import onnx

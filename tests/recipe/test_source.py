@@ -258,7 +258,8 @@ def measured(
     }
 
 
-RUNS = {  # source, terms, what is measured, and by how much it must change in 100 steps: half of what was seen
+# Source, terms, what is measured, and how much it must change in 100 steps: half of what was seen.
+RUNS = {
     "gkd": (Source(length=12, share=1.0), {"gkd": {}}, "reverse", -0.14),
     "minillm": (
         Source(length=12, share=1.0, mixed=0.2, passes=4),

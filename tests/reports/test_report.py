@@ -91,7 +91,8 @@ def evidence() -> Evidence:
     return Evidence(
         recipe_digest="3f9a" * 16,
         technique="qat_valence",
-        setting="A wrist band must name the exercise from 0.64 seconds, with one label in ten known.",
+        setting="A wrist band must name the exercise from 0.64 seconds, with one label in ten "
+        "known.",
         seeds=[0, 1, 2],
         data_name="watch_gestures",
         data_rows={"train": 2710, "val": 420, "test": 700},

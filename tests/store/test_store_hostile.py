@@ -98,7 +98,8 @@ from raykd.store import bounds
 try:
     bounds.check(Path(sys.argv[1]).read_bytes(), int(sys.argv[2]), "bomb")
 except StoreError as error:
-    peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]  # rusage has the parent's too
+    # rusage has the parent's too
+    peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
     print(int(peak) // 1024, error)
 """
 

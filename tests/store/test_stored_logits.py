@@ -174,7 +174,8 @@ def rows(padding):
     at = np.arange(steps)
     mask = {
         "left": at >= steps - length,
-        "packed": rng.random((n, steps)) < 0.7,  # documents with separators, which are no targets, between them
+        # documents with separators, which are no targets, between them
+        "packed": rng.random((n, steps)) < 0.7,
         "cut": np.broadcast_to(at < 5, (n, steps)).copy(),
     }[padding]
     mask[np.arange(n), rng.integers(0, 5, n)] = True
@@ -182,7 +183,8 @@ def rows(padding):
     every = Rows(np.arange(n), inputs, mask, np.arange(n) % 7, np.arange(n))
     split = np.arange(n) // 7 % 5
     part = {"train": split < 3, "val": split == 3, "test": split == 4}
-    return Dataset("shaped", tuple("abcdefg"), {name: every.take(where) for name, where in part.items()})
+    splits = {name: every.take(where) for name, where in part.items()}
+    return Dataset("shaped", tuple("abcdefg"), splits)
 '''
 
 

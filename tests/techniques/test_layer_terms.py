@@ -280,7 +280,7 @@ def test_what_attention_can_not_compare_is_named(mask):
         attention(
             *pair("scores", draw(B, T, 2, T), draw(B, T, 3, T), mask), pairs=PAIRS, mode="scores"
         )
-    with pytest.raises(RecipeError, match=r'a has 6 steps, b 3; mode = "activation"'):
+    with pytest.raises(RecipeError, match=r'a has 6 steps, b 3; use mode = "activation"'):
         attention(*pair("hidden", draw(B, T, 4), draw(B, 3, 4), mask), pairs=PAIRS)
     with pytest.raises(RecipeError, match=r"a GRU shows no scores; .*weight = 0"):
         Adapter(nn.Sequential(nn.GRU(3, 4), nn.Linear(4, 2)), want=frozenset({"scores.0"}))

@@ -42,7 +42,7 @@ KINDS = ("forward", "reverse", "js", "tvd", "lk", "hybrid")
 
 
 class Tabular:
-    """All texts of LENGTH tokens, and two models of them: a row of logits for each prefix, float64."""
+    """All texts of LENGTH tokens, and two models: a row of float64 logits for each prefix."""
 
     def __init__(self, eos: int | None, seed: int = 0):
         draw = torch.Generator().manual_seed(seed)

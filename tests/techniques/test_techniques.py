@@ -81,7 +81,7 @@ def specs(terms: dict[str, dict[str, Any]]) -> dict[str, TermSpec]:
 
 
 def settings_of(name: str) -> list[dict[str, Any]]:
-    """Every choice of a term's Literal and bool settings, over what a technique that names it sets."""
+    """Every choice of a term's Literal and bool settings, over those of a technique."""
     make = TERMS[name].make
     hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
     choices = {
@@ -766,7 +766,7 @@ def stored(name: str) -> bool:
 
 @pytest.mark.parametrize("name", list(filter(stored, TECHNIQUES)))
 def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypatch):
-    """Scored once; then the teacher's weights are gone, and any attempt to build it fails the test."""
+    """Scored once; then the weights are gone, and an attempt to build a teacher fails the test."""
     weights = tmp_path / "teacher.safetensors"
     recipe = resolve(
         {

@@ -55,7 +55,7 @@ def folder(tmp_path) -> Path:
 
 
 def recorded(uri: str, experiment: str) -> dict:
-    """Everything MLflow holds of an experiment, by run key, with metrics and inputs as multisets."""
+    """Everything MLflow has of an experiment, by run key, with metrics and inputs as multisets."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -276,5 +276,8 @@ def test_the_run_folder_holds_no_environment_and_no_password(store, folder, monk
 
 
 def test_the_journal_needs_no_mlflow():
-    code = "import sys; from raykd.tracking import journal, sync_plan, mlflow_mirror; sys.exit('mlflow' in sys.modules)"
+    code = (
+        "import sys; from raykd.tracking import journal, sync_plan, mlflow_mirror; "
+        "sys.exit('mlflow' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -66,7 +66,7 @@ def one_thread():
 
 
 def tiny_rows() -> DeviceRows:
-    """Sixty rows of two to eight steps, a third of them with labels, and a random teacher's logits."""
+    """Sixty rows of two to eight steps, a third of them labelled, and a random teacher's logits."""
     draw = torch.Generator().manual_seed(0)
     label = torch.arange(60) % 4
     mask = torch.arange(8) < torch.randint(2, 9, (60, 1), generator=draw)
