@@ -1,5 +1,5 @@
-"""Processes of a test's own: forked from a server that has imported torch once, so that each starts
-at once.
+"""Processes of a test's own: forked from a server that has imported torch and Ray once, so that
+each starts at once.
 """
 
 import multiprocessing
@@ -9,9 +9,15 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["raykd.teacher.scorer", "raykd.stages.walk", "torch._dynamo"]
-)  # the last is what DDP imports
+PRELOADED = (
+    "raykd.teacher.scorer",
+    "raykd.stages.walk",
+    "torch._dynamo",  # which DDP imports
+    "ray.train.torch",
+    "ray.tune",
+    "mlflow",
+)
+CONTEXT.set_forkserver_preload(list(PRELOADED))
 
 
 def start(function: Callable[..., Any], *args: Any, **environment: str) -> BaseProcess:

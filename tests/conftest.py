@@ -2,6 +2,7 @@
 environment apart.
 """
 
+import gc
 import os
 import re
 import secrets
@@ -17,43 +18,78 @@ from typing import Any
 import pytest
 from recipes import TINY
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: two processes share the cores
-RAY = {"test_forms", "test_jobs", "test_readme"}  # start it by other means
+from raykd.orchestration.session import QUIET
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the cores
+COMMANDS = {"test_forms", "test_jobs", "test_readme"}  # start Ray by other means than `command`
 TOGETHER = {"test_alone": "apart", "test_text_artefact": "apart"}  # ask for one new environment
+LONGEST = (  # the first to be given to a process, so that all end together
+    "ray",
+    "commands",
+    "apart",
+    "test_onnx_write",
+    "test_onnx_write_decoder",
+    "test_onnx_write_stream",
+    "test_source",
+    "test_techniques",
+    "test_loop",
+    "test_speculative",
+    "test_phases",
+    "test_store_chaos",
+    "test_stored_logits",
+    "test_embedding",
+    "test_row_activations",
+    "test_own_rows",
+    "test_store",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest -n and --dist loadgroup a module's tests stay together, and all that start Ray in
-    one process.
+    """Give each test its group for pytest -n with --dist loadgroup, and sort, longest first.
+
+    A module's tests stay together. Those on the shared Ray cluster are one group and those that
+    start clusters of their own another, so that at most two clusters run beside each other.
     """
-    rays = {name for name, own in groupby(items, key=_module) if any(map(_starts_ray, own))}
+    modules = {name: list(tests) for name, tests in groupby(items, key=_module)}
+    groups = {name: _group(name, tests) for name, tests in modules.items()}
     for item in items:
-        group = "ray" if _module(item) in rays else TOGETHER.get(_module(item), _module(item))
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(groups[_module(item)]))
+    rank = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(groups[_module(item)], len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _module(item: pytest.Item) -> str:
     return item.path.stem
 
 
-def _starts_ray(item: Any) -> bool:
-    """By the cluster, or by a command line of its own."""
-    imported = {getattr(value, "__module__", None) for value in vars(item.module).values()}
-    return "cluster" in item.fixturenames or "command" in imported or _module(item) in RAY
+def _group(module: str, tests: list[Any]) -> str:
+    """By the shared cluster, or by a command line of its own."""
+    if any("cluster" in test.fixturenames for test in tests):
+        return "ray"
+    imported = {getattr(value, "__module__", None) for value in vars(tests[0].module).values()}
+    if module in COMMANDS or "command" in imported:
+        return "commands"
+    return TOGETHER.get(module, module)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory) -> None:
-    """For every process of the tests: a cache of their own, and Ray's token before anything imports
-    Ray.
+    """For every process of the tests: a cache of their own, and Ray's token and settings before
+    anything imports Ray.
 
     Ray settles on a way to authenticate when it is first imported.
     """
     os.environ["RAYKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
 
 
 @pytest.fixture(scope="session")
