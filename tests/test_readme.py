@@ -17,6 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 import raykd
+from raykd import techniques
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -178,6 +179,11 @@ def test_a_folders_readme_names_each_of_its_files(folder):
     there = {name for name in there if not name.endswith("__init__.py")}
     assert {name for name in there if not name.startswith(whole)} == files
     assert all((ROOT / folder / name).is_dir() for name in whole)
+
+
+def test_readme_names_every_technique():
+    names = {technique.name for technique in techniques.all_techniques()}
+    assert names <= first_column(README)
 
 
 def test_the_packages_readme_names_its_folders_and_its_files():
