@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raykd.store.columns import encode, field
+from raykd.store import columns
 from raykd.store.commit import Shard, StoreWriter, plan_shards
 from raykd.store.reader import Store
 
@@ -28,12 +28,12 @@ def table_of(shard: Shard, salt: int = 0) -> pa.Table:
         [
             pa.field("row_id", pa.int64()),
             pa.field("steps", pa.int32()),
-            field("logits", values, "steps"),
+            columns.field("logits", values, "steps"),
         ]
     )
     row_id = np.arange(shard.first, shard.last)
     return pa.table(
-        [pa.array(row_id), pa.array(mask.sum(1).astype(np.int32)), encode(values, mask)],
+        [pa.array(row_id), pa.array(mask.sum(1).astype(np.int32)), columns.encode(values, mask)],
         schema=schema,
     )
 

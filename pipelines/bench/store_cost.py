@@ -26,7 +26,7 @@ from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch
 from raykd.store.codecs import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, to_parquet
-from raykd.store.logits import metadata
+from raykd.store.logits import codec_metadata
 from raykd.store.reader import Store
 from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows, to_device
@@ -196,6 +196,6 @@ def _cost(clock: Clock, step: Callable[[], Any]) -> float:
 def _described(table: pa.Table, codec: Comb, laid_out: Any) -> pa.Table:
     """The table with what a reader must know of its logits column."""
     field = pa.field(
-        "logits", table["logits"].type, nullable=False, metadata=metadata(codec, laid_out)
+        "logits", table["logits"].type, nullable=False, metadata=codec_metadata(codec, laid_out)
     )
     return table.set_column(table.schema.get_field_index("logits"), field, table["logits"])

@@ -35,7 +35,7 @@ from raykd.recipe.tables import Optim
 from raykd.store import care
 from raykd.store.codecs.comb import Comb
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
-from raykd.store.logits import metadata
+from raykd.store.logits import codec_metadata
 from raykd.store.reader import Store
 from raykd.training.arm import World
 from raykd.training.device_rows import to_device
@@ -98,7 +98,9 @@ def write(folder: Path, shards: list[Shard]) -> None:
         order = np.random.default_rng(shard.number).integers(0, DRAWN, len(row_id))
         steps = np.full(len(row_id), STEPS, np.int32)
         packed, layout = codec.pack(pool.take(pa.array(order)), steps)
-        field = pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))
+        field = pa.field(
+            "logits", packed.type, nullable=False, metadata=codec_metadata(codec, layout)
+        )
         schema = pa.schema([pa.field("row_id", pa.int64()), pa.field("steps", pa.int32()), field])
         writer.commit(shard, pa.table([pa.array(row_id), pa.array(steps), packed], schema=schema))
 

@@ -37,7 +37,7 @@ from raykd.signals import Batch
 from raykd.store import columns as codec
 from raykd.store.codecs import Codec
 from raykd.store.commit import SCHEMA, Shard, StoreWriter
-from raykd.store.logits import codec_for, metadata
+from raykd.store.logits import codec_for, codec_metadata
 
 SPLIT = "train"
 NONE = -1  # no correction: every drafted token stayed
@@ -179,7 +179,7 @@ class DraftLog:
         at = table.schema.get_field_index("logits")
         steps = table.column("steps").to_numpy()
         packed, layout = self.spec.codec.pack(table.column(at).combine_chunks(), steps)
-        described = metadata(self.spec.codec, layout)
+        described = codec_metadata(self.spec.codec, layout)
         logits = pa.field("logits", packed.type, nullable=False, metadata=described)
         return table.set_column(at, logits, packed)
 

@@ -116,7 +116,7 @@ class Replay:
         stored = self.logits.take(index)
         if stored.is_sparse:
             return torch.zeros(*mask.shape, 0).to(self.device), stored.targets(self.device)
-        answers = stored.at()
+        answers = stored.decode()
         assert isinstance(answers, Tensor)
         logits = torch.zeros(*mask.shape, answers.shape[1])
         return logits.index_put_((mask,), answers.float()).to(self.device), None

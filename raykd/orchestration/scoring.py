@@ -47,7 +47,7 @@ class ShardScorer:
             shard = Shard(int(number), str(split), int(first), int(last))
             table, unfit = self.scorer.score(shard)
             for name, part in layer_signals.split(table).items():
-                if not self.writers[name].stands(shard):
+                if not self.writers[name].is_sound(shard):
                     self.writers[name].commit(shard, part, unfit)
             rows.append(table.num_rows)
             bad.append(len(unfit))

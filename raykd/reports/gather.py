@@ -260,7 +260,7 @@ def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) ->
     if (
         store
         and dataset.is_text
-        and not (store.logits("test").tells(1.0) and not store.unscored("test"))
+        and not (store.logits("test").serves(1.0) and not store.unscored("test"))
     ):
         found.append(
             "no KL to the teacher: its store does not tell it at temperature 1, or not of every test row"

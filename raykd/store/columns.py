@@ -1,8 +1,8 @@
 """Arrays of steps as Parquet columns: one binary value a row, fp16 or int32, only the valid steps.
 
-One binary value per sequence is smaller and faster to read than list columns. Shape and dtype stand
-in the field's metadata, so any Parquet reader can decode a value with `numpy.frombuffer(value,
-dtype).reshape(-1, *shape)`.
+One binary value a row is smaller and faster to read than a list column. Shape and dtype are in the
+field's metadata, so any Parquet reader can decode a value with
+`numpy.frombuffer(value, dtype).reshape(-1, *shape)`.
 """
 
 import json
@@ -18,7 +18,7 @@ DTYPES = {"float16": np.dtype("<f2"), "int32": np.dtype("<i4")}
 
 
 def encode(values: NDArray[Any], mask: NDArray[np.bool_]) -> pa.BinaryArray:
-    """(N,) binary: the valid steps of `values` (N, T, ...), integers as int32 and all else as fp16."""
+    """(N,) binary: the valid steps of `values` (N, T, ...), integers as int32, others as fp16."""
     dtype = DTYPES[_dtype(values)]
     flat = np.ascontiguousarray(values[mask].astype(dtype, copy=False))
     width = dtype.itemsize * int(np.prod(values.shape[2:], dtype=np.int64))
@@ -30,34 +30,32 @@ def encode(values: NDArray[Any], mask: NDArray[np.bool_]) -> pa.BinaryArray:
 
 
 def decode(
-    column: pa.ChunkedArray, shape: list[int], steps: NDArray[np.int32], kind: str = "float16"
+    column: pa.ChunkedArray, shape: list[int], steps: NDArray[np.int32], dtype: str = "float16"
 ) -> NDArray[Any]:
-    """(sum of steps, *shape): the flat steps of all rows of a column.
+    """(sum of `steps`, *shape): the steps of all rows of a column in turn.
 
-    StoreError where sizes disagree.
+    StoreError if the column's bytes are not those of so many steps.
     """
-    if kind not in DTYPES:
-        raise StoreError(f"a column holds values of type {kind!r}, which no teacher store has")
-    width = DTYPES[kind].itemsize * int(np.prod(shape, dtype=np.int64))
-    parts = []
+    if dtype not in DTYPES:
+        raise StoreError(f"a column holds values of type {dtype!r}, which no teacher store has")
+    width = DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+    chunks = [np.zeros(0, np.uint8)]
     for chunk in column.chunks:
         _, offset_buffer, data = chunk.buffers()
-        offsets = np.frombuffer(offset_buffer, np.int32)[
-            chunk.offset : chunk.offset + len(chunk) + 1
-        ]
-        parts.append(np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]])
-    raw = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
-    if len(raw) != int(steps.sum()) * width:
+        offsets = np.frombuffer(offset_buffer, np.int32)
+        offsets = offsets[chunk.offset : chunk.offset + len(chunk) + 1]
+        chunks.append(np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]])
+    raw = np.concatenate(chunks)
+    count = int(steps.sum())
+    if len(raw) != count * width:
         raise StoreError(
-            f"a column holds {len(raw)} bytes where {int(steps.sum())} steps of {width} bytes belong"
+            f"a column holds {len(raw)} bytes where {count} steps of {width} bytes belong"
         )
-    return raw.view(DTYPES[kind]).reshape(-1, *shape)
+    return raw.view(DTYPES[dtype]).reshape(-1, *shape)
 
 
 def field(name: str, values: NDArray[Any], steps: str) -> pa.Field:
-    """The schema entry of an encoded column: the shape of one step, and the column that counts its
-    steps.
-    """
+    """The schema entry of an encoded column; `steps` names the column that counts its steps."""
     metadata = {
         "dtype": _dtype(values),
         "shape": json.dumps(list(values.shape[2:])),

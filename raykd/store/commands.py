@@ -1,4 +1,4 @@
-"""The command line's verbs over one store: verify, show, repair, gc."""
+"""The command line's verbs for one store: verify, show, repair, gc."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +16,7 @@ def store() -> None:
 
 
 class StorePath(click.Path):
-    """A store's folder, or its s3:// URL as it stands."""
+    """A store's folder, or its s3:// URL unchanged."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         from raykd.files.address import checked_address, is_url
@@ -33,7 +33,7 @@ STORE = StorePath(path_type=Path, exists=True, file_okay=False)
 
 
 def store_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A verb over one store, a folder or an s3:// URL; it gives (result, text)."""
+    """A verb for one store, a folder or an s3:// URL; `function` returns (result, text)."""
 
     @store.command(function.__name__.rstrip("_"), help=function.__doc__)
     @click.argument("folder", metavar="PATH", type=STORE)
@@ -52,15 +52,16 @@ def verify(folder: Path | str) -> tuple[Any, str]:
     from raykd.errors import StoreError
     from raykd.store import care
 
-    found = care.verify(folder)
-    if found["damaged"]:
-        faults = "\n".join(f"  {d['file']}: {d['fault']}" for d in found["damaged"])
+    result = care.verify(folder)
+    if result["damaged"]:
+        faults = "\n".join(f"  {fault['file']}: {fault['fault']}" for fault in result["damaged"])
         raise StoreError(f"{folder}:\n{faults}\ntype: raykd store repair {folder}")
-    if not found["complete"]:
+    if not result["complete"]:
         raise StoreError(
-            f"{folder}: {found['shards']} shards are sound, but it is not complete; {care.again(folder)}"
+            f"{folder}: {result['shards']} shards are sound, but it is not complete; "
+            f"{care.rewriting_hint(folder)}"
         )
-    return found, f"{found['shards']} shards, complete and sound"
+    return result, f"{result['shards']} shards, complete and sound"
 
 
 @store_command
@@ -68,19 +69,16 @@ def show_(folder: Path | str) -> tuple[Any, str]:
     """What it holds: identity, splits, and each column with its bytes a row."""
     from raykd.store import care
 
-    found = care.show(folder)
-    lines = [f"{folder}: {'complete' if found['complete'] else 'incomplete'}"]
-    lines += [
-        f"{name:<14}{p['rows']:>12,} rows{p['bytes']:>16,} bytes"
-        for name, p in found["splits"].items()
-    ]
-    lines += [
-        f"{name:<20}{c['type']:<10}{c['bytes_per_row']:>12,} bytes a row"
-        for name, c in found["columns"].items()
-    ]
-    lines += [f"not scored: row {row['row_id']}: {row['reason']}" for row in found["quarantined"]]
-    lines += [f"can not be read: {name}" for name in found["unreadable"]]
-    return found, "\n".join(lines)
+    result = care.show(folder)
+    lines = [f"{folder}: {'complete' if result['complete'] else 'incomplete'}"]
+    for name, split in result["splits"].items():
+        lines.append(f"{name:<14}{split['rows']:>12,} rows{split['bytes']:>16,} bytes")
+    for name, column in result["columns"].items():
+        width = f"{column['bytes_per_row']:>12,} bytes a row"
+        lines.append(f"{name:<20}{column['type']:<10}{width}")
+    lines += [f"not scored: row {row['row_id']}: {row['reason']}" for row in result["quarantined"]]
+    lines += [f"cannot be read: {name}" for name in result["unreadable"]]
+    return result, "\n".join(lines)
 
 
 @store_command
@@ -91,7 +89,7 @@ def repair(folder: Path | str) -> tuple[Any, str]:
     removed = care.repair(folder)
     text = "nothing is damaged"
     if removed:
-        text = f"removed {', '.join(removed)}; to write them again, {care.again(folder)}"
+        text = f"removed {', '.join(removed)}; to write them again, {care.rewriting_hint(folder)}"
     return {"removed": removed}, text
 
 

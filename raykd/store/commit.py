@@ -1,15 +1,14 @@
-"""How a store comes into being: fixed shards, content-named files, put-once commits, the manifest
-last.
+"""How a store is written: fixed shards, content-named files, put-once commits, the manifest last.
 
-    <store_id>/_RECIPE.json            what the id is the digest of, in clear
+    <store_id>/_RECIPE.json                     what the id is the digest of
                data/part-00003-<sha>.parquet
-               _quarantine/00003.json      only where rows could not be scored: which, and why
-               _commits/00003.json     one record a shard; the first to create it wins
-               _MANIFEST.json          written last: its presence means complete
+               _quarantine/00003.json           rows that could not be scored, with the reasons
+               _commits/00003.json              a shard's record; the first to create it wins
+               _MANIFEST.json                   written last: its presence means complete
 
-A file is named by its content, so two attempts at one shard either write the same bytes under the
-same name or can not meet. Nothing is renamed over, nothing is listed to be read: readers open only
-what the manifest names.
+A file is named by its content, so two attempts at a shard either write the same bytes under the
+same name or write different files. Nothing is overwritten, and nothing is listed to be read:
+readers open only what the manifest names.
 """
 
 import hashlib
@@ -44,12 +43,12 @@ class Shard:
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int) -> list[Shard]:
     """The shards of a data set, numbered across its splits; none spans two splits."""
-    ranges = [
-        (split, first, min(first + rows_per_shard, count))
-        for split, count in rows.items()
-        for first in range(0, count, rows_per_shard)
-    ]
-    return [Shard(i, *r) for i, r in enumerate(ranges)]
+    shards = []
+    for split, count in rows.items():
+        for first in range(0, count, rows_per_shard):
+            last = min(first + rows_per_shard, count)
+            shards.append(Shard(number=len(shards), split=split, first=first, last=last))
+    return shards
 
 
 def store_id(identity: dict[str, Any]) -> str:
@@ -58,7 +57,7 @@ def store_id(identity: dict[str, Any]) -> str:
 
 
 class StoreWriter:
-    """One store being written, by any number of processes at once."""
+    """One store that is being written, by any number of processes at once."""
 
     def __init__(self, where: Address | Place, identity: dict[str, Any]):
         self.place = open_place(where)
@@ -74,10 +73,10 @@ class StoreWriter:
     def commit(
         self, shard: Shard, table: pa.Table, bad: dict[int, str] | None = None
     ) -> dict[str, Any]:
-        """Write one shard whole, then its record; the record that stands, ours or an earlier
-        attempt's.
+        """Write a shard's file, then its record; returns the stored record.
 
-        `bad` are the rows of the shard that `table` lacks, each with the reason.
+        That is an earlier attempt's record if there is one. `bad` are the rows of the shard that
+        `table` lacks, by row id, each with the reason.
         """
         data = to_parquet(table)
         record = record_of(shard, data)
@@ -87,20 +86,19 @@ class StoreWriter:
         self.place.put_once(record["file"], data)
         if bad:
             rows = [{"row_id": row_id, "reason": reason} for row_id, reason in sorted(bad.items())]
-            told = {"shard": shard.number, "split": shard.split, "rows": rows}
-            self.place.put(_quarantine(shard), to_json(told))
+            quarantine = {"shard": shard.number, "split": shard.split, "rows": rows}
+            self.place.put(_quarantine(shard), to_json(quarantine))
         faults.point("score", shard=shard.number, at="before_commit")
         self.place.put_once(_record(shard), to_json(record))
         faults.point("score", shard=shard.number, at="after_commit")
         return read_json_in(self.place, _record(shard))
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
-        """The shards still to score: those without a record, or whose record or file is gone or
-        damaged.
+        """The shards still to score: those whose record or file is missing or damaged.
 
         A damaged shard's record and file are removed; scoring it again writes the same bytes.
         """
-        absent = [s for s in shards if not self.stands(s)]
+        absent = [shard for shard in shards if not self.is_sound(shard)]
         for shard in absent:
             if self.place.get(_record(shard)) is not None:
                 self.retract(shard)
@@ -115,18 +113,25 @@ class StoreWriter:
                 self.place.delete(name)
 
     def quarantined(self, shards: list[Shard]) -> dict[int, str]:
-        """Each row of these shards that could not be scored, with the reason."""
-        found = [read_json_in(self.place, _quarantine(s)) for s in shards if self._lacks(s)]
-        return {row["row_id"]: row["reason"] for f in found if f for row in f["rows"]}
+        """The rows of these shards that could not be scored: {row id: reason}."""
+        reasons = {}
+        for shard in filter(self._lacks, shards):
+            quarantine = read_json_in(self.place, _quarantine(shard))
+            rows = quarantine["rows"] if quarantine else []
+            reasons |= {row["row_id"]: row["reason"] for row in rows}
+        return reasons
 
     def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
         """The commit records of all shards. StoreError names those that have none."""
-        found = [read_json_in(self.place, _record(shard)) for shard in shards]
-        if absent := [s.number for s, r in zip(shards, found, strict=True) if r is None]:
+        records = [read_json_in(self.place, _record(shard)) for shard in shards]
+        absent = [
+            shard.number for shard, record in zip(shards, records, strict=True) if record is None
+        ]
+        if absent:
             raise StoreError(
                 f"{self.place}: shards {absent} are not scored; run `raykd score` again"
             )
-        return found
+        return records
 
     def finish(self, shards: list[Shard], statistics: dict[str, Any]) -> dict[str, Any]:
         """The manifest, written once every shard is committed.
@@ -139,20 +144,22 @@ class StoreWriter:
             "store_id": self.place.name,
             "identity": self.identity,
             "shards": records,
+            "bytes": sum(record["bytes"] for record in records),
+            "statistics": statistics,
         }
-        body |= {"bytes": sum(r["bytes"] for r in records), "statistics": statistics}
         manifest = body | {"sha256": digest_of(body)}
         faults.point("score", at="before_manifest")
         self.place.put_once("_MANIFEST.json", to_json(manifest))
-        standing = read_json_in(self.place, "_MANIFEST.json")
-        if standing != manifest:
+        stored = read_json_in(self.place, "_MANIFEST.json")
+        if stored != manifest:
             raise StoreError(
-                f"{self.place}: scored again, the store differs from its manifest; delete the folder"
+                f"{self.place}: scored again, the store differs from its manifest; "
+                "delete the folder"
             )
-        return standing
+        return stored
 
-    def stands(self, shard: Shard) -> bool:
-        """Whether a shard has a record, and its file's bytes give just that record."""
+    def is_sound(self, shard: Shard) -> bool:
+        """Whether a shard has a record that its file's bytes give again."""
         try:
             record = read_json_in(self.place, _record(shard))
             data = self.place.get(record["file"]) if record else None
@@ -177,8 +184,10 @@ def _record(shard: Shard) -> str:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A shard's file: no dictionary, because encoded rows do not repeat; no statistics of what is
-    only bytes.
+    """The bytes of a shard's file.
+
+    It has no dictionary, because encoded rows do not repeat, and no statistics, which say nothing
+    of bytes.
     """
     sink = io.BytesIO()
     pq.write_table(

@@ -1,11 +1,9 @@
-"""Signals beyond the answers: each inner layer's is a store of its own below the first, added
-without touching it.
+"""Signals of inner layers: each is a store below the teacher's, in the folder `signals`.
 
-    <store_id>/signals/hidden.blocks.0/    the same protocol: _RECIPE.json, data/, _commits/,
-    _MANIFEST.json
+    <store_id>/signals/hidden.blocks.0/    _RECIPE.json, data/, _commits/, _MANIFEST.json as above
 
-So a recipe that reads one more layer extends the store that stands: its teacher runs once more, the
-shards that are there are not written again, and recipes that do not read the layer never open it.
+So a recipe that reads one more layer extends the existing store: the teacher runs once more, the
+existing shards are not rewritten, and recipes that do not read the layer never open it.
 """
 
 import re
@@ -24,7 +22,7 @@ COUNTS = "#steps"
 
 
 def place_of(store: Place, signal: str) -> Place:
-    """Where a signal's own store stands. StoreError for a name that can not be a folder's."""
+    """The place of a signal's store. StoreError for a name that cannot be a folder's."""
     if not re.fullmatch(r"\w[\w.-]*", signal):
         raise StoreError(
             f"signal {signal!r}: a layer's name must be letters, digits, dots, - and _"
@@ -37,23 +35,24 @@ def writers(
 ) -> dict[str, StoreWriter]:
     """The writer of the store itself, under "", and of each signal."""
     store = open_place(where)
-    extra = {
-        name: StoreWriter(place_of(store, name), identity | {"signal": name}) for name in signals
-    }
-    return {"": StoreWriter(store, identity)} | extra
+    writer_of = {"": StoreWriter(store, identity)}
+    for name in signals:
+        writer_of[name] = StoreWriter(place_of(store, name), identity | {"signal": name})
+    return writer_of
 
 
 def split(table: pa.Table) -> dict[str, pa.Table]:
-    """A shard's table as its parts: "" holds every column without a dot in its name, each signal
-    its own.
+    """A shard's table by store: "" has every column without a dot, each signal has its own.
 
-    A signal counts its own steps: one where it is pooled, those of the inputs where the teacher
-    answers once.
+    A signal has its own steps: one if it is pooled, those of the inputs even if the teacher answers
+    once a sequence.
     """
-    names = [name for name in table.column_names if is_signal(name)]
-    parts = {name: table.select(["row_id", counts(name), name]) for name in names}
-    parts = {name: part.rename_columns(["row_id", "steps", name]) for name, part in parts.items()}
-    return {"": table.select([name for name in table.column_names if "." not in name])} | parts
+    answers = [name for name in table.column_names if "." not in name]
+    tables = {"": table.select(answers)}
+    for name in filter(is_signal, table.column_names):
+        signal = table.select(["row_id", steps_column(name), name])
+        tables[name] = signal.rename_columns(["row_id", "steps", name])
+    return tables
 
 
 def is_signal(name: str) -> bool:
@@ -61,12 +60,12 @@ def is_signal(name: str) -> bool:
     return "." in name and not name.endswith(COUNTS)
 
 
-def counts(name: str) -> str:
+def steps_column(name: str) -> str:
     """The column that counts a signal's steps, in the table of a shard before it is split."""
     return name + COUNTS
 
 
-def stored(store: Place) -> list[Place]:
-    """The places of all signals that a store holds, whole or not."""
+def stores_below(store: Place) -> list[Place]:
+    """The places of all signals that a store has, complete or not."""
     below = [store.below(f"{FOLDER}/{name}") for name in store.folders(FOLDER)]
     return [place for place in below if place.get("_RECIPE.json") is not None]

@@ -1,6 +1,4 @@
-"""The store's column of teacher answers: which codec it has, and how a batch's rows come back out
-of it.
-"""
+"""The store's column of teacher answers: its codec, and the answers of a batch's rows."""
 
 import json
 from collections.abc import Mapping
@@ -38,66 +36,72 @@ class StoredLogits:
     def is_sparse(self) -> bool:
         return self.codec.name in SPARSE
 
-    def tells(self, temperature: float) -> bool:
-        """Whether the KL to it at a temperature can be told without bias."""
+    def serves(self, temperature: float) -> bool:
+        """Whether the KL to these answers at a temperature has no bias."""
         grid = getattr(self.codec, "grid", (temperature,))
         return not isinstance(self.codec, TopK) and temperature in grid
 
     def take(self, index: NDArray[np.int64]) -> "StoredLogits":
         """The rows at `index`, in that order."""
-        return StoredLogits(taken(self.column, index), self.steps[index], self.codec, self.layout)
+        return StoredLogits(
+            column=take_rows(self.column, index),
+            steps=self.steps[index],
+            codec=self.codec,
+            layout=self.layout,
+        )
 
-    def at(self, temperature: float = 1.0) -> SparseTargets | Tensor:
-        """What the codec gives: sparse targets at a temperature of its grid, or (P, V) or (P, D)
-        values.
-        """
+    def decode(self, temperature: float = 1.0) -> SparseTargets | Tensor:
+        """Sparse targets at a temperature of the codec's grid, or values (P, V) or (P, D)."""
         return self.codec.decode(self.column, self.steps, temperature, self.layout)
 
     def targets(self, device: torch.device) -> "Targets":
-        """Sparse targets of all rows' steps in turn, on a device, as a function of the temperature."""
+        """Sparse targets of all rows' steps in turn, on a device, at any temperature."""
         return Targets(self, device)
 
 
 class Targets:
-    """Sparse targets as a function of the temperature; each is decoded once, `asked` are those that
-    were read.
+    """Sparse targets as a function of the temperature.
+
+    Each is decoded once; `decoded` holds those that were read, by temperature.
     """
 
     def __init__(self, stored: StoredLogits, device: torch.device):
-        self.stored, self.device = stored, device
-        self.asked: dict[float, SparseTargets] = {}
+        self.stored = stored
+        self.device = device
+        self.decoded: dict[float, SparseTargets] = {}
 
     def __call__(self, temperature: float) -> SparseTargets:
-        if temperature not in self.asked:
-            found = self.stored.at(temperature)
-            assert isinstance(found, SparseTargets)
-            self.asked[temperature] = found.to(self.device)
-        return self.asked[temperature]
+        if temperature not in self.decoded:
+            targets = self.stored.decode(temperature)
+            assert isinstance(targets, SparseTargets)
+            self.decoded[temperature] = targets.to(self.device)
+        return self.decoded[temperature]
 
 
-def taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
-    """The rows at `index`; only the chunks that hold them are touched, because take() on all would
-    copy all.
+def take_rows(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
+    """The rows at `index`, read only from the chunks that hold them.
+
+    Arrow's take() on the whole column would copy all of it.
     """
     if not len(index):
         return column.slice(0, 0)
     ends = np.cumsum([len(chunk) for chunk in column.chunks])
     chunk = np.searchsorted(ends, index, side="right")
     order = np.argsort(chunk, kind="stable")
-    parts = []
+    taken = []
     for number in np.unique(chunk):
-        here = index[order][chunk[order] == number] - (ends[number] - len(column.chunk(number)))
-        parts.append(column.chunk(number).take(pa.array(here)))
+        start = ends[number] - len(column.chunk(number))
+        inside = index[order][chunk[order] == number] - start
+        taken.append(column.chunk(number).take(pa.array(inside)))
     back = np.empty(len(index), np.int64)
     back[order] = np.arange(len(index))
-    return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], column.type)
+    return pa.chunked_array([pa.concat_arrays(taken).take(pa.array(back))], column.type)
 
 
-def plain(table: pa.Table) -> pa.Table:
-    """A shard's table with its answers in the plain layout, which all shards can share and any rows
-    are read from.
+def in_plain_layout(table: pa.Table) -> pa.Table:
+    """A shard's table with its answers in the plain layout, from which any rows can be read.
 
-    Each shard's file has the layout that made it smallest.
+    All shards can share that layout; each shard's file has the one that made it smallest.
     """
     if "logits" not in table.column_names:
         return table
@@ -105,21 +109,24 @@ def plain(table: pa.Table) -> pa.Table:
     field = table.schema.field(at)
     if not field.metadata or b"codec" not in field.metadata:
         return table
-    codec, laid_out = from_metadata(field.metadata)
+    codec, layout = codec_of(field.metadata)
     column = table.column(at).combine_chunks()
-    if laid_out != "plain":
-        column = codec.unpack(column, table.column("steps").to_numpy(), laid_out)
-    field = pa.field(field.name, column.type, field.nullable, metadata(codec, "plain"))
+    if layout != "plain":
+        column = codec.unpack(column, table.column("steps").to_numpy(), layout)
+    field = pa.field(field.name, column.type, field.nullable, codec_metadata(codec, "plain"))
     return table.set_column(at, field, column)
 
 
 def codec_name(settings: StoreSettings, classes: int) -> str:
-    """The codec's name; "auto" keeps every class of a small head and draws from a large one."""
+    """The codec's name; "auto" stores every class of a small head and draws from a large one."""
     return default_codec(classes) if settings.codec == "auto" else settings.codec
 
 
 def codec_for(stored: Mapping[str, Any], classes: int) -> Codec:
-    """The codec of a store identity's `store` table. `hidden` is told its head by the scorer."""
+    """The codec of the `store` table of a store's identity.
+
+    "hidden" is not among them: the scorer knows its head.
+    """
     grid = tuple(stored.get("temperatures") or (1.0,))
     match stored["codec"]:
         case "dense":
@@ -131,8 +138,8 @@ def codec_for(stored: Mapping[str, Any], classes: int) -> Codec:
     raise AssertionError(stored["codec"])
 
 
-def metadata(codec: Codec, layout: Layout) -> dict[str, str]:
-    """The schema entry of an encoded column."""
+def codec_metadata(codec: Codec, layout: Layout) -> dict[str, str]:
+    """The metadata of an encoded column's schema entry."""
     return {
         "codec": codec.name,
         "settings": json.dumps(asdict(codec)),
@@ -141,14 +148,15 @@ def metadata(codec: Codec, layout: Layout) -> dict[str, str]:
     }
 
 
-def from_metadata(found: Mapping[bytes, bytes] | None) -> tuple[Codec, Layout]:
-    """The codec and layout of a column; StoreError for one that this version does not know."""
+def codec_of(metadata: Mapping[bytes, bytes] | None) -> tuple[Codec, Layout]:
+    """(codec, layout) of a column; StoreError for one that this version does not know."""
     try:
-        assert found is not None
-        settings = json.loads(found[b"settings"])
-        settings |= {"grid": tuple(settings["grid"])} if "grid" in settings else {}
-        layout: Any = found[b"layout"].decode()
-        return CODECS[found[b"codec"].decode()](**settings), layout
+        assert metadata is not None
+        settings = json.loads(metadata[b"settings"])
+        if "grid" in settings:
+            settings["grid"] = tuple(settings["grid"])
+        layout: Any = metadata[b"layout"].decode()
+        return CODECS[metadata[b"codec"].decode()](**settings), layout
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"the logits column's description is not one that this version reads: {error!r}"

@@ -1,14 +1,12 @@
-"""The hot form: one split of a store as an Arrow file that is mapped into memory, made once a node
-and shared.
+"""A node's copy of a store's split: an Arrow file that all of the node's processes memory-map.
 
-    <cache>/<the manifest's sha256>/train.arrow    one record batch a shard, not compressed, ids in
-    the plain layout
-                                    train.json     what it is a copy of, and its sha256: written
-                                    last
+    <cache>/<the manifest's sha256>/
+        train.arrow    one record batch a shard, not compressed, ids in the plain layout
+        train.json     what it is a copy of, and its sha256; written last
 
-The cache is $RAYKD_CACHE, else `raykd-<uid>` in the temporary folder. One process makes the copy
-while others wait; all workers and trials of the node map the same pages. A copy that is not what
-its record says is made again.
+The cache is $RAYKD_CACHE, or `raykd-<uid>` in the temporary folder. One process writes the copy
+while others wait; all workers and trials of the node map the same pages. A copy that does not fit
+its record is written again.
 """
 
 import hashlib
@@ -24,42 +22,41 @@ from raykd.errors import InfraError, StoreError
 from raykd.files import waiting
 from raykd.files.atomic import read_json, write_json
 
-FORM = 1  # of the copy; another one is made again
+FORM = 1  # version of the copy; one of another version is written again
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """This user's folder of copies on this node. InfraError if others can write there."""
-    folder = Path(
-        os.environ.get("RAYKD_CACHE") or Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}"
-    )
+    default = Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}"
+    folder = Path(os.environ.get("RAYKD_CACHE") or default)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise InfraError(
-            f"{folder} can be written by others, so no copy in it is trusted; set RAYKD_CACHE to your own"
+            f"{folder} can be written by others, so no copy in it is trusted; set RAYKD_CACHE to "
+            "your own"
         )
     return folder
 
 
 def mapped(manifest: str, split: str, shards: Iterable[pa.Table]) -> pa.Table:
-    """The split's table, memory mapped; `shards` is read, one at a time, only if there is no sound
-    copy yet.
+    """The split's table, memory mapped from this node's copy.
 
-    `manifest` is the sha256 of the store's manifest.
+    `manifest` is the sha256 of the store's manifest. `shards` is read, one at a time, only if there
+    is no sound copy yet.
     """
-    folder = cache() / manifest
-    path, wanted = folder / f"{split}.arrow", {"form": FORM, "manifest": manifest, "split": split}
-    if not _stands(path, wanted):
+    folder = cache_folder() / manifest
+    path = folder / f"{split}.arrow"
+    wanted = {"form": FORM, "manifest": manifest, "split": split}
+    if not _is_sound(path, wanted):
         with waiting.locked(folder, wait=True):
-            if not _stands(path, wanted):
+            if not _is_sound(path, wanted):
                 _make(path, wanted, shards)
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _stands(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a copy is there whose bytes are those that were written, from the store that is
-    wanted.
-    """
+def _is_sound(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a copy of the wanted split exists, with the bytes that were written."""
     try:
         record = read_json(path.with_suffix(".json"))
         with path.open("rb") as file:
@@ -69,9 +66,9 @@ def _stands(path: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _make(path: Path, wanted: dict[str, Any], shards: Iterable[pa.Table]) -> None:
-    """Write the copy aside, rename it, then its record.
+    """Write the copy under another name, rename it, then write its record.
 
-    A copy that a killed process left half written is no copy.
+    So a copy that a killed process left half written has no record.
     """
     staged = path.with_suffix(".tmp")
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -83,22 +80,25 @@ def _make(path: Path, wanted: dict[str, Any], shards: Iterable[pa.Table]) -> Non
         write_json(path.with_suffix(".json"), wanted | {"sha256": digest})
     except OSError as error:
         raise InfraError(
-            f"{path.parent}: the node's copy of the teacher store can not be written: {error.strerror or error}; "
-            "free that disk, or set RAYKD_CACHE to a folder with more room"
+            f"{path.parent}: the node's copy of the teacher store cannot be written: "
+            f"{error.strerror or error}; free that disk, or set RAYKD_CACHE to a folder with more "
+            "room"
         ) from None
     finally:
         staged.unlink(missing_ok=True)
 
 
 def _write(path: Path, shards: Iterable[pa.Table]) -> None:
-    writer = schema = None
+    writer = None
+    schema = None
     with path.open("wb") as sink:
         for shard in shards:
             schema = schema or shard.schema
             writer = writer or pa.ipc.new_file(sink, schema)
             if not shard.schema.equals(schema, check_metadata=True):
                 raise StoreError(
-                    "the store's shards do not have the same columns; score it again in another --out"
+                    "the store's shards do not have the same columns; score it again in another "
+                    "--out"
                 )
             for batch in shard.combine_chunks().to_batches():
                 writer.write_batch(batch)

@@ -18,9 +18,8 @@ from raykd.files.address import Address
 from raykd.files.digests import digest_of
 from raykd.files.open import open_place
 from raykd.files.place import Place, read_json_in
-from raykd.store import bounds, layer_signals, node_copy
-from raykd.store.columns import decode
-from raykd.store.logits import StoredLogits, from_metadata, plain
+from raykd.store import bounds, columns, layer_signals, node_copy
+from raykd.store.logits import StoredLogits, codec_of, in_plain_layout
 
 PART = re.compile(r"data/part-\d{5,}-[0-9a-f]{16}\.parquet")
 
@@ -33,16 +32,28 @@ class Column:
     steps: NDArray[np.int32]  # (N,)
 
     def padded(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
-        """(N, T, ...): the steps at their places in `mask`; T = 1 for a teacher that answers once a
-        sequence.
+        """(N, T, ...): the steps at their places in `mask` (N, T), zero elsewhere.
+
+        T = 1 if the teacher answers once a sequence. StoreError if the steps are of other rows.
         """
-        if (self.steps == 1).all() and mask.shape[1] > 1:
-            return self.values[:, None]
-        if not np.array_equal(self.steps, mask.sum(1)):
-            raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
-        out = np.zeros((*mask.shape, *self.values.shape[1:]), self.values.dtype)
-        out[mask] = self.values
-        return out
+        mask = stored_steps(self.steps, mask)
+        padded = np.zeros((*mask.shape, *self.values.shape[1:]), self.values.dtype)
+        padded[mask] = self.values
+        return padded
+
+
+def stored_steps(
+    steps: NDArray[np.int32], mask: NDArray[np.bool_], *, is_text: bool = False
+) -> NDArray[np.bool_]:
+    """(N, T): `mask`, or (N, 1) if the teacher answers once a sequence, as it never does for text.
+
+    `steps` (N,) are the stored steps of each row. StoreError if they are of other rows.
+    """
+    if (steps == 1).all() and mask.shape[1] > 1 and not is_text:
+        return np.ones((len(steps), 1), bool)
+    if not np.array_equal(steps, mask.sum(1)):
+        raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
+    return mask
 
 
 class Store:
@@ -53,16 +64,18 @@ class Store:
         manifest = read_json_in(place, "_MANIFEST.json")
         if manifest is None:
             raise StoreError(
-                f"{place} is not a complete store: it has no manifest; run `raykd score` to finish it"
+                f"{place} is not a complete store: it has no manifest; run `raykd score` to "
+                "finish it"
             )
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         if digest_of(body) != manifest.get("sha256"):
             raise StoreError(
-                f"{place}/_MANIFEST.json is damaged: its digest does not match; type: raykd store repair {place}"
+                f"{place}/_MANIFEST.json is damaged: its digest does not match; type: "
+                f"raykd store repair {place}"
             )
         self.manifest: dict[str, Any] = manifest
         self._splits: dict[str, pa.Table] = {}
-        self._layers: frozenset[str] = frozenset()  # the signals that this is the own store of
+        self._layers: frozenset[str] = frozenset()  # the signals of which this is the store
 
     @property
     def folder(self) -> Address:
@@ -70,26 +83,25 @@ class Store:
 
     @classmethod
     def of_shards(cls, where: Address | Place, records: list[dict[str, Any]]) -> "Store":
-        """A view of committed shards before there is a manifest: its columns, read shard by shard."""
+        """A view of committed shards before there is a manifest; it is read shard by shard."""
         store = cls.__new__(cls)
-        store.place, store.manifest, store._splits, store._layers = (
-            open_place(where),
-            {"shards": records},
-            {},
-            frozenset(),
-        )
+        store.place = open_place(where)
+        store.manifest = {"shards": records}
+        store._splits = {}
+        store._layers = frozenset()
         return store
 
     def shards(self, split: str) -> Iterator[pa.Table]:
         """The shards of one split in turn, each verified by digest, bounds and page checksums."""
-        return (read_shard(self.place, r) for r in self.manifest["shards"] if r["split"] == split)
+        for record in self.manifest["shards"]:
+            if record["split"] == split:
+                yield read_shard(self.place, record)
 
     def table(self, split: str) -> pa.Table:
-        """All rows of one split, memory mapped from this node's copy; ids are in the plain layout."""
+        """All rows of one split, memory mapped from this node's copy, ids in the plain layout."""
         if split not in self._splits:
-            self._splits[split] = node_copy.mapped(
-                self.manifest["sha256"], split, map(plain, self.shards(split))
-            )
+            shards = map(in_plain_layout, self.shards(split))
+            self._splits[split] = node_copy.mapped(self.manifest["sha256"], split, shards)
         return self._splits[split]
 
     def row_id(self, split: str) -> NDArray[np.int64]:
@@ -97,11 +109,8 @@ class Store:
 
     def unscored(self, split: str) -> int:
         """How many rows of a split could not be scored and are left out."""
-        return sum(
-            r["last"] - r["first"] - r["rows"]
-            for r in self.manifest["shards"]
-            if r["split"] == split
-        )
+        records = [record for record in self.manifest["shards"] if record["split"] == split]
+        return sum(record["last"] - record["first"] - record["rows"] for record in records)
 
     def places_of(self, row_id: NDArray[np.int64], split: str) -> NDArray[np.int64]:
         """(N,): the place of each row among the split's stored rows; -1 where it is not stored.
@@ -148,50 +157,53 @@ class Store:
         return out
 
     def column(self, name: str, split: str) -> Column:
-        """One signal of one split; StoreError lists what there is if it is not stored."""
+        """One signal of one split; StoreError lists the stored ones if it is not among them."""
         if "." in name and name not in self._layers:
             return self._layer(name, split).column(name, split)
-        table = self.table(split) if "sha256" in self.manifest else self._only(name, split)
+        has_manifest = "sha256" in self.manifest
+        table = self.table(split) if has_manifest else self._from_shards(name, split)
         field = self._field(table, name)
         if field.type != pa.binary():
             return Column(table.column(name).to_numpy(), np.ones(table.num_rows, np.int32))
         shape = json.loads(field.metadata[b"shape"])
         steps = table.column(field.metadata[b"steps"].decode()).to_numpy()
-        kind = field.metadata.get(b"dtype", b"float16").decode()
-        return Column(decode(table.column(name), shape, steps, kind), steps)
+        dtype = field.metadata.get(b"dtype", b"float16").decode()
+        return Column(columns.decode(table.column(name), shape, steps, dtype), steps)
 
     def _layer(self, name: str, split: str) -> "Store":
         """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""
         place = layer_signals.place_of(self.place, name)
         if place.get("_MANIFEST.json") is None:
-            held = [
-                *self.table(split).column_names,
-                *(layer.name for layer in layer_signals.stored(self.place)),
-            ]
+            layers = [layer.name for layer in layer_signals.stores_below(self.place)]
+            known = ", ".join([*self.table(split).column_names, *layers])
             raise StoreError(
-                f"store {self.place.name} holds no {name!r}; it has {', '.join(held)}; `raykd score RECIPE` adds it"
+                f"store {self.place.name} holds no {name!r}; it has {known}; "
+                "`raykd score RECIPE` adds it"
             )
-        found = Store(place)
-        found._layers = frozenset({name})
-        if not np.array_equal(found.row_id(split), self.row_id(split)):
+        layer_store = Store(place)
+        layer_store._layers = frozenset({name})
+        if not np.array_equal(layer_store.row_id(split), self.row_id(split)):
             raise StoreError(
                 f"{place} is of other rows than its store; type: raykd store repair {self.place}"
             )
-        return found
+        return layer_store
 
     def logits(self, split: str) -> StoredLogits:
         """The teacher's answers of one split, still encoded."""
         table = self.table(split)
-        codec, layout = from_metadata(table.schema.field("logits").metadata)
+        codec, layout = codec_of(table.schema.field("logits").metadata)
         return StoredLogits(table.column("logits"), table.column("steps").to_numpy(), codec, layout)
 
-    def _only(self, name: str, split: str) -> pa.Table:
+    def _from_shards(self, name: str, split: str) -> pa.Table:
         """A column, and the one that counts its steps, of every shard."""
-        parts = []
+        tables = []
         for shard in self.shards(split):
-            steps = (self._field(shard, name).metadata or {}).get(b"steps")
-            parts.append(shard.select([name, *([steps.decode()] if steps else [])]))
-        return pa.concat_tables(parts)
+            names = [name]
+            metadata = self._field(shard, name).metadata or {}
+            if b"steps" in metadata:
+                names.append(metadata[b"steps"].decode())
+            tables.append(shard.select(names))
+        return pa.concat_tables(tables)
 
     def _field(self, table: pa.Table, name: str) -> pa.Field:
         if name not in table.column_names:
@@ -202,9 +214,7 @@ class Store:
 
 
 def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
-    """A shard's rows, verified by digest, by the bounds of what it may decode to, and by page
-    checksums.
-    """
+    """A shard's rows, verified by digest, bounds and page checksums. StoreError otherwise."""
     if not PART.fullmatch(record["file"]):
         raise StoreError(f"{place}: a record names {record['file']!r}, which is no shard's file")
     path = f"{place}/{record['file']}"
@@ -216,13 +226,13 @@ def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
         raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; {again}")
     if not 0 <= record["rows"] <= record["last"] - record["first"]:
         raise StoreError(
-            f"{path}: {record['rows']} rows can not be of {record['last'] - record['first']}"
+            f"{path}: {record['rows']} rows cannot be of {record['last'] - record['first']}"
         )
-    return decoded(data, record["rows"], path)
+    return read_parquet(data, record["rows"], path)
 
 
-def decoded(data: bytes, rows: int, name: str) -> pa.Table:
-    """The rows of a Parquet file, once its bounds are known to be sound. StoreError otherwise."""
+def read_parquet(data: bytes, rows: int, name: str) -> pa.Table:
+    """The rows of a Parquet file, read only if its bounds are sound. StoreError otherwise."""
     bounds.check(data, rows, name)
     try:
         table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()

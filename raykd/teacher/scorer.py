@@ -26,7 +26,7 @@ from raykd.store.codecs import Codec
 from raykd.store.codecs.hidden import Hidden, head_digest
 from raykd.store.columns import encode, field
 from raykd.store.commit import Shard
-from raykd.store.logits import codec_for, metadata
+from raykd.store.logits import codec_for, codec_metadata
 from raykd.teacher.identity import signals_of, store_identity, store_table
 from raykd.techniques import register
 
@@ -98,7 +98,7 @@ class Scorer:
         for name, values in signals.layers.items():
             out |= {
                 name: values,
-                layer_signals.counts(name): mask
+                layer_signals.steps_column(name): mask
                 if values.shape[1] == mask.shape[1]
                 else _all_steps(values),
             }
@@ -179,7 +179,7 @@ class Scorer:
         for name in filter(layer_signals.is_signal, arrays):
             sound = np.isfinite(arrays[name]).reshape(*arrays[name].shape[:2], -1).all(2)
             bad[f"{name} has values that fp16 can not hold"] = (
-                ~sound & arrays[layer_signals.counts(name)]
+                ~sound & arrays[layer_signals.steps_column(name)]
             ).any(1)
         found: dict[int, str] = {}
         for reason, rows in bad.items():
@@ -241,16 +241,16 @@ def _to_table(
     row_id: NDArray[np.int64], arrays: dict[str, NDArray[Any]], codec: Codec, encoded: pa.Array
 ) -> pa.Table:
     inner = {
-        k: (arrays.pop(k), arrays.pop(layer_signals.counts(k)))
+        k: (arrays.pop(k), arrays.pop(layer_signals.steps_column(k)))
         for k in [n for n in arrays if layer_signals.is_signal(n)]
     }
     masks = {"steps": arrays.pop("mask"), "valence_steps": arrays.pop("valence_mask")}
     columns: dict[pa.Field, Any] = {pa.field("row_id", pa.int64()): row_id}
     columns |= {pa.field(k, pa.int32()): m.sum(1).astype(np.int32) for k, m in masks.items()}
     packed, layout = codec.pack(encoded, masks["steps"].sum(1))
-    columns[pa.field("logits", packed.type, nullable=False, metadata=metadata(codec, layout))] = (
-        packed
-    )
+    columns[
+        pa.field("logits", packed.type, nullable=False, metadata=codec_metadata(codec, layout))
+    ] = packed
     for name, values in arrays.items():
         if values.ndim == 1:
             kind = np.int32 if name == "answer" else np.float32
@@ -259,7 +259,9 @@ def _to_table(
             steps = "valence_steps" if name in ("valence", "trajectory") else "steps"
             columns[field(name, values, steps)] = encode(values, masks[steps])
     for name, (values, mask) in inner.items():
-        columns[pa.field(layer_signals.counts(name), pa.int32())] = mask.sum(1).astype(np.int32)
+        columns[pa.field(layer_signals.steps_column(name), pa.int32())] = mask.sum(1).astype(
+            np.int32
+        )
         columns[field(name, values, "steps")] = encode(values, mask)
     return pa.table(list(columns.values()), schema=pa.schema(list(columns)))
 

@@ -9,7 +9,7 @@ from raykd.data import Dataset
 from raykd.data.vocabulary import table_digest
 from raykd.losses import valence
 from raykd.recipe.recipe import Recipe
-from raykd.store.reader import Store
+from raykd.store.reader import Store, stored_steps
 
 QUANTILES = [0, 0.25, 0.5, 0.75, 1]
 
@@ -50,9 +50,7 @@ def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> f
     rows = dataset.splits["val"]
     rows = rows.take(store.places_of(rows.row_id, "val") >= 0)
     stored = store.column("valence", "val")
-    mask = rows.mask
-    if (stored.steps == 1).all():
-        mask = np.ones_like(rows.mask[:, :1])
+    mask = stored_steps(stored.steps, rows.mask)
     signal = torch.from_numpy(stored.padded(mask).astype(np.float32))
     realised, known = valence.realised_future(
         signal, torch.from_numpy(mask), recipe.valence.discount

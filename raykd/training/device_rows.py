@@ -12,7 +12,7 @@ from raykd.data import Rows
 from raykd.errors import StoreError
 from raykd.signals import Batch, Signals, as_tensor
 from raykd.store.logits import StoredLogits
-from raykd.store.reader import Store
+from raykd.store.reader import Store, stored_steps
 from raykd.targets import UNLABELLED
 
 
@@ -54,7 +54,7 @@ class DeviceRows:
         return (
             "logits" in self.teacher
             or self.head is not None
-            or (self.stored is not None and self.stored.tells(1.0))
+            or (self.stored is not None and self.stored.serves(1.0))
         )
 
     @property
@@ -99,7 +99,7 @@ class DeviceRows:
         """
         if self.head is None:
             return mask.new_zeros((*mask.shape, 0), dtype=torch.float32)
-        hidden = stored.at()
+        hidden = stored.decode()
         assert isinstance(hidden, Tensor)
         weight, bias = self.head
         z = torch.nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
@@ -130,13 +130,9 @@ def to_device(
             }
             rows = replace(rows, **{k: v[kept] for k, v in rest.items()})
         stored = store.logits(split)
-        is_short = bool((stored.steps == 1).all()) and rows.mask.shape[1] > 1 and not rows.is_text
-        valid = np.ones((len(rows), 1), bool) if is_short else rows.mask
-        if not np.array_equal(stored.steps, valid.sum(1)):
-            raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
-        mask = as_tensor(valid)
+        mask = as_tensor(stored_steps(stored.steps, rows.mask, is_text=rows.is_text))
         if stored.codec.name == "dense":
-            flat = stored.at()
+            flat = stored.decode()
             assert isinstance(flat, Tensor)
             teacher["logits"] = (
                 flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)

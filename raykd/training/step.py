@@ -84,7 +84,7 @@ class TrainStep:
         reseed(self.device, seed + 1 + self.world.rank)
         sums, counts = self.model(*batches)
         if isinstance(batches[0].targets, Targets):
-            self.temperatures = tuple(batches[0].targets.asked)
+            self.temperatures = tuple(batches[0].targets.decoded)
         optimizer.zero_grad()
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)

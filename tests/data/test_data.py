@@ -289,7 +289,7 @@ BAD = {
     ),
     "short valence": (spoilt({"valence": [0.0]}), {}, "row 3 has 1 valence values for 3 steps"),
 }
-BAD_IN_PYTHON = {  # what a Parquet column can not hold beside good rows
+BAD_IN_PYTHON = {  # what a Parquet column cannot hold beside good rows
     "valence is a number": (spoilt({"valence": 0.5}), {}, "row 3 has 1 valence values for 3 steps"),
     "valence is words": (
         spoilt({"valence": ["high"] * 3}),

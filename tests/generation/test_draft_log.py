@@ -275,7 +275,7 @@ def test_a_damaged_shard_of_an_earlier_attempt_is_written_again(tmp_path):
     wrote(hurt, last=15)
     (file, *_) = sorted((hurt.where / "data").iterdir())
     file.write_bytes(b"cut")
-    assert "raykd train RECIPE" in care.again(hurt.where)
+    assert "raykd train RECIPE" in care.rewriting_hint(hurt.where)
     wrote(hurt)
     assert read_json(whole.where / "_MANIFEST.json") == read_json(hurt.where / "_MANIFEST.json")
 

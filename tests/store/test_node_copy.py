@@ -26,7 +26,7 @@ from raykd.data import Dataset
 from raykd.errors import DataError, InfraError, StoreError
 from raykd.recipe.tables import DataRef
 from raykd.store import node_copy
-from raykd.store.logits import from_metadata
+from raykd.store.logits import codec_of
 from raykd.store.reader import Store
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
@@ -77,9 +77,9 @@ def test_the_copy_has_the_rows_of_the_shards_one_batch_a_shard(scored, cache):
     stored = fresh.logits("train")
     for shard in shards:
         found = stored.take(np.arange(first, first + shard.num_rows))
-        codec, layout = from_metadata(shard.schema.field("logits").metadata)
+        codec, layout = codec_of(shard.schema.field("logits").metadata)
         temperature = getattr(codec, "grid", (1.0,))[0]
-        ours = found.at(temperature)
+        ours = found.decode(temperature)
         theirs = codec.decode(shard.column("logits"), found.steps, temperature, layout)
         for a, b in zip(
             *(vars(x).values() if hasattr(x, "ids") else [x] for x in (ours, theirs)), strict=True
@@ -107,8 +107,8 @@ def test_shards_whose_layouts_differ_are_read_alike(comb, cache, monkeypatch):
         len({s.schema.field("logits").metadata[b"layout"] for s in Store(mixed).shards("train")})
         > 1
     )
-    ours = Store(mixed).logits("train").at(2.0)
-    theirs = Store(store.folder).logits("train").at(2.0)
+    ours = Store(mixed).logits("train").decode(2.0)
+    theirs = Store(store.folder).logits("train").decode(2.0)
     assert torch.equal(ours.ids, theirs.ids)
     assert torch.equal(ours.weight, theirs.weight)
 
@@ -176,7 +176,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(comb, cache, monkeypatch):
     )  # then a write beyond the limit is an OSError
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(InfraError, match=r"can not be written: .*RAYKD_CACHE"):
+        with pytest.raises(InfraError, match=r"cannot be written: .*RAYKD_CACHE"):
             store.table("train")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

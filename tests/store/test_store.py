@@ -30,7 +30,7 @@ from raykd.files.atomic import read_json
 from raykd.losses.terms import needs_of
 from raykd.models.adapter import Adapter
 from raykd.stages.load import resolve
-from raykd.store.columns import decode, encode, field
+from raykd.store import columns
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
 from raykd.targets import UNLABELLED
@@ -55,8 +55,8 @@ def bits(values: np.ndarray) -> bytes:
 @given(masked_values(), st.integers(0, 5))
 def test_what_is_encoded_is_decoded_bit_for_bit(drawn, cut):
     values, mask = drawn
-    column = field("x", values, "steps")
-    table = pa.table([encode(values, mask)], schema=pa.schema([column]))
+    column = columns.field("x", values, "steps")
+    table = pa.table([columns.encode(values, mask)], schema=pa.schema([column]))
     shape = list(values.shape[2:])
     steps = mask.sum(1).astype(np.int32)
     for made in (
@@ -64,7 +64,7 @@ def test_what_is_encoded_is_decoded_bit_for_bit(drawn, cut):
         through_parquet(table),
         pa.concat_tables([table.slice(0, cut), table.slice(cut)]),
     ):
-        assert bits(decode(made.column("x"), shape, steps)) == bits(values[mask])
+        assert bits(columns.decode(made.column("x"), shape, steps)) == bits(values[mask])
 
 
 def through_parquet(table: pa.Table) -> pa.Table:
@@ -77,7 +77,7 @@ def through_parquet(table: pa.Table) -> pa.Table:
 @given(masked_values())
 def test_a_stored_value_is_read_by_numpy_alone(drawn):
     values, mask = drawn
-    for row, value in enumerate(encode(values, mask).to_pylist()):
+    for row, value in enumerate(columns.encode(values, mask).to_pylist()):
         assert bits(np.frombuffer(value, "<f2").reshape(-1, *values.shape[2:])) == bits(
             values[row][mask[row]]
         )
@@ -86,9 +86,9 @@ def test_a_stored_value_is_read_by_numpy_alone(drawn):
 def test_a_column_of_another_length_is_refused():
     values = np.ones((2, 3, 4), np.float32)
     mask = np.ones((2, 3), bool)
-    column = pa.chunked_array([encode(values, mask)])
+    column = pa.chunked_array([columns.encode(values, mask)])
     with pytest.raises(StoreError, match="48 bytes where 5 steps of 8 bytes"):
-        decode(column, [4], np.array([3, 2], np.int32))
+        columns.decode(column, [4], np.array([3, 2], np.int32))
 
 
 @settings(deadline=None)

@@ -27,7 +27,7 @@ from raykd.files.atomic import read_json, to_json
 from raykd.files.digests import digest_of
 from raykd.store import bounds
 from raykd.store.commit import Shard, record_of, to_parquet
-from raykd.store.reader import Store, decoded
+from raykd.store.reader import Store, read_parquet
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -137,7 +137,7 @@ def test_a_signed_bomb_in_a_store_is_refused(tmp_path):
     for shard, rows, told in (
         (Shard(0, "train", 0, 64), 64, "would take"),
         (SHARDS[0], 16, "promises 64 rows where 16 belong"),
-        (SHARDS[0], 64, "64 rows can not be of 16"),
+        (SHARDS[0], 64, "64 rows cannot be of 16"),
     ):
         signed(tmp_path / "store", shard, data, rows)
         with pytest.raises(StoreError, match=told):
@@ -173,7 +173,7 @@ def test_a_sound_file_is_within_its_bounds():
     for shard in SHARDS:
         table = table_of(shard)
         bounds.check(to_parquet(table), table.num_rows, "file")
-        assert decoded(to_parquet(table), table.num_rows, "file").equals(table)
+        assert read_parquet(to_parquet(table), table.num_rows, "file").equals(table)
 
 
 def mutant(data: bytes, draw: random.Random) -> bytes:
@@ -214,7 +214,7 @@ def decode_all(told: str, count: int) -> None:
             table = table_of(SHARDS[seed % len(SHARDS)])
             changed = mutant(to_parquet(table), draw)
             try:
-                found = decoded(changed, table.num_rows, "mutant")
+                found = read_parquet(changed, table.num_rows, "mutant")
                 result = "equal" if found.equals(table) else "other"
             except StoreError:
                 result = "refused"

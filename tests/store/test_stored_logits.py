@@ -20,7 +20,7 @@ from raykd.errors import RecipeError
 from raykd.losses.shared_terms import kd
 from raykd.models.adapter import Adapter
 from raykd.signals import Signals
-from raykd.store.logits import taken
+from raykd.store.logits import take_rows
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.scorer import Scorer
@@ -150,7 +150,7 @@ def test_rows_are_taken_in_any_order_from_any_chunks():
         [pa.array([b"a", b"bb"]), pa.array([], pa.binary()), pa.array([b"ccc"])], pa.binary()
     )
     index = np.array([2, 0, 2, 1])
-    assert taken(column, index).to_pylist() == [column[int(i)].as_py() for i in index]
+    assert take_rows(column, index).to_pylist() == [column[int(i)].as_py() for i in index]
 
 
 def test_an_adapter_and_its_store_agree_on_one_answer_a_sequence():
