@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where the store goes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    base = toml.resolve_paths(toml.read(RECIPE), RECIPE.parent)
+    base = toml.resolve_paths(toml.read_toml(RECIPE), RECIPE.parent)
     recipes = {name: resolve(toml.merge(base, change)) for name, change in cases().items()}
     stores = {name: scored(recipe, options.out) for name, recipe in recipes.items()}
     steps = {name: fresh_step(recipe, stores[name]) for name, recipe in recipes.items()}

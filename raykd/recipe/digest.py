@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from raykd.files.digests import file_sha256, files_sha256
 from raykd.files.open import open_place
 from raykd.recipe.recipe import Recipe
+from raykd.recipe.source import Source
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.toml import is_path
 from raykd.recipe.weight_files import hashed_files
@@ -18,11 +19,11 @@ NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 
 
 def weights_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file of weights, or of a model's folder: its config.json and safetensors
-    files.
-    """
+    """Hex sha256 of a file of weights, or of the config.json and safetensors files of a folder."""
     path = Path(path)
-    return files_sha256(path, hashed_files(path)) if path.is_dir() else file_sha256(path)
+    if path.is_dir():
+        return files_sha256(path, hashed_files(path))
+    return file_sha256(path)
 
 
 def content_of(table: BaseModel) -> dict[str, Any]:
@@ -31,16 +32,23 @@ def content_of(table: BaseModel) -> dict[str, Any]:
     for key in ("weights", "source", "tokenizer"):
         value = values.get(key)
         if isinstance(value, str) and is_path(value):
-            values[key] = "sha256:" + (weights_sha256 if key == "weights" else file_sha256)(value)
+            digest = weights_sha256(value) if key == "weights" else file_sha256(value)
+            values[key] = f"sha256:{digest}"
     return values
 
 
 def _student(table: ModelRef, seeds: Sequence[int]) -> dict[str, Any]:
-    """The same of a student, whose weights may be a file for each seed."""
+    """The content of [student], whose weights may be a file for each seed."""
     if not table.weights or table.weights == table.of_seed(0).weights:
         return content_of(table)
     files = [content_of(table.of_seed(seed))["weights"] for seed in seeds]
     return content_of(table.bare) | {"weights": files}
+
+
+def _log_sha256(source: Source, seed: int) -> str:
+    """Hex sha256 of the manifest of the log that one training reads."""
+    log = open_place(source.log_of(seed) or "")
+    return hashlib.sha256(log.get("_MANIFEST.json") or b"").hexdigest()
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
@@ -51,9 +59,5 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
         if table is not None:
             values[key] = content_of(table)
     if recipe.source and recipe.source.log:
-        logs = [
-            open_place(recipe.source.log_of(seed) or "").get("_MANIFEST.json") or b""
-            for seed in recipe.seeds
-        ]
-        values["source"]["log"] = [hashlib.sha256(log).hexdigest() for log in logs]
+        values["source"]["log"] = [_log_sha256(recipe.source, seed) for seed in recipe.seeds]
     return values | {"student": _student(recipe.student, recipe.seeds)}

@@ -8,9 +8,10 @@ from raykd.recipe.tables import Positive, Table
 
 
 class Drafter(Table):
-    """Student and control judged as the teacher's drafter: `prompts` test rows, of each its own
-    prompt or `prompt` tokens, and `count` tokens after them by speculative decoding, `gamma`
-    drafted for each call of the teacher, at `temperature`.
+    """How student and control are judged as the teacher's drafters, by speculative decoding.
+
+    Of `prompts` test rows, each row's own prompt or its first `prompt` tokens are continued by
+    `count` tokens at `temperature`. `gamma` tokens are drafted for each call of the teacher.
     """
 
     prompts: Positive = 64

@@ -1,8 +1,8 @@
-"""Code that a recipe names, as `module:function` or a dotted module: whether to trust it, where it
-lies, and itself.
+"""Code that a recipe names, as `module:function` or a dotted module: whether to trust it, and the
+import of it.
 
-A recipe can name any function of the machine, so only raykd's own packages, those under the current
-directory and those that the user allows are imported. The checks run nothing.
+A recipe can name any function of the machine. So only raykd itself, packages under the current
+directory and packages that the user allows are imported. The checks run nothing.
 """
 
 import importlib
@@ -21,10 +21,10 @@ INSTALLED = {"site-packages", "dist-packages"}
 
 
 def load(dotted: str, kind: str) -> Any:
-    """The function of `module:function`, or the module of a dotted name; RecipeError at `kind`, the
-    key that says it.
+    """The function of `module:function`, or the module of a dotted name.
 
-    A module of the current directory is found, after all others, however Python was started.
+    RecipeError, at the key `kind`, if it cannot be imported. A module of the current directory is
+    found, after all others, however Python was started.
     """
     name, sign, function = dotted.partition(":")
     _see_current_directory()
@@ -40,36 +40,37 @@ def load(dotted: str, kind: str) -> Any:
 
 
 def problems(key: str, dotted: str, allowed: Collection[str] = ()) -> list[Problem]:
-    """Why the code that `dotted` names must not be imported; `allowed` names trusted top-level
-    packages.
+    """Why the code that `dotted` names must not be imported; none if it may be.
+
+    `allowed` names top-level packages that the user trusts.
     """
     words = dotted.replace(":", ".").split(".")
     if dotted.count(":") > 1 or not all(word.isidentifier() for word in words):
         return [Problem(key, f"{dotted!r} is not the name of any code; write module:function")]
-    spec = _top(words[0])
+    package = words[0]
+    spec = _top(package)
     if spec is None:
-        return [
-            Problem(
-                key, f"{dotted!r}: no module {words[0]!r} is installed or in the current directory"
-            )
-        ]
-    if words[0] == "raykd" or words[0] in allowed or _is_here(spec):
+        text = f"{dotted!r}: no module {package!r} is installed or in the current directory"
+        return [Problem(key, text)]
+    if package == "raykd" or package in allowed or _is_here(spec):
         return []
-    outside = (
-        f"{dotted!r} is code from outside the current directory ({spec.origin or 'many folders'})"
-    )
-    return [Problem(key, f"{outside}; add --allow-import {words[0]} if you trust it")]
+    origin = spec.origin or "many folders"
+    text = f"{dotted!r} is code from outside the current directory ({origin})"
+    return [Problem(key, f"{text}; add --allow-import {package} if you trust it")]
 
 
 def source_of(dotted: str) -> Path | None:
-    """The file of a module inside a package; neither is imported."""
+    """The file of a module inside a package, without importing either; None if there is none."""
     top, *inner = dotted.split(".")
     spec = _top(top)
     if spec is None or not inner or not all(word.isidentifier() for word in inner):
         return None
-    paths = [Path(folder, *inner) for folder in spec.submodule_search_locations or ()]
-    files = [file for path in paths for file in (path / "__init__.py", path.with_suffix(".py"))]
-    return next((file for file in files if file.is_file()), None)
+    for folder in spec.submodule_search_locations or ():
+        path = Path(folder, *inner)
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.is_file():
+                return file
+    return None
 
 
 def _top(name: str) -> ModuleSpec | None:
@@ -87,18 +88,19 @@ def _see_current_directory() -> None:
 
 
 def _is_here(spec: ModuleSpec) -> bool:
-    """Whether all of a module lies under the current directory, Python's own and installed code
-    apart.
+    """Whether all of a module lies under the current directory and is neither Python's own code
+    nor installed.
     """
-    here, python = Path.cwd().resolve(), Path(sysconfig.get_path("stdlib")).resolve()
-    places = [
-        *(spec.submodule_search_locations or ()),
-        *([spec.origin] if spec.has_location and spec.origin else []),
-    ]
-    paths = [Path(place).resolve() for place in places]
-    return bool(paths) and all(
-        path.is_relative_to(here)
-        and not path.is_relative_to(python)
-        and not INSTALLED & set(path.relative_to(here).parts)
-        for path in paths
-    )
+    here = Path.cwd().resolve()
+    python = Path(sysconfig.get_path("stdlib")).resolve()
+
+    def is_own(path: Path) -> bool:
+        if not path.is_relative_to(here) or path.is_relative_to(python):
+            return False
+        return not INSTALLED & set(path.relative_to(here).parts)
+
+    locations = list(spec.submodule_search_locations or ())
+    if spec.has_location and spec.origin:
+        locations.append(spec.origin)
+    paths = [Path(location).resolve() for location in locations]
+    return bool(paths) and all(is_own(path) for path in paths)

@@ -1,5 +1,6 @@
-"""How a layer is quantised, as data: levels, scales, what shares one, and what is left alone. Needs
-no torch.
+"""How a layer is quantised, as data: levels, scales, what shares one, and what is left alone.
+
+Needs no torch.
 
     weights    codes        scale of a group                     executed by
     int8       -127..127    max|W| / 127                         MatMulInteger, activations 8 bits
@@ -28,11 +29,8 @@ Weights = Literal["int8", "int4", "ternary"]
 LEVELS: dict[str, int] = {"int8": 127, "int4": 7, "ternary": 1}  # the largest code
 BITS: dict[str, int] = {"int8": 8, "int4": 4, "ternary": 2}  # of a stored code
 SCALES = {"int8": "absmax", "int4": "absmax", "ternary": "absmean"}
-BLOCKS = (
-    32,
-    64,
-    128,
-)  # of MatMulNBits; with 2 bits onnxruntime 1.32 rounds no activations in blocks of 16 or 256
+# Blocks of MatMulNBits. With 2 bits onnxruntime 1.32 rounds no activations in blocks of 16 or 256.
+BLOCKS = (32, 64, 128)
 GROUP = 32
 # The first onnxruntime that executes every scheme: GatherBlockQuantized of bytes came with 1.23,
 # MatMulNBits of 2 bits with 1.24, GatherBlockQuantized of 2 bits with 1.27; and MatMulNBits of 2
@@ -41,12 +39,16 @@ ONNXRUNTIME = "1.28"
 
 
 class Quant(BaseModel):
-    """One quantisation of a model's layers. `skip`: patterns of the names of layers that stay as
-    they are.
+    """One quantisation of a model's layers.
 
-    `rest` says how everything else that is no vector is stored: skipped layers, convolutions,
-    positions. Under "int8" it is rounded to a scale for each slice of its first dimension, and
-    computed with in float32.
+    `skip` holds patterns of the names of layers that stay as they are. `rest` says how every other
+    parameter that is not a vector is stored: skipped layers, convolutions, positions. Under "int8"
+    it is rounded with a scale for each slice of its first dimension, and computed in float32.
+
+    Example:
+        >>> quant = Quant(weights="int4", per="group")
+        >>> quant.columns(inputs=64), quant.skips("lm_head"), quant.over_the_call
+        (32, True, False)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,9 +56,7 @@ class Quant(BaseModel):
     weights: Weights = "int8"
     per: Literal["tensor", "channel", "group"] = "channel"
     group: Literal[16, 32, 64, 128] = GROUP
-    scale: Literal["absmax", "absmean", "twn", "learned"] | None = (
-        None  # by default that of the table
-    )
+    scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # None: the table's
     activations: Literal["int8", "int8_token", "none"] = "int8"
     embeddings: Weights | Literal["none"] = "none"
     skip: list[str] = ["head", "value", "*.head", "lm_head"]
@@ -80,16 +80,14 @@ class Quant(BaseModel):
             )
         if self.weights != "int8" and self.activations == "int8_token":
             raise ValueError(
-                f'{self.weights} weights round activations row by row as it is; write activations = "int8"'
+                f"{self.weights} weights round activations row by row as it is; write "
+                'activations = "int8"'
             )
-        if (self.weights, self.per, self.group, self.activations) == (
-            "ternary",
-            "group",
-            16,
-            "int8",
-        ):
+        in_sixteens = self.per == "group" and self.group == 16
+        if self.weights == "ternary" and in_sixteens and self.activations == "int8":
             raise ValueError(
-                'no runtime rounds activations in groups of 16; write group = 32 or activations = "none"'
+                "no runtime rounds activations in groups of 16; write group = 32 or "
+                'activations = "none"'
             )
         return self
 
@@ -100,8 +98,9 @@ class Quant(BaseModel):
 
     @property
     def over_the_call(self) -> bool:
-        """Whether activations are rounded over a whole call, so that an answer depends on what it
-        is asked with.
+        """Whether activations are rounded over a whole call.
+
+        An answer then depends on the other rows of its call.
         """
         return self.weights == "int8" and self.activations == "int8"
 
@@ -110,14 +109,17 @@ class Quant(BaseModel):
         return self.group if self.per == "group" and inputs % self.group == 0 else inputs
 
     def block(self, inputs: int) -> int:
-        """Inputs to a block of MatMulNBits: a group, or what takes the fewest bytes where an output
-        has one scale.
+        """Inputs to a block of MatMulNBits: a group, or, where an output has one scale, the block
+        that takes the fewest bytes.
         """
         if self.columns(inputs) < inputs:
             return self.group
-        return min(
-            BLOCKS, key=lambda size: -(-inputs // size) * (size * BITS[self.weights] // 8 + 4)
-        )
+
+        def stored_bytes(size: int) -> int:
+            blocks = -(-inputs // size)
+            return blocks * (size * BITS[self.weights] // 8 + 4)
+
+        return min(BLOCKS, key=stored_bytes)
 
     def skips(self, name: str) -> bool:
         """Whether a layer of this name is left as it is."""

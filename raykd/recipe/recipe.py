@@ -1,9 +1,10 @@
 """The recipe: what is distilled from what, as typed tables. Needs neither torch nor Ray.
 
 A recipe is sparse TOML over the technique's own settings: `technique < file < --set`. Every unknown
-key is an error with a suggestion, and all errors come at once. Tables that change the result enter
-the digest; `[scale]` and `[track]`, which only say where and how fast, and `[export]`, in which
-forms, do not.
+key is an error with a suggestion, and all errors come at once.
+
+Tables that change the result enter the digest. `[scale]`, `[track]` and `[export]` do not: they say
+where, how fast and in which forms.
 """
 
 from itertools import pairwise
@@ -31,9 +32,11 @@ from raykd.recipe.tables import (
     ends_of,
 )
 
+SIZES = ("workers", "scorers")  # keys of [scale] that are [min, max], or one number for both
+
 
 class Scale(Table):
-    """Where and how fast; never what.
+    """Where and how fast a recipe runs; never what it gives.
 
     `workers = 1` trains in this process, N or [min, max] in a Ray group.
     """
@@ -42,9 +45,8 @@ class Scale(Table):
     scorers: Pair[Positive] = (1, 2)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     retries: Annotated[int, Field(ge=0)] = 3
-    max_bad_rows: Annotated[int, Field(ge=0)] = (
-        0  # that the teacher cannot score; they are left out
-    )
+    # rows that the teacher cannot score are left out, at most so many
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Positive = 500
     start_timeout_s: Positive = 120
     store: Home | None = None  # a folder or s3://bucket/prefix; by default OUT/stores
@@ -54,14 +56,12 @@ class Scale(Table):
     def _one_number_is_a_fixed_size(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        return {
-            k: [v, v] if k in ("workers", "scorers") and isinstance(v, int) else v
-            for k, v in raw.items()
-        }
+        sizes = {k: [v, v] for k, v in raw.items() if k in SIZES and isinstance(v, int)}
+        return raw | sizes
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        for key in ("workers", "scorers"):
+        for key in SIZES:
             low, high = getattr(self, key)
             if low > high:
                 raise ValueError(f"{key} = [{low}, {high}]: the least must not exceed the most")
@@ -69,9 +69,13 @@ class Scale(Table):
 
 
 class Export(Table):
-    """What stands in the artefact beside the student (`raykd.deploy.forms`).
+    """Which forms of the student the artefact holds besides its ONNX file (`raykd.deploy.forms`).
 
     It changes nothing that is trained.
+
+    Example:
+        >>> Export(gguf=True).pte
+        False
     """
 
     stream: bool = False
@@ -88,11 +92,16 @@ class Track(Table):
 
 
 class Recipe(Table):
-    """One distillation, resolved: every key has its value. Its digest names the run's folder.
+    """One distillation with a value for every key. Its digest names the run's folder.
 
-    Where phases round, two more trainings can stand beside: `unrounded` (the same losses in full
-    precision, and what rounding it afterwards costs) and `rounded_control` (labels alone, under the
-    same phases).
+    If phases round, two more students can be trained: `unrounded` (the same losses in full
+    precision, to measure what rounding it afterwards costs) and `rounded_control` (labels alone,
+    under the same phases).
+
+    Example:
+        >>> recipe = Recipe(technique="none", terms={"ce": TermSpec(weight=2.0)}, seeds=[0, 1])
+        >>> recipe.optim.steps, recipe.terms["ce"].weight, recipe.quant
+        (2000, 2.0, None)
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "run"
@@ -127,16 +136,20 @@ class Recipe(Table):
     def _possible(self) -> Self:
         if self.optim.batch < self.scale.workers[1]:
             raise ValueError(
-                f"optim.batch = {self.optim.batch} rows cannot be shared by scale.workers = {self.scale.workers[1]};"
-                " raise optim.batch or lower scale.workers"
+                f"optim.batch = {self.optim.batch} rows cannot be shared by scale.workers = "
+                f"{self.scale.workers[1]}; raise optim.batch or lower scale.workers"
             )
-        own = self.source.rows(self.optim.batch) if self.source else 0
-        if own and min(own, self.optim.batch - own or own) < self.scale.workers[1]:
-            raise ValueError(
-                f"source.share = {self.source.share if self.source else 0} makes {own} of {self.optim.batch} rows the "
-                f"student's, which scale.workers = {self.scale.workers[1]} cannot share with as many of the data's; "
-                "raise optim.batch or lower scale.workers"
-            )
+        if self.source:
+            student_rows = self.source.rows(self.optim.batch)
+            data_rows = self.optim.batch - student_rows
+            fewest = min(student_rows, data_rows or student_rows)
+            if student_rows and fewest < self.scale.workers[1]:
+                raise ValueError(
+                    f"source.share = {self.source.share} makes {student_rows} of "
+                    f"{self.optim.batch} rows the student's, which scale.workers = "
+                    f"{self.scale.workers[1]} cannot share with as many of the data's; raise "
+                    "optim.batch or lower scale.workers"
+                )
         ends = [phase.until for phase in self.phases]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
             raise ValueError(
@@ -145,7 +158,8 @@ class Recipe(Table):
         steps = [0, *ends_of(self.phases, self.optim.steps)]
         if any(a == b for a, b in pairwise(steps)):
             raise ValueError(
-                f"optim.steps = {self.optim.steps} leaves a phase without a step: they end at {steps[1:]}"
+                f"optim.steps = {self.optim.steps} leaves a phase without a step: they end at "
+                f"{steps[1:]}"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {self.seeds} repeats a seed; each must be its own run")

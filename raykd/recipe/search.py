@@ -19,14 +19,12 @@ class Range(Table):
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        forms = [
-            getattr(self, name)
-            for name in type(self).model_fields
-            if getattr(self, name) is not None
-        ]
+        values = [getattr(self, name) for name in type(self).model_fields]
+        forms = [value for value in values if value is not None]
         if len(forms) != 1:
             raise ValueError(
-                "give one of uniform = [lo, hi], loguniform = [lo, hi], integer = [lo, hi], choice = [..]"
+                "give one of uniform = [lo, hi], loguniform = [lo, hi], integer = [lo, hi], "
+                "choice = [..]"
             )
         if not forms[0] or (self.choice is None and not forms[0][0] < forms[0][1]):
             raise ValueError(
@@ -37,7 +35,7 @@ class Range(Table):
         return self
 
     def ends(self) -> list[JsonValue]:
-        """Both bounds or every choice: what the searched key must accept for any trial to be sound."""
+        """Both bounds, or every choice. If the key accepts these, it accepts every trial."""
         return list(self.uniform or self.loguniform or self.integer or self.choice or ())
 
 
@@ -57,9 +55,8 @@ class Search(Table):
         if not isinstance(raw, dict):
             return raw
         plain = {k: v for k, v in raw.items() if "." not in k}
-        return plain | {
-            "space": {**plain.get("space", {}), **{k: v for k, v in raw.items() if "." in k}}
-        }
+        dotted = {k: v for k, v in raw.items() if "." in k}
+        return plain | {"space": {**plain.get("space", {}), **dotted}}
 
     @model_validator(mode="after")
     def _something_to_search(self) -> Self:
@@ -71,10 +68,9 @@ class Search(Table):
 
 
 def apply_trial(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with a trial's dotted keys set and its search removed: one point of the space, as a
-    plain recipe.
-    """
-    raw = {k: v for k, v in json.loads(json.dumps(raw)).items() if k != "search"}
+    """The raw recipe of one trial: `raw` with the trial's dotted keys set, and without [search]."""
+    trial = json.loads(json.dumps(raw))
+    trial.pop("search", None)
     for key, value in values.items():
-        raw = set_key(raw, key, value)
-    return raw
+        trial = set_key(trial, key, value)
+    return trial

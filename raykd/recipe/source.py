@@ -1,7 +1,4 @@
-"""The `[source]` table: whether rows are the data's alone, or the student's own text among them.
-
-Needs no torch.
-"""
+"""The `[source]` table: which rows of a step are text that the student wrote. Needs no torch."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,14 +8,17 @@ from raykd.recipe.tables import Positive, Share, Table
 
 
 class Source(Table):
-    """Text that the student writes in training, scored by the live teacher: `share` of a step's
-    rows, the data's begun and continued by `length` tokens; as `drafts`, these are tested by the
-    teacher as speculative decoding would.
+    """Text that the student writes in training: `share` of the rows of each step.
 
-    `mixed` draws tokens from mixed p + (1 - mixed) q. Each group of rows serves `passes` steps in a
-    row, from `ahead` steps after it was drawn; its age in steps of the optimiser then stays within
-    `limit`. `keep` writes tested drafts down, in the run's `drafts/<arm>`; `replay` reads such a
-    `log`, `{seed}` in whose path is that of each training, and needs no teacher.
+    Each such row begins as a row of the data and is continued by `length` tokens. The live teacher
+    scores it. As `drafts`, the teacher tests the tokens as in speculative decoding.
+
+    `mixed` draws tokens from mixed p + (1 - mixed) q, with p the teacher and q the student. Each
+    group of rows serves `passes` steps in a row, beginning `ahead` steps after it was drawn. Its
+    age in steps of the optimiser stays within `limit`.
+
+    `keep` writes tested drafts to the run's `drafts/<arm>`. `replay` reads such a `log` and needs
+    no teacher; `{seed}` in its path is the seed of each training.
     """
 
     kind: Literal["on_policy", "drafts", "replay"] = "on_policy"
@@ -36,39 +36,41 @@ class Source(Table):
     def _possible(self) -> Self:
         if self.kind == "drafts" and self.mixed:
             raise ValueError(
-                f"mixed = {self.mixed} has no effect on drafts, which the student writes alone; set it to 0"
+                f"mixed = {self.mixed} has no effect on drafts, which the student writes alone; "
+                "set it to 0"
             )
         if self.keep and self.kind != "drafts":
             raise ValueError(
                 f'keep = true has nothing to write down: kind = "{self.kind}" tests no drafts'
             )
         if (self.log is None) == (self.kind == "replay"):
-            wanted = (
-                "names the log that is read"
-                if self.log is None
-                else f'is not read by kind = "{self.kind}"'
-            )
+            fault = f'is not read by kind = "{self.kind}"'
+            if self.log is None:
+                fault = "names the log that is read"
             raise ValueError(
-                f'log = {self.log!r}: it {wanted}; give kind = "replay" and log together'
+                f'log = {self.log!r}: it {fault}; give kind = "replay" and log together'
             )
         if self.log and "://" in self.log:
             raise ValueError(
-                f"log = {self.log!r} is no folder; give one of this machine, or one that all nodes mount"
+                f"log = {self.log!r} is not a folder; give one of this machine, or one that all "
+                "nodes mount"
             )
-        unread = [
+        fields = type(self).model_fields
+        changed = [
             name
             for name in ("mixed", "passes", "ahead")
-            if getattr(self, name) != self.__class__.model_fields[name].default
+            if getattr(self, name) != fields[name].default
         ]
-        if self.kind == "replay" and unread:
+        if self.kind == "replay" and changed:
             raise ValueError(
-                f"{', '.join(unread)}: without effect on a log, whose texts are written; leave them out"
+                f'{", ".join(changed)}: no effect when source.kind = "replay", whose texts are '
+                "already written; leave out"
             )
         oldest = self.ahead + self.passes - 1
         if oldest > self.limit:
             raise ValueError(
-                f"ahead = {self.ahead} and passes = {self.passes} use text {oldest} steps after it was drawn, above "
-                f"limit = {self.limit}; lower them, or raise limit"
+                f"ahead = {self.ahead} and passes = {self.passes} use text {oldest} steps after "
+                f"it was drawn, above limit = {self.limit}; lower them, or raise limit"
             )
         return self
 
@@ -77,7 +79,10 @@ class Source(Table):
         return self.log and self.log.replace("{seed}", str(seed))
 
     def rows(self, batch: int) -> int:
-        """How many rows of a global batch are the student's: at least one; all of them only for a
-        share of 1.
+        """How many rows of a global batch are the student's.
+
+        At least one; all of them only if `share` is 1.
         """
-        return batch if self.share == 1 else min(max(1, round(self.share * batch)), batch - 1)
+        if self.share == 1:
+            return batch
+        return min(max(1, round(self.share * batch)), batch - 1)

@@ -11,9 +11,8 @@ from raykd.recipe.quant import Quant
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
-Pair = Annotated[
-    tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-]  # TOML has no tuples
+# TOML has no tuples, so a list is taken for one.
+Pair = Annotated[tuple[N, N], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Home = Annotated[str, BeforeValidator(lambda v: checked_address(v) if isinstance(v, str) else v)]
 
 
@@ -48,8 +47,12 @@ class Columns(Table):
 class DataRef(Table):
     """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows.
 
-    With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each, whose label is the
-    token after each. Of every split at most `limit` rows are kept, spread evenly over it.
+    With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each. The label at each
+    position is the next token. At most `limit` rows of every split are kept, spread evenly over it.
+
+    Example:
+        >>> DataRef(window=32).source
+        'watch_gestures'
     """
 
     source: str = "watch_gestures"
@@ -69,9 +72,13 @@ class DataRef(Table):
 class ModelRef(Table):
     """`model`: a built-in name or `module:factory`; `settings` are its keyword arguments.
 
-    A teacher's `weights` may be a Hugging Face folder, which has its settings in it: of a "llama",
-    or of any architecture of "transformers". A student's `weights` are those it starts from;
-    `{seed}` in their path is the seed of each training.
+    A teacher's `weights` may be a Hugging Face folder, which holds its settings: of a "llama", or
+    of any architecture of "transformers". A student starts from its `weights`; `{seed}` in their
+    path is the seed of each training.
+
+    Example:
+        >>> ModelRef(weights="runs/seed-{seed}.safetensors").of_seed(1).weights
+        'runs/seed-1.safetensors'
     """
 
     model: str = "series_encoder"
@@ -80,13 +87,12 @@ class ModelRef(Table):
 
     def of_seed(self, seed: int) -> "ModelRef":
         """What one training starts from."""
-        return self.model_copy(
-            update={"weights": self.weights and self.weights.replace("{seed}", str(seed))}
-        )
+        weights = self.weights and self.weights.replace("{seed}", str(seed))
+        return self.model_copy(update={"weights": weights})
 
     @property
     def bare(self) -> "ModelRef":
-        """Without weights: of a module whose own are loaded afterwards, or not needed."""
+        """The same without weights, for a module whose weights are loaded later or not needed."""
         return self.model_copy(update={"weights": None})
 
 
@@ -102,28 +108,32 @@ class Valence(Table):
 
 
 class StoreSettings(Table):
-    """The fixed shape of the teacher store; part of its identity, because batches decide the last
-    bit.
+    """The fixed shape of the teacher store.
+
+    It is part of the store's identity, because batches decide the last bit.
     """
 
     codec: Literal["auto", "dense", "comb", "topk", "hidden"] = "auto"
     values: Literal["fp16", "int8"] = "fp16"  # dense
     points: Annotated[int, Field(ge=1, le=255)] = 50  # comb
     top: Positive = 50  # topk
-    temperatures: list[Annotated[float, Field(gt=0)]] | None = (
-        None  # comb, topk; the terms' own by default
-    )
+    # comb, topk; by default those at which the terms read
+    temperatures: list[Annotated[float, Field(gt=0)]] | None = None
     head: str = "head"  # hidden: the submodule whose input is kept
     rows_per_shard: Positive = 1024
     batch: Positive = 256
 
 
 class TermSpec(BaseModel):
-    """One loss term: its weight, when it counts, and keyword settings that the term's own signature
-    checks.
+    """One loss term: its weight, when it counts, and the settings of its function.
 
-    It counts from the share `since` of the steps up to the share `until`; `weighted = false` keeps
-    it out of the `[weighting]` of rows.
+    The term's own signature checks its settings. It counts from the share `since` of the steps up
+    to the share `until`. `weighted = false` keeps it out of the `[weighting]` of rows.
+
+    Example:
+        >>> spec = TermSpec(weight=0.5, temperature=2.0)
+        >>> spec.weight, spec.settings
+        (0.5, {'temperature': 2.0})
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -145,13 +155,14 @@ class TermSpec(BaseModel):
 
 
 class Weighting(Table):
-    """How much each row counts, by its saliency z standardised: exp(boost z), tamed by `mode`.
-    Present, every term is a mean over rows of means over a row's steps; absent, a mean over all
-    steps.
+    """How much each row counts: exp(boost z), with z its standardised saliency, tamed by `mode`.
 
-    `ess` lowers boost until the effective sample size is `fraction` of the rows. `dataset`
-    statistics make a row's weight one number for the whole training; the others take mean and
-    spread from the rows of each batch.
+    With this table every term is a mean over rows of means over a row's steps. Without it, a term
+    is a mean over all steps.
+
+    `ess` lowers boost until the effective sample size is `fraction` of the rows. With `dataset`
+    statistics a row has one weight for the whole training. The others take mean and spread from
+    the rows of each batch.
     """
 
     mode: Literal["ess", "selfnorm", "capped", "raw", "snippet", "uniform"] = "ess"
@@ -164,12 +175,16 @@ class Weighting(Table):
 
 
 class Phase(Table):
-    """A part of the student's training, up to the share `until` of its steps: full precision, or
-    under a Quant.
+    """A part of the student's training, in full precision or under a Quant.
 
-    Each phase warms the learning rate up to `rate` times `optim.learning_rate` and decays it again,
-    takes its scales anew from the weights as they are, and fades rounding in over the share `blend`
-    of its steps.
+    It lasts up to the share `until` of the steps. Each phase warms the learning rate up to `rate`
+    times `optim.learning_rate` and decays it again. It takes its scales anew from the weights as
+    they are, and fades rounding in over the share `blend` of its steps.
+
+    Example:
+        >>> phases = [Phase(until=0.5), Phase(until=1.0, quant=Quant())]
+        >>> ends_of(phases, steps=100)
+        [50, 100]
     """
 
     until: Share
@@ -179,9 +194,13 @@ class Phase(Table):
 
 
 class Optim(Table):
-    """One arm's optimisation.
+    """How each arm is optimised.
 
     `batch` is global: the number of workers does not change the result.
+
+    Example:
+        >>> Optim(steps=100).batch
+        128
     """
 
     steps: Positive = 2000

@@ -1,4 +1,4 @@
-"""A recipe before it is checked: plain values read from TOML, laid over each other, set key by key."""
+"""A recipe before it is checked: plain values read from TOML, merged, and set key by key."""
 
 import tomllib
 from pathlib import Path
@@ -21,7 +21,7 @@ def is_path(source: str) -> bool:
     return "/" in source or source.startswith(".")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file; RecipeError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -34,13 +34,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top; tables merge key by key, everything else is replaced whole."""
-    tables = {
-        k: merge(base[k], v)
-        for k, v in over.items()
-        if isinstance(v, dict) and isinstance(base.get(k), dict)
-    }
-    return base | over | tables
+    """`base` with `over` on top: tables merge key by key, everything else is replaced whole."""
+    merged = base | over
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = merge(base[key], value)
+    return merged
 
 
 def set_key(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
@@ -68,11 +67,9 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`raw` with file paths, but not URLs, made absolute against the recipe's folder."""
 
     def absolute(value: Any) -> Any:
-        return (
-            str((folder / value).resolve())
-            if isinstance(value, str) and not is_url(value)
-            else value
-        )
+        if not isinstance(value, str) or is_url(value):
+            return value
+        return str((folder / value).resolve())
 
     for table, key in PATHS:
         if isinstance(raw.get(table), dict) and key in raw[table]:

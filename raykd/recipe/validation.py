@@ -1,5 +1,5 @@
-"""Raw values into a pydantic model, or every fault at once, each with its key as users write it and
-what to type.
+"""Raw values into a pydantic model, or every fault at once: its key as users write it, and what to
+type.
 """
 
 import difflib
@@ -17,22 +17,22 @@ M = TypeVar("M", bound=BaseModel)
 
 def validate(model: type[M], raw: Any, *, key: str = "") -> tuple[M | None, list[Problem]]:
     """(`model` filled from raw values, no problems) or (None, every problem with its key)."""
-    problems = list(_no_json(raw, key))
+    problems = list(_not_json(raw, key))
     try:
-        found = model.model_validate_json(json.dumps(raw, default=str), strict=True)
+        table = model.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        named = {problem.key for problem in problems}
-        return None, problems + [
-            p for e in error.errors() if (p := _problem(model, e, key)).key not in named
-        ]
-    return (None if problems else found), problems
+        reported = {problem.key for problem in problems}
+        faults = [_problem(model, fault, key) for fault in error.errors()]
+        return None, problems + [fault for fault in faults if fault.key not in reported]
+    return (None if problems else table), problems
 
 
-def _no_json(value: Any, key: str) -> Iterator[Problem]:
+def _not_json(value: Any, key: str) -> Iterator[Problem]:
     """The values that JSON does not have: TOML's dates and its nan and inf."""
     if isinstance(value, dict | list | tuple):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _no_json(inner, f"{key}.{name}" if key else str(name))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            yield from _not_json(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(key, f"must be a finite number, found {value}")
     elif not isinstance(value, str | int | float | None):
@@ -43,9 +43,8 @@ def _no_json(value: Any, key: str) -> Iterator[Problem]:
 
 def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
     loc = [str(part) for part in error["loc"]]
-    dotted = ".".join(([key] if key else []) + loc).replace(
-        "search.space.", "search.", 1
-    )  # as users write it
+    whole = [key, *loc] if key else loc
+    dotted = ".".join(whole).replace("search.space.", "search.", 1)  # as users write it
     match error["type"]:
         case "extra_forbidden":
             return Problem(dotted, "unknown key." + suggestion(loc[-1], _fields(model, loc[:-1])))
@@ -64,10 +63,11 @@ def suggestion(word: str, known: Any) -> str:
 
 
 def _fields(model: Any, loc: list[str]) -> list[str]:
+    """The keys of the table at `loc` in a model."""
     for part in loc:
         field = getattr(model, "model_fields", {}).get(part)
-        options = (
-            [field.annotation, *getattr(field.annotation, "__args__", ())] if field else [model]
-        )
-        model = next((o for o in options if hasattr(o, "model_fields")), model)
+        if field is None:
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((option for option in options if hasattr(option, "model_fields")), model)
     return list(getattr(model, "model_fields", {}))

@@ -1,8 +1,7 @@
-"""What a recipe's `weights` may name: a safetensors file, or a folder as Hugging Face lays out a
-language model.
+"""What a recipe's `weights` may name: a safetensors file, or a language model's Hugging Face folder.
 
-A folder is config.json and model.safetensors, or several files of tensors and their index. Only a
-teacher is read from one; nothing in it is executed, and whatever could be is refused.
+A folder holds config.json and model.safetensors, or several files of tensors and their index. Only
+a teacher is read from one. Nothing in it is executed, and whatever could be is refused.
 """
 
 import json
@@ -12,35 +11,42 @@ from typing import Any
 
 from raykd.errors import Problem, RecipeError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-LLAMA, TRANSFORMERS = "llama", "transformers"  # the models that a folder is read as
+LLAMA = "llama"  # one of the two models that a folder is read as
+TRANSFORMERS = "transformers"  # the other
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 REFUSED = {  # keys of config.json
-    "auto_map": "asks for code of its own, which is not run; only architectures of transformers itself are read",
-    "quantization_config": "tells that its weights are rounded; name a folder of whole ones",
+    "auto_map": (
+        "asks for code of its own, which is not run; only architectures of transformers itself "
+        "are read"
+    ),
+    "quantization_config": "says that its weights are rounded; name a folder of unrounded ones",
 }
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. RecipeError if there is none, or it asks for what is not read."""
+    """A folder's config.json. RecipeError if it is absent or asks for what is not supported."""
     if not (folder / CONFIG).is_file():
         raise RecipeError(f"{folder}: no {CONFIG} in it; name the folder of a Hugging Face model")
-    found = _json(folder / CONFIG)
+    config = _json(folder / CONFIG)
     for key, reason in REFUSED.items():
-        if found.get(key):
-            raise RecipeError(f"{folder / CONFIG}: {key} is {found[key]!r}: it {reason}")
+        if config.get(key):
+            raise RecipeError(f"{folder / CONFIG}: {key} is {config[key]!r}: it {reason}")
     if (folder / ADAPTER).exists():
         raise RecipeError(
-            f"{folder}: {ADAPTER} makes it an adapter's; merge that into its model and save this"
+            f"{folder}: this folder is a LoRA adapter ({ADAPTER}); merge it into its base model "
+            "and name the merged folder"
         )
-    return found
+    return config
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The safetensors files that are read of a path: itself, or of a folder one or several.
+    """The safetensors files that a path stands for: itself, or those in a folder.
 
-    RecipeError if none are.
+    RecipeError if a folder holds none.
     """
     if not path.is_dir():
         return [path]
@@ -51,8 +57,8 @@ def tensor_files(path: Path) -> list[Path]:
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise RecipeError(
-            f"{path}: {pickles[0]} is a pickle, which can run code, and there is no {WEIGHTS}; load it where you trust "
-            "it and write it with save_pretrained"
+            f"{path}: {pickles[0]} is a pickle, which can run code, and there is no {WEIGHTS}; "
+            "load it where you trust it and write it with save_pretrained"
         )
     raise RecipeError(f"{path}: neither {WEIGHTS} nor {INDEX} in it")
 
@@ -60,81 +66,69 @@ def tensor_files(path: Path) -> list[Path]:
 def hashed_files(folder: Path) -> list[Path]:
     """The files of a folder that decide what is read from it, in order."""
     files = tensor_files(folder)
-    return sorted(
-        [folder / CONFIG, *files, *([] if files == [folder / WEIGHTS] else [folder / INDEX])]
-    )
+    index = [] if files == [folder / WEIGHTS] else [folder / INDEX]
+    return sorted([folder / CONFIG, *files, *index])
 
 
 def problems(
     table: str, values: dict[str, Any], files: Sequence[str], *, is_text: bool
 ) -> list[Problem]:
-    """What is wrong with the weights of a raw [teacher] or [student]; `files` are those that they
-    stand for.
+    """What is wrong with the weights of a raw [teacher] or [student].
+
+    `files` are the paths that `weights` stands for: one, or one for each seed.
     """
-    weights, model = values["weights"], values.get("model")
+    key = f"{table}.weights"
+    weights = values["weights"]
     if Path(weights).is_dir():
         return _folder_problems(table, values, is_text)
-    if model == TRANSFORMERS:
-        return [
-            Problem(
-                f"{table}.weights",
-                f'model = "{TRANSFORMERS}" reads a folder, and {weights} is none',
-            )
-        ]
+    if values.get("model") == TRANSFORMERS:
+        text = f'model = "{TRANSFORMERS}" needs a Hugging Face folder; {weights} is not a folder'
+        return [Problem(key, text)]
     if Path(weights).suffix != ".safetensors":
         text = f"{weights} is not a .safetensors file; others can run code"
-        return [
-            Problem(
-                f"{table}.weights",
-                text if Path(weights).exists() else f"{text}; nor is it a folder",
-            )
-        ]
-    return [
-        Problem(f"{table}.weights", f"no file {path}") for path in files if not Path(path).is_file()
-    ]
+        if not Path(weights).exists():
+            text += "; nor is it a folder"
+        return [Problem(key, text)]
+    return [Problem(key, f"no file {path}") for path in files if not Path(path).is_file()]
 
 
 def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[Problem]:
-    folder, model = Path(values["weights"]), values.get("model")
+    folder = Path(values["weights"])
     if table == "student":
-        text = f'{folder} is a folder, of which only a teacher is read; with model = "{LLAMA}" name its {WEIGHTS} here'
-        return [Problem("student.weights", f"{text} and write its settings as student.settings")]
-    found = []
-    if model not in (LLAMA, TRANSFORMERS):
+        text = (
+            f"{folder} is a folder, of which only a teacher is read; with model = "
+            f'"{LLAMA}" name its {WEIGHTS} here and write its settings as student.settings'
+        )
+        return [Problem("student.weights", text)]
+    problems = []
+    if values.get("model") not in (LLAMA, TRANSFORMERS):
         text = f'{folder} is a folder, which is read by model = "{LLAMA}" or "{TRANSFORMERS}"'
-        found.append(Problem(f"{table}.model", text))
+        problems.append(Problem(f"{table}.model", text))
     if values.get("settings"):
-        found.append(
-            Problem(f"{table}.settings", f"stand in {folder / CONFIG}; leave them out here")
-        )
+        text = f"stand in {folder / CONFIG}; leave them out here"
+        problems.append(Problem(f"{table}.settings", text))
     if not is_text:
-        found.append(
-            Problem(
-                f"{table}.weights",
-                f"{folder} is of a language model; name data.tokenizer, or a file",
-            )
-        )
+        text = f"{folder} is a language model; name data.tokenizer, or a file"
+        problems.append(Problem(f"{table}.weights", text))
     for read in (config_of, tensor_files):
         try:
             read(folder)
         except RecipeError as error:
-            found.append(Problem(f"{table}.weights", str(error)))
-    return found
+            problems.append(Problem(f"{table}.weights", str(error)))
+    return problems
 
 
 def _indexed(folder: Path) -> list[Path]:
-    places = _json(folder / INDEX).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    """The tensor files that a folder's index names. RecipeError for any other kind of name."""
+    file_of = _json(folder / INDEX).get("weight_map")
+    names = sorted(set(file_of.values())) if isinstance(file_of, dict) else []
     if not names:
         raise RecipeError(f"{folder / INDEX}: no weight_map in it")
     for name in names:
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or Path(name).suffix != ".safetensors"
-        ):
+        is_plain = isinstance(name, str) and Path(name).name == name
+        if not is_plain or Path(name).suffix != ".safetensors":
             raise RecipeError(
-                f"{folder / INDEX}: names {name!r}, which is no .safetensors file beside it"
+                f"{folder / INDEX}: names {name!r}, which is not a .safetensors file next to it"
             )
         if not (folder / name).is_file():
             raise RecipeError(f"{folder / INDEX}: names {name}, which is missing")
@@ -143,9 +137,9 @@ def _indexed(folder: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except ValueError as error:
         raise RecipeError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise RecipeError(f"{path}: not an object of keys and values")
-    return found
+    return value

@@ -13,7 +13,7 @@ from raykd.recipe import imports, weight_files
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.recipe.tables import TermSpec
-from raykd.recipe.toml import is_path, merge, parse_set, read, resolve_paths, set_key
+from raykd.recipe.toml import is_path, merge, parse_set, read_toml, resolve_paths, set_key
 from raykd.recipe.validation import suggestion, validate
 
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
@@ -44,7 +44,7 @@ def load(
     packages that the recipe may import; those of the current directory it may anyway.
     """
     path = Path(path)
-    raw = resolve_paths(read(path), path.parent)
+    raw = resolve_paths(read_toml(path), path.parent)
     for text in sets:
         raw = merge(raw, resolve_paths(set_key({}, *parse_set(text)), Path()))
     if smoke:

@@ -155,7 +155,7 @@ FAULTS = {
     "elsewhere": (
         _indexed("../other.safetensors"),
         "teacher.weights",
-        "no .safetensors file beside it",
+        "not a .safetensors file next to it",
     ),
     "a file gone": (
         _indexed("model-1.safetensors"),
@@ -192,7 +192,10 @@ def test_what_does_not_go_with_a_folder_is_refused(home, tmp_path):
     assert "leave them out" in told(home, "teacher.settings={ width = 32 }")["teacher.settings"]
     assert '"transformers"' in told(home, "teacher.model=series_encoder")["teacher.model"]
     file = f"teacher.weights={home / 'narrow.safetensors'}"
-    assert "reads a folder" in told(home, file, "teacher.model=transformers")["teacher.weights"]
+    assert (
+        "needs a Hugging Face folder"
+        in told(home, file, "teacher.model=transformers")["teacher.weights"]
+    )
     assert (
         "nor is it a folder"
         in told(home, f"teacher.weights={tmp_path / 'none'}")["teacher.weights"]

@@ -336,11 +336,11 @@ LINES = {
     ),
     "a log elsewhere": (
         {"technique": "ghost", "source": {"kind": "replay", "log": "gs://bucket/x"}},
-        "is no folder",
+        "is not a folder",
     ),
     "a log that is read otherwise": (
         {"technique": "ghost", "source": {"kind": "replay", "log": "x", "passes": 4}},
-        "passes: without effect on a log",
+        'passes: no effect when source.kind = "replay"',
     ),
     "misspelt": ({"technique": "gkd", "source": {"lenght": 3}}, "Did you mean length"),
 }
