@@ -1,7 +1,7 @@
-"""What models say and what losses read, as tensors.
+"""What models answer and what losses read, as tensors.
 
 Shape letters used everywhere: B rows, T steps, C classes, K input channels, D width, H heads, N
-rows of a split.
+rows of a split, P valid steps of a batch in order.
 """
 
 import warnings
@@ -21,14 +21,23 @@ LANES = 8  # floats in a CPU vector register
 
 @dataclass(frozen=True)
 class Signals:
-    """One model's outputs for a batch. `mask` marks the valid steps of the *outputs*.
+    """One model's outputs for a batch. `mask` marks the valid steps of the outputs.
 
-    A model that answers once per sequence has T = 1. Inner layers stand under "<kind>.<submodule>":
+    A model that answers once a sequence has T = 1. Inner layers have the key "<kind>.<submodule>":
 
         hidden     (B, T, D)     the submodule's output
-        attention  (B, T, H, T)  each step's softmax rows over keys
-        scores     (B, T, H, T)  their logits, 0 where a key is hidden from the step
+        attention  (B, T, H, T)  the softmax over keys at each step
+        scores     (B, T, H, T)  its logits, 0 where a key is hidden from the step
         embedding  (B, 1, D)     the mean of the output over valid steps
+
+    Example:
+        >>> import torch
+        >>> from raykd import Signals
+        >>> signals = Signals(torch.zeros(1, 2, 4), torch.tensor([[True, False]]))
+        >>> signals.log_q.exp()[0, 0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+        >>> signals.sequence_logits().shape
+        torch.Size([1, 4])
     """
 
     logits: Tensor  # (B, T, C)
@@ -38,33 +47,32 @@ class Signals:
 
     @cached_property
     def log_q(self) -> Tensor:
-        """(B, T, C): log softmax of the logits, once for all terms that read it."""
+        """Log softmax of the logits, (B, T, C), computed once for all terms that read it."""
         return log_softmax(self.logits)
 
     def sequence_logits(self) -> Tensor:
-        """(B, C) fp32: the mean of the logits over valid steps."""
+        """The mean of the logits over valid steps, (B, C) in fp32."""
         return masked_mean(self.logits.float(), self.mask)
 
     def valid(self, steps: Tensor) -> "Signals":
-        """The same with zeros at invalid steps, so that whatever stands there reaches neither value
-        nor gradient.
+        """The same with zeros at invalid steps, so that padding reaches no value and no gradient.
 
-        `steps` (B, T) are the valid steps of the inputs: an inner layer has them too, whatever the
-        answer has.
+        `steps` (B, T) are the valid steps of the inputs. They are those of an inner layer, too,
+        even where the answer has other steps.
         """
-        if (
-            steps.device.type == "cpu" and self.mask.all() and steps.all()
-        ):  # on a GPU, asking would wait for its queue
+        # On a GPU, asking would wait for its queue.
+        if steps.device.type == "cpu" and self.mask.all() and steps.all():
             return self
         masks = {steps.shape[1]: steps, 1: steps.any(1, True)}
+        layers = {}
+        for name, layer in self.layers.items():
+            mask = masks.get(layer.shape[1])
+            layers[name] = layer if mask is None else zeroed(layer, mask)
         return Signals(
-            zeroed(self.logits, self.mask),
-            self.mask,
-            None if self.valence is None else zeroed(self.valence, self.mask),
-            {
-                k: zeroed(v, masks[v.shape[1]]) if v.shape[1] in masks else v
-                for k, v in self.layers.items()
-            },
+            logits=zeroed(self.logits, self.mask),
+            mask=self.mask,
+            valence=None if self.valence is None else zeroed(self.valence, self.mask),
+            layers=layers,
         )
 
 
@@ -83,12 +91,11 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was known of each position when its token was drawn, all (B, T): position t is about the
-    token after it.
+    """What was known of each position when its token was drawn, all (B, T).
 
-    A draft's positions are tested one after the other until the teacher rejects one and corrects
-    it; those after it are its tail. Text that was only sampled has no draft's fields. p and q are
-    the softmax of logits / `temperature`.
+    Position t is about the token after it. The positions of a draft are tested one after the other
+    until the teacher rejects one and corrects it; those after it are its tail. Text that was only
+    sampled has none of the fields of a draft. p and q are the softmax of logits / `temperature`.
     """
 
     log_q: Tensor  # the student's log probability of the token, when it was drawn
@@ -107,12 +114,24 @@ class Batch:
     """Rows as a loss sees them. `label` is UNLABELLED where the label is hidden or missing.
 
     Rows of text have inputs (B, T, 2), each a token and its place in its document, and a label at
-    every position: the token after it. `mask` is then where one is to be told, which a prompt's
-    positions are not.
+    every position: the token after it. For text, `mask` is True where a loss applies: False on the
+    prompt.
 
-    A batch is wholly the data's or wholly the student's own text, which has a `rollout`: a term
-    counts in one of the two kinds and nothing in the other. A step with both is two batches, whose
-    sums and counts add.
+    A batch is wholly the data's, or wholly text that the student wrote, which has a `rollout`. A
+    term counts in one of the two kinds and adds nothing in the other. A step with both is two
+    batches, whose sums and counts add.
+
+    Example:
+        >>> import torch
+        >>> from raykd import Batch
+        >>> batch = Batch(
+        ...     row_id=torch.tensor([7, 8]),
+        ...     inputs=torch.zeros(2, 3, 1),
+        ...     mask=torch.ones(2, 3, dtype=torch.bool),
+        ...     label=torch.tensor([0, 1]),
+        ... )
+        >>> len(batch.row_id), batch.teacher
+        (2, None)
     """
 
     row_id: Tensor  # (B,) int64
@@ -121,91 +140,80 @@ class Batch:
     label: Tensor  # (B,) int64, or (B, T) of text
     valence: Tensor | None = None  # (B, T), NaN where missing
     teacher: Signals | None = None  # its logits are (B, T, 0) where `targets` stands for them
-    targets: Callable[[float], SparseTargets] | None = (
-        None  # of all valid steps in turn, at a temperature
-    )
+    # Of all valid steps in order, at a temperature.
+    targets: Callable[[float], SparseTargets] | None = None
     saliency: Tensor | None = None  # (B,), NaN where unknown
     answer: Tensor | None = None  # (B,) int64, the teacher's class of the whole row
-    weight: Tensor | None = (
-        None  # (B,) how much each row counts; without it every step counts alike
-    )
+    weight: Tensor | None = None  # (B,): how much a row counts; without it every step counts alike
     rollout: Rollout | None = None  # of text that the student wrote; None: the data's
-    split: "Split | None" = (
-        None  # what all rows of the split have, for terms that draw others from it
-    )
+    split: "Split | None" = None  # of all rows, for terms that draw others from it
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:
-    """The array as a tensor over the same memory, a read-only map too: nothing here writes into
-    inputs.
-    """
+    """The array as a tensor over the same memory; it may be read-only, as nothing writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(values)
 
 
 def zeroed(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, ...): `values` with zeros where `mask` (B, T), or (B, 1) for whole rows, is False."""
+    """`values` (B, T, ...) with zeros where `mask` is False: (B, T), or (B, 1) for whole rows."""
     return torch.where(mask.reshape(*mask.shape, *(1,) * (values.dim() - 2)), values, 0.0)
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(..., T, C) fp32 at least: log probabilities. Fewer classes than LANES are walked with steps
-    as the vector.
-
-    PyTorch's CPU kernel for the last axis goes scalar there, which is five times slower and gives
-    the same bits.
-    """
+    """Log probabilities (..., T, C) of logits / temperature, in fp32 at least."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = z if temperature == 1 else z / temperature
+    # With fewer classes than LANES the steps are the vector: PyTorch's CPU kernel for the last axis
+    # goes scalar there, which is five times slower and gives the same bits.
     return z.mT.log_softmax(-2).mT if z.shape[-1] < LANES else z.log_softmax(-1)
 
 
 def flatten_valid(values: Tensor, mask: Tensor) -> Tensor:
-    """(P, ...):
+    """The values (B, T, ...) at the valid steps of `mask` (B, T) in order, as (P, ...).
 
-    `values` (B, T, ...) where `mask` (B, T), in turn; without a copy where that is everywhere.
+    It makes no copy where every step is valid. `raykd.losses.unflatten_valid` is its inverse.
     """
-    everywhere = mask.device.type == "cpu" and bool(
-        mask.all()
-    )  # on a GPU, asking would wait for its queue
+    # On a GPU, asking would wait for its queue.
+    everywhere = mask.device.type == "cpu" and bool(mask.all())
     return values.flatten(0, 1) if everywhere else values[mask]
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, ...): the mean of `values` (B, T, ...) over the steps where `mask` (B, T); 0 for a row
-    with none.
-    """
+    """The mean of `values` (B, T, ...) over the valid steps, as (B, ...); 0 for a row with none."""
     count = mask.sum(1).clamp(min=1).reshape(-1, *(1,) * (values.dim() - 2))
     return zeroed(values, mask).sum(1) / count
 
 
 def same_length(mine: Tensor, theirs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two layers (B, T, D) with the number of steps of the shorter, each averaged over parts of its
-    own row.
+    """Two layers (B, T, D) with the number of steps of the shorter one.
 
-    A layer with the steps of `mask` (B, T) is valid there, any other everywhere.
+    The longer is averaged over equal parts of each row. A layer with the steps of `mask` (B, T) is
+    valid there, any other everywhere.
     """
     if mine.shape[1] == theirs.shape[1]:
         return mine, theirs
     steps = min(mine.shape[1], theirs.shape[1])
-    every = {mask.shape[1]: mask}
-    masks = [every.get(x.shape[1], mask.new_ones(x.shape[:2])) for x in (mine, theirs)]
-    return resampled(mine, masks[0], steps), resampled(theirs, masks[1], steps)
+    resampled_layers = []
+    for layer in (mine, theirs):
+        has_steps = layer.shape[1] == mask.shape[1]
+        valid = mask if has_steps else mask.new_ones(layer.shape[:2])
+        resampled_layers.append(resampled(layer, valid, steps))
+    return resampled_layers[0], resampled_layers[1]
 
 
 def resampled(values: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """(B, steps, D): `values` (B, T, D) averaged over equal parts of each row's valid steps; 0 for
-    a row with none.
+    """`values` (B, T, D) averaged over equal parts of each row's valid steps, as (B, steps, D).
 
     The n-th of a row's N valid steps covers [n / N, (n + 1) / N) of it, and each part weighs what
-    it overlaps, so nothing is cropped; where N = steps it changes nothing.
+    it overlaps. So nothing is cropped, and where N = steps nothing changes. A row without a valid
+    step is 0.
     """
     count = mask.sum(1, keepdim=True).clamp(min=1)
     start = (mask.cumsum(1) - 1) / count  # (B, T)
     part = torch.arange(steps, device=mask.device)[:, None] / steps  # (steps, 1)
-    overlap = torch.minimum((start + 1 / count)[:, None], part + 1 / steps) - torch.maximum(
-        start[:, None], part
-    )
+    end = torch.minimum((start + 1 / count)[:, None], part + 1 / steps)
+    overlap = end - torch.maximum(start[:, None], part)
     weight = torch.where(mask[:, None], overlap.clamp(min=0), 0.0)  # (B, steps, T)
     return steps * weight @ zeroed(values, mask)

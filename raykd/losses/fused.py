@@ -211,7 +211,7 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
         saved = ctx.saved_tensors
-        inputs = saved[:3]
+        hidden, weight, bias = saved[:3]
         scale = saved[3]
         gradients = saved[4:]
         scale = scale.to(upstream.dtype)
@@ -221,7 +221,7 @@ class _Fused(torch.autograd.Function):
         if not torch.allclose(
             upstream, factor * scale, rtol=16 * torch.finfo(scale.dtype).eps, atol=0.0
         ):
-            _, gradients = _walk(*inputs, upstream, *ctx.settings)
+            _, gradients = _walk(hidden, weight, bias, upstream, *ctx.settings)
             factor = torch.ones_like(factor)
         scaled = [None if g is None else g.mul(factor.to(g.dtype)) for g in gradients]
         return *scaled, *(None,) * 5
