@@ -25,8 +25,8 @@ SHARDS_A_ROUND = 4
 ROUNDS = 15
 
 
-class Paired(scoring.ShardScorer):
-    """A ShardScorer that, after each round of shards, scores their rows once more by a bare loop,
+class Paired(scoring.ShardActor):
+    """A ShardActor that, after each round of shards, scores their rows once more by a bare loop,
     into one file.
     """
 
@@ -92,7 +92,7 @@ def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
     shards = plan_shards({"train": len(dataset.splits["train"])}, recipe.store.rows_per_shard)
     taken = shards[: 1 + SHARDS_A_ROUND * ROUNDS]
     spent = np.stack(
-        [row["spent"] for row in scoring.scored(recipe, writer, taken, Paired).iter_rows()]
+        [row["spent"] for row in scoring.shard_results(recipe, writer, taken, Paired).iter_rows()]
     )
     return spent[np.isfinite(spent).all(1)]
 

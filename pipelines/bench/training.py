@@ -35,7 +35,11 @@ def run(recipe: Recipe, store: Address, folder: Path) -> dict[str, Any]:
     worker.
     """
     config = {"recipe": recipe.model_dump(mode="json"), "store": str(store), "folder": str(folder)}
-    return training.group(recipe, worker, config, folder, num_workers=1).fit().return_value
+    return (
+        training.worker_group(recipe, worker, config, folder=folder, num_workers=1)
+        .fit()
+        .return_value
+    )
 
 
 class Plain:

@@ -28,9 +28,8 @@ class Objective(nn.Module):
     Each term is the mean over its places. Where the batch has row weights, it is the mean over rows
     of the row's weight times the mean over the row's places.
 
-    `example`, a student's signals and their batch, builds the terms that learn. `progress` is the
-    share of the steps that are done; it says which terms count. Terms of the student's own text
-    count in batches of such text, all others in batches of the data.
+    `example`, a student's signals and their batch, builds the terms that learn. Terms of the
+    student's own text count in batches of such text, all others in batches of the data.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class Objective(nn.Module):
         super().__init__()
         self.specs = {name: spec for name, spec in terms.items() if spec.weight > 0}
         self.needs = needs_of(self.specs)
-        self.progress = 0.0
         names = learned_terms(terms)
         assert example or not names, f"{', '.join(names)} learn, and need an example"
         self.modules_by_term = nn.ModuleDict(
@@ -51,10 +49,13 @@ class Objective(nn.Module):
         """The weight of each term that counts, by name."""
         return {name: spec.weight for name, spec in self.specs.items()}
 
-    def forward(self, student: Signals, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, student: Signals, batch: Batch, progress: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The sum and the count of each term, each (terms,) in the order of `weights`.
 
-        Both add over any split of the rows into micro-batches or workers. Terms see zeros at
+        `progress` is the share of the steps that are done: a term counts from its `since` to its
+        `until`. Both add over any split of the rows into micro-batches or workers. Terms see zeros at
         invalid steps, and a teacher that takes no gradient.
         """
         student = student.valid(batch.mask)
@@ -64,17 +65,17 @@ class Objective(nn.Module):
         sums: list[Tensor] = []
         counts: list[Tensor] = []
         for name, spec in self.specs.items():
-            term_sum, count = self._sum(name, spec, student, batch)
+            term_sum, count = self._sum(name, spec, student, batch, progress)
             sums.append(term_sum)
             counts.append(count)
         return torch.stack(sums), torch.stack(counts).to(sums[0].dtype)
 
     def _sum(
-        self, name: str, spec: TermSpec, student: Signals, batch: Batch
+        self, name: str, spec: TermSpec, student: Signals, batch: Batch, progress: float
     ) -> tuple[Tensor, Tensor]:
         """A term's sum and count."""
         of_this_kind = TERMS[name].own == (batch.rollout is not None)
-        if not of_this_kind or not spec.since <= self.progress < spec.until:
+        if not of_this_kind or not spec.since <= progress < spec.until:
             no_sum = student.logits.new_zeros((), dtype=torch.float32)
             no_count = student.mask.new_zeros((), dtype=torch.int64)
             return no_sum, no_count

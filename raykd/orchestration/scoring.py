@@ -24,10 +24,8 @@ from raykd.teacher.scorer import Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics
 
 
-class ShardScorer:
-    """One actor of the pool: a teacher, loaded once, that scores and commits the shards it is
-    given.
-    """
+class ShardActor:
+    """One actor of the pool: a teacher, loaded once, that scores and commits shards."""
 
     def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
         import torch
@@ -37,39 +35,43 @@ class ShardScorer:
         self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of shard descriptors in; the rows scored, those that can not be, and seconds
-        spent out.
+        """A batch of shard descriptors in; of each shard the rows scored, those that cannot be
+        scored, and the CPU seconds spent out.
         """
-        rows, bad, seconds = [], [], []
-        for values in zip(*(batch[k] for k in ("number", "split", "first", "last")), strict=True):
+        rows: list[int] = []
+        bad: list[int] = []
+        seconds: list[float] = []
+        columns = [batch[key] for key in ("number", "split", "first", "last")]
+        for number, split, first, last in zip(*columns, strict=True):
             started = time.process_time()
-            number, split, first, last = values
             shard = Shard(int(number), str(split), int(first), int(last))
             table, unfit = self.scorer.score(shard)
-            for name, part in layer_signals.split(table).items():
+            for name, columns_of_layer in layer_signals.split(table).items():
                 if not self.writers[name].is_sound(shard):
-                    self.writers[name].commit(shard, part, unfit)
+                    self.writers[name].commit(shard, columns_of_layer, unfit)
             rows.append(table.num_rows)
             bad.append(len(unfit))
             seconds.append(time.process_time() - started)
         return {"rows": rows, "bad": bad, "seconds": seconds}
 
 
-def home(recipe: Recipe, out: Path) -> Address:
-    """Where a recipe's teacher stores stand side by side."""
+def stores_address(recipe: Recipe, out: Path) -> Address:
+    """The address under which a recipe's teacher stores lie side by side."""
     return recipe.scale.store or out / "stores"
 
 
 def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Address, dict[str, Any]]:
     """(address, identity) of the store that belongs to a recipe, whether or not it exists."""
-    wanted = store_identity(recipe, dataset)
-    return address_below(home(recipe, out), store_id(wanted)), wanted
+    identity = store_identity(recipe, dataset)
+    address = address_below(stores_address(recipe, out), store_id(identity))
+    return address, identity
 
 
 def is_complete(where: Address, signals: list[str]) -> bool:
-    """Whether a store and its signals are finished and their files stand as the manifests say."""
+    """Whether a store and its signals are finished, and their files are as the manifests say."""
     store = open_place(where)
-    return all(map(_is_whole, [store, *(layer_signals.place_of(store, name) for name in signals)]))
+    layers = [layer_signals.place_of(store, name) for name in signals]
+    return all(_is_whole(place) for place in (store, *layers))
 
 
 def _is_whole(place: Place) -> bool:
@@ -78,53 +80,58 @@ def _is_whole(place: Place) -> bool:
 
 
 def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
-    """Score every row that is not yet in the store, finish it, and give its address. Needs a Ray
-    session.
+    """Score every row that is not yet in the store, finish the store, and give its address.
 
-    DataError names the rows that can not be scored if they are more than `scale.max_bad_rows`; they
-    are tried again by the next call.
+    Needs a Ray session. DataError names the rows that cannot be scored if they are more than
+    `scale.max_bad_rows`; the next call tries them again.
     """
     say("score", dataset.describe())
-    where, wanted = locate(recipe, dataset, out)
-    shards = plan_shards(
-        {n: len(r) for n, r in dataset.splits.items()}, recipe.store.rows_per_shard
-    )
-    writers = layer_signals.writers(where, wanted, signals_of(recipe))
+    address, identity = locate(recipe, dataset, out)
+    sizes = {name: len(rows) for name, rows in dataset.splits.items()}
+    shards = plan_shards(sizes, recipe.store.rows_per_shard)
+    writers = layer_signals.writers(address, identity, signals_of(recipe))
     writer = writers[""]
     if len(writer.quarantined(shards)) > recipe.scale.max_bad_rows:
         for shard in shards:
             if writer.quarantined([shard]):
                 writer.retract(shard)
-    missing = {shard for each in writers.values() for shard in each.missing(shards)}
+    missing: set[Shard] = set()
+    for layer_writer in writers.values():
+        missing.update(layer_writer.missing(shards))
     if missing:
-        _stream(recipe, writer, shards, sorted(missing, key=lambda shard: shard.number))
-    # the statistics read the shards, so a provisional view stands in until the manifest exists
-    writer.finish(
-        shards, store_statistics(recipe, dataset, Store.of_shards(where, writer.records(shards)))
-    )
+        in_order = sorted(missing, key=lambda shard: shard.number)
+        _score_missing(recipe, writer, shards, missing=in_order)
+    # the statistics read the shards, so a provisional view serves until the manifest exists
+    provisional = Store.of_shards(address, writer.records(shards))
+    writer.finish(shards, store_statistics(recipe, dataset, provisional))
     for name in signals_of(recipe):
         writers[name].finish(shards, {})
-    return where
+    return address
 
 
-def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: list[Shard]) -> None:
-    """Score `shards` of `every` shard of the store."""
+def _score_missing(
+    recipe: Recipe, writer: StoreWriter, shards: list[Shard], *, missing: list[Shard]
+) -> None:
+    """Score the missing ones of all shards of a store."""
     import ray.exceptions
 
-    progress = Progress("score", sum(s.last - s.first for s in shards), "rows")
-    done, bad, seconds = 0, len(writer.quarantined(every)), 0.0
+    progress = Progress("score", sum(shard.last - shard.first for shard in missing), "rows")
+    done = 0
+    bad = len(writer.quarantined(shards))
+    seconds = 0.0
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # Ray Data warns of its own defaults, and of the only way to bound retries
+        with warnings.catch_warnings():
+            # Ray Data warns of its own defaults, and of the only way to bound retries
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            for row in scored(recipe, writer, shards).iter_rows():
-                done, seconds = done + int(row["rows"]), seconds + float(row["seconds"])
+            for row in shard_results(recipe, writer, missing).iter_rows():
+                done += int(row["rows"])
+                seconds += float(row["seconds"])
                 progress.advance(done)
                 bad += int(row["bad"])
                 if bad > recipe.scale.max_bad_rows:
-                    raise DataError(bad_rows(writer.quarantined(every), recipe.scale.max_bad_rows))
+                    quarantined = writer.quarantined(shards)
+                    raise DataError(bad_rows(quarantined, recipe.scale.max_bad_rows))
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
         raise plain_error(error, "score") from None
     timing = read_json_in(writer.place, "_TIMING.json") or {"seconds": 0.0}
@@ -132,10 +139,10 @@ def _stream(recipe: Recipe, writer: StoreWriter, every: list[Shard], shards: lis
     progress.finish()
 
 
-def scored(
-    recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type[ShardScorer] = ShardScorer
+def shard_results(
+    recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type[ShardActor] = ShardActor
 ) -> Any:
-    """The Ray Data set of rows and seconds a shard, whose reading scores the shards."""
+    """The Ray Data set of what `actor` gives of each shard; reading it scores the shards."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -144,10 +151,10 @@ def scored(
     context.memory_usage_poll_interval_s = None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
-    tasks = max(
-        min(len(shards), 8 * high), -(-len(shards) // 4)
-    )  # a task costs Ray some 8 ms of the actor's CPU
-    return ray.data.from_items([vars(s) for s in shards], override_num_blocks=tasks).map_batches(
+    # a task costs Ray some 8 ms of the actor's CPU
+    tasks = max(min(len(shards), 8 * high), -(-len(shards) // 4))
+    descriptors = ray.data.from_items([vars(shard) for shard in shards], override_num_blocks=tasks)
+    return descriptors.map_batches(
         actor,
         fn_constructor_args=(recipe, str(writer.folder), writer.identity),
         batch_size=1,

@@ -25,7 +25,8 @@ class TeacherActor:
     def __init__(self, recipe: Recipe, shape: dict[str, int]):
         assert recipe.teacher is not None
         torch.set_num_threads(1)
-        self.device, self.calls = device_of(recipe), 0
+        self.device = device_of(recipe)
+        self.calls = 0
         module = models.build_model(recipe.teacher, **shape, key="teacher").to(self.device)
         self.teacher = FrozenTeacher(module.requires_grad_(False))
 
@@ -33,28 +34,27 @@ class TeacherActor:
         """Rows (B, T, 2) -> logits (B, T, V)."""
         self.calls += 1
         faults.point("teach", call=self.calls)
-        return (
-            self.teacher.logits(torch.from_numpy(inputs.copy()).to(self.device))
-            .float()
-            .cpu()
-            .numpy()
-        )
+        rows = torch.from_numpy(inputs.copy()).to(self.device)
+        return self.teacher.logits(rows).float().cpu().numpy()
 
 
-class Served:
-    """A teacher in an actor, as one worker asks it: at most `most` texts wait at once, the next
-    waits for the oldest.
+class ServedTeacher:
+    """A teacher in an actor, as one worker asks it.
 
-    A call that is not answered within `wait_s`, restarts of the actor included, is an InfraError.
+    At most `most` texts wait at once; the next one waits for the oldest. A call that is not
+    answered within `wait_s` seconds, restarts of the actor included, is an InfraError.
     """
 
     def __init__(self, name: str, *, most: int, wait_s: float):
         import ray
 
-        self.actor, self.most, self.wait_s = ray.get_actor(name), most, wait_s
+        self.actor = ray.get_actor(name)
+        self.most = most
+        self.wait_s = wait_s
         self.waiting: deque[Any] = deque()
 
     def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
+        """Send rows (B, T, 2) to the actor; the function that is given waits for the logits."""
         while len(self.waiting) >= self.most:
             self._answer(self.waiting[0])
         call = self.actor.logits.remote(inputs.cpu().numpy())
@@ -66,26 +66,26 @@ class Served:
         import ray.exceptions
 
         try:
-            found: Any = ray.get(call, timeout=self.wait_s)
+            logits: Any = ray.get(call, timeout=self.wait_s)
         except ray.exceptions.GetTimeoutError:
             raise InfraError(
                 f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?"
             ) from None
         if call in self.waiting:
             self.waiting.remove(call)
-        return found
+        return logits
 
 
 @contextmanager
-def teachers(recipe: Recipe) -> Iterator[list[str]]:
-    """The names of teacher actors that live as long as this: `scale.scorers`, of which a lost one
-    is started again.
+def teacher_actors(recipe: Recipe) -> Iterator[list[str]]:
+    """The names of `scale.scorers` teacher actors that live as long as this; lost ones restart.
 
     They take no CPU of Ray's accounts, because the workers that wait for them hold those.
     """
     import ray
 
-    shape, retries = data.load(recipe.data).shape, recipe.scale.retries
+    shape = data.load(recipe.data).shape
+    retries = recipe.scale.retries
     actor = ray.remote(
         num_cpus=0,
         num_gpus=1 if device_of(recipe).type == "cuda" else 0,
@@ -97,5 +97,5 @@ def teachers(recipe: Recipe) -> Iterator[list[str]]:
     try:
         yield names
     finally:
-        for each in started:
-            ray.kill(each)
+        for handle in started:
+            ray.kill(handle)

@@ -16,7 +16,7 @@ from raykd.files.address import Address
 from raykd.files.atomic import read_json
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
-from raykd.orchestration.teachers import Served, teachers
+from raykd.orchestration.teachers import ServedTeacher, teacher_actors
 from raykd.recipe.recipe import Recipe
 from raykd.training import run_files
 from raykd.training.arm import World
@@ -24,8 +24,8 @@ from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms
 
 
-def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
-    """Train all arms that are not done, give every arm's record.
+def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
+    """Train all arms that are not done, and give every arm's record.
 
     One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More
     are one worker group for all arms, because starting a group costs many seconds; it survives
@@ -40,12 +40,13 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
     asks = recipe.source is not None and recipe.source.log is None
-    apart = teachers(recipe) if asks and recipe.scale.workers[1] > 1 else nullcontext([])
-    with _Watch(folder, [a.key for a in arms], recipe.optim.steps, progress), apart as names:
+    has_actors = asks and recipe.scale.workers[1] > 1
+    actors = teacher_actors(recipe) if has_actors else nullcontext([])
+    keys = [arm.key for arm in arms]
+    with _ProgressWatch(folder, keys, steps=recipe.optim.steps, progress=progress), actors as names:
         try:
-            fault = (
-                group(recipe, train_worker, config | {"teachers": names}, folder).fit().return_value
-            )
+            group = worker_group(recipe, train_worker, config | {"teachers": names}, folder=folder)
+            fault = group.fit().return_value
         except Exception as error:  # Ray raises its own kinds and ours, wrapped
             raise plain_error(error, "train") from error
     if fault:
@@ -59,37 +60,38 @@ def fit(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, A
     for arm in arms:
         log = run_files.draft_log(folder, arm.key)
         if arm.source and arm.source.keep and not (log / "_MANIFEST.json").exists():
-            again = run_files.arm_record(folder, arm.key)
+            record = run_files.arm_record(folder, arm.key)
             say(
                 "train",
-                f"{log} lacks shards of an earlier attempt; delete {again} and train again to finish it",
+                f"{log} lacks shards of an earlier attempt; "
+                f"delete {record} and train again to finish it",
             )
     return records
 
 
-def group(
+def worker_group(
     recipe: Recipe,
     loop: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
+    *,
     folder: Path,
+    cpus: float = 1.0,
+    num_workers: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> Any:
-    """A Ray Train group of `scale.workers` that runs `loop(config)`; its retries and waits have an
-    end.
+    """A Ray Train group that runs `loop(config)`; its retries and waits have an end.
 
     An attempt's name is its own, because our checkpoints, not Ray's, are what it resumes from.
-    `options` join the RunConfig, except `cpus`, a worker's share of its node, and `num_workers`: 1
-    is an actor, 0 this process.
+    `cpus` is a worker's share of its node. `num_workers` is `scale.workers` unless given: 1 is an
+    actor, 0 this process. `options` join the RunConfig.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    low, high = recipe.scale.workers
-    gpu, retries = device_of(recipe).type == "cuda", recipe.scale.retries
-    cpus = options.pop("cpus", 1.0)
-    num_workers = options.pop(
-        "num_workers", 0 if high == 1 else high if low == high else (low, high)
-    )
+    gpu = device_of(recipe).type == "cuda"
+    retries = recipe.scale.retries
+    if num_workers is None:
+        num_workers = _workers(recipe)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(recipe.scale.start_timeout_s)
     return TorchTrainer(
         loop,
@@ -113,59 +115,71 @@ def group(
     )
 
 
+def _workers(recipe: Recipe) -> int | tuple[int, int]:
+    """`scale.workers` as Ray takes it; 0 is the loop in this process, where one is enough."""
+    low, high = recipe.scale.workers
+    if high == 1:
+        return 0
+    return high if low == high else (low, high)
+
+
 def train_worker(config: dict[str, Any]) -> Diverged | None:
     """What every worker of the group runs.
 
-    A divergence is every rank's: given back, because a retry repeats it.
+    A divergence is every rank's. It is returned, not raised, because a retry would repeat it.
     """
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
-    recipe, folder = Recipe.model_validate(config["recipe"]), Path(config["folder"])
+    recipe = Recipe.model_validate(config["recipe"])
+    folder = Path(config["folder"])
 
-    def tell(arm: str, step: int, metrics: dict[str, Any]) -> None:
+    def report(arm: str, step: int, metrics: dict[str, Any]) -> None:
         if world.rank == 0:
-            _note(folder, arm, step, metrics)
+            _append_progress(folder, arm, step=step, metrics=metrics)
         ray.train.report({"arm": arm, **metrics})
 
     device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
     try:
         teacher = _teacher(recipe, config["teachers"], world.rank) if config["teachers"] else None
         run_arms(
-            recipe, config["store"], folder, world=world, device=device, tell=tell, teacher=teacher
+            recipe,
+            config["store"],
+            folder,
+            world=world,
+            device=device,
+            report=report,
+            teacher=teacher,
         )
     except Diverged as fault:
         return fault
     return None
 
 
-def _teacher(recipe: Recipe, names: list[str], rank: int) -> Served:
-    """A worker's teacher among the actors; as many of its texts may wait as its source draws ahead,
-    and one.
-    """
+def _teacher(recipe: Recipe, names: list[str], rank: int) -> ServedTeacher:
+    """A worker's teacher among the actors: one more text may wait than its source draws ahead."""
     assert recipe.source is not None
-    most, wait_s = recipe.source.ahead + 1, recipe.scale.start_timeout_s
-    return Served(names[rank % len(names)], most=most, wait_s=wait_s)
+    most = recipe.source.ahead + 1
+    wait_s = recipe.scale.start_timeout_s
+    return ServedTeacher(names[rank % len(names)], most=most, wait_s=wait_s)
 
 
-def _note(folder: Path, arm: str, step: int, metrics: dict[str, Any]) -> None:
+def _append_progress(folder: Path, arm: str, *, step: int, metrics: dict[str, Any]) -> None:
     line = {"arm": arm, "step": step, "val_accuracy": metrics.get("val_accuracy")}
     with (folder / run_files.PROGRESS).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-class _Watch:
+class _ProgressWatch:
     """Shows the progress that rank 0, wherever it runs, appends to the run folder."""
 
-    def __init__(self, folder: Path, arms: list[str], steps: int, progress: Progress):
-        self.path, self.arms, self.steps, self.progress = (
-            folder / run_files.PROGRESS,
-            arms,
-            steps,
-            progress,
-        )
+    def __init__(self, folder: Path, arms: list[str], *, steps: int, progress: Progress):
+        self.path = folder / run_files.PROGRESS
+        self.arms = arms
+        self.steps = steps
+        self.progress = progress
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -181,9 +195,8 @@ class _Watch:
             last = _last_line(self.path)
             if last and last["arm"] in self.arms:
                 done = self.arms.index(last["arm"]) * self.steps + last["step"]
-                self.progress.advance(
-                    done, f"{last['arm']}: validation accuracy {last['val_accuracy']:.3f}"
-                )
+                note = f"{last['arm']}: validation accuracy {last['val_accuracy']:.3f}"
+                self.progress.advance(done, note)
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

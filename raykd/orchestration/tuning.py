@@ -21,11 +21,11 @@ from raykd.files.address import Address
 from raykd.files.atomic import write_bytes
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
-from raykd.orchestration.training import group
+from raykd.orchestration.training import worker_group
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import Range, apply_trial
 from raykd.training import phases, run_files
-from raykd.training.arm import World
+from raykd.training.arm import ONE_PROCESS, World
 from raykd.training.arms import student_arm
 from raykd.training.run_arms import ArmRunner
 
@@ -33,27 +33,27 @@ METRIC = "val_accuracy"
 TRIAL_CPU, WORKER_CPU = 0.05, 0.9  # a nested trial and its N workers fit N cores
 
 
-def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
-    """Run the recipe's trials; their table, and the best by validation accuracy. Needs a Ray
-    session.
+def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
+    """Run the recipe's trials, and give their table with the best by validation accuracy.
 
-    A trial that fits one worker runs the plain loop under Tune; one of several workers nests a Ray
-    Train group. InfraError if no trial ran to its end.
+    A trial of one worker runs the plain loop under Tune; one of several workers nests a Ray Train
+    group. Needs a Ray session. InfraError if no trial ran to its end.
     """
     from ray import tune
 
     assert recipe.search is not None
-    settings, steps = recipe.search, recipe.optim.steps
+    settings = recipe.search
+    steps = recipe.optim.steps
     nested = recipe.scale.workers[1] > 1
+    address = store.resolve() if isinstance(store, Path) else store
     shared = {
         "recipe": recipe.model_dump(mode="json"),
-        "store": str(store.resolve() if isinstance(store, Path) else store) if store else None,
+        "store": str(address) if address else None,
         "folder": str(folder.resolve()),
     }
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # what fails a trial is told once, by us
+    # what fails a trial is reported once, by us
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     tuner = tune.Tuner(
         tune.with_resources(function, _resources(recipe, nested)),
         param_space={key: _domain(span) for key, span in settings.space.items()},
@@ -78,28 +78,28 @@ def search(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any
     except Exception as error:  # Ray raises its own kinds and ours, wrapped
         raise plain_error(error, "tune") from error
     results = [grid[i] for i in range(len(grid))]
-    rows = [_row(number, result, steps) for number, result in enumerate(results)]
-    return _ranked(rows, [result.error for result in results if result.error])
+    rows = [_trial_row(number, result, steps) for number, result in enumerate(results)]
+    errors = [result.error for result in results if result.error]
+    return _with_best(rows, errors)
 
 
-def _ranked(trials: list[dict[str, Any]], errors: list[BaseException]) -> dict[str, Any]:
-    done = [t for t in trials if t["state"] == "finished"]
-    if not done:
-        raise (
-            plain_error(errors[0], "tune")
-            if errors
-            else InfraError("no trial ran to its end; raise search.trials")
-        )
-    return {"metric": METRIC, "trials": trials, "best": max(done, key=lambda t: t[METRIC])}
+def _with_best(trials: list[dict[str, Any]], errors: list[Exception]) -> dict[str, Any]:
+    """The table of trials, with the best that ran to its end."""
+    finished = [row for row in trials if row["state"] == "finished"]
+    if not finished and errors:
+        raise plain_error(errors[0], "tune")
+    if not finished:
+        raise InfraError("no trial ran to its end; raise search.trials")
+    best = max(finished, key=lambda row: row[METRIC])
+    return {"metric": METRIC, "trials": trials, "best": best}
 
 
 def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     """One point of the space, trained by the plain loop in this process."""
     from ray import tune
 
-    _train_trial(
-        config, shared | {"trial": tune.get_context().get_trial_id()}, World(), tune.report
-    )
+    shared = shared | {"trial": tune.get_context().get_trial_id()}
+    _train_trial(config, shared, ONE_PROCESS, tune.report)
 
 
 def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -109,13 +109,16 @@ def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
 
     shared = shared | {"trial": tune.get_context().get_trial_id()}
     loop_config = {"config": config, "shared": shared}
-    recipe, folder = (
-        _recipe_of(config, shared),
-        run_files.trial(Path(shared["folder"]), shared["trial"]),
+    recipe = _recipe_of(config, shared)
+    group = worker_group(
+        recipe,
+        trial_worker,
+        loop_config,
+        folder=_folder_of(shared),
+        cpus=WORKER_CPU,
+        callbacks=[TuneReportCallback()],
     )
-    group(
-        recipe, trial_worker, loop_config, folder, cpus=WORKER_CPU, callbacks=[TuneReportCallback()]
-    ).fit()
+    group.fit()
 
 
 def trial_worker(config: dict[str, Any]) -> None:
@@ -133,43 +136,44 @@ def _train_trial(
     world: World,
     report: Callable[[dict[str, Any]], Any],
 ) -> None:
-    recipe, folder = (
-        _recipe_of(config, shared),
-        run_files.trial(Path(shared["folder"]), shared["trial"]),
-    )
-    shop = ArmRunner(recipe, shared["store"], device_of(recipe))
+    recipe = _recipe_of(config, shared)
+    folder = _folder_of(shared)
+    runner = ArmRunner(recipe, shared["store"], device_of(recipe))
     arm = student_arm(recipe, recipe.seeds[0])
-    student = shop.student(arm)
+    student = runner.student(arm)
 
-    def tell(step: int, metrics: dict[str, Any]) -> None:
+    def report_step(step: int, metrics: dict[str, Any]) -> None:
         if world.rank == 0:
-            _note(folder, metrics)
-            if (
-                step == recipe.optim.steps
-            ):  # before the report: the scheduler may end this process there
+            _append_history(folder, metrics)
+            # before the report: the scheduler may end this process there
+            if step == recipe.optim.steps:
                 _save(student.module, folder / run_files.WEIGHTS)
         report({"step": step, METRIC: metrics[METRIC]})
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / run_files.HISTORY).unlink(missing_ok=True)
-    shop.train_arm(arm, student, world=world, report=tell)
+    runner.train_arm(arm, student, world=world, report=report_step)
 
 
 def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
-    """Metrics of a trial's weights on the test split; for the best trial, once the search is over."""
-    shop = ArmRunner(recipe, None, device_of(recipe))
-    student = shop.student(student_arm(recipe, recipe.seeds[0])).to(shop.device)
+    """Metrics of a trial's weights on the test split; of the best, once the search is over."""
+    runner = ArmRunner(recipe, None, device_of(recipe))
+    student = runner.student(student_arm(recipe, recipe.seeds[0])).to(runner.device)
     if recipe.phases:
         phases.enter(student.module, recipe.phases[-1])
     models.load_weights(student.module, weights, "trial")
-    return shop.test(student).metrics()
+    return runner.test(student).metrics()
+
+
+def _folder_of(shared: dict[str, Any]) -> Path:
+    return run_files.trial(Path(shared["folder"]), shared["trial"])
 
 
 def _recipe_of(config: dict[str, Any], shared: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(apply_trial(shared["recipe"], config))
 
 
-def _note(folder: Path, metrics: dict[str, Any]) -> None:
+def _append_history(folder: Path, metrics: dict[str, Any]) -> None:
     with (folder / run_files.HISTORY).open("a") as file:
         file.write(json.dumps(metrics) + "\n")
 
@@ -188,8 +192,9 @@ def _fitting(recipe: Recipe) -> int:
     """How many trials have room at once; more would wait for each other's workers for ever."""
     import ray
 
-    have, kind = ray.cluster_resources(), "GPU" if device_of(recipe).type == "cuda" else "CPU"
-    return max(1, int(have.get(kind, 1)) // recipe.scale.workers[1])
+    resources = ray.cluster_resources()
+    kind = "GPU" if device_of(recipe).type == "cuda" else "CPU"
+    return max(1, int(resources.get(kind, 1)) // recipe.scale.workers[1])
 
 
 def _domain(span: Range) -> Any:
@@ -224,21 +229,23 @@ def _scheduler(steps: int, grace: int) -> Any:
     )
 
 
-def _row(number: int, result: Any, steps: int) -> dict[str, Any]:
-    """A trial as the report shows it; one whose metric is not a number has failed, and is never the
-    best.
-    """
+def _trial_row(number: int, result: Any, steps: int) -> dict[str, Any]:
+    """A trial as the report shows it. One whose metric is not a number has failed."""
     metrics = result.metrics or {}
-    value, step = metrics.get(METRIC), metrics.get("step")
+    value = metrics.get(METRIC)
+    step = metrics.get("step")
     sound = not result.error and value is not None and math.isfinite(value)
-    state = "failed" if not sound else "finished" if step == steps else "stopped"
-    row = {
+    state = "failed"
+    if sound:
+        state = "finished" if step == steps else "stopped"
+    return {
         "number": number,
         "id": metrics.get("trial_id"),
         "params": dict(result.config or {}),
         "steps": step,
+        "state": state,
+        METRIC: value if sound else None,
     }
-    return row | {"state": state, METRIC: value if sound else None}
 
 
 def _progress(trials: int, steps: int) -> Any:
@@ -254,7 +261,8 @@ def _progress(trials: int, steps: int) -> Any:
             self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             self.reached[trial.trial_id] = result["step"]
-            note = f"trial {list(self.reached).index(trial.trial_id)}: validation accuracy {result[METRIC]:.3f}"
+            number = list(self.reached).index(trial.trial_id)
+            note = f"trial {number}: validation accuracy {result[METRIC]:.3f}"
             self.progress.advance(sum(self.reached.values()), note)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

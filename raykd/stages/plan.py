@@ -96,7 +96,7 @@ def _nearest(run_folder: RunFolder) -> dict[str, Any] | None:
     if run_folder.store is None or open_place(run_folder.store).get("_RECIPE.json") is not None:
         return None
     return care.nearest(
-        scoring.home(run_folder.recipe, run_folder.out.resolve()),
+        scoring.stores_address(run_folder.recipe, run_folder.out.resolve()),
         store_identity(run_folder.recipe, run_folder.dataset),
     )
 

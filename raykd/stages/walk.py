@@ -117,12 +117,12 @@ def _score(run_folder: RunFolder) -> Address | None:
 
 
 def _train(run_folder: RunFolder) -> Path:
-    from raykd.orchestration.training import fit
+    from raykd.orchestration.training import train_all_arms
 
     if run_folder.untrained:
         if run_folder.recipe.scale.workers[1] > 1:
             connect(run_folder.address)
-        fit(run_folder.recipe, run_folder.store, run_folder.path)
+        train_all_arms(run_folder.recipe, run_folder.store, run_folder.path)
         run_log.arms(run_folder.journal(), run_folder.recipe, run_folder.path)
     else:
         say("train", f"done before: {run_files.arms(run_folder.path)}")
@@ -131,13 +131,13 @@ def _train(run_folder: RunFolder) -> Path:
 
 
 def _tune(run_folder: RunFolder) -> dict[str, Any]:
-    from raykd.orchestration.tuning import search
+    from raykd.orchestration.tuning import run_trials
 
     if run_folder.is_searched:
         say("tune", f"done before: {run_folder.path / run_files.TRIALS}")
     else:
         connect(run_folder.address)
-        table = search(run_folder.recipe, run_folder.store, run_folder.path)
+        table = run_trials(run_folder.recipe, run_folder.store, run_folder.path)
         raw = run_folder.recipe.model_dump(mode="json")
         best = Recipe.model_validate(apply_trial(raw, table["best"]["params"]))
         write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())

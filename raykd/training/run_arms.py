@@ -9,7 +9,7 @@ the arm is done, and a later attempt does not train it again.
 
 import hashlib
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from raykd.training.predictions import Predictions
 from raykd.training.state import State
 
 DRAFTERS = ("student", "control")
-Tell = Callable[[str, int, dict[str, Any]], None]
+ArmReport = Callable[[str, int, dict[str, Any]], None]  # (arm key, step, metrics)
 
 
 def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> DraftLogSpec | None:
@@ -183,31 +183,31 @@ def run_arms(
     *,
     world: World,
     device: torch.device,
-    tell: Tell,
+    report: ArmReport,
     teacher: Teacher | None = None,
 ) -> None:
-    """Train every arm that is not done; safe to call again after any death. `tell(arm key, step,
+    """Train every arm that is not done; safe to call again after any death. `report(arm key, step,
     metrics)`.
 
     `teacher` scores what students write; without, it is loaded here.
     """
-    shop = ArmRunner(recipe, store, device, teacher)
+    runner = ArmRunner(recipe, store, device, teacher)
     for arm in arms_of(recipe):
         target = run_files.arm(folder, arm.key)
         if _agreed(world, read_json(target / run_files.ARM) is not None, device):
             continue
         saved = Checkpoints(run_files.checkpoints(folder) / arm.key)
-        state = shop.train_arm(
+        state = runner.train_arm(
             arm,
-            shop.student(arm),
+            runner.student(arm),
             world=world,
             checkpoints=saved,
             checkpoint_every=recipe.scale.checkpoint_every,
-            report=lambda step, metrics, key=arm.key: tell(key, step, metrics),
-            kept=kept_of(recipe, shop.dataset, arm, folder),
+            report=partial(report, arm.key),
+            kept=kept_of(recipe, runner.dataset, arm, folder),
         )
         if world.rank == 0:
-            _write_arm(shop, arm, state, target)
+            _write_arm(runner, arm, state, target)
             saved.clear()
         if world.size > 1:
             dist.barrier()
@@ -221,15 +221,15 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
     return bool(world.sum(answer) > 0)
 
 
-def _write_arm(shop: ArmRunner, arm: Arm, state: State, target: Path) -> None:
+def _write_arm(runner: ArmRunner, arm: Arm, state: State, target: Path) -> None:
     student = state.learner.student
     weights = save(models.weights_of(student.module))
     write_bytes(target / run_files.WEIGHTS, weights)
-    shop.test(student).write(target / run_files.PREDICTIONS)
-    if shop.recipe.drafter and arm.name in DRAFTERS:
-        shop.drafts(student.module).write(target / run_files.DRAFTS)
-    if arm.name == UNROUNDED and shop.recipe.quant:
-        post_training.write_rounded(shop.recipe, shop.dataset, target)
+    runner.test(student).write(target / run_files.PREDICTIONS)
+    if runner.recipe.drafter and arm.name in DRAFTERS:
+        runner.drafts(student.module).write(target / run_files.DRAFTS)
+    if arm.name == UNROUNDED and runner.recipe.quant:
+        post_training.write_rounded(runner.recipe, runner.dataset, target)
     record = {
         "arm": arm.name,
         "seed": arm.seed,

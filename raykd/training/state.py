@@ -23,11 +23,16 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, *batches: Batch) -> tuple[Tensor, Tensor]:
-        """The objective's sums and counts over all of the batches."""
-        found = [self.objective(self.student(batch.inputs, batch.mask), batch) for batch in batches]
-        sums, counts = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
-        return sums, counts
+    def forward(self, *batches: Batch, progress: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The objective's sums and counts over all of the batches; `progress` as in Objective."""
+        sums: list[Tensor] = []
+        counts: list[Tensor] = []
+        for batch in batches:
+            signals = self.student(batch.inputs, batch.mask)
+            batch_sums, batch_counts = self.objective(signals, batch, progress)
+            sums.append(batch_sums)
+            counts.append(batch_counts)
+        return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
 
 
 @dataclass(frozen=True)

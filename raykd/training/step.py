@@ -77,12 +77,11 @@ class TrainStep:
             self.state.optimizer,
         )
         seed = mixed(self.arm.seed, number)
-        objective.progress = number / self.optim.steps
         for layer in self.layers:
             layer.blend = self.span.blend(number)
         batches = self._batches(number, seed)
         reseed(self.device, seed + 1 + self.world.rank)
-        sums, counts = self.model(*batches)
+        sums, counts = self.model(*batches, progress=number / self.optim.steps)
         if isinstance(batches[0].targets, Targets):
             self.temperatures = tuple(batches[0].targets.decoded)
         optimizer.zero_grad()

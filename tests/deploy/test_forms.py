@@ -68,7 +68,9 @@ def forms_of(quant: dict[str, Any] | None) -> dict[str, bool]:
 
 
 def train(recipe: Recipe, folder: Path) -> None:
-    run_arms(recipe, None, folder, world=World(), device=torch.device("cpu"), tell=lambda *_: None)
+    run_arms(
+        recipe, None, folder, world=World(), device=torch.device("cpu"), report=lambda *_: None
+    )
 
 
 SAID = {

@@ -147,7 +147,7 @@ class OneProcess:
     """Ray's data set of scored shards, its only actor in this process."""
 
     def __init__(self, recipe, writer, shards):
-        self.actor = scoring.ShardScorer(recipe, str(writer.folder), writer.identity)
+        self.actor = scoring.ShardActor(recipe, str(writer.folder), writer.identity)
         self.shards = shards
 
     def iter_rows(self):
@@ -161,7 +161,7 @@ def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
     recipe, whole = stored.scored(folder, "fp16")
     dataset = Scorer(recipe).dataset
     ids = dataset.splits["train"].row_id
-    monkeypatch.setattr(scoring, "scored", OneProcess)
+    monkeypatch.setattr(scoring, "shard_results", OneProcess)
     monkeypatch.setattr(scoring, "Scorer", Poisoned)
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]), int(ids[80])))
     with pytest.raises(

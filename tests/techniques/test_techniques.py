@@ -144,16 +144,13 @@ SPLITTABLE = [
 
 
 def objective_of(terms: dict[str, dict[str, Any]]) -> Objective:
-    """Built from any example: only the widths count. Every term counts, whatever its `since`."""
+    """Built from any example: only the widths count."""
     torch.manual_seed(0)
     said = signals(0, torch.ones(1, T, dtype=torch.bool))
     steps = torch.ones(1, T, dtype=torch.bool)
     label = torch.zeros(1, dtype=torch.int64)
-    objective = Objective(
-        specs(terms), (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said))
-    )
-    objective.progress = max(spec.since for spec in objective.specs.values())
-    return objective
+    example = (said, Batch(label, torch.zeros(1, T, 3), steps, label, None, said))
+    return Objective(specs(terms), example)
 
 
 def signals(seed: int, mask: torch.Tensor) -> Signals:
@@ -259,17 +256,25 @@ def changed(rollout: Rollout | None, change: Any) -> Rollout | None:
     return replace(rollout, **held) if rollout else None
 
 
+def all_count(objective: Objective) -> float:
+    """The progress at which every term counts, whatever its `since`."""
+    return max(spec.since for spec in objective.specs.values())
+
+
 def evaluate(
     objective: Objective, student: Signals, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """(sums, counts, gradients of the weighted sum with respect to every tensor of the student)."""
+    """(sums, counts, gradients of the weighted sum with respect to every tensor of the student).
+
+    Every term counts, whatever its `since`.
+    """
     leaves = replace(
         student,
         logits=student.logits.detach().requires_grad_(),
         valence=student.valence.detach().requires_grad_(),
         layers={k: v.detach().requires_grad_() for k, v in student.layers.items()},
     )
-    sums, counts = objective(leaves, batch)
+    sums, counts = objective(leaves, batch, all_count(objective))
     wanted = tensors(leaves)
     found = torch.autograd.grad(sums.sum(), wanted, allow_unused=True)
     return (
@@ -406,7 +411,8 @@ def test_a_row_without_a_valid_step_counts_nothing(terms, student, batch):
 def test_the_teacher_receives_no_gradient(terms, student, batch):
     mine = [v.requires_grad_() for v in tensors(student)]
     theirs = [v.requires_grad_() for v in tensors(batch.teacher)]
-    sums, _ = objective_of(terms)(student, batch)
+    objective = objective_of(terms)
+    sums, _ = objective(student, batch, all_count(objective))
     sums.sum().backward()
     assert all(v.grad is None for v in theirs)
     assert any(v.grad is not None for v in mine)
@@ -791,7 +797,7 @@ def test_a_student_is_trained_where_there_is_no_teacher(name, tmp_path, monkeypa
         tmp_path / "run",
         world=World(),
         device=torch.device("cpu"),
-        tell=lambda key, step, metrics: None,
+        report=lambda key, step, metrics: None,
     )
     assert set(built) == {"student"}
     arms = {"student-0", "control-0"} | ({"unrounded-0"} if recipe.phases else set())

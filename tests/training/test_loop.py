@@ -485,7 +485,7 @@ def run(found: Recipe, store: Path, folder: Path) -> list[tuple[str, int]]:
         folder,
         world=World(),
         device=CPU,
-        tell=lambda key, step, _: told.append((key, step)),
+        report=lambda key, step, _: told.append((key, step)),
     )
     return told
 

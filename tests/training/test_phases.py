@@ -235,7 +235,7 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
         }
     )
     run_arms(
-        recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None
+        recipe, None, tmp_path, world=World(), device=torch.device("cpu"), report=lambda *_: None
     )
     dataset = data.load(recipe.data)
     manifest = artefact.export(recipe, dataset, tmp_path)
@@ -321,7 +321,7 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_not_left_behind(tmp_p
         }
     )
     run_arms(
-        recipe, None, tmp_path, world=World(), device=torch.device("cpu"), tell=lambda *_: None
+        recipe, None, tmp_path, world=World(), device=torch.device("cpu"), report=lambda *_: None
     )
     monkeypatch.setattr(operators, "pack", lambda codes, bits: pack(-codes, bits))
     with pytest.raises(GateError, match="no artefact was written"):
