@@ -37,11 +37,18 @@ def load(
     smoke: bool = False,
     allow_import: Collection[str] = (),
 ) -> Recipe:
-    """The resolved recipe: the technique's own settings < file < `--set a.b=value`. RecipeError
-    with all faults.
+    """The resolved recipe of a TOML file: the technique's own settings < file < `a.b=value` of
+    `sets`.
 
     `smoke` cuts every stage to the fewest steps that still run it. `allow_import` names installed
-    packages that the recipe may import; those of the current directory it may anyway.
+    packages that the recipe may import; those of the current directory are always allowed.
+    RecipeError reports all faults at once.
+
+    Example:
+        >>> _ = Path("recipe.toml").write_text('technique = "none"')
+        >>> recipe = load("recipe.toml", ("optim.steps=100",))
+        >>> recipe.optim.steps, sorted(recipe.terms)
+        (100, ['ce'])
     """
     path = Path(path)
     raw = resolve_paths(read_toml(path), path.parent)

@@ -35,12 +35,33 @@ Stage = Callable[[RunFolder], Any]
 
 
 def score(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Address | None:
-    """The recipe's complete teacher store, a folder or an s3:// URL; None if it reads no teacher."""
+    """The address of the recipe's complete teacher store: a folder or an s3:// URL.
+
+    None if the recipe reads no teacher.
+
+    Example:
+        >>> import raykd
+        >>> small = ("control=false", "optim.steps=4", "student.settings={width=8, layers=1}")
+        >>> _ = Path("recipe.toml").write_text('technique = "none"')
+        >>> recipe = raykd.load("recipe.toml", small)
+        >>> print(raykd.score(recipe, Path("runs")))
+        None
+    """
     return _walk(RunFolder(recipe, Path(out), address), _score)
 
 
 def train(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
-    """The run folder, with every arm trained in `arms/`."""
+    """The run folder, with every arm trained in `arms/`.
+
+    Example:
+        >>> import raykd
+        >>> small = ("control=false", "optim.steps=4", "student.settings={width=8, layers=1}")
+        >>> _ = Path("recipe.toml").write_text('technique = "none"')
+        >>> recipe = raykd.load("recipe.toml", small)
+        >>> folder = raykd.train(recipe, Path("runs"))
+        >>> (folder / "arms" / "student-0" / "arm.json").exists()
+        True
+    """
     return _walk(RunFolder(recipe, Path(out), address), _score, _train)
 
 
@@ -48,6 +69,12 @@ def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict
     """The table of trials and the best of them.
 
     The best trial's whole recipe is `best.toml` in the run folder.
+
+    Example:
+        >>> import raykd
+        >>> recipe = raykd.load("examples/gesture/recipe.toml", smoke=True)  # doctest: +SKIP
+        >>> sorted(raykd.tune(recipe)["best"]["params"])  # doctest: +SKIP
+        ['terms.kd.temperature', 'terms.kd.weight']
     """
     if recipe.search is None:
         raise RecipeError(
@@ -59,18 +86,47 @@ def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict
 def export(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> Path:
     """The deployable folder `artefact/` of the best seed, by validation accuracy.
 
-    GateError if it is not faithful.
+    GateError if it does not answer as the student does.
+
+    Example:
+        >>> import raykd
+        >>> small = ("control=false", "optim.steps=4", "student.settings={width=8, layers=1}")
+        >>> _ = Path("recipe.toml").write_text('technique = "none"')
+        >>> recipe = raykd.load("recipe.toml", small)
+        >>> folder = raykd.export(recipe, Path("runs"))
+        >>> (folder / "manifest.json").exists()
+        True
     """
     return _walk(RunFolder(recipe, Path(out), address), _score, _train, _export)
 
 
 def report(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
-    """report.json as a dict, of all that is done; the stages it can not do without are run."""
+    """report.json as a dict, of all that is done. Stages that it needs are run first.
+
+    Example:
+        >>> import raykd
+        >>> small = ("control=false", "optim.steps=4", "student.settings={width=8, layers=1}")
+        >>> _ = Path("recipe.toml").write_text('technique = "none"')
+        >>> recipe = raykd.load("recipe.toml", small)
+        >>> report = raykd.report(recipe, Path("runs"))
+        >>> report["technique"], report["seeds"]
+        ('none', [0])
+    """
     return _walk(RunFolder(recipe, Path(out), address), _score, _train, _report)
 
 
 def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[str, Any]:
-    """Every stage, then report.json as a dict."""
+    """Every stage, then report.json as a dict.
+
+    Example:
+        >>> import raykd
+        >>> small = ("control=false", "optim.steps=4", "student.settings={width=8, layers=1}")
+        >>> _ = Path("recipe.toml").write_text('technique = "none"')
+        >>> recipe = raykd.load("recipe.toml", small)
+        >>> report = raykd.run(recipe, Path("runs"))
+        >>> sorted(report["artefact"]["metrics"])
+        ['accuracy']
+    """
     searching = [_tune] if recipe.search else []
     return _walk(
         RunFolder(recipe, Path(out), address), _score, _train, *searching, _export, _report
