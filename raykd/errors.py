@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class RaykdError(Exception):
-    """Base of every error raykd raises for its user; `exit_code` is what the command line returns."""
+    """Base of every error that raykd raises for its user, with the command's `exit_code`."""
 
     exit_code = 1
 
@@ -59,7 +59,7 @@ class Diverged(DataError):
 
 
 class StoreError(RaykdError):
-    """A teacher store or run folder that is incomplete, damaged or of another recipe (exit code 3)."""
+    """A store or run folder that is incomplete, damaged or of another recipe (exit code 3)."""
 
     exit_code = 3
 

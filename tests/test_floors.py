@@ -288,7 +288,7 @@ def test_no_module_hides_a_public_name(face):
 SHOWN = [
     (face, name)
     for face, name in PUBLIC
-    if face in {"raykd.data", "raykd.recipe", "raykd.models", "raykd.losses"}
+    if face in {"raykd.losses", "raykd.data", "raykd.recipe", "raykd.models"}
 ]
 
 
@@ -359,6 +359,12 @@ LINED = [
             "raykd.targets",
             "raykd.console",
             "raykd.data",
+            "raykd.errors",
+            "raykd.files",
+            "raykd.recipe",
+            "raykd.store",
+            "raykd.generation",
+            "raykd.orchestration",
         )
     )
 ]

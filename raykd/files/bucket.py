@@ -118,7 +118,7 @@ class Bucket:
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
     def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether every file has the size in its record. Whoever fetches a file checks its digest."""
+        """Whether every file has the size in its record. Digests are checked on fetching."""
         sizes = {name: file.bytes for name, file in self.listed("data").items()}
         return all(sizes.get(record["file"]) == record["bytes"] for record in records)
 

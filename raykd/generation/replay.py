@@ -137,7 +137,8 @@ class Replay:
                 TERMS[name].make(student, draft, **spec.settings)
 
     def _check(self) -> None:
-        vocab, codec = self.vocab, self.logits.codec
+        vocab = self.vocab
+        codec = self.logits.codec
         sound = {
             "a temperature that is none": torch.tensor(0 < self.temperature < math.inf),
             "a codec that keeps no answers": torch.tensor(codec.name in CODECS),

@@ -23,7 +23,10 @@ from torch import Tensor
 from raykd.errors import DataError, RecipeError
 from raykd.generation.reader import Reader
 
-COUNT, EOS, CONTEXT = "count", "eos", "context"  # why a text ended
+# Why a text ended.
+COUNT = "count"
+EOS = "eos"
+CONTEXT = "context"
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class Objective(nn.Module):
         """The sum and the count of each term, each (terms,) in the order of `weights`.
 
         `progress` is the share of the steps that are done: a term counts from its `since` to its
-        `until`. Both add over any split of the rows into micro-batches or workers. Terms see zeros at
-        invalid steps, and a teacher that takes no gradient.
+        `until`. Sums and counts add over any split of the rows into micro-batches or workers. Terms
+        see zeros at invalid steps, and a teacher that takes no gradient.
         """
         student = student.valid(batch.mask)
         if batch.teacher:

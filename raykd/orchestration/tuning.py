@@ -30,7 +30,9 @@ from raykd.training.arms import student_arm
 from raykd.training.run_arms import ArmRunner
 
 METRIC = "val_accuracy"
-TRIAL_CPU, WORKER_CPU = 0.05, 0.9  # a nested trial and its N workers fit N cores
+# A nested trial and its N workers fit N cores.
+TRIAL_CPU = 0.05
+WORKER_CPU = 0.9
 
 
 def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a recipe's `weights` may name: a safetensors file, or a Hugging Face language model's folder.
+"""What a recipe's `weights` may name: a safetensors file, or a Hugging Face folder.
 
 A folder holds config.json and model.safetensors, or several files of tensors and their index. Only
 a teacher is read from one. Nothing in it is executed, and whatever could be is refused.

@@ -87,9 +87,9 @@ class Comb:
         word = draws.words(key, row_id[row], layout.ragged(np.zeros_like(steps), steps))
         room = _room(logits.device, threading.get_ident())
         drawn = [self._draw(z, word[at], room) for at, z in chunks(logits, mask, self.vocab)]
-        size, ids, count, log_p, fixed = (
-            np.concatenate(arrays) for arrays in zip(*drawn, strict=True)
-        )
+        columns = [np.concatenate(arrays) for arrays in zip(*drawn, strict=True)]
+        size, ids, count = columns[:3]
+        log_p, fixed = columns[3:]
         entries = layout.sums(size, steps)
         start = np.concatenate([[0], np.cumsum(size)])
         streams = {
