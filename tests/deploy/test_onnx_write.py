@@ -2,9 +2,12 @@
 alike.
 
 The reference is the module that trains, with fake rounding. With float activations every answer is
-within 1e-5 of the largest. Where they are rounded 99 % are, too: a sum in another order flips few
-codes at ties, each worth a step of an activation, 2e-2 of a logit at most. Measured here: 99.3 to
-99.8 %, and 7e-3; of a module that rounds activations otherwise than the runtime, 0.5 % at most.
+within 1e-5 of the largest. Where they are rounded, a sum in another order moves the code of an
+activation by one where it lies at a tie, and that moves answers by 2e-2 of the largest at most. A
+code is some 42 levels (a third of 127), and a sum of 32 terms in float32 is off by sqrt(32) 2^-24
+of itself, 1.4e-5 levels: so often does a code lie on the other side. A row has 5,376 codes (12
+steps, two blocks of 224), so that 8 % of rows have one that moved, and the answers of all others
+are within 1e-5. Of a module that rounds activations otherwise than the runtime, no row's are.
 """
 
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from raykd.quant.swap import QuantLinear, quantised
 from raykd.recipe.quant import BITS, Quant
 
 ROWS = 1000
+TOUCHED = 0.08  # of rows: those with a code at a tie
 EACH = pytest.mark.parametrize("name", [None, *SCHEMES], ids=["fp32", *SCHEMES])
 ROUNDED = pytest.mark.parametrize("name", SCHEMES)
 
@@ -92,7 +96,9 @@ def alike(
 ) -> bool:
     if quant is None or quant.activations == "none":
         return apart(found, expected) <= 1e-5
-    return apart(found, expected, 0.99) <= 1e-5 and apart(found, expected) <= worst
+    off = np.abs(found - expected).reshape(len(found), -1).max(1) / np.abs(expected).max()
+    most = TOUCHED + 3 * (TOUCHED * (1 - TOUCHED) / len(found)) ** 0.5
+    return (off > 1e-5).mean() <= most and off.max() <= worst
 
 
 @EACH
