@@ -1,4 +1,4 @@
-"""Any nn.Module as a source of Signals: its answer in whatever form, its inner layers by hooks."""
+"""Any nn.Module as a source of Signals: its answer in any form, its inner layers by hooks."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,10 +11,9 @@ from raykd.signals import Signals, masked_mean
 
 @runtime_checkable
 class KeepsAttention(Protocol):
-    """A module that leaves its softmax rows (B, H, T, T) in `.attention` at every call while this
-    is True.
+    """A module that leaves its attention (B, H, T, T) in `.attention` while this is True.
 
-    One that leaves their logits in `.scores` too, -inf at hidden keys, can be read for those.
+    If it also leaves the logits in `.scores`, -inf at hidden keys, these can be read too.
     """
 
     keep_attention: bool
@@ -22,61 +21,69 @@ class KeepsAttention(Protocol):
 
 @runtime_checkable
 class ReadsInParts(Protocol):
-    """A module that calls its submodules on parts of a batch in turn; `joined` lays their answers
-    out as its rows.
+    """A module that calls its submodules on parts of a batch in turn.
+
+    `joined` gives their answers as the batch's rows.
     """
 
     def joined(self, answers: list[Tensor]) -> Tensor: ...
 
 
-def whole(module: nn.Module, answers: list[Tensor]) -> Tensor:
-    """What a submodule answered to the latest batch of a module, from the answers of its calls."""
+def whole_batch(module: nn.Module, answers: list[Tensor]) -> Tensor:
+    """A submodule's answer to a module's latest batch, from the answers to its calls."""
     return module.joined(answers) if isinstance(module, ReadsInParts) else answers[-1]
 
 
 class Adapter(nn.Module):
     """`module` as a function (inputs (B, T, K), mask (B, T)) -> Signals.
 
-    The module answers with logits (B, C) or (B, T, C), or a dict or object that holds `logits` and,
-    if it has a value head, `valence` (B, T). `want` names inner layers as in Signals:
-    "hidden.<submodule>" and "embedding.<submodule>" of any submodule that answers (B, T, D),
-    "attention.<submodule>" of an nn.MultiheadAttention or of a module that KeepsAttention,
-    "scores.<submodule>" of the latter.
+    The module answers with logits (B, C) or (B, T, C), or with a dict or object that has `logits`
+    and, if it has a value head, `valence` (B, T). `want` names inner layers as in Signals:
+
+        hidden.<submodule>, embedding.<submodule>   any submodule that answers (B, T, D)
+        attention.<submodule>                       an nn.MultiheadAttention, or KeepsAttention
+        scores.<submodule>                          a module that KeepsAttention, with `.scores`
     """
 
     def __init__(self, module: nn.Module, *, want: frozenset[str] = frozenset()):
         super().__init__()
         self.module = module
-        self.kept: dict[str, list[Tensor]] = {}
+        self.answers: dict[str, list[Tensor]] = {}  # of the wanted layers, to the latest batch
         named = dict(module.named_modules())
         for name in sorted(want):
             kind, _, path = name.partition(".")
             if path not in named:
+                known = ", ".join(filter(None, named))
                 raise RecipeError(
-                    f"layer {path!r}: the module has no such submodule; it has {', '.join(filter(None, named))}"
+                    f"layer {path!r}: the module has no such submodule; it has {known}"
                 )
             self._watch(name, kind, named[path])
 
     def forward(self, inputs: Tensor, mask: Tensor) -> Signals:
         """Signals of a batch; per-sequence logits become one step."""
-        self.kept.clear()
+        self.answers.clear()
         answer = self.module(inputs)
-        logits, valence = field(answer, "logits"), field(answer, "valence")
+        logits = field(answer, "logits")
+        valence = field(answer, "valence")
         if logits is None or logits.dim() not in (2, 3):
             raise RecipeError(
                 f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)"
             )
-        inside = mask
+        answered = mask
         if logits.dim() == 2:
-            logits, mask = logits.unsqueeze(1), torch.ones_like(mask[:, :1])
-        layers = {k: whole(self.module, v) for k, v in self.kept.items()}
-        layers |= {k: _pooled(v, inside) for k, v in layers.items() if k.startswith("embedding.")}
-        return Signals(logits, mask, valence, layers)
+            logits = logits.unsqueeze(1)
+            answered = torch.ones_like(mask[:, :1])
+        layers = {}
+        for name, answers in self.answers.items():
+            layers[name] = whole_batch(self.module, answers)
+            if name.startswith("embedding."):
+                layers[name] = _pooled(layers[name], mask)
+        return Signals(logits, answered, valence, layers)
 
     def _watch(self, name: str, kind: str, layer: nn.Module) -> None:
         def keep(module: Any, _inputs: Any, output: Any) -> None:
-            before = self.kept.get(name, []) if isinstance(self.module, ReadsInParts) else []
-            self.kept[name] = [*before, read(module, output)]
+            earlier = self.answers.get(name, []) if isinstance(self.module, ReadsInParts) else []
+            self.answers[name] = [*earlier, read(module, output)]
 
         if kind in ("hidden", "embedding"):
             read = _first
@@ -90,17 +97,20 @@ class Adapter(nn.Module):
             read = _left if kind == "attention" else _scores
         else:
             raise RecipeError(
-                f"layer {name!r}: a {type(layer).__name__} shows no {kind}; name an nn.MultiheadAttention (attention "
-                "only) or a module with .keep_attention, .attention and .scores, or leave the term out: weight = 0"
+                f"layer {name!r}: a {type(layer).__name__} shows no {kind}; name an "
+                "nn.MultiheadAttention (attention only) or a module with .keep_attention, "
+                ".attention and .scores, or leave the term out: weight = 0"
             )
         layer.register_forward_hook(keep)
 
 
 def field(answer: Any, name: str) -> Tensor | None:
-    """A module's logits or valence out of its answer, in whatever form; None where it has none."""
+    """The logits or valence of a module's answer, in any form; None if it has none."""
     if isinstance(answer, Tensor):
         return answer if name == "logits" else None
-    return answer.get(name) if isinstance(answer, dict) else getattr(answer, name, None)
+    if isinstance(answer, dict):
+        return answer.get(name)
+    return getattr(answer, name, None)
 
 
 def _ask_for_maps(
@@ -126,7 +136,7 @@ def _scores(module: Any, _output: Any) -> Tensor:
 
 
 def _pooled(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, 1, D): the mean over valid steps, or over all where the layer has steps of its own."""
+    """(B, 1, D): the mean over valid steps, or over all steps if the layer has other steps."""
     if values.dim() == 2:
         return values.unsqueeze(1)
     mask = mask if values.shape[1] == mask.shape[1] else mask.new_ones(values.shape[:2])

@@ -1,8 +1,7 @@
-"""A Llama in Hugging Face's folder: config.json and model.safetensors, which its transformers
-library reads and writes.
+"""A Llama in a Hugging Face folder: config.json and model.safetensors, as transformers has them.
 
-Parameters have their names there by construction. A model with `sub_norm` is a BitNetForCausalLM
-whose activation is silu, any other a LlamaForCausalLM.
+The parameters of `models.llama` have the names of these files. A model with `sub_norm` is a
+BitNetForCausalLM with activation silu, any other is a LlamaForCausalLM.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ from raykd.models.llama import Llama
 from raykd.models.weights import fill, read_tensors, weights_of
 from raykd.recipe.weight_files import CONFIG, WEIGHTS, config_of, tensor_files
 
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+TABLE = "model.embed_tokens.weight"
 KEYS = {  # ours: theirs
     "classes": "vocab_size",
     "steps": "max_position_embeddings",
@@ -31,7 +31,7 @@ KEYS = {  # ours: theirs
     "tied": "tie_word_embeddings",
 }
 KINDS = {"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM"}
-ABSENT = {
+DEFAULTS = {  # of keys that config.json may leave out
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
@@ -40,15 +40,17 @@ ABSENT = {
 
 
 def read(folder: Path) -> Llama:
-    """The model of a folder, in float32. RecipeError if it is of another kind, or its tensors do
-    not fit.
+    """The model of a folder, in float32.
 
-    Nothing in the folder is executed; one file of weights or several with an index will do.
+    RecipeError if it is of another kind, or if its tensors do not fit. Nothing in the folder is
+    executed. The weights may be one file, or several with an index.
     """
     module = Llama(**_settings(config_of(folder), folder / CONFIG))
-    files = [read_tensors(path, "weights") for path in tensor_files(folder)]
+    tensors = {}
+    for path in tensor_files(folder):
+        tensors |= read_tensors(path, "weights")
     tensors = {
-        k: v for each in files for k, v in each.items() if not k.endswith("rotary_emb.inv_freq")
+        name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")
     }
     if module.settings["tied"] and TABLE in tensors:
         tensors.pop(HEAD, None)
@@ -57,13 +59,13 @@ def read(folder: Path) -> Llama:
 
 
 def write(module: Llama, folder: Path) -> None:
-    """Write a model as its weights are, without rounding.
+    """Write a model with its weights as they are, without rounding.
 
-    RecipeError where it has parameters that the layout lacks.
+    RecipeError if it has parameters for which the folder has no name.
     """
-    plain_names = Llama(**module.settings).state_dict().keys()
+    names = Llama(**module.settings).state_dict().keys()
     tensors = weights_of(module)
-    if extra := sorted(tensors.keys() - plain_names):
+    if extra := sorted(tensors.keys() - names):
         raise RecipeError(
             f"{folder}: Hugging Face's layout has no place for {', '.join(extra[:3])}; "
             'write a model without learned scales: scale = "absmax" or "absmean"'
@@ -75,30 +77,25 @@ def write(module: Llama, folder: Path) -> None:
         "architectures": [KINDS[kind]],
         "hidden_act": "silu",
         "torch_dtype": "float32",
-    }
-    config |= {
-        "bos_token_id": None,
+        "bos_token_id": None,  # the tokeniser's, which a model does not know
         "eos_token_id": None,
-    }  # the tokeniser's, which a model does not know
+    }
     write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     write_json(folder / CONFIG, config)
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A Llama's settings from a config.json. RecipeError names what it can not be."""
-    kind, rope = (
-        config.get("model_type"),
-        config.get("rope_parameters") or config.get("rope_scaling") or {},
-    )
-    known: dict[str, Any] = (
-        ABSENT | {"num_key_value_heads": config.get("num_attention_heads")} | dict(config)
-    )
-    known |= {"rope_theta": rope.get("rope_theta", known["rope_theta"])}
+    """A Llama's settings from a config.json. RecipeError names a key that a Llama cannot have."""
+    kind = config.get("model_type")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    known: dict[str, Any] = {**DEFAULTS, "num_key_value_heads": config.get("num_attention_heads")}
+    known |= config
+    known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
     missing = sorted(set(KEYS.values()) - known.keys())
     if missing:
         raise RecipeError(f"{path}: no {', '.join(missing)} in it; name the folder of a Llama")
     width = known["hidden_size"] // known["num_attention_heads"]
-    plain = {  # key: what is found, what a Llama here has
+    values = {  # key: (the file's value, the values that this Llama may have)
         "model_type": (kind, tuple(KINDS)),
         "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), ("default",)),
@@ -106,10 +103,11 @@ def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "attention_bias": (config.get("attention_bias", False), (False,)),
         "mlp_bias": (config.get("mlp_bias", False), (False,)),
     }
-    for key, (value, may) in plain.items():
-        if value not in may:
+    for key, (value, possible) in values.items():
+        if value not in possible:
             raise RecipeError(
-                f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, may))}, and a teacher of another "
-                'kind is read by model = "transformers"'
+                f"{path}: {key} is {value!r}; this Llama has {' or '.join(map(repr, possible))}, "
+                'and a teacher of another kind is read by model = "transformers"'
             )
-    return {ours: known[theirs] for ours, theirs in KEYS.items()} | {"sub_norm": kind == "bitnet"}
+    settings = {ours: known[theirs] for ours, theirs in KEYS.items()}
+    return settings | {"sub_norm": kind == "bitnet"}

@@ -1,6 +1,4 @@
-"""The keys and values of a decoder's past positions, so that a new token costs one step, not the
-whole pass again.
-"""
+"""The keys and values of a decoder's past positions, so that a new token costs one step."""
 
 from typing import Protocol
 
@@ -11,23 +9,20 @@ from raykd.errors import DataError
 
 
 class Past(Protocol):
-    """What a decoder asks of a cache while it answers."""
+    """What a decoder needs of a cache."""
 
     length: int
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values (B, H, T, D) of a layer -> those of all positions (B, H, length + T,
-        D).
-        """
+        """New keys and values (B, H, T, D) of a layer -> those of all, (B, H, length + T, D)."""
         ...
 
 
 class Cache:
-    """Room for `steps` positions of `rows` sequences, taken once; positions from `length` on do not
-    count.
+    """A cache of `steps` positions of `rows` sequences, of which the first `length` are filled.
 
-    Rollback is `cache.length = n`, and `cache.length = 0` a new start: nothing is copied or
-    cleared. No gradient flows into it.
+    The memory is taken once. `cache.length = n` rolls back, `cache.length = 0` starts again:
+    nothing is copied or cleared. No gradient flows into it.
     """
 
     def __init__(self, *, layers: int, rows: int, heads: int, steps: int, width: int):
@@ -38,13 +33,14 @@ class Cache:
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, H, T, D) behind `length`; all (B, H, length + T,
-        D) as views.
+        """Write a layer's new keys and values (B, H, T, D) behind `length`.
 
-        `length` stays: it moves on when every layer has written. DataError where there is no room,
-        or not `rows` rows.
+        Gives those of all positions, (B, H, length + T, D), as views. `length` stays: the model
+        moves it on when every layer has written. DataError if there is no room, or if there are not
+        `rows` rows.
         """
-        rows, steps = self.keys.shape[1], self.keys.shape[3]
+        rows = self.keys.shape[1]
+        steps = self.keys.shape[3]
         last = self.length + keys.shape[2]
         if last > steps:
             raise DataError(
@@ -53,15 +49,17 @@ class Cache:
             )
         if len(keys) != rows:
             raise DataError(
-                f"cache: {len(keys)} rows of tokens, but it was made for {rows}; make one with that many"
+                f"cache: {len(keys)} rows of tokens, but it was made for {rows}; "
+                "make one with that many"
             )
-        for held, new in ((self.keys, keys), (self.values, values)):
-            held[layer, :, :, self.length : last] = new.detach()
+        self.keys[layer, :, :, self.length : last] = keys.detach()
+        self.values[layer, :, :, self.length : last] = values.detach()
         return self.keys[layer, :, :, :last], self.values[layer, :, :, :last]
 
     def placed(self, places: Tensor) -> Tensor:
-        """Write new places (B, T) of tokens in their documents behind `length`; all (B, length + T)
-        as a view.
+        """Write the places (B, T) of new tokens in their documents behind `length`.
+
+        Gives those of all positions, (B, length + T), as a view.
         """
         last = self.length + places.shape[1]
         self.places[:, self.length : last] = places

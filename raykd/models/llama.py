@@ -1,5 +1,4 @@
-"""A causal language model of the Llama family (arXiv 2302.13971), under the parameter names of
-Hugging Face's.
+"""A causal language model of the Llama family (arXiv 2302.13971), with Hugging Face's names.
 
 RMSNorm (arXiv 1910.07467), rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202),
 grouped-query attention (arXiv 2305.13245).
@@ -20,12 +19,11 @@ Turn = tuple[Tensor, Tensor]
 
 
 class Llama(nn.Module):
-    """Next-token logits at every position, each from that token and the ones before it, over at
-    most `steps`.
+    """Next-token logits at each of at most `steps` positions, from the tokens up to it.
 
     `heads` query heads share `kv_heads` heads of keys and values. `tied` makes the head's weight
-    the embedding's. `sub_norm` puts an RMSNorm before the attention's and the MLP's last
-    projection, as ternary training wants it (BitDistill, arXiv 2510.13998, section 3.1). `settings`
+    the embedding's. `sub_norm` puts an RMSNorm before the last projection of the attention and of
+    the MLP, as ternary training needs it (BitDistill, arXiv 2510.13998, section 3.1). `settings`
     holds the arguments.
     """
 
@@ -50,18 +48,18 @@ class Llama(nn.Module):
             "steps": steps,
             "width": width,
             "layers": layers,
-        }
-        self.settings |= {
             "heads": heads,
             "kv_heads": kv_heads,
             "inner": inner,
             "rope_theta": rope_theta,
+            "norm_eps": norm_eps,
+            "tied": tied,
+            "sub_norm": sub_norm,
         }
-        self.settings |= {"norm_eps": norm_eps, "tied": tied, "sub_norm": sub_norm}
         if width % heads or width // heads % 2 or heads % kv_heads:
             raise ValueError(
-                f"width {width}, heads {heads}, kv_heads {kv_heads}: heads must be a multiple of kv_heads, and width "
-                "an even multiple of heads"
+                f"width {width}, heads {heads}, kv_heads {kv_heads}: heads must be a multiple of "
+                "kv_heads, and width an even multiple of heads"
             )
         self.model = Stack(self.settings)
         self.lm_head = nn.Linear(width, classes, bias=False)
@@ -72,12 +70,12 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, cache: Past | None = None) -> dict[str, Tensor]:
-        """Integers (B, T) -> logits (B, T, V). With a cache they follow its tokens, and are in it
-        afterwards.
+        """Integers (B, T) -> logits (B, T, V).
 
-        Integers (B, T, 2) are tokens and their places in their documents, counted from 0: each
-        document of a row is then read as if it stood alone, and so is padding of place 0. Of such
-        rows a cache must hold the places too. DataError where there are more than `steps` tokens.
+        With a cache, the tokens follow those in it and are added to it. Integers (B, T, 2) are
+        tokens and their places in their documents, from 0: each document of a row is then read as
+        if it were alone, and so is padding of place 0. The cache of such rows must hold the places
+        too. DataError if there are more than `steps` tokens.
         """
         past = cache.length if cache is not None else 0
         if past + tokens.shape[1] > self.settings["steps"]:
@@ -92,9 +90,13 @@ class Llama(nn.Module):
 
     def cache(self, rows: int) -> Cache:
         """An empty cache for `rows` sequences of as many tokens as this model takes."""
-        found = self.settings
-        shape = {"layers": found["layers"], "heads": found["kv_heads"], "steps": found["steps"]}
-        return Cache(rows=rows, width=found["width"] // found["heads"], **shape)
+        return Cache(
+            layers=self.settings["layers"],
+            rows=rows,
+            heads=self.settings["kv_heads"],
+            steps=self.settings["steps"],
+            width=self.settings["width"] // self.settings["heads"],
+        )
 
 
 class Stack(nn.Module):
@@ -102,16 +104,18 @@ class Stack(nn.Module):
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        width, heads = settings["width"], settings["heads"]
-        self.theta, self.turning = settings["rope_theta"], width // heads
+        width = settings["width"]
+        self.theta = settings["rope_theta"]
+        self.turning = width // settings["heads"]
         self.embed_tokens = nn.Embedding(settings["classes"], width)
-        self.layers = nn.ModuleList(Block(settings) for _ in range(settings["layers"]))
+        self.layers = nn.ModuleList(LlamaBlock(settings) for _ in range(settings["layers"]))
         self.norm = nn.RMSNorm(width, settings["norm_eps"])
 
     def forward(self, tokens: Tensor, cache: Past | None) -> Tensor:
         """Integers (B, T) or (B, T, 2) -> (B, T, D)."""
         x = self.embed_tokens(tokens if tokens.dim() == 2 else tokens[..., 0])
-        first, count = cache.length if cache is not None else 0, tokens.shape[1]
+        first = cache.length if cache is not None else 0
+        count = tokens.shape[1]
         seen = None
         if tokens.dim() == 3:
             places = tokens[..., 1]
@@ -121,9 +125,8 @@ class Stack(nn.Module):
                 places = cache.placed(places)
             seen = within(places, count)
         else:
-            turn = rotations(
-                torch.arange(first, first + count, device=x.device), self.turning, self.theta
-            )
+            places = torch.arange(first, first + count, device=x.device)
+            turn = rotations(places, self.turning, self.theta)
             if cache is not None:
                 seen = visible(count, first + count, x.device)
         for index, block in enumerate(self.layers):
@@ -131,12 +134,13 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """Pre-norm attention and a SwiGLU MLP, each added to its input."""
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        width, eps = settings["width"], settings["norm_eps"]
+        width = settings["width"]
+        eps = settings["norm_eps"]
         self.input_layernorm = nn.RMSNorm(width, eps)
         self.self_attn = Attention(settings)
         self.post_attention_layernorm = nn.RMSNorm(width, eps)
@@ -159,11 +163,9 @@ class Attention(nn.Module):
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        width, self.heads, self.kv_heads = (
-            settings["width"],
-            settings["heads"],
-            settings["kv_heads"],
-        )
+        width = settings["width"]
+        self.heads = settings["heads"]
+        self.kv_heads = settings["kv_heads"]
         shared = width // self.heads * self.kv_heads
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, shared, bias=False)
@@ -180,9 +182,7 @@ class Attention(nn.Module):
         self, x: Tensor, turn: Turn, index: int, cache: Past | None, seen: Tensor | None
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); `seen` as `visible` gives it, None for all positions before."""
-        q = rotate(
-            self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn
-        )  # (B, H, T, D / H)
+        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2), turn)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         if cache is not None:
@@ -200,7 +200,8 @@ class Attention(nn.Module):
         seen = visible(q.shape[2], k.shape[2], q.device) if seen is None else seen
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
         attention = scores.softmax(-1)
-        self.scores, self.attention = scores, attention
+        self.scores = scores
+        self.attention = attention
         return attention @ v
 
 
@@ -209,7 +210,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        width, inner = settings["width"], settings["inner"]
+        width = settings["width"]
+        inner = settings["inner"]
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
@@ -223,8 +225,9 @@ class SwiGLU(nn.Module):
 
 
 def rotations(places: Tensor, width: int, theta: float) -> Turn:
-    """(..., T, D / 2) twice: cosine and sine of place times theta^(-2 i / D), for integer places
-    (..., T).
+    """(cosine, sine), each (..., T, D / 2), of place times theta^(-2 i / D), D being `width`.
+
+    `places` (..., T) are integers.
     """
     speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=places.device) / width)
     angle = places[..., None].float() * speed
@@ -232,9 +235,9 @@ def rotations(places: Tensor, width: int, theta: float) -> Turn:
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Turn the pairs (i, i + D / 2) of (B, H, T, D):
+    """Turn the pairs (i, i + D / 2) of (B, H, T, D).
 
-    Hugging Face's rotate_half, not the paper's neighbours.
+    These are the pairs of Hugging Face's rotate_half, not the paper's neighbours.
     """
     a, b = x.chunk(2, -1)
     cosine, sine = (part.to(x.dtype) for part in turn)
@@ -247,10 +250,10 @@ def visible(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def within(places: Tensor, queries: int) -> Tensor:
-    """(B, 1, T, past + T) bool: the same, but only keys of a query's own document; each starts at
-    place 0.
+    """(B, 1, T, past + T) bool: which keys of its own document each query may see.
 
-    `places` (B, past + T) are those of the keys, the last `queries` of them of the queries.
+    `places` (B, past + T) are those of the keys; the last `queries` of them are also those of the
+    queries. A document starts at place 0.
     """
     document = (places == 0).cumsum(1)
     same = document[:, -queries:, None] == document[:, None]

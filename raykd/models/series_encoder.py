@@ -1,6 +1,4 @@
-"""A small causal encoder of multivariate series: class logits and a future-valence value at every
-step.
-"""
+"""A small causal encoder of multivariate series, with a class head and a value head."""
 
 from typing import Protocol
 
@@ -12,10 +10,8 @@ from raykd.models.kv_cache import Past
 from raykd.models.llama import visible
 
 
-class Read(Past, Protocol):
-    """What the encoder asks of the steps that it has read: their keys and values, and the last of
-    their inputs.
-    """
+class SeriesPast(Past, Protocol):
+    """What the encoder needs of earlier steps: keys and values, and the last of their inputs."""
 
     tail: Tensor  # (B, channels, kernel - 1), zeros where there are fewer
 
@@ -23,8 +19,8 @@ class Read(Past, Protocol):
 class SeriesEncoder(nn.Module):
     """Class logits and future valence at every step, each from that step and the ones before it.
 
-    A causal convolution, learned positions, `layers` pre-norm blocks and two linear heads. Inputs
-    may have at most `steps` steps. Without `bias` the blocks' linear layers have none, as those of
+    It has a causal convolution, learned positions, `layers` pre-norm blocks and two linear heads.
+    Inputs may have at most `steps` steps. Without `bias` the blocks' linear layers have none, as in
     BitNet (arXiv 2402.17764).
     """
 
@@ -42,21 +38,26 @@ class SeriesEncoder(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.steps, self.kernel, self.heads = steps, kernel, heads
+        self.steps = steps
+        self.kernel = kernel
+        self.heads = heads
         self.conv = nn.Conv1d(channels, width, kernel)
         self.positions = nn.Parameter(0.02 * torch.randn(steps, width))
-        self.blocks = nn.ModuleList(Block(width, heads, expansion, bias) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(width, heads, expansion, bias) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         self.value = nn.Linear(width, 1)
 
-    def forward(self, inputs: Tensor, past: Read | None = None) -> dict[str, Tensor]:
+    def forward(self, inputs: Tensor, past: SeriesPast | None = None) -> dict[str, Tensor]:
         """Inputs (B, T, channels) -> logits (B, T, C) and valence (B, T) in [-1, 1].
 
-        With a past they follow its steps, and are in it afterwards. ValueError where that is more
-        than `steps`.
+        With a past, the inputs follow its steps and are added to it. ValueError if there are more
+        than `steps` steps.
         """
-        first, count = past.length if past is not None else 0, inputs.shape[1]
+        first = past.length if past is not None else 0
+        count = inputs.shape[1]
         if first + count > self.steps:
             after = f" after {first}" if first else ""
             raise ValueError(
@@ -65,7 +66,8 @@ class SeriesEncoder(nn.Module):
         series = inputs.transpose(1, 2)
         if past is None:
             series = F.pad(series, (self.kernel - 1, 0))  # (B, channels, kernel - 1 + T)
-            places, seen = self.positions[:count], None
+            places = self.positions[:count]
+            seen = None
         else:
             series = torch.cat([past.tail, series], 2)
             # an index: a slice's bounds would be conditions on the exported shapes
@@ -75,12 +77,13 @@ class SeriesEncoder(nn.Module):
         for index, block in enumerate(self.blocks):
             x = block(x, index, past, seen)
         if past is not None:
-            past.tail, past.length = series[:, :, count:], first + count
+            past.tail = series[:, :, count:]
+            past.length = first + count
         x = self.norm(x)
         return {"logits": self.head(x), "valence": torch.tanh(self.value(x)).squeeze(-1)}
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """Pre-norm causal attention and a GELU MLP, each added to its input."""
 
     def __init__(self, width: int, heads: int, expansion: int, bias: bool = True):
@@ -98,7 +101,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
-        `seen` (T, past + T) are the steps that each step sees, None for all before it.
+        `seen` (T, past + T) is True at the steps that each step sees; None is all before it.
         """
         x = x + self.attention(self.norm1(x), index, past, seen)
         return x + self.mlp(self.norm2(x))
@@ -140,5 +143,6 @@ class CausalAttention(nn.Module):
         seen = visible(q.shape[-2], k.shape[-2], q.device) if seen is None else seen
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
         attention = scores.softmax(-1)
-        self.scores, self.attention = scores, attention
+        self.scores = scores
+        self.attention = attention
         return attention @ v

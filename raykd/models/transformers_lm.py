@@ -1,8 +1,7 @@
-"""Any causal language model of transformers (extra `hf`), from a folder on this machine, as a
-teacher of rows of text.
+"""Any causal language model of transformers (extra `hf`), from a local folder, as a teacher.
 
-Documents that share a row are read in calls of their own, those of like lengths together: so each
-is read as if it stood alone, by architectures that know of no mask between documents too.
+Documents that share a row are read in separate calls, those of similar lengths together. So each is
+read as if it were alone, even by an architecture that has no mask between documents.
 """
 
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from raykd.errors import DataError, RecipeError
 from raykd.recipe.weight_files import config_of, tensor_files
 
-PROBE = 8  # tokens, of which the first half must not depend on the others
-NEAR = 1e-3  # of the largest logit
+PROBE = 8  # tokens; the logits of the first half must not depend on the second
+NEAR = 1e-3  # of the largest logit: differences up to this are rounding
 READ = {
     "local_files_only": True,
     "trust_remote_code": False,
@@ -28,86 +27,85 @@ Part = tuple[Tensor, Tensor]
 
 
 class TransformersLM(nn.Module):
-    """Next-token logits at every position, each from that token and those before it in its
-    document.
+    """Next-token logits at every position, from the tokens of its document up to it.
 
-    It keeps no cache. `settings` holds its `classes`, the head's columns, and the most `steps` it
-    takes, None for any number. Inner layers answer in parts, which `joined` lays out as rows.
+    It keeps no cache. `settings` holds `classes`, the columns of its head, and `steps`, the most
+    tokens it takes (None: any number). Inner layers answer in parts, which `joined` gives as rows.
     """
 
     def __init__(self, model: Any, *, classes: int, steps: int | None):
         super().__init__()
         self.model = model
         self.settings: dict[str, Any] = {"classes": classes, "steps": steps}
-        self._shape, self._parts = (0, 0), list[Part]()
+        self._shape = (0, 0)
+        self._parts: list[Part] = []
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Integers (B, T), or with their places in their documents (B, T, 2), -> logits (B, T, V).
+        """Integers (B, T), or (B, T, 2) with their places in their documents -> logits (B, T, V).
 
-        A place of 0 starts a document, which goes on to the next or to the end of its row.
-        DataError where there are more than `steps` tokens.
+        A place of 0 starts a document, which continues to the next one or to the end of its row.
+        DataError if there are more than `steps` tokens.
         """
         most = self.settings["steps"]
         if most is not None and tokens.shape[1] > most:
             raise DataError(
                 f"tokens: {tokens.shape[1]}, but this model takes at most {most}; give fewer"
             )
-        places = (
-            tokens[..., 1]
-            if tokens.dim() == 3
-            else torch.arange(tokens.shape[1], device=tokens.device)
-        )
-        text = (tokens[..., 0] if tokens.dim() == 3 else tokens).long()
-        self._shape, self._parts = tuple(text.shape), parts(places.expand(text.shape))
+        if tokens.dim() == 3:
+            places = tokens[..., 1]
+            text = tokens[..., 0].long()
+        else:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            text = tokens.long()
+        self._shape = (text.shape[0], text.shape[1])
+        self._parts = documents_by_length(places.expand(text.shape))
         flat = text.flatten()
-        return {
-            "logits": self.joined(
-                [self.model(input_ids=flat[at], use_cache=False).logits for at, _ in self._parts]
-            )
-        }
+        answers = [self.model(input_ids=flat[at], use_cache=False).logits for at, _ in self._parts]
+        return {"logits": self.joined(answers)}
 
     def joined(self, answers: list[Tensor]) -> Tensor:
-        """(B, T, ...): what a submodule answered in the latest call, (N, L, ...) to each part in
-        turn.
+        """(B, T, ...): the rows of a submodule's answers (N, L, ...) to each part of a batch.
 
-        Of one that is called several times in a part the last answer counts.
+        If it is called several times in a part, its last answer counts.
         """
         calls = len(answers) // len(self._parts)
-        answers, (rows, steps) = answers[calls - 1 :: calls], self._shape
+        answers = answers[calls - 1 :: calls]
+        rows, steps = self._shape
         whole = answers[0].new_empty(rows * steps, *answers[0].shape[2:])
         for (at, inside), answer in zip(self._parts, answers, strict=True):
             if answer.shape[:2] != inside.shape:
                 raise RecipeError(
-                    f"a layer answers {tuple(answer.shape)} to {tuple(inside.shape)} tokens, not at each"
+                    f"a layer answers {tuple(answer.shape)} to {tuple(inside.shape)} tokens, "
+                    "not at each"
                 )
             whole[at[inside]] = answer[inside]
         return whole.unflatten(0, (rows, steps))
 
 
-def parts(places: Tensor) -> list[Part]:
-    """The documents of rows (B, T), those of 1, 2, up to 4, up to 8, ... tokens together: (at (N,
-    L), inside (N, L)).
+def documents_by_length(places: Tensor) -> list[Part]:
+    """(at (N, L), inside (N, L)) of the documents of 1, 2, up to 4, up to 8, ... tokens each.
 
-    `at` counts along all rows; behind a document's end, where it is not `inside`, its first token
-    stands again.
+    `places` (B, T) are the tokens' places in their documents. `at` are positions in the flat rows;
+    after a document's end, where `inside` is False, its first position is repeated.
     """
     starts = places == 0
     starts[:, 0] = True
     first = starts.flatten().nonzero()[:, 0]
     length = first.diff(append=first.new_tensor([places.numel()]))
-    size, found = length.double().log2().ceil(), []
-    for each in size.unique():
-        own = size == each
-        step = torch.arange(int(length[own].max()), device=places.device)
-        inside = step < length[own, None]
-        found.append((first[own, None] + torch.where(inside, step, 0), inside))
-    return found
+    size = length.double().log2().ceil()
+    parts = []
+    for value in size.unique():
+        chosen = size == value
+        step = torch.arange(int(length[chosen].max()), device=places.device)
+        inside = step < length[chosen, None]
+        parts.append((first[chosen, None] + torch.where(inside, step, 0), inside))
+    return parts
 
 
 def read(folder: Path) -> TransformersLM:
-    """The model of a folder, in float32 and evaluation.
+    """The model of a folder, in float32 and in evaluation mode.
 
-    RecipeError if it has no weights for it, or is not causal.
+    RecipeError if its weights are not in the folder, or if it is not causal.
     """
     config_of(folder)
     tensor_files(folder)
@@ -118,7 +116,7 @@ def read(folder: Path) -> TransformersLM:
             "model = \"transformers\" needs transformers; type: pip install 'raykd[hf]'"
         ) from None
     try:
-        model, said = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, output_loading_info=True, **READ
         )
     except (
@@ -131,9 +129,9 @@ def read(folder: Path) -> TransformersLM:
         SafetensorError,
     ) as error:
         raise RecipeError(
-            f"{folder}: transformers can not read it as a causal language model: {error}"
+            f"{folder}: transformers cannot read it as a causal language model: {error}"
         ) from None
-    absent = sorted(map(str, [*said["missing_keys"], *said["mismatched_keys"]]))
+    absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise RecipeError(
@@ -146,25 +144,19 @@ def read(folder: Path) -> TransformersLM:
 
 
 def _room(config: Any) -> int | None:
-    """How many tokens a model takes; with LongRoPE (arXiv 2402.13753) up to where its turns are
-    fixed.
-    """
-    longer = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope"
-    return getattr(
-        config, "original_max_position_embeddings" if longer else "max_position_embeddings", None
-    )
+    """The most tokens a model takes; with LongRoPE (arXiv 2402.13753) before its factors change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return getattr(config, "original_max_position_embeddings", None)
+    return getattr(config, "max_position_embeddings", None)
 
 
 @torch.no_grad()
 def _columns(model: Any, folder: Path) -> int:
-    """The head's columns, of a model that answers alike whatever follows.
-
-    RecipeError for any other.
-    """
+    """The number of the head's columns. RecipeError if a model's answer depends on later tokens."""
     tokens = torch.arange(PROBE)[None] % model.get_input_embeddings().weight.shape[0]
-    whole, half = (
-        model(input_ids=x, use_cache=False).logits for x in (tokens, tokens[:, : PROBE // 2])
-    )
+    whole = model(input_ids=tokens, use_cache=False).logits
+    half = model(input_ids=tokens[:, : PROBE // 2], use_cache=False).logits
     if (whole[:, : PROBE // 2] - half).abs().max() > NEAR * half.abs().max():
         raise RecipeError(
             f"{folder}: {type(model).__name__} reads what follows a token, too; it must be causal"

@@ -1,4 +1,4 @@
-"""What a teacher store's content depends on, and nothing else: its digest names the store."""
+"""Identities: what a store's content depends on, whose digest names it, and a run's result."""
 
 import importlib.util
 import inspect
@@ -38,48 +38,59 @@ def store_identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def run_digest(recipe: Recipe, dataset: Dataset) -> str:
-    """Hex sha256 of everything a run's result depends on; its first eight digits name the run's
-    folder.
+    """Hex sha256 of everything a run's result depends on; eight digits of it name its folder.
 
-    The files that a function reads are unknown, so its rows count; and the file of every model's
-    and function's code.
+    It covers the file of every model's and function's code. The files that a data function reads
+    are unknown, so its rows are covered instead.
     """
-    tables = {"data": recipe.data.source, "student": recipe.student.model}
-    tables |= {"teacher": recipe.teacher.model} if recipe.teacher else {}
-    tables |= {"technique": f"{recipe.technique}:"} if "." in recipe.technique else {}
-    code = {key: found for key, name in tables.items() if (found := _code_digest(name))}
-    own = recipe.data.settings.get("pinned", True) is False  # the files of this Python
-    rows = {"rows": dataset.digest} if "data" in code or own else {}
-    return digest_of(recipe_identity(recipe) | ({"code": code | rows} if code or rows else {}))
+    names = {"data": recipe.data.source, "student": recipe.student.model}
+    if recipe.teacher:
+        names["teacher"] = recipe.teacher.model
+    if "." in recipe.technique:
+        names["technique"] = f"{recipe.technique}:"
+    code = {}
+    for key, name in names.items():
+        digest = _code_digest(name)
+        if digest:
+            code[key] = digest
+    has_free_files = recipe.data.settings.get("pinned", True) is False  # those of this Python
+    if "data" in code or has_free_files:
+        code["rows"] = dataset.digest
+    identity = recipe_identity(recipe)
+    if code:
+        identity |= {"code": code}
+    return digest_of(identity)
 
 
 def signals_of(recipe: Recipe) -> list[str]:
-    """The inner layers that a recipe's terms read, or one of its trials': what its store holds
-    beyond the answers.
+    """The inner layers that the terms of a recipe, or of one of its trials, read.
+
+    The store holds them besides the answers.
     """
     raw = recipe.model_dump(mode="json")
     spans = recipe.search.space.items() if recipe.search else ()
-    trials = [
-        {key: value} for key, span in spans if key.startswith("terms.") for value in span.ends()
-    ]
-    read = [
-        needs_of(Recipe.model_validate(apply_trial(raw, trial)).terms) for trial in ({}, *trials)
-    ]
-    return sorted(name for name in frozenset().union(*read) if "." in name)
+    trials: list[dict[str, Any]] = [{}]
+    for key, span in spans:
+        if key.startswith("terms."):
+            trials += [{key: value} for value in span.ends()]
+    needs: set[str] = set()
+    for trial in trials:
+        needs |= needs_of(Recipe.model_validate(apply_trial(raw, trial)).terms)
+    return sorted(name for name in needs if "." in name)
 
 
 def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:
-    """The store's table, its codec resolved, without the keys that this codec does not read."""
+    """The store's table with its codec resolved, without the keys that the codec does not read."""
     codec = codec_name(recipe.store, classes)
     for name, spec in recipe.terms.items():
         if spec.weight > 0 and "logits" in TERMS[name].needs:
             _check_served(name, codec)
-    found = {"codec": codec} | {
-        key: getattr(recipe.store, key) for key in ("rows_per_shard", "batch", *CODEC_KEYS[codec])
-    }
-    if "temperatures" in found:
-        found["temperatures"] = recipe.store.temperatures or _temperatures(recipe, codec)
-    return found
+    table: dict[str, Any] = {"codec": codec}
+    for key in ("rows_per_shard", "batch", *CODEC_KEYS[codec]):
+        table[key] = getattr(recipe.store, key)
+    if "temperatures" in table:
+        table["temperatures"] = recipe.store.temperatures or _temperatures(recipe, codec)
+    return table
 
 
 def _check_served(name: str, codec: str) -> None:
@@ -100,16 +111,17 @@ def _temperatures(recipe: Recipe, codec: str) -> list[float]:
         span = recipe.search.space.get(f"terms.{name}.temperature") if recipe.search else None
         if span and span.choice is None:
             raise RecipeError(
-                f"search.terms.{name}.temperature: a {codec!r} store serves the temperatures it was drawn for; write "
-                '{ choice = [1.0, 1.5, 2.0] }, or store.codec = "dense"'
+                f"search.terms.{name}.temperature: a {codec!r} store serves the temperatures it "
+                'was drawn for; write { choice = [1.0, 1.5, 2.0] }, or store.codec = "dense"'
             )
-        grid |= {float(t) for t in (span.choice or [] if span else [])}  # type: ignore[arg-type]
+        choices = span.choice or [] if span else []
+        grid |= {float(t) for t in choices}  # type: ignore[arg-type]
     return sorted(grid) or [1.0]
 
 
 def _code_digest(name: str) -> str | None:
-    """The digest of the file of a user's own `module:function`; None for a name that ships with
-    raykd.
-    """
-    spec = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
+    """The digest of the file of a `module:function`; None for a name of raykd's."""
+    if ":" not in name:
+        return None
+    spec = importlib.util.find_spec(name.partition(":")[0])
     return file_sha256(spec.origin) if spec and spec.origin else None

@@ -72,7 +72,7 @@ def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refuse
     monkeypatch.setitem(MODELS, "doubled", Doubled)
     for name, codec, words in (
         ("few", "dense", r"and the data have \d+"),
-        ("doubled", "hidden", "can not stand for"),
+        ("doubled", "hidden", "cannot stand for"),
     ):
         recipe = load(home, f"store.codec={codec}", 'store.head="lm_head"')
         teacher = ModelRef(model=name)

@@ -26,7 +26,7 @@ from raykd.generation.sampling import FrozenTeacher, on_policy
 from raykd.models import transformers_lm
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
-from raykd.models.transformers_lm import TransformersLM, parts
+from raykd.models.transformers_lm import TransformersLM, documents_by_length
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.weight_files import CONFIG, WEIGHTS
 from raykd.teacher.scorer import Scorer
@@ -71,7 +71,7 @@ def test_parts_hold_every_token_of_every_document_once_and_in_order(rows):
     steps = max(map(sum, rows))
     rows = [[*row, *[1] * (steps - sum(row))] for row in rows]  # padding of place 0
     places = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
-    found = parts(places)
+    found = documents_by_length(places)
     seen = torch.cat([at[inside] for at, inside in found])
     assert seen.sort().values.tolist() == list(range(places.numel()))
     for at, inside in found:
@@ -208,7 +208,5 @@ def test_weights_that_are_missing_are_named_not_drawn(tmp_path):
     with pytest.raises(RecipeError, match=r"its files lack transformer\.h\.1\.mlp\.c_fc\.weight"):
         transformers_lm.read(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({"model_type": "unheard"}))
-    with pytest.raises(
-        RecipeError, match="transformers can not read it as a causal language model"
-    ):
+    with pytest.raises(RecipeError, match="transformers cannot read it as a causal language model"):
         transformers_lm.read(tmp_path)

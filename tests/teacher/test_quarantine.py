@@ -1,4 +1,4 @@
-"""Laws of rows that a teacher can not score: told by id and reason, left out or refused, and
+"""Laws of rows that a teacher cannot score: told by id and reason, left out or refused, and
 nothing else changes.
 
 The reference is the store of the same teacher when it answers for every row.
@@ -61,7 +61,7 @@ class Poisoned(Scorer):
 def poisoned(
     recipe: Recipe, out: Path, nan: tuple[int, ...], large: tuple[int, ...] = ()
 ) -> tuple[Path, Any, Any]:
-    """(the store of a teacher that can not score some rows, its writer, its shards)."""
+    """(the store of a teacher that cannot score some rows, its writer, its shards)."""
     scorer = Poisoned(recipe)
     scorer.nan = nan
     scorer.large = large
@@ -165,14 +165,14 @@ def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
     monkeypatch.setattr(scoring, "Scorer", Poisoned)
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]), int(ids[80])))
     with pytest.raises(
-        DataError, match=rf"can not score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"
+        DataError, match=rf"cannot score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"
     ):
         scoring.score(recipe, dataset, tmp_path)
     allowed = recipe.model_copy(
         update={"scale": recipe.scale.model_copy(update={"max_bad_rows": 1})}
     )
     with pytest.raises(
-        DataError, match=rf"(?s)can not score 2 rows.* row {ids[2]}: .* row {ids[80]}: "
+        DataError, match=rf"(?s)cannot score 2 rows.* row {ids[2]}: .* row {ids[80]}: "
     ):
         scoring.score(allowed, dataset, tmp_path)
     where, _ = scoring.locate(recipe, dataset, tmp_path)
