@@ -214,7 +214,7 @@ def _report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 
 def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, str]:
     from raykd.errors import RecipeError
-    from raykd.reports.compare import compare, words
+    from raykd.reports.compare import compare, comparison_text
 
     if len(paths) == 1:
         raise RecipeError(
@@ -229,7 +229,7 @@ def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, s
             f"{names}: of a recipe, and several run folders are compared as they are; leave it out"
         )
     made = compare(paths, out)
-    return made, words.table(made)
+    return made, comparison_text.table(made)
 
 
 @cli.command()

@@ -26,7 +26,7 @@ STUDENT = re.compile(r"student-(\d+)")
 
 
 @dataclass(frozen=True)
-class Answers:
+class RunAnswers:
     """The labelled test rows of a run, and what its students said of them."""
 
     row_id: NDArray[np.integer]  # (n,)
@@ -57,7 +57,7 @@ def write(evidence: Evidence, folder: Path) -> None:
     write_bytes(folder / run_files.ANSWERS, sink.getvalue().to_pybytes())
 
 
-def read(folder: Path) -> Answers:
+def read(folder: Path) -> RunAnswers:
     """The answers of a run folder. StoreError if they are not there, or damaged."""
     path = folder / run_files.ANSWERS
     if not path.exists():
@@ -76,7 +76,7 @@ def read(folder: Path) -> Answers:
     student = {
         int(match[1]): found[match[0]] for name in found if (match := STUDENT.fullmatch(name))
     }
-    return Answers(**rows, thriving=found.get("thriving"), student=dict(sorted(student.items())))
+    return RunAnswers(**rows, thriving=found.get("thriving"), student=dict(sorted(student.items())))
 
 
 def _columns(path: Path) -> dict[str, NDArray[Any]]:

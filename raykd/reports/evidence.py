@@ -85,11 +85,11 @@ def _described(e: Evidence) -> dict[str, Any]:
         "seeds": list(e.seeds),
         "compression": _compression(e.teacher_info, e.student_params, e.artefact_info.get("bytes")),
         "training_cost": schema.Cost(ratio=plain(e.training_cost)),
-        "store": schema.Store(**plain(e.store)),
+        "store": schema.ReportStore(**plain(e.store)),
         "mlflow": schema.Tracking(**plain(e.mlflow)),
         "curves": plain(e.history),
         "valence": _histogram(e.saliency),
-        "search": None if e.search is None else schema.Search(**plain(e.search)),
+        "search": None if e.search is None else schema.ReportSearch(**plain(e.search)),
         "machine": plain(e.machine),
         "versions": plain(e.versions),
     }
@@ -103,13 +103,13 @@ def _measured(e: Evidence) -> dict[str, Any]:
     why = sentences.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
     return {
-        "teacher": schema.Teacher(
+        "teacher": schema.ReportTeacher(
             **plain(e.teacher_info), metrics=_metrics("teacher", sample, others)
         ),
-        "control": schema.Model(
+        "control": schema.ReportModel(
             params=e.control_params, metrics=_metrics("control", sample, others)
         ),
-        "student": schema.Model(
+        "student": schema.ReportModel(
             params=e.student_params, metrics=_metrics("student", sample, others)
         ),
         "beside": {
@@ -142,9 +142,9 @@ def _metrics(model: str, sample: Sample, others: Mapping[str, Sample]) -> schema
     return found
 
 
-def _data(e: Evidence) -> schema.Data:
+def _data(e: Evidence) -> schema.ReportData:
     groups = len(np.unique(e.group))
-    return schema.Data(
+    return schema.ReportData(
         name=e.data_name, rows=plain(e.data_rows), groups=groups, test_sha256=e.test_digest
     )
 
@@ -231,8 +231,8 @@ def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> s
 
 def _artefact(
     e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: int
-) -> schema.Artefact:
-    return schema.Artefact(
+) -> schema.ReportArtefact:
+    return schema.ReportArtefact(
         **plain(e.artefact_info),
         seed=seed if e.artefact_info else None,
         metrics=_metrics("artefact", sample, others),

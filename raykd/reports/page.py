@@ -28,7 +28,7 @@ def render(report: Mapping[str, Any]) -> str:
         report=report,
         headline=sentences.headline(report),
         models=sentences.rows_of(report),
-        figures=sentences.figures(report),
+        figures=sentences.figure_lines(report),
         accuracy_chart=drawn.pop("accuracy"),
         charts={name: svg for name, svg in drawn.items() if not name.startswith("search")},
         captions=CAPTIONS,

@@ -59,14 +59,14 @@ class Retentions(Part):
 Metrics = dict[str, Estimate]
 
 
-class Teacher(Part):
+class ReportTeacher(Part):
     params: int | None = None
     bytes: int | None = None
     dtype: str | None = None
     metrics: Metrics = {}
 
 
-class Model(Part):
+class ReportModel(Part):
     params: int | None = None
     metrics: Metrics = {}
 
@@ -81,7 +81,7 @@ class Beside(Part):
     lost: Ratio = Ratio()
 
 
-class Parity(Part):
+class ReportParity(Part):
     """The artefact against the trained student: largest difference of logits, share of equal
     decisions.
 
@@ -122,7 +122,7 @@ class Latency(Part):
     flags: str | None = None
 
 
-class Tensor(Part):
+class ReportTensor(Part):
     """One rounded tensor of the artefact: bytes of its codes and scales, error = |W - Q(W)| / |W|."""
 
     name: str
@@ -132,20 +132,20 @@ class Tensor(Part):
     error: float
 
 
-class Artefact(Part):
+class ReportArtefact(Part):
     path: str | None = None
     format: str | None = None
     bytes: int | None = None
     seed: int | None = None
     metrics: Metrics = {}
     retention: Ratio = Ratio()
-    parity: Parity = Parity()
+    parity: ReportParity = ReportParity()
     latency: Latency = Latency()
     bytes_by_kind: dict[str, int] = {}
-    tensors: list[Tensor] = []
+    tensors: list[ReportTensor] = []
 
 
-class Data(Part):
+class ReportData(Part):
     """`groups` counts the test recordings, the units that the bootstrap resamples; `test_sha256` is
     of their rows.
     """
@@ -172,7 +172,7 @@ class Cost(Part):
     ratio: float | None = None
 
 
-class Store(Part):
+class ReportStore(Part):
     id: str | None = None
     rows: int | None = None
     bytes: int | None = None
@@ -205,7 +205,7 @@ class Histogram(Part):
     q75: float
 
 
-class Trial(BaseModel):
+class ReportTrial(BaseModel):
     """One trial of the search; its metric stands under the search's own `metric` key."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -215,10 +215,10 @@ class Trial(BaseModel):
     state: str
 
 
-class Search(Part):
+class ReportSearch(Part):
     metric: str
-    trials: list[Trial]
-    best: Trial | None = None
+    trials: list[ReportTrial]
+    best: ReportTrial | None = None
 
 
 Table = Annotated[dict[str, Any], BeforeValidator(dict)]
@@ -241,14 +241,14 @@ class Report(Part):
     recipe_digest: str
     technique: str
     setting: str
-    data: Data
+    data: ReportData
     classes: list[str]
     seeds: list[int]
-    teacher: Teacher
-    control: Model
-    student: Model
+    teacher: ReportTeacher
+    control: ReportModel
+    student: ReportModel
     beside: dict[str, Beside] = {}
-    artefact: Artefact
+    artefact: ReportArtefact
     retention: Retentions
     gap_closed: Ratio
     gap_words: str
@@ -256,7 +256,7 @@ class Report(Part):
     gains: dict[str, Ratio] = {}
     compression: Compression
     training_cost: Cost
-    store: Store
+    store: ReportStore
     mlflow: Tracking
     warnings: list[str]
     per_class: list[ClassRow]
@@ -264,7 +264,7 @@ class Report(Part):
     confusion_seed: int
     curves: dict[str, dict[str, list[Table]]]
     valence: Histogram | None
-    search: Search | None
+    search: ReportSearch | None
     machine: Table
     versions: Table
     inputs: str = ""

@@ -156,7 +156,7 @@ def table(report: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"{a:<20}{b:>14}{c:>14}{d:>12}   {e}" for a, b, c, d, e in [head, *rows_of(report)]]
-    lines += ["", *(f"{name:<26}{text}" for name, text in figures(report))]
+    lines += ["", *(f"{name:<26}{text}" for name, text in figure_lines(report))]
     lines += (
         ["", *(wrapped(f"! {text}") for text in report["warnings"])] if report["warnings"] else []
     )
@@ -168,7 +168,7 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDTH, subsequent_indent="  "))
 
 
-def figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def figure_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) of every ratio that was measured."""
     found = []
     for name in RETENTIONS:

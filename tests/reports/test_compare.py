@@ -23,8 +23,9 @@ from raykd.errors import DataError, RecipeError, StoreError
 from raykd.files.atomic import read_json, write_json
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers, bootstrap, compare, evidence
-from raykd.reports.compare import page, runs, table, words
+from raykd.reports.compare import comparison_page, comparison_text, runs, table
 from raykd.reports.evidence import Evidence
+from raykd.training import run_files
 
 CLASSES = [
     "Biceps curl",
@@ -218,9 +219,9 @@ def test_the_interval_is_that_of_theory(first, tmp_path):
 
 def test_what_differs_is_said_by_its_dotted_key(first, second):
     changed = build(first, second)["runs"][1]["changes"]
-    assert [words.change(c) for c in changed] == ["terms.valence.weight: - -> 0.5"]
+    assert [comparison_text.change(c) for c in changed] == ["terms.valence.weight: - -> 0.5"]
     back = build(second, first)["runs"][1]["changes"]
-    assert [words.change(c) for c in back] == ["terms.valence.weight: 0.5 -> -"]
+    assert [comparison_text.change(c) for c in back] == ["terms.valence.weight: 0.5 -> -"]
 
 
 def test_a_file_elsewhere_with_the_same_content_is_no_change(first, tmp_path):
@@ -244,7 +245,7 @@ def test_what_the_runs_do_not_share_is_warned_of(first, tmp_path):
     keys = {"optim": {"steps": 40}, "data": {"label_fraction": 0.1}, "teacher": teacher}
     other = write(tmp_path / "other", replace(found, thriving=~found.thriving), **keys)
     warned = build(first, other)["warnings"]
-    for text in (*words.DIFFERING.values(), words.UNLIKE, "different seeds"):
+    for text in (*comparison_text.DIFFERING.values(), comparison_text.UNLIKE, "different seeds"):
         assert any(text in line for line in warned), text
     assert build(first, write(tmp_path / "same", world(RATES)))["warnings"] == []
 
@@ -260,7 +261,7 @@ def test_a_first_run_without_a_teacher_is_held_against_all_the_same(second, tmp_
     assert made["thriving_of"] == second.name
     assert made["runs"][1]["thriving"]["value"] > 0
     assert made["runs"][0]["gap_closed"]["value"] is None
-    assert "kd" in words.table(made)
+    assert "kd" in comparison_text.table(made)
 
 
 def spoil(folder: Path, found: Evidence, how: str) -> None:
@@ -271,9 +272,9 @@ def spoil(folder: Path, found: Evidence, how: str) -> None:
         case "no run":
             (folder / "recipe.json").unlink()
         case "no answers":
-            (folder / answers.NAME).unlink()
+            (folder / run_files.ANSWERS).unlink()
         case "damaged answers":
-            (folder / answers.NAME).write_bytes(b"PAR1 and nothing more PAR1")
+            (folder / run_files.ANSWERS).write_bytes(b"PAR1 and nothing more PAR1")
         case "damaged report":
             write_json(
                 folder / "report.json", read_json(folder / "report.json") | {"seeds": "many"}
@@ -344,7 +345,7 @@ def test_answers_survive_a_round_trip_without_unlabelled_rows(tmp_path):
     assert back.student.keys() == found.student.keys()
     for seed, said in back.student.items():
         np.testing.assert_array_equal(said, found.student[seed][5:])
-    kept = set(pq.read_table(tmp_path / answers.NAME).column_names)
+    kept = set(pq.read_table(tmp_path / run_files.ANSWERS).column_names)
     assert {"teacher", "artefact", "control-2", "student-0"} <= kept
 
 
@@ -352,7 +353,7 @@ def test_answers_survive_a_round_trip_without_unlabelled_rows(tmp_path):
     "columns", [{"row_id": [1]}, {"row_id": [1], "label": ["a"], "group": [0]}]
 )
 def test_answers_of_other_columns_are_damaged(tmp_path, columns):
-    pq.write_table(pa.table(columns), tmp_path / answers.NAME)
+    pq.write_table(pa.table(columns), tmp_path / run_files.ANSWERS)
     with pytest.raises(StoreError, match="damaged"):
         answers.read(tmp_path)
 
@@ -372,7 +373,7 @@ def test_the_folder_is_whole_and_the_same_inputs_name_the_same_folder(first, sec
 
 
 def test_a_page_that_can_not_be_drawn_leaves_nothing(first, second, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.page, "render", lambda made: 1 / 0)
+    monkeypatch.setattr(comparison_page, "render", lambda made: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare.compare([first, second], tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -382,7 +383,7 @@ def test_the_page_needs_no_network_and_names_are_text_never_markup(first, tmp_pa
     odd = ["<script>alert(1)<", '"><img src=x onerror=y>', "a$b$^{ & co", "\u4e2d\u6587"]
     others = [write(tmp_path / name, world(RATES), setting=f"<b>{name}") for name in odd]
     made = build(first, *others)
-    html = compare.page.render(made)
+    html = comparison_page.render(made)
     seen = Page(html)
     assert seen.open == []
     assert not {tag for tag, _ in seen.seen} & {"script", "link", "iframe", "img", "object", "b>"}
@@ -404,7 +405,7 @@ def test_the_table_fits_a_terminal_and_tells_every_run(first, second, tmp_path):
         tmp_path / "worse-33333333", world(RATES | {"student": 0.6}, seed=3), optim={"steps": 40}
     )
     made = build(first, second, third)
-    text = words.table(made)
+    text = comparison_text.table(made)
     assert max(map(len, text.splitlines())) <= 100
     for part in (
         first.name,
@@ -415,7 +416,9 @@ def test_the_table_fits_a_terminal_and_tells_every_run(first, second, tmp_path):
         "terms.valence.weight: - -> 0.5",
     ):
         assert part in text
-    assert words.headline(made) == f"Of 2 runs held against {first.name}: 1 better, 1 worse"
+    assert (
+        comparison_text.headline(made) == f"Of 2 runs held against {first.name}: 1 better, 1 worse"
+    )
 
 
 def test_artefacts_are_told_by_their_size_and_what_is_kept_at_it(first, tmp_path):
@@ -428,17 +431,19 @@ def test_artefacts_are_told_by_their_size_and_what_is_kept_at_it(first, tmp_path
     made = build(*folders)
     assert [run["artefact_bytes"] for run in made["runs"]] == [None, 1000, 400, 2000]
     assert [run["compression"] for run in made["runs"]] == [None, 40, 100, 20]
-    rows = words.sizes(made)
+    rows = comparison_text.sizes_by_run(made)
     assert [row[:3] for row in rows] == [
         ("of-1000", "1,000", "40x"),
         ("of-400", "400", "100x"),
         ("of-2000", "2,000", "20x"),
     ]
-    assert all(row[1] in words.table(made) for row in rows)
-    html = page.render(made)
+    assert all(row[1] in comparison_text.table(made) for row in rows)
+    html = comparison_page.render(made)
     assert "What is kept, and how much smaller the file is" in html
     assert "of-2000" in html.split('id="frontier-')[-1]
-    assert "frontier" not in page.render(build(first, write(tmp_path / "small", world(RATES))))
+    assert "frontier" not in comparison_page.render(
+        build(first, write(tmp_path / "small", world(RATES)))
+    )
 
 
 def test_the_command_line_writes_where_out_says(first, second, tmp_path):
@@ -448,7 +453,7 @@ def test_the_command_line_writes_where_out_says(first, second, tmp_path):
     assert read_json(tmp_path / "out" / f"compare-{made['digest'][:8]}" / "compare.json") == made
     assert [run["name"] for run in made["runs"]] == [first.name, second.name]
     told = raykd(tmp_path, "report", first, second, "--out", tmp_path / "out")
-    assert told.out.strip() == words.table(made)
+    assert told.out.strip() == comparison_text.table(made)
 
 
 def test_the_pipeline_compares_as_the_command_line_does(first, second, tmp_path):

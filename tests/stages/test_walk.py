@@ -18,7 +18,7 @@ from recipes import SEARCH
 from raykd.reports import answers, compare, schema
 from raykd.stages import plan, walk
 from raykd.stages.load import load
-from raykd.training import predictions
+from raykd.training import predictions, run_files
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import ArmRunner
 
@@ -80,10 +80,10 @@ def test_the_run_can_be_compared(folder, tmp_path):
 
 
 def test_a_run_reported_without_its_answers_is_reported_again(made, recipe, folder, scored):
-    kept = (folder / answers.NAME).read_bytes()
-    (folder / answers.NAME).unlink()
+    kept = (folder / run_files.ANSWERS).read_bytes()
+    (folder / run_files.ANSWERS).unlink()
     assert walk.report(load(recipe), scored) == made
-    assert (folder / answers.NAME).read_bytes() == kept
+    assert (folder / run_files.ANSWERS).read_bytes() == kept
 
 
 def test_all_trials_are_there_over_one_store_without_a_look_at_test_rows(folder, scored):

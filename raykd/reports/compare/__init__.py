@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from raykd.console import say
 from raykd.files.atomic import write_json
 from raykd.reports import bootstrap
-from raykd.reports.compare import page, runs, words
+from raykd.reports.compare import comparison_page, comparison_text, runs
 from raykd.reports.compare.changes import changes
 from raykd.reports.compare.runs import Run
-from raykd.reports.compare.table import VERSION, Comparison, Difference, Row, Verdict
+from raykd.reports.compare.table import VERSION, ComparedRun, Comparison, Difference, Verdict
 from raykd.reports.evidence import parts_of
 from raykd.reports.intervals import METRIC
 from raykd.reports.sentences import LESS, MEASURES
@@ -52,7 +52,7 @@ def build(found: Sequence[Run]) -> dict[str, Any]:
         thriving_of=thriving,
         thriving_rows=0 if rows is None else int(rows.sum()),
         runs=table,
-        warnings=words.cautions(table, first.report.data.groups)
+        warnings=comparison_text.cautions(table, first.report.data.groups)
         + _unlike(masks.values())
         + _gapless(found),
         digest=runs.digest(found),
@@ -117,10 +117,10 @@ def _judged(sample: bootstrap.Sample, is_student: bool, *, less: bool = False) -
     return Difference(**vars(found), verdict=verdict)
 
 
-def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> Row:
+def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> ComparedRun:
     report, is_first = run.report, run is first
     parts = {"thriving": None, "rest": None, "random": None} | parts_of(rows)
-    return Row(
+    return ComparedRun(
         name=run.name,
         folder=str(run.folder),
         recipe_digest=report.recipe_digest,
@@ -154,7 +154,7 @@ def _any(rows: NDArray[np.bool_] | None) -> TypeGuard[NDArray[np.bool_]]:
 
 def _unlike(masks: Iterable[NDArray[np.bool_]]) -> list[str]:
     """A warning where the teachers of the runs call different rows thriving."""
-    return [words.UNLIKE] if len({rows.tobytes() for rows in masks}) > 1 else []
+    return [comparison_text.UNLIKE] if len({rows.tobytes() for rows in masks}) > 1 else []
 
 
 def _gapless(found: Sequence[Run]) -> list[str]:
@@ -166,7 +166,7 @@ def _write(made: dict[str, Any], folder: Path) -> None:
     staged = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
         write_json(staged / "compare.json", made)
-        (staged / "compare.html").write_text(page.render(made), encoding="utf-8")
+        (staged / "compare.html").write_text(comparison_page.render(made), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(staged, folder)
     finally:

@@ -16,7 +16,7 @@ from raykd.files.digests import digest_of, file_sha256
 from raykd.generation import acceptance
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers, text_measures
-from raykd.reports.answers import Answers
+from raykd.reports.answers import RunAnswers
 from raykd.reports.compare.changes import changes
 from raykd.reports.intervals import METRIC
 from raykd.reports.schema import Report
@@ -34,7 +34,7 @@ class Run:
     folder: Path
     recipe: Recipe
     report: Report
-    answers: Answers
+    answers: RunAnswers
 
     @cached_property
     def measures(self) -> dict[str, Measure]:
@@ -159,7 +159,7 @@ def _check_metric(run: Run) -> None:
     if not run.answers.student or abs(run.answers.hits.mean() - metrics[METRIC].value) > 1e-9:
         again = f"delete report.json and type: raykd report RECIPE --out {run.folder.parent}"
         raise StoreError(
-            f"{run.folder}: {answers.NAME} and report.json are not of the same students; {again}"
+            f"{run.folder}: {run_files.ANSWERS} and report.json are not of the same students; {again}"
         )
 
 

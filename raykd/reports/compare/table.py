@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from raykd.reports.schema import Data, Estimate, Metrics, Part, Ratio, Retentions
+from raykd.reports.schema import Estimate, Metrics, Part, Ratio, ReportData, Retentions
 
 VERSION = 1
 Verdict = Literal["better", "worse", "not shown to differ"]
@@ -27,7 +27,7 @@ class Difference(Estimate):
     verdict: Verdict
 
 
-class Row(Part):
+class ComparedRun(Part):
     """One run. Its student's accuracy less the first run's, over all rows and by part; null in the
     first run itself.
 
@@ -70,9 +70,9 @@ class Comparison(Part):
         VERSION, validation_alias=AliasChoices("schema", "version"), serialization_alias="schema"
     )
     metric: str
-    data: Data
+    data: ReportData
     thriving_of: str | None
     thriving_rows: int
-    runs: list[Row]
+    runs: list[ComparedRun]
     warnings: list[str]
     digest: str

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from raykd.reports.compare.table import Row, Verdict
+from raykd.reports.compare.table import ComparedRun, Verdict
 from raykd.reports.sentences import MEASURES, count, percent, signed, span, times, wrapped
 from raykd.reports.sentences import cautions as sparse
 
@@ -26,7 +26,7 @@ DIFFERING = {
 }
 
 
-def cautions(rows: Sequence[Row], groups: int) -> list[str]:
+def cautions(rows: Sequence[ComparedRun], groups: int) -> list[str]:
     """Warnings about what the runs do not share, and about too few seeds or recordings."""
     keys = [change.key for row in rows for change in row.changes]
     found = [
@@ -55,30 +55,30 @@ def points(part: Mapping[str, Any]) -> str:
     return f"{100 * part['value']:+.1f} points ({span(part)}): {part['verdict']}"
 
 
-def share(part: Mapping[str, Any] | None, digits: int = 1) -> str:
+def share_with_interval(part: Mapping[str, Any] | None, digits: int = 1) -> str:
     """A share with its interval, as "87.0 % (83.8 to 90.2)"."""
     if part is None or part["value"] is None:
         return "-"
     return f"{percent(part['value'], digits)} ({span(part, digits)})"
 
 
-def models(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def models_by_run(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(run, teacher, control, student) of each run, accuracies with their intervals."""
     return [
-        (run["name"], *(share(run[k]) for k in ("teacher", "control", "student")))
+        (run["name"], *(share_with_interval(run[k]) for k in ("teacher", "control", "student")))
         for run in made["runs"]
     ]
 
 
-def figures(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def figures_by_run(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(technique, gap closed, kept thriving, kept rest, training cost, store bytes a row) of each
     run.
     """
     return [
         (
             run["technique"],
-            share(run["gap_closed"], 0),
-            *(share(run["retention"][k]) for k in ("thriving", "rest")),
+            share_with_interval(run["gap_closed"], 0),
+            *(share_with_interval(run["retention"][k]) for k in ("thriving", "rest")),
             times(run["training_cost"]),
             count(run["bytes_per_row"] and round(run["bytes_per_row"])),
         )
@@ -86,7 +86,7 @@ def figures(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def sizes(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def sizes_by_run(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(run, bytes of its artefact, how much smaller than its teacher, what its students keep),
     where there is one.
     """
@@ -95,14 +95,16 @@ def sizes(made: Mapping[str, Any]) -> list[tuple[str, ...]]:
             run["name"],
             count(run["artefact_bytes"]),
             times(run["compression"]),
-            share(run["retention"]["all"]),
+            share_with_interval(run["retention"]["all"]),
         )
         for run in made["runs"]
         if run["artefact_bytes"]
     ]
 
 
-def bought(made: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
+def differences_by_run(
+    made: Mapping[str, Any],
+) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
     """(run, its changes, its differences by name) of every run but the first."""
     parts = {
         "accuracy": "all rows",
@@ -138,12 +140,12 @@ def table(made: Mapping[str, Any]) -> str:
         f"{len(made['runs'])} runs on {data['name']}: {count(data['rows']['test'])} test rows of"
         f" {count(data['groups'])} recordings; 95 % intervals",
         "",
-        *_columns(MODELS, models(made)),
+        *_columns(MODELS, models_by_run(made)),
         "",
-        *_columns(FIGURES, figures(made)),
+        *_columns(FIGURES, figures_by_run(made)),
     ]
-    lines += ["", *_columns(SIZES, sizes(made))] if sizes(made) else []
-    for number, (name, changed, differences) in enumerate(bought(made), 2):
+    lines += ["", *_columns(SIZES, sizes_by_run(made))] if sizes_by_run(made) else []
+    for number, (name, changed, differences) in enumerate(differences_by_run(made), 2):
         lines += ["", f"{number:>2}  {name} less {made['runs'][0]['name']}"]
         lines += [wrapped(f"    {text}") for text in changed]
         lines += [f"    {name:<23}{text}" for name, text in differences]

@@ -5,7 +5,7 @@ from typing import Any
 
 from raykd.reports import bootstrap
 from raykd.reports.charts import COLOURS, LONGEST_NAME, bars
-from raykd.reports.compare import words
+from raykd.reports.compare import comparison_text
 from raykd.reports.page import fill
 from raykd.reports.svg import INK, svg
 
@@ -19,11 +19,11 @@ def render(made: Mapping[str, Any]) -> str:
     return fill(
         "compare.html.j2",
         made=made,
-        headline=words.headline(made),
-        models=words.models(made),
-        figures=words.figures(made),
-        sizes=words.sizes(made),
-        bought=words.bought(made),
+        headline=comparison_text.headline(made),
+        models=comparison_text.models_by_run(made),
+        figures=comparison_text.figures_by_run(made),
+        sizes=comparison_text.sizes_by_run(made),
+        bought=comparison_text.differences_by_run(made),
         charts=[(caption, Markup(drawing)) for caption, drawing in charts(made).items()],
         resamples=bootstrap.RESAMPLES,
     )
@@ -85,7 +85,7 @@ def _frontier(found: Sequence[Mapping[str, Any]]) -> str:
                 alpha=0.35,
             )
             axes.plot(size, kept, "o", color=COLOURS["student"], markersize=7)
-            text, below = words.brief(run["name"], LONGEST_NAME), number % 2
+            text, below = comparison_text.brief(run["name"], LONGEST_NAME), number % 2
             axes.annotate(
                 text,
                 (size, kept),
@@ -104,7 +104,7 @@ def _chart(name: str, caption: str, parts: Mapping[str, Mapping[str, Any]], colo
     def draw(axes: Any) -> None:
         bars(
             axes,
-            [words.brief(run, LONGEST_NAME) for run in parts],
+            [comparison_text.brief(run, LONGEST_NAME) for run in parts],
             list(parts.values()),
             [colour] * len(parts),
         )
