@@ -1,15 +1,13 @@
-"""The deployable student: a folder that is whole or absent, with what it takes to run it and proof
-that it does.
+"""The deployable student of series: a folder with what it takes to run it, whole or absent.
 
-artefact/student.safetensors   the best seed's weights, by validation accuracy; or, where it was
-trained rounded,
-         student.onnx          its codes and scales, for stock onnxruntime model.json            the
-         model's name and settings, channels, steps and class names run.py                loads both
-         and classifies a .npy file student.*             the other forms that `[export]` asks for,
-         each held against the trained student README.md             a model card to fill in
-         manifest.json         bytes and sha256 of each file; the parity, bytes by kind and latency
-         that were measured,
-                               and what is computed with in float32, with the reason
+student.safetensors   the weights of the best seed, by validation accuracy
+student.onnx          in its place if it was trained rounded: codes and scales for onnxruntime
+model.json            the model's name and settings, channels, steps and class names
+run.py                loads both and classifies a .npy file
+student.*             the other forms that `[export]` asks for, each compared with the student
+README.md             a model card to fill in
+manifest.json         bytes and sha256 of each file, the measured parity, bytes by kind, latency
+                      and what is computed in float32, with the reason
 """
 
 import json
@@ -25,8 +23,7 @@ from torch import nn
 
 from raykd import models
 from raykd.data import Dataset
-from raykd.deploy import forms, latency, packed
-from raykd.deploy import sizes as anatomy
+from raykd.deploy import forms, latency, packed, sizes
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.deploy.parity import Parity, bar_of, compare, refusal
@@ -44,41 +41,39 @@ from raykd.training.predictions import Predictions, of_logits
 
 FORMAT = "safetensors fp32"
 LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic differ by less
-WEIGHTS, ONNX = "student.safetensors", "student.onnx"
-Logits = NDArray[np.float32]
-
+WEIGHTS = "student.safetensors"
+ONNX = "student.onnx"
+MODEL = "model.json"
 ALONE = 512  # test rows that are answered one by one, too
+
+Logits = NDArray[np.float32]
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` in a run folder, with its answers on the test rows beside, and give its
-    manifest.
+    """Write `artefact/` in a run folder, its answers on the test rows beside it; its manifest.
 
-    GateError, and no folder, if it answers otherwise.
+    GateError, and no folder, if it answers otherwise than the trained student.
     """
-    # the answers of an artefact that is about to go
+    # Those of an artefact that is about to be replaced.
     (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
     seed = best_seed(recipe, folder)
     arm = run_files.student(folder, seed)
+    quant = recipe.quant
     with whole_folder(run_files.artefact(folder)) as staged:
-        write_json(staged / "model.json", _model(recipe, dataset))
+        write_json(staged / MODEL, _model(recipe, dataset))
         (staged / WEIGHTS).write_bytes((arm / run_files.WEIGHTS).read_bytes())
-        quant = recipe.quant
         measured = _rounded(recipe, dataset, staged, quant) if quant else {}
-        copy_cards(
-            staged, f"{recipe.name} ({recipe.technique})", run="run_onnx.py" if quant else "run.py"
-        )
+        title = f"{recipe.name} ({recipe.technique})"
+        copy_cards(staged, title, run="run_onnx.py" if quant else "run.py")
         trained = predictions.read(arm / run_files.PREDICTIONS).logits
         answers = predict(staged, dataset)
         assert trained is not None
         assert answers.logits is not None
         parity = _parity(staged, dataset, trained, answers.logits, quant)
         form_parity = _forms(recipe, dataset, staged, arm, trained)
-        manifest = (
-            _manifest(staged, seed, quant, parity)
-            | measured
-            | {"export": recipe.export.model_dump()}
-        )
+        manifest = _manifest(staged, seed, quant, parity)
+        manifest |= measured
+        manifest |= {"export": recipe.export.model_dump()}
         for name, measures in form_parity.items():
             manifest["files"][name] |= {"parity": measures}
         write_json(staged / run_files.MANIFEST, manifest)
@@ -87,12 +82,12 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def is_whole(folder: Path, asked: Export) -> bool:
-    """Whether an artefact stands in a folder, in just the forms that are asked for, and none of its
-    files is gone.
-    """
+def is_whole(folder: Path, forms_table: Export) -> bool:
+    """Whether a folder holds an artefact with all its files, in just the forms of `[export]`."""
     manifest = read_json(folder / run_files.MANIFEST)
-    if manifest is None or manifest.get("export", Export().model_dump()) != asked.model_dump():
+    if manifest is None:
+        return False
+    if manifest.get("export", Export().model_dump()) != forms_table.model_dump():
         return False
     return all((folder / name).is_file() for name in manifest["files"])
 
@@ -100,10 +95,10 @@ def is_whole(folder: Path, asked: Export) -> bool:
 def _forms(
     recipe: Recipe, dataset: Dataset, staged: Path, arm: Path, trained: Logits
 ) -> dict[str, Parity]:
-    """Write what `[export]` asks for; the parity of each file by its name."""
+    """Write what `[export]` asks for; {file: its parity}."""
     if not forms.asked(recipe.export):
         return {}
-    described = json.loads((staged / "model.json").read_bytes())
+    described = _described(staged)
 
     def student() -> nn.Module:
         return _student(described, arm / run_files.WEIGHTS).eval()
@@ -117,25 +112,25 @@ def _forms(
 
 
 def copy_cards(folder: Path, title: str, *, run: str, readme: str = "README.md") -> None:
-    """Write run.py and README.md of a student called `title`, from the cards of these names."""
+    """Write run.py and README.md for a student called `title`, from the cards of these names."""
     for name, card in (("run.py", run), ("README.md", readme)):
         text = (resources.files("raykd.deploy") / "card" / card).read_text()
         (folder / name).write_text(text.replace("STUDENT", title))
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name: bytes and sha256} of every file of a folder."""
+    """{name: bytes and sha256} of every file in a folder."""
     return {
-        p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
-        for p in sorted(folder.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
     }
 
 
 def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
-    """Write the ONNX file in place of the weights; its anatomy and latency."""
+    """Write the ONNX file in place of the weights; the sizes and latency for the manifest."""
     rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
     module = load_artefact(staged).module
-    tensors = anatomy.tensors_of(module)
+    tensors = sizes.tensors_of(module)
     file = write_onnx.to_onnx(module, rows)
     (staged / ONNX).write_bytes(file)
     (staged / WEIGHTS).unlink()
@@ -145,48 +140,84 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
         for name, ref in refs.items()
         if ref
     }
-    measured = latency.latency(file, others, rows[:1])
-    float32 = [each._asdict() for each in swap.left(others["fp32 student"], quant)]
-    sizes = anatomy.bytes_of(file, tensors)
     return {
+        "latency": latency.latency(file, others, rows[:1]),
         "tensors": tensors,
-        "bytes_by_kind": sizes,
-        "latency": measured,
-        "computed_in_float32": float32,
+        "bytes_by_kind": sizes.bytes_of(file, tensors),
+        "computed_in_float32": [
+            layer._asdict() for layer in swap.left(others["fp32 student"], quant)
+        ],
     }
 
 
 def load_artefact(folder: Path) -> Adapter:
-    """The model of an artefact folder, ready to answer."""
-    return Adapter(
-        _student(json.loads((folder / "model.json").read_bytes()), folder / WEIGHTS)
-    ).eval()
+    """The student of an artefact folder in full precision, in eval mode.
+
+    Called with inputs (B, T, K) and a mask (B, T), it gives the `Signals` of its model. A rounded
+    student is executed by onnxruntime: see run.py beside it, or `unpack_artefact`.
+
+    Example:
+        >>> import json, tempfile
+        >>> from safetensors.torch import save_file
+        >>> from raykd.models.series_encoder import SeriesEncoder
+        >>> folder, settings = Path(tempfile.mkdtemp()), {"width": 16, "heads": 2, "layers": 1}
+        >>> described = {"model": "series", "settings": settings, "classes": ["left", "right"]}
+        >>> described |= {"channels": 6, "steps": 50}
+        >>> _ = (folder / "model.json").write_text(json.dumps(described))
+        >>> student = SeriesEncoder(channels=6, classes=2, steps=50, **settings)
+        >>> save_file(student.state_dict(), folder / "student.safetensors")
+        >>> signals = load_artefact(folder)(torch.zeros(3, 50, 6), torch.ones(3, 50).bool())
+        >>> signals.sequence_logits().shape
+        torch.Size([3, 2])
+    """
+    return Adapter(_student(_described(folder), folder / WEIGHTS)).eval()
 
 
 def unpack_artefact(folder: Path) -> Adapter:
-    """The rounded student of an artefact folder with a packed file, ready to answer.
+    """The rounded student of an artefact folder with a packed file, in eval mode.
 
-    StoreError if it is damaged.
+    It answers as the trained student. StoreError if the file is damaged.
+
+    Example:
+        >>> import json, tempfile
+        >>> from raykd.models.series_encoder import SeriesEncoder
+        >>> from raykd.training.phases import round_as
+        >>> folder, settings = Path(tempfile.mkdtemp()), {"width": 16, "heads": 2, "layers": 1}
+        >>> described = {"model": "series", "settings": settings, "classes": ["left", "right"]}
+        >>> described |= {"channels": 6, "steps": 50}
+        >>> _ = (folder / "model.json").write_text(json.dumps(described))
+        >>> student = SeriesEncoder(channels=6, classes=2, steps=50, **settings)
+        >>> round_as(student, Quant(weights="ternary"))
+        >>> _ = (folder / "student.packed.safetensors").write_bytes(packed.write(student))
+        >>> signals = unpack_artefact(folder)(torch.zeros(3, 50, 6), torch.ones(3, 50).bool())
+        >>> signals.sequence_logits().shape
+        torch.Size([3, 2])
     """
-    module = _built(json.loads((folder / "model.json").read_bytes()))
+    module = _built(_described(folder))
     packed.read((folder / forms.FILES["packed"]).read_bytes(), module)
     return Adapter(module).eval()
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """The model.json of an artefact folder."""
+    return json.loads((folder / MODEL).read_bytes())
 
 
 def _built(described: Mapping[str, Any]) -> nn.Module:
     """The module that a model.json describes, in full precision and untrained."""
     ref = ModelRef(model=described["model"], settings=described["settings"])
-    shape = {key: described[key] for key in ("channels", "steps")} | {
-        "classes": len(described["classes"])
+    shape = {
+        "channels": described["channels"],
+        "steps": described["steps"],
+        "classes": len(described["classes"]),
     }
     return models.build_model(ref, **shape, key="artefact")
 
 
 def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
-    """The module that a model.json describes, with trained weights, rounding as its last phase
-    does.
-    """
-    module, quant = _built(described), described.get("quant")
+    """The module that a model.json describes, with trained weights, rounded as its last phase."""
+    module = _built(described)
+    quant = described.get("quant")
     if quant:
         phases.round_as(module, Quant.model_validate(quant))
     models.load_weights(module, weights, "artefact")
@@ -222,7 +253,7 @@ def _parity(
 ) -> Parity:
     """How far the artefact's logits (N, C) are from the trained student's on the test split.
 
-    GateError if too far.
+    GateError if they are too far.
     """
     where = f"{len(trained)} test rows"
     if quant is None:
@@ -235,7 +266,7 @@ def _parity(
 
 
 def _same(trained: Logits, answered: Logits, where: str) -> Parity:
-    """The same of an artefact that holds the trained weights themselves."""
+    """The same for an artefact that holds the trained weights themselves."""
     worst = float(np.abs(trained - answered).max())
     if not worst <= LARGEST_DIFFERENCE:
         raise refusal(f"by {worst:.3g}, more than {LARGEST_DIFFERENCE:g}", where)
@@ -246,14 +277,13 @@ def _same(trained: Logits, answered: Logits, where: str) -> Parity:
 def _manifest(
     staged: Path, seed: int, quant: Quant | None, parity: dict[str, float]
 ) -> dict[str, Any]:
+    """What the manifest of every artefact says."""
     files = files_of(staged)
-    size = files[ONNX if quant else WEIGHTS]["bytes"]
-    name = f"onnx {quant.weights}" if quant else FORMAT
     return {
         "schema": 1,
-        "format": name,
+        "format": f"onnx {quant.weights}" if quant else FORMAT,
         "seed": seed,
-        "bytes": size,
+        "bytes": files[ONNX if quant else WEIGHTS]["bytes"],
         "parity": parity,
         "files": files,
     }

@@ -1,13 +1,12 @@
-"""The other forms of a student that a recipe's `[export]` asks for, each held against the trained
-student's answers.
+"""The other forms of a student that `[export]` asks for, each compared with the trained student.
 
-    stream   student.stream.onnx          `onnx.write_stream`: a window step by step packed
-    student.packed.safetensors   `packed`: a rounded student in the fewest bytes, for storage pte
-    student.pte                  `pte`: an ExecuTorch program, one window to a call gguf
-    student.gguf                 `gguf.write`: a language model for llama.cpp (`text_artefact`)
+    stream   student.stream.onnx          onnx/write_stream: a window read step by step
+    packed   student.packed.safetensors   packed: a rounded student in the fewest bytes
+    pte      student.pte                  pte: an ExecuTorch program, one window per call
+    gguf     student.gguf                 gguf/write: a language model for llama.cpp
 
-Each of the first three is opened again and asked all test rows. GateError if it misses the bar of
-its arithmetic.
+Each of the first three is opened again and answers all test rows. GateError if it misses the bar
+of its arithmetic. `text_artefact` writes the last.
 """
 
 from collections.abc import Callable
@@ -37,12 +36,12 @@ FILES = {
     "stream": "student.stream.onnx",
     "packed": "student.packed.safetensors",
     "pte": "student.pte",
+    "gguf": "student.gguf",
 }
-FILES |= {"gguf": "student.gguf"}
 OF_TEXT = {"gguf"}
 
 Logits = NDArray[np.float32]
-Module = Callable[[], nn.Module]  # a new one at each call, for who writes it takes it over
+Module = Callable[[], nn.Module]  # gives a new one at each call, because writing a form changes it
 
 
 def asked(export: Export) -> list[str]:
@@ -51,8 +50,9 @@ def asked(export: Export) -> list[str]:
 
 
 def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bool = False) -> None:
-    """RecipeError, each fault with its key, if a student of this kind and last Quant has no such
-    form.
+    """RecipeError, with the key of each fault, if a student has no such form.
+
+    `quant` is that of its last phase, `is_text` whether its rows are text.
     """
     wrong = [form for form in asked(export) if (form in OF_TEXT) != is_text]
     kind = "series" if is_text else "text"
@@ -64,8 +64,11 @@ def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bo
     if export.stream:
         problems += _refused("stream", lambda: write_stream.check(module))
     if export.packed and quant is None:
-        what = "this student is not rounded, and student.safetensors holds it; write packed = false, or a last phase"
-        problems.append(Problem("export.packed", f"{what} with a quant"))
+        what = (
+            "this student is not rounded, and student.safetensors holds it; "
+            "write packed = false, or a last phase with a quant"
+        )
+        problems.append(Problem("export.packed", what))
     if export.pte and quant is not None:
         problems += _refused("pte", lambda: pte.check(quant))
     if export.pte and find_spec("executorch") is None:
@@ -85,117 +88,112 @@ def write(
     student: Module,
     plain: Module,
 ) -> dict[str, Parity]:
-    """Write each form into a folder, and how to use it into README.md there; their parity by the
-    file's name.
+    """Write each form into a folder, and how to use it into README.md there; {file: its parity}.
 
-    `trained` (N, C) are the sequence logits of the test `rows`. `student` gives the trained module,
-    rounding as its last phase does, and `plain` the module as its model builds it.
+    `trained` (N, C) are the trained student's sequence logits of the test `rows`. `student` gives
+    that student, rounded as in its last phase, and `plain` the module as its model builds it.
     """
-    found = {}
+    parity = {}
     for form in asked(export):
         path = folder / FILES[form]
         if form == "stream":
             path.write_bytes(write_stream.to_onnx(_encoder(student())))
-            found[path.name] = _stream_parity(path, rows, trained, quant, student)
+            parity[path.name] = _stream_parity(path, rows, trained, quant, student)
         elif form == "packed":
             path.write_bytes(packed.write(student()))
-            found[path.name] = compare(
-                trained, _unpacked(path, rows, plain()), bar_of(quant), _where(rows, path.name)
-            )
+            answers = _packed_logits(path, rows, plain())
+            parity[path.name] = compare(trained, answers, bar_of(quant), _where(rows, path.name))
         else:
             path.write_bytes(_program(student(), torch.from_numpy(rows.inputs[:1].copy()), quant))
-            # XNNPACK rounds activations in a way of its own, those of students trained with float
-            # ones too
+            # XNNPACK rounds activations in a way of its own, also those of students that were
+            # trained with float ones.
             bar = BLOCKS if quant else bar_of(None)
-            found[path.name] = compare(trained, _executed(path, rows), bar, _where(rows, path.name))
+            answers = _program_logits(path, rows)
+            parity[path.name] = compare(trained, answers, bar, _where(rows, path.name))
         with (folder / "README.md").open("a") as card:
             card.write("\n" + (resources.files("raykd.deploy") / "card" / f"{form}.md").read_text())
-    return found
+    return parity
 
 
 def _where(rows: Rows, name: str) -> str:
-    """On what a form is compared, as an error names it."""
+    """Which rows a form is compared on, as an error names them."""
     return f"{len(rows)} test rows, as {name} answers them"
 
 
 def _stream_parity(
     path: Path, rows: Rows, trained: Logits, quant: Quant | None, student: Module
 ) -> Parity:
-    """Of whole windows; and step by step, `step_agreement`, where activations of one call share no
-    range with others.
+    """The parity of whole windows, and of reading step by step: `step_agreement`.
 
-    Where they do, a step by itself is held against the module that reads the same steps.
+    Where activations of a call share a range, a single step is compared with the module that reads
+    the same steps, else with the trained student.
     """
-    bar, steps = bar_of(quant), rows.inputs.shape[1]
-    found = compare(trained, _read(path, rows, steps), bar, _where(rows, path.name))
-    apart, by_step = quant is not None and quant.over_the_call, _read(path, rows, 1)
-    compare(
-        _read_by_torch(_encoder(student()), rows) if apart else trained,
-        by_step,
-        bar,
-        _where(rows, f"{path.name}, step by step,"),
-    )
-    return found | {"step_agreement": float((trained.argmax(1) == by_step.argmax(1)).mean())}
+    bar = bar_of(quant)
+    whole = _stream_logits(path, rows, rows.inputs.shape[1])
+    parity = compare(trained, whole, bar, _where(rows, path.name))
+    by_step = _stream_logits(path, rows, 1)
+    expected = trained
+    if quant is not None and quant.over_the_call:
+        expected = _step_logits(_encoder(student()), rows)
+    compare(expected, by_step, bar, _where(rows, f"{path.name}, step by step,"))
+    return parity | {"step_agreement": float((trained.argmax(1) == by_step.argmax(1)).mean())}
 
 
-def _read(path: Path, rows: Rows, count: int) -> Logits:
-    """(N, C): what a stream says of all rows, `count` steps to a call."""
-    found = []
-    for part in _parts(rows):
-        stream = StreamReader(path, rows=len(part))
-        said = [
-            stream.step(part.inputs[:, i : i + count])["logits"]
-            for i in range(0, part.inputs.shape[1], count)
+def _stream_logits(path: Path, rows: Rows, count: int) -> Logits:
+    """(N, C): what a stream answers on all rows, `count` steps per call."""
+    logits = []
+    for batch in _batches(rows):
+        reader = StreamReader(path, rows=len(batch))
+        answers = [
+            reader.step(batch.inputs[:, first : first + count])["logits"]
+            for first in range(0, batch.inputs.shape[1], count)
         ]
-        found.append(onnx_session.mean_over(np.concatenate(said, 1), part.mask))
-    return np.concatenate(found)
+        logits.append(onnx_session.mean_over(np.concatenate(answers, 1), batch.mask))
+    return np.concatenate(logits)
 
 
 @torch.inference_mode()
-def _read_by_torch(module: write_stream.SeriesEncoder, rows: Rows) -> Logits:
-    """(N, C): what the module says of all rows, one step to a call."""
-    step, found = write_stream.Step(module), []
-    for part in _parts(rows):
-        inputs, state, said = (
-            torch.from_numpy(part.inputs.copy()),
-            write_stream.empty(module, len(part)),
-            [],
-        )
+def _step_logits(module: write_stream.SeriesEncoder, rows: Rows) -> Logits:
+    """(N, C): what the module answers on all rows, one step per call."""
+    step = write_stream.StreamStep(module)
+    logits = []
+    for batch in _batches(rows):
+        inputs = torch.from_numpy(batch.inputs.copy())
+        state = write_stream.empty(module, len(batch))
+        answers = []
         for i in range(inputs.shape[1]):
-            logits, _, tail, *kept = step(inputs[:, i : i + 1], *state)
-            state = (tail, kept[: len(kept) // 2], kept[len(kept) // 2 :])
-            said.append(logits)
-        found.append(onnx_session.mean_over(torch.cat(said, 1).numpy(), part.mask))
-    return np.concatenate(found)
+            answer, _, tail, *keys_and_values = step(inputs[:, i : i + 1], *state)
+            half = len(keys_and_values) // 2
+            state = (tail, keys_and_values[:half], keys_and_values[half:])
+            answers.append(answer)
+        logits.append(onnx_session.mean_over(torch.cat(answers, 1).numpy(), batch.mask))
+    return np.concatenate(logits)
 
 
-def _parts(rows: Rows) -> list[Rows]:
-    """As many rows at a time as everyone who measures a student asks it, for a range of activations
-    may be theirs.
-    """
+def _batches(rows: Rows) -> list[Rows]:
+    """Batches of EVAL_BATCH rows, as in every evaluation: activation scales may depend on them."""
     return [
-        rows.take(slice(i, i + predictions.EVAL_BATCH))
-        for i in range(0, len(rows), predictions.EVAL_BATCH)
+        rows.take(slice(first, first + predictions.EVAL_BATCH))
+        for first in range(0, len(rows), predictions.EVAL_BATCH)
     ]
 
 
-def _unpacked(path: Path, rows: Rows, module: nn.Module) -> Logits:
+def _packed_logits(path: Path, rows: Rows, module: nn.Module) -> Logits:
+    """(N, C): what a packed student answers on all rows; `module` takes it up."""
     packed.read(path.read_bytes(), module)
-    held_rows = to_device(rows, "test", None, frozenset(), torch.device("cpu"))
-    return predictions.sequence_logits(Adapter(module), held_rows)
+    device_rows = to_device(rows, "test", None, frozenset(), torch.device("cpu"))
+    return predictions.sequence_logits(Adapter(module), device_rows)
 
 
 def _program(module: nn.Module, example: Tensor, quant: Quant | None) -> bytes:
     return pte.lower(module, example) if quant is None else pte.to_pte(module, example, quant)
 
 
-def _executed(path: Path, rows: Rows) -> Logits:
-    """(N, C): what a program says of each row by itself."""
-    answers = pte.load(path.read_bytes())
-    said = np.concatenate(
-        [answers(torch.from_numpy(row[None].copy()))[0].numpy() for row in rows.inputs]
-    )
-    return onnx_session.mean_over(said, rows.mask)
+def _program_logits(path: Path, rows: Rows) -> Logits:
+    """(N, C): what a program answers on all rows, one row per call."""
+    program = pte.load(path.read_bytes())
+    answers = [program(torch.from_numpy(row[None].copy()))[0].numpy() for row in rows.inputs]
+    return onnx_session.mean_over(np.concatenate(answers), rows.mask)
 
 
 def _encoder(module: nn.Module) -> write_stream.SeriesEncoder:
@@ -205,7 +203,7 @@ def _encoder(module: nn.Module) -> write_stream.SeriesEncoder:
 
 
 def _refused(form: str, checked: Callable[[], None]) -> list[Problem]:
-    """What a form's own check says, under its key."""
+    """The problems that a form's own check finds, under its key."""
     key = f"export.{form}"
     try:
         checked()

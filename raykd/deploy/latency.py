@@ -1,8 +1,7 @@
-"""How long one row takes: an artefact beside its teacher and its full-precision student, in one
-run, on one thread.
+"""How long one row takes: an artefact beside its teacher and its student in full precision.
 
-Times are medians of interleaved rounds of this process's CPU time, which neighbours on the machine
-disturb least.
+All are timed in one run, on one thread. Times are medians of interleaved rounds of this process's
+CPU time, which other processes on the machine disturb least.
 """
 
 import platform
@@ -19,25 +18,18 @@ from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import RecipeError
 
-ROUNDS, LEAST_S = 25, 2e-3  # of a round: many calls of a quick model
-TELLING = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "asimd",
-    "asimddp",
-    "i8mm",
-)  # for int8 products
+ROUNDS = 25
+LEAST_S = 2e-3  # of a round: many calls of a quick model
+# The processor's flags that decide how fast it multiplies int8.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 
 
 def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> dict[str, Any]:
     """{rows, threads, flags}: each model's time over the artefact's, for one `row` (1, T, K).
 
-    The others are taken over. Each stands there twice, as torch executes it and, where it can be
-    written as ONNX, as onnxruntime does: rows are {model, runtime, ratio}, above 1 where the
-    artefact is quicker.
+    A row is {model, runtime, ratio}; a ratio above 1 means that the artefact is quicker. Each model
+    has a row for torch and, if it can be written as ONNX, one for onnxruntime. The `others` are
+    changed by that.
     """
     inputs = {"inputs": row.numpy()}
     runs = {("artefact", "onnxruntime"): _session(artefact, inputs)}
@@ -49,14 +41,14 @@ def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> di
         for name, module in others.items():
             try:
                 runs[name, "onnxruntime"] = _session(write_onnx.to_onnx(module, row), inputs)
-            except RecipeError:  # such a module has its torch row
+            except RecipeError:  # such a module has the row of torch alone
                 continue
         times = medians(runs)
     finally:
         torch.set_num_threads(threads)
-    own = times.pop(("artefact", "onnxruntime"))
+    of_artefact = times.pop(("artefact", "onnxruntime"))
     rows = [
-        {"model": name, "runtime": runtime, "ratio": spent / own}
+        {"model": name, "runtime": runtime, "ratio": spent / of_artefact}
         for (name, runtime), spent in times.items()
     ]
     return {"rows": rows, "threads": 1, "flags": cpu_flags()}
@@ -67,18 +59,18 @@ def medians(runs: Mapping[Any, Callable[[], Any]], rounds: int = ROUNDS) -> dict
     counts = {
         key: max(1, round(LEAST_S / max(_spent(call, 3), 1e-7))) for key, call in runs.items()
     }
-    found: dict[Any, list[float]] = {key: [] for key in runs}
+    seconds: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, call in runs.items():
-            found[key].append(_spent(call, counts[key]))
-    return {key: median(times) for key, times in found.items()}
+            seconds[key].append(_spent(call, counts[key]))
+    return {key: median(times) for key, times in seconds.items()}
 
 
 def cpu_flags() -> str:
     """The instructions of this processor that decide how fast integers are multiplied."""
     path = Path("/proc/cpuinfo")
     words = set(path.read_text().split()) if path.exists() else set()
-    return " ".join([platform.machine(), *(flag for flag in TELLING if flag in words)])
+    return " ".join([platform.machine(), *(flag for flag in FLAGS if flag in words)])
 
 
 def _spent(call: Callable[[], Any], count: int) -> float:

@@ -1,6 +1,4 @@
-"""How alike an artefact and the student it was made of must answer, and what is said where they do
-not.
-"""
+"""How close an artefact's answers must be to those of the student it was made of."""
 
 from typing import NamedTuple
 
@@ -12,23 +10,21 @@ from raykd.recipe.quant import Quant
 
 
 class Bar(NamedTuple):
-    """What an artefact must reach beside its student: differences over the largest logit, share of
-    equal decisions.
+    """What an artefact must reach: limits of differences, which are over the largest logit.
 
-    `relative` is of 99 rows in 100, `largest` of all: where activations are rounded, a sum in
-    another order flips a rounding at a tie now and then, by a whole level.
+    99 rows in 100 have a limit of their own: where activations are rounded, a sum in another order
+    now and then flips a rounding at a tie, by a whole level.
     """
 
-    relative: float
-    largest: float
-    agreement: float
+    relative: float  # the largest difference of 99 rows in 100
+    largest: float  # the largest difference of any row
+    agreement: float  # the least share of equal decisions
 
 
 EXACT = Bar(1e-5, 1e-5, 1.0)  # float activations, the same integers
 INTEGER = Bar(2e-3, 2e-2, 0.99)  # activations rounded alike
-BLOCKS = Bar(
-    2e-2, 5e-2, 0.98
-)  # activations rounded block by block as on x86; other kernels may do otherwise
+# Activations rounded block by block, as on x86; other kernels may round otherwise.
+BLOCKS = Bar(2e-2, 5e-2, 0.98)
 
 
 def bar_of(quant: Quant | None) -> Bar:
@@ -59,24 +55,26 @@ def compare(
     }
 
 
-def gate(each: NDArray[np.floating], agreement: float, bar: Bar, where: str) -> None:
-    """GateError where an artefact misses its bar:
+def gate(relative: NDArray[np.floating], agreement: float, bar: Bar, where: str) -> None:
+    """GateError if an artefact misses its bar.
 
-    `each` (N,) is an answer's difference over the largest logit.
+    `relative` (N,) are the differences of its answers over the largest logit.
     """
-    most, relative = float(np.quantile(each, 0.99)), float(each.max())
-    if not (most <= bar.relative and relative <= bar.largest and agreement >= bar.agreement):
-        said = (
-            f"by {relative:.3g} of the largest, 99 % by {most:.3g}, {agreement:.2%} decided alike"
+    most = float(np.quantile(relative, 0.99))
+    largest = float(relative.max())
+    if not (most <= bar.relative and largest <= bar.largest and agreement >= bar.agreement):
+        measured = (
+            f"by {largest:.3g} of the largest, 99 % by {most:.3g}, {agreement:.2%} decided alike"
         )
-        asked = (
+        limits = (
             f"at most {bar.largest:g}, {bar.relative:g} and at least {bar.agreement:.0%} are asked"
         )
-        raise refusal(f"{said}; {asked}", where)
+        raise refusal(f"{measured}; {limits}", where)
 
 
 def refusal(how: str, where: str) -> GateError:
-    """The error of an artefact that answers otherwise: how far, and on what."""
+    """The error of an artefact that answers otherwise: how far off, and on which rows."""
     return GateError(
-        f"export: the artefact's logits differ from the trained student's {how}, on {where}; no artefact was written"
+        f"export: the artefact's logits differ from the trained student's {how}, on {where}; "
+        "no artefact was written"
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from raykd.deploy.onnx.write import Answers, reason, slow_path
+from raykd.deploy.onnx.write import ModelOutputs, reason, slow_path
 from raykd.errors import RecipeError
 from raykd.quant import other_parameters
 from raykd.quant.swap import QuantLinear, quantised, replace
@@ -60,7 +60,9 @@ def lower(module: nn.Module, example: Tensor) -> bytes:
             raise _missing() from None
         try:
             with slow_path(), torch.no_grad():
-                exported = torch.export.export(Answers(module).eval(), (example,), strict=False)
+                exported = torch.export.export(
+                    ModelOutputs(module).eval(), (example,), strict=False
+                )
                 edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
                 program = edge.to_executorch()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The artefact of a run folder, of series or of text: refused early, written, found whole, asked."""
+"""The artefact of a run folder, of series or of text: checked early, written, asked for answers."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def write(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` of a run's best student, and beside it what it answers on the test rows.
+    """Write `artefact/` of a run's best student, and beside it its answers on the test rows.
 
     Gives the manifest. GateError, and no folder, if it answers otherwise than the student.
     """
@@ -41,7 +41,7 @@ def is_whole(recipe: Recipe, folder: Path) -> bool:
 
 
 def answer(dataset: Dataset, folder: Path) -> None:
-    """Write what an artefact answers on the test rows, if it was exported before that was kept."""
+    """Write an artefact's answers on the test rows, if it was exported before they were kept."""
     target = folder / run_files.ARTEFACT_ANSWERS
     exported = run_files.artefact(folder)
     if target.exists() or not (exported / run_files.MANIFEST).exists():

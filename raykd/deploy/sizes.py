@@ -17,41 +17,52 @@ CODES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 def tensors_of(module: nn.Module) -> list[dict[str, Any]]:
     """One row for each rounded tensor: its name, shape, kind, bytes of codes and scales, and error.
 
-    error = |W - Q(W)| / |W|, Frobenius norms, W being the weights that training kept in full
+    error = |W - Q(W)| / |W| in Frobenius norms, with W the weights that training kept in full
     precision.
     """
-    operator, values, found = operators(module), {held: value for value, held in stored(module)}, []
-    told: set[nn.Module] = set()
+    operator = operators(module)
+    values = {parametrisation: value for value, parametrisation in stored(module)}
+    rows: list[dict[str, Any]] = []
+    listed: set[nn.Module] = set()
     for name, layer in roundable(module):
-        if layer.quant is None or operator[layer] in told:  # a tied parameter is stored once
+        if layer.quant is None or operator[layer] in listed:  # a tied parameter is stored once
             continue
-        told.add(operator[layer])
+        listed.add(operator[layer])
         if isinstance(layer, Stored):
-            value, rounded, kind = values[layer], layer(values[layer]), "int8, stored"
+            value = values[layer]
+            rounded = layer(value)
+            kind = "int8, stored"
         else:
-            value, rounded, kind = layer.weight, layer.rounded(), _kind(layer)
+            value = layer.weight
+            rounded = layer.rounded()
+            kind = _kind(layer)
         sizes = {
-            buffer: held.nbytes
-            for buffer, held in operator[layer].named_buffers()
+            buffer: tensor.nbytes
+            for buffer, tensor in operator[layer].named_buffers()
             if buffer != "bias"
         }
-        row = {
-            "name": name.replace("parametrizations.", "").removesuffix(".0"),
-            "shape": list(value.shape),
-        }
-        found.append(row | {"kind": kind, "bytes": sizes, "error": _error(value, rounded)})
-    return found
+        rows.append(
+            {
+                "name": name.replace("parametrizations.", "").removesuffix(".0"),
+                "shape": list(value.shape),
+                "kind": kind,
+                "bytes": sizes,
+                "error": _error(value, rounded),
+            }
+        )
+    return rows
 
 
 def bytes_of(data: bytes, tensors: list[dict[str, Any]]) -> dict[str, int]:
-    """Bytes of a file by kind: codes, scales, float32 (biases, norms, whatever is not rounded) and
-    graph.
+    """Bytes of an ONNX file by kind: codes, scales, float32 and graph.
+
+    float32 are biases, norms and whatever is not rounded. `tensors` are those of `tensors_of`.
     """
     proto = onnx.ModelProto.FromString(data)
-    held = [(tensor.data_type, len(tensor.raw_data)) for tensor in proto.graph.initializer]
-    codes = sum(size for kind, size in held if kind in CODES)
+    sizes = [(tensor.data_type, len(tensor.raw_data)) for tensor in proto.graph.initializer]
+    codes = sum(size for kind, size in sizes if kind in CODES)
     scales = sum(row["bytes"]["scales"] for row in tensors)
-    floats = sum(size for kind, size in held if kind == onnx.TensorProto.FLOAT) - scales
+    floats = sum(size for kind, size in sizes if kind == onnx.TensorProto.FLOAT) - scales
     return {
         "codes": codes,
         "scales": scales,

@@ -1,13 +1,12 @@
-"""The deployable language model: a folder that is whole or absent, with what it takes to run it and
-proof that it does.
+"""The deployable language model: a folder with what it takes to run it, whole or absent.
 
 student.onnx     codes and scales, keys and values in and out, for stock onnxruntime
 model.json       the model's settings and its Quant
-tokenizer.json   where it is given: byte-level BPE
-student.gguf     where it is asked for: the same codes, for llama.cpp
+tokenizer.json   byte-level BPE, if there is one
+student.gguf     if `[export]` asks for it: the same codes, for llama.cpp
 run.py           loads them and continues a prompt
 README.md        a model card to fill in
-manifest.json    bytes and sha256 of each file, the parity that was measured, bytes by kind
+manifest.json    bytes and sha256 of each file, the measured parity, bytes by kind
 """
 
 import copy
@@ -45,66 +44,63 @@ from raykd.training import phases, run_files
 from raykd.training.arms import best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
-LEAST, MOST = 1000, 32  # positions that an artefact is judged on, and rows that they stand in
-ROWS = 8  # to a call
-ALONE = 2  # rows that are read token by token beside whole ones
+LEAST = 1000  # positions that an artefact is judged on, at least
+MOST = 32  # rows with these positions, at most unless LEAST needs more
+ROWS = 8  # per call
+ALONE = 2  # rows that are also read token by token
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write `artefact/` of a run over text, with its answers on the test rows beside, and give its
-    manifest: `export_decoder` of the best seed's student.
+    """Write `artefact/` of a run over text, its answers on the test rows beside it; its manifest.
+
+    It is `export_decoder` of the best seed's student. With `[drafter]`, how the file does as the
+    teacher's drafter is written, too.
     """
-    # the answers of an artefact that is about to go
+    # Those of an artefact that is about to be replaced.
     (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
     seed = best_seed(recipe, folder)
     weights = run_files.student(folder, seed) / run_files.WEIGHTS
     module = check(models.build_model(recipe.student.bare, **dataset.shape, key="student"), recipe)
-    if quant := recipe.quant:
-        phases.round_as(module, quant)
+    if recipe.quant:
+        phases.round_as(module, recipe.quant)
     models.load_weights(module, weights, "student")
-    target, title = run_files.artefact(folder), f"{recipe.name} ({recipe.technique})"
-    path = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
-    tokens, asked = _judged(dataset.splits["test"]), recipe.export
-    noted = {"seed": seed, "export": asked.model_dump()}
+    artefact = run_files.artefact(folder)
     manifest = export_decoder(
         module,
-        target,
-        tokens=tokens,
-        title=title,
-        tokenizer=path,
-        gguf=asked.gguf,
+        artefact,
+        tokens=_judged(dataset.splits["test"]),
+        title=f"{recipe.name} ({recipe.technique})",
+        tokenizer=Path(recipe.data.tokenizer) if recipe.data.tokenizer else None,
+        gguf=recipe.export.gguf,
         end=recipe.data.end,
-        noted=noted,
+        noted={"seed": seed, "export": recipe.export.model_dump()},
     )
-    if how := recipe.drafter:
-        _drafts(target, recipe, dataset, how).write(folder / run_files.DRAFTS)
-    predict(target, dataset).write(folder / run_files.ARTEFACT_ANSWERS)
+    if recipe.drafter:
+        acceptance = _acceptance(artefact, recipe, dataset, recipe.drafter)
+        acceptance.write(folder / run_files.DRAFTS)
+    predict(artefact, dataset).write(folder / run_files.ARTEFACT_ANSWERS)
     write_bytes(folder / run_files.STUDENT, weights.read_bytes())
     return manifest
 
 
-def _drafts(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Acceptance:
+def _acceptance(folder: Path, recipe: Recipe, dataset: Dataset, how: Drafter) -> Acceptance:
     """How the file itself does as the teacher's drafter."""
     assert recipe.teacher is not None
     module = models.build_model(recipe.teacher, **dataset.shape, key="teacher").eval()
-    teacher, drafter = (
-        judge_drafter.reader(module, "teacher"),
-        OnnxReader(Decoder(folder / ONNX, rows=1)),
-    )
-    text = TextShape(
-        dataset.shape["steps"], dataset.classes.index(recipe.data.end), len(dataset.classes)
-    )
+    teacher = judge_drafter.reader(module, "teacher")
+    drafter = OnnxReader(Decoder(folder / ONNX, rows=1))
     test = dataset.splits["test"]
-    return judge_drafter.judge(
-        teacher, drafter, test, how, text, judge_drafter.teacher_texts(teacher, test, how, text)
+    shape = TextShape(
+        steps=dataset.shape["steps"],
+        eos=dataset.classes.index(recipe.data.end),
+        vocab=len(dataset.classes),
     )
+    texts = judge_drafter.teacher_texts(teacher, test, how, shape)
+    return judge_drafter.judge(teacher, drafter, test, how, shape, texts)
 
 
 def check(module: nn.Module, recipe: Recipe) -> Llama:
-    """The module, if it is one that can be exported with the recipe's tokeniser.
-
-    RecipeError otherwise.
-    """
+    """The module, if it can be exported with the recipe's tokeniser. RecipeError otherwise."""
     if not isinstance(module, Llama):
         raise RecipeError(
             f"student.model: a {type(module).__name__} has no form that writes text; "
@@ -116,32 +112,35 @@ def check(module: nn.Module, recipe: Recipe) -> Llama:
 
 def predict(folder: Path, dataset: Dataset) -> Predictions:
     """The artefact's predictions of the test split, whose rows hold one document each."""
-    rows, parts, decoder = dataset.splits["test"], [], Decoder(folder / ONNX)
+    rows = dataset.splits["test"]
+    decoder = Decoder(folder / ONNX)
+    answers: list[NDArray[np.int64]] = []
+    log_q: list[NDArray[np.float32]] = []
     for first in range(0, len(rows), ROWS):
-        part = rows.take(slice(first, first + ROWS))
-        decoder.reset(len(part))
-        z = decoder.step(part.inputs[..., 0].astype(np.int64))[part.mask].astype(np.float64)
-        log_q = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
-        true = part.label[part.mask]
-        own = np.take_along_axis(log_q, true.clip(min=0)[:, None], 1)[:, 0]
-        parts.append((z.argmax(1), np.where(true >= 0, own, np.nan).astype(np.float32)))
-    answer, log_q = (np.concatenate(values) for values in zip(*parts, strict=True))
+        batch = rows.take(slice(first, first + ROWS))
+        decoder.reset(len(batch))
+        z = decoder.step(batch.inputs[..., 0].astype(np.int64))[batch.mask].astype(np.float64)
+        log_softmax = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+        label = batch.label[batch.mask]
+        of_label = np.take_along_axis(log_softmax, label.clip(min=0)[:, None], 1)[:, 0]
+        answers.append(z.argmax(1))
+        log_q.append(np.where(label >= 0, of_label, np.nan).astype(np.float32))
     places = TestPlaces.of(rows)
-    return Predictions(places.place, places.label, answer, log_q)
+    return Predictions(places.place, places.label, np.concatenate(answers), np.concatenate(log_q))
 
 
 def _judged(rows: Rows) -> Tensor:
-    """(N, T) tokens of a split whose rows hold one document: its beginnings of one length, as many
-    as there can be.
+    """(N, T) tokens of a split whose rows hold one document: beginnings of rows, of one length.
+
+    The length is the one that gives the most positions.
     """
     steps = np.arange(1, rows.mask.shape[1] + 1)
     length = np.where(rows.mask, steps, 0).max(1)
     most = np.maximum(MOST, -(-LEAST // np.maximum(steps - 1, 1)))
-    held = np.minimum((length[:, None] >= steps).sum(0), most)
-    best = int((held * (steps - 1)).argmax())
-    return torch.from_numpy(
-        rows.inputs[length > best][: most[best], : best + 1, 0].astype(np.int64)
-    )
+    count = np.minimum((length[:, None] >= steps).sum(0), most)  # rows of each length
+    best = int((count * (steps - 1)).argmax())
+    long_enough = rows.inputs[length > best][: most[best]]
+    return torch.from_numpy(long_enough[:, : best + 1, 0].astype(np.int64))
 
 
 def export_decoder(
@@ -155,15 +154,14 @@ def export_decoder(
     end: str = "<|endoftext|>",
     noted: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write the folder of a Llama, its layers rounded or not, and give its manifest. The module is
-    not changed.
+    """Write the folder of a Llama, its layers rounded or not; its manifest.
 
-    With `gguf` a file for llama.cpp stands beside, with the same codes; `end` is the tokeniser's
-    token that ends a text. What is `noted` goes into the manifest.
+    The module is not changed. `tokens` (N, T) int64 is text that it was not trained on. With `gguf`
+    a file for llama.cpp is added, with the same codes; `end` is the tokeniser's token that ends a
+    text. `noted` goes into the manifest.
 
-    `tokens` (N, T) int64 is text that it was not trained on. GateError, and no folder, where the
-    file answers otherwise; DataError for too few tokens, RecipeError where the tokeniser is another
-    or the module has no ONNX form.
+    GateError, and no folder, if the file answers otherwise than the module; DataError for too few
+    tokens; RecipeError if the tokeniser is another's, or the module has no ONNX form.
     """
     tokens = tokens.cpu()
     _check(module, tokens, tokenizer)
@@ -179,10 +177,13 @@ def export_decoder(
         copy_cards(staged, title, run="run_lm.py", readme="README_lm.md")
         if gguf:
             write_gguf.write(trained, staged / FILES["gguf"], tokenizer=tokenizer, end=end)
-        name = f"onnx {quant.weights}" if quant else "onnx fp32"
-        manifest = {"schema": 1, "format": name, "bytes": len(file), "files": files_of(staged)}
-        manifest |= {"parity": _parity(trained, staged / ONNX, tokens, quant), "tensors": tensors}
-        manifest |= {
+        manifest = {
+            "schema": 1,
+            "format": f"onnx {quant.weights}" if quant else "onnx fp32",
+            "bytes": len(file),
+            "files": files_of(staged),
+            "parity": _parity(trained, staged / ONNX, tokens, quant),
+            "tensors": tensors,
             "bytes_by_kind": sizes.bytes_of(file, tensors),
             "computed_in_float32": _left(trained, quant),
         }
@@ -196,25 +197,27 @@ def _check(module: Llama, tokens: Tensor, tokenizer: Path | None) -> None:
     steps = module.settings["steps"]
     if tokens.dim() != 2 or not 2 <= count <= steps or rows * (count - 1) < LEAST:
         raise DataError(
-            f"tokens: {rows} rows of {count}; give rows of 2 to {steps}, with {LEAST:,} tokens that follow another"
+            f"tokens: {rows} rows of {count}; give rows of 2 to {steps}, "
+            f"with {LEAST:,} tokens that follow another"
         )
     if tokenizer is not None:
         _check_tokenizer(module, tokenizer)
 
 
 def _check_tokenizer(module: Llama, path: Path) -> None:
-    found, classes = len(byte_bpe.read(path).tokens), module.settings["classes"]
-    if found != classes:
+    tokens = len(byte_bpe.read(path).tokens)
+    classes = module.settings["classes"]
+    if tokens != classes:
         raise RecipeError(
-            f"tokenizer {path}: {found} tokens, and the model has {classes} classes; name its own"
+            f"tokenizer {path}: {tokens} tokens, and the model has {classes} classes; name its own"
         )
 
 
 def _quant(module: Llama) -> Quant | None:
     """The Quant that the module's rounded layers share."""
-    found = [layer.quant for _, layer in swap.quantised(module) if layer.quant is not None]
-    assert all(quant == found[0] for quant in found), "layers under different Quants"
-    return found[0] if found else None
+    quants = [layer.quant for _, layer in swap.quantised(module) if layer.quant is not None]
+    assert all(quant == quants[0] for quant in quants), "layers under different Quants"
+    return quants[0] if quants else None
 
 
 def _model(module: Llama, quant: Quant | None) -> dict[str, Any]:
@@ -226,82 +229,84 @@ def _left(module: Llama, quant: Quant | None) -> list[dict[str, Any]]:
     if quant is None:
         return []
     with torch.device("meta"):
-        return [each._asdict() for each in swap.left(Llama(**module.settings), quant)]
+        return [layer._asdict() for layer in swap.left(Llama(**module.settings), quant)]
 
 
-class Read(NamedTuple):
-    """What was answered at each position:
+class _Answers(NamedTuple):
+    """What was answered at each position of rows (N, T)."""
 
-    (N, T) decisions, (N, T - 1) log-probabilities of what followed there.
-    """
-
-    decided: NDArray[np.int64]
-    following: NDArray[np.float64]
+    decided: NDArray[np.int64]  # (N, T): the likeliest token
+    following: NDArray[np.float64]  # (N, T - 1): log-probabilities of the tokens that followed
 
 
 def _parity(trained: Llama, file: Path, tokens: Tensor, quant: Quant | None) -> dict[str, Any]:
-    """Module and file over the same tokens in the same calls. GateError if apart.
+    """Module and file compared over the same tokens in the same calls. GateError if they differ.
 
-    Rows are read in two calls, the cache between them. Where activations are rounded over a call,
-    one flip at a tie may move the range of all that is in it; there each token is read by itself,
-    as a text is written.
+    Rows are read in two calls, with the cache between them. Where activations are rounded over a
+    call, one flip at a tie may move the range of everything in that call. There each token is read
+    by itself, as a text is written.
     """
-    held, count = tokens.numpy(), tokens.shape[1]
-    halves, singly = [0, count // 2, count], list(range(count + 1))
+    texts = tokens.numpy()
+    count = tokens.shape[1]
+    halves = [0, count // 2, count]
+    singly = list(range(count + 1))
     by_call = quant is not None and quant.over_the_call
-    together, cuts = (1, singly) if by_call else (ROWS, halves)
-    apart, largest = [], 0.0
-    reads: dict[str, list[Read]] = {"trained": [], "artefact": []}
-    for first in range(0, len(held), together):
-        rows = held[first : first + together]
-        wanted, found = _of_module(trained, rows, cuts), _of_file(file, rows, cuts)
-        apart.append(np.abs(found - wanted).max(-1).ravel())
-        largest = max(largest, float(np.abs(wanted).max()))
-        reads["trained"].append(_read(wanted, rows))
-        reads["artefact"].append(_read(found, rows))
-    each = np.concatenate(apart)
+    batch = 1 if by_call else ROWS
+    cuts = singly if by_call else halves
+    differences: list[NDArray[np.float32]] = []
+    largest = 0.0
+    answers: dict[str, list[_Answers]] = {"trained": [], "artefact": []}
+    for first in range(0, len(texts), batch):
+        rows = texts[first : first + batch]
+        of_module = _module_logits(trained, rows, cuts)
+        of_file = _file_logits(file, rows, cuts)
+        differences.append(np.abs(of_file - of_module).max(-1).ravel())
+        largest = max(largest, float(np.abs(of_module).max()))
+        answers["trained"].append(_answers(of_module, rows))
+        answers["artefact"].append(_answers(of_file, rows))
+    difference = np.concatenate(differences)
     decided = {
-        name: np.concatenate([part.decided for part in parts]) for name, parts in reads.items()
+        name: np.concatenate([batch.decided for batch in batches])
+        for name, batches in answers.items()
+    }
+    following = {
+        name: np.concatenate([batch.following for batch in batches])
+        for name, batches in answers.items()
     }
     agreement = float((decided["trained"] == decided["artefact"]).mean())
-    gate(each / largest, agreement, bar_of(quant), f"{each.size} tokens")
-    alone = np.concatenate([_of_file(file, row[None], singly) for row in held[:ALONE]]).argmax(-1)
-    among = _of_file(file, held[:ROWS], halves)[:ALONE].argmax(-1)
+    gate(difference / largest, agreement, bar_of(quant), f"{difference.size} tokens")
+    alone = np.concatenate([_file_logits(file, row[None], singly) for row in texts[:ALONE]])
+    among = _file_logits(file, texts[:ROWS], halves)[:ALONE]
     return {
-        "positions": each.size,
-        "max_abs_diff": float(each.max()),
-        "relative": float(each.max()) / largest,
+        "positions": difference.size,
+        "max_abs_diff": float(difference.max()),
+        "relative": float(difference.max()) / largest,
         "agreement": agreement,
-        "alone_agreement": float((alone == among).mean()),
-        "nll": {
-            name: -float(np.concatenate([p.following for p in parts]).mean())
-            for name, parts in reads.items()
-        },
+        "alone_agreement": float((alone.argmax(-1) == among.argmax(-1)).mean()),
+        "nll": {name: -float(log_p.mean()) for name, log_p in following.items()},
         "accuracy": {
-            name: float((found[:, :-1] == held[:, 1:]).mean()) for name, found in decided.items()
+            name: float((tokens[:, :-1] == texts[:, 1:]).mean()) for name, tokens in decided.items()
         },
     }
 
 
-def _of_module(module: Llama, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
+def _module_logits(module: Llama, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
     """(B, T, V): the module's logits with its cache, in calls between the cuts."""
-    cache, ids = module.cache(len(rows)), torch.from_numpy(rows)
+    cache = module.cache(len(rows))
+    ids = torch.from_numpy(rows)
     with torch.inference_mode():
-        return torch.cat(
-            [module(ids[:, a:b], cache)["logits"] for a, b in pairwise(cuts)], 1
-        ).numpy()
+        logits = [module(ids[:, a:b], cache)["logits"] for a, b in pairwise(cuts)]
+        return torch.cat(logits, 1).numpy()
 
 
-def _of_file(file: Path, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
+def _file_logits(file: Path, rows: NDArray[np.int64], cuts: list[int]) -> NDArray[np.float32]:
     """(B, T, V): the file's logits, in the same calls."""
     decoder = Decoder(file, rows=len(rows))
     return np.concatenate([decoder.step(rows[:, a:b]) for a, b in pairwise(cuts)], 1)
 
 
-def _read(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> Read:
+def _answers(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> _Answers:
     before = logits[:, :-1].astype(np.float64)
     before -= before.max(-1, keepdims=True)
-    following = np.take_along_axis(before, rows[:, 1:, None], -1)[..., 0] - np.log(
-        np.exp(before).sum(-1)
-    )
-    return Read(logits.argmax(-1), following)
+    followed = np.take_along_axis(before, rows[:, 1:, None], -1)[..., 0]
+    return _Answers(logits.argmax(-1), followed - np.log(np.exp(before).sum(-1)))

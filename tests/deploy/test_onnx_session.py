@@ -71,7 +71,7 @@ def test_what_is_no_onnx_file_is_said_to_be_none(data, tmp_path):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(
-        StoreError, match=r"student.onnx can not be read as an ONNX file: .*; export it again"
+        StoreError, match=r"student.onnx cannot be read as an ONNX file: .*; export it again"
     ):
         onnx_session.session(path)
 

@@ -352,7 +352,7 @@ def test_what_has_no_operator_is_named():
             return torch.linalg.eigvals(self.layer(inputs)).real
 
     with pytest.raises(
-        RecipeError, match=r"Odd can not be written as ONNX: .*linalg_eig.*; write that part"
+        RecipeError, match=r"Odd cannot be written as ONNX: .*linalg_eig.*; write that part"
     ):
         write_onnx.to_onnx(rounding(Odd(), Quant(skip=[])), torch.randn(2, 32, 32))
     assert torch.backends.mha.get_fastpath_enabled()

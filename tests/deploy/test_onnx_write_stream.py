@@ -62,7 +62,7 @@ class Exported:
 
     def trained(self, cuts: list[int]) -> dict[str, np.ndarray]:
         """The module's answers, its past handed from call to call between the cuts."""
-        step = write_stream.Step(self.module)
+        step = write_stream.StreamStep(self.module)
         state = write_stream.empty(self.module, ROWS)
         found = []
         with torch.inference_mode():
@@ -212,7 +212,7 @@ def test_attention_maps_are_kept_of_what_was_read_before_too():
         block.attention.keep_attention = True
     module(x)
     whole = [block.attention.attention for block in module.blocks]
-    step = write_stream.Step(module)
+    step = write_stream.StreamStep(module)
     state = write_stream.empty(module, 2)
     _, _, tail, *kept = step(x[:, :10], *state)
     step(x[:, 10:], tail, kept[:2], kept[2:])
@@ -291,7 +291,7 @@ def test_the_file_and_the_module_end_where_their_positions_end(exported):
     with pytest.raises(Exception, match=r"invalid ind|out of"):
         session.run(["logits"], feed | {"inputs": np.zeros((2, 7, CHANNELS), np.float32)})
     module = encoder()
-    step = write_stream.Step(module)
+    step = write_stream.StreamStep(module)
     state = write_stream.empty(module, 2, past=10)
     with pytest.raises(
         ValueError, match="7 steps after 10, but this encoder was built for at most 16"
@@ -300,7 +300,7 @@ def test_the_file_and_the_module_end_where_their_positions_end(exported):
 
 
 def test_what_does_not_read_on_is_refused(exported):
-    with pytest.raises(StoreError, match="does not read on"):
+    with pytest.raises(StoreError, match="not a streaming ONNX file"):
         StreamReader(write_onnx.to_onnx(encoder(), torch.zeros(2, STEPS, CHANNELS)))
     for module, found in (
         (nn.Linear(3, 3), "found a Linear"),

@@ -277,7 +277,7 @@ def test_what_can_not_be_exported_is_named():
 
     quant = Quant(skip=[])
     with pytest.raises(
-        RecipeError, match=r"Odd can not be written as an ExecuTorch program: .*; write that part"
+        RecipeError, match=r"Odd cannot be written as an ExecuTorch program: .*; write that part"
     ):
         pte.to_pte(rounding(Odd(), quant), torch.randn(1, 2, 32), quant)
     assert torch.backends.mha.get_fastpath_enabled()

@@ -307,7 +307,7 @@ def test_a_model_that_can_not_be_written_is_refused():
     phase = Phase(until=1.0, quant=Quant(skip=[]))
     prepare(module, [phase])
     enter(module, phase)
-    with pytest.raises(RecipeError, match="Odd can not be written as ONNX"):
+    with pytest.raises(RecipeError, match="Odd cannot be written as ONNX"):
         write_onnx.to_onnx(module, torch.ones(2, 4, 3))
 
 

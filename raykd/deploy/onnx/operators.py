@@ -1,16 +1,16 @@
 """The operators that execute rounded layers, each as a module whose trace is its ONNX nodes.
 
-    int8, activations "int8"         DynamicQuantizeLinear, MatMulInteger, times the scales int8,
-    activations "int8_token"   a row's max|x| / 127, MatMulInteger, times the row's scale and the
-    scales int4, ternary                    com.microsoft MatMulNBits of 4 or 2 bits, codes from a
-    zero point of 8 or 2 embeddings                       com.microsoft GatherBlockQuantized of 8, 4
-    or 2 bits, from 128, 8 or 2 rest = "int8"                    Cast of the codes and Mul by their
-    scales, which onnxruntime does once, on loading
-                                     (before a MatMul, DequantizeLinear makes it round activations
-                                     unasked)
+    int8, "int8"         DynamicQuantizeLinear, MatMulInteger, times the scales
+    int8, "int8_token"   a row's max|x| / 127, MatMulInteger, times the row's scale and the scales
+    int4, ternary        com.microsoft MatMulNBits of 4 or 2 bits, from a zero point of 8 or 2
+    embeddings           com.microsoft GatherBlockQuantized of 8, 4 or 2 bits, from 128, 8 or 2
+    rest = "int8"        Cast of the codes and Mul by their scales, which onnxruntime does once,
+                         when it loads (before a MatMul, DequantizeLinear would make it round
+                         activations that nobody asked it to)
 
-MatMulNBits computes with float activations (accuracy_level 1), or rounds them block by block (4)
-where the student was trained with int8 activations.
+The first column is a Quant's weights, and its activations for int8 ones. MatMulNBits computes with
+float activations (accuracy_level 1), or rounds them block by block (4) if the student was trained
+with int8 activations.
 """
 
 from typing import Any
@@ -44,9 +44,7 @@ def operator_of(layer: QuantLayer) -> nn.Module:
 
 
 class MatMulInteger(nn.Module):
-    """An int8 layer: activations rounded over their whole tensor or each row, products of integers,
-    then the scales.
-    """
+    """An int8 layer: activations rounded over the tensor or each row, integer products, scales."""
 
     codes: Tensor  # (K, N) int8
     scales: Tensor  # (N,)
@@ -54,7 +52,8 @@ class MatMulInteger(nn.Module):
 
     def __init__(self, layer: QuantLinear, quant: Quant):
         super().__init__()
-        self.outputs, self.by_row = layer.out_features, quant.activations == "int8_token"
+        self.outputs = layer.out_features
+        self.by_row = quant.activations == "int8_token"
         self.register_buffer("codes", layer.codes().T.contiguous())
         self.register_buffer("scales", layer.scales()[:, 0].clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
@@ -67,11 +66,10 @@ class MatMulInteger(nn.Module):
         )
         # By row the products go one after the other: of scale * scales onnxruntime 1.32 makes a
         # MatMulIntegerToFloat, which answers wrongly where x has three dimensions.
-        y = (
-            total.float() * scale * self.scales
-            if self.by_row
-            else total.float() * (scale * self.scales)
-        )
+        if self.by_row:
+            y = total.float() * scale * self.scales
+        else:
+            y = total.float() * (scale * self.scales)
         return y if self.bias is None else y + self.bias
 
     def _of_rows(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -79,16 +77,20 @@ class MatMulInteger(nn.Module):
         return scale, (x / scale).round().to(torch.int8), self.codes
 
     def _of_all(self, x: Tensor) -> tuple[Tensor, ...]:
-        types, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
         codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
-            "DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes, version=11
+            "DynamicQuantizeLinear",
+            (x,),
+            dtypes=(torch.uint8, torch.float32, torch.uint8),
+            shapes=(x.shape, (), ()),
+            version=11,
         )
         return scale, codes, self.codes, zero
 
 
 class MatMulNBits(nn.Module):
-    """An int4 or ternary layer: packed codes in blocks of inputs, a scale each; the last block is
-    filled with zeros.
+    """An int4 or ternary layer: packed codes in blocks of inputs, with a scale each.
+
+    The last block is filled with zeros.
     """
 
     codes: Tensor  # (N, blocks, block bits / 8) uint8
@@ -98,7 +100,8 @@ class MatMulNBits(nn.Module):
     def __init__(self, layer: QuantLinear, quant: Quant):
         super().__init__()
         outputs, inputs = layer.weight.shape
-        scales, block = layer.scales(), quant.block(inputs)
+        scales = layer.scales()
+        block = quant.block(inputs)
         count = -(-inputs // block)
         codes = np.zeros((outputs, count * block), np.int8)
         codes[:, :inputs] = layer.codes().numpy()
@@ -108,8 +111,8 @@ class MatMulNBits(nn.Module):
             "N": outputs,
             "bits": bits,
             "block_size": block,
+            "accuracy_level": 4 if quant.activations == "int8" else 1,
         }
-        self.attributes["accuracy_level"] = 4 if quant.activations == "int8" else 1
         packed = pack(codes, bits).reshape(outputs, count, -1)
         self.register_buffer("codes", torch.from_numpy(packed))
         self.register_buffer("scales", scales.expand(outputs, count).contiguous().clone())
@@ -117,7 +120,7 @@ class MatMulNBits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.attributes["N"])
-        found = torch.onnx.ops.symbolic(
+        y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (x, self.codes, self.scales),
             attrs=self.attributes,
@@ -125,12 +128,13 @@ class MatMulNBits(nn.Module):
             shape=shape,
             version=1,
         )
-        return found if self.bias is None else found + self.bias
+        return y if self.bias is None else y + self.bias
 
 
 class GatherBlockQuantized(nn.Module):
-    """A rounded table: packed codes in blocks of a row, a scale each; a row's last byte is filled
-    with zeros.
+    """A rounded table: packed codes in blocks of a row, with a scale each.
+
+    The last byte of a row is filled with zeros.
     """
 
     codes: Tensor  # (V, D' bits / 8) uint8
@@ -140,11 +144,11 @@ class GatherBlockQuantized(nn.Module):
         super().__init__()
         rows, self.width = layer.weight.shape
         bits = BITS[quant.embeddings]
-        codes = np.zeros((rows, -(-self.width // (8 // bits)) * (8 // bits)), np.int8)
+        in_byte = 8 // bits  # codes of a byte
+        codes = np.zeros((rows, -(-self.width // in_byte) * in_byte), np.int8)
         codes[:, : self.width] = layer.codes().numpy()
-        whole = max(
-            16, 1 << (self.width - 1).bit_length()
-        )  # the operator wants a power of two, and lets it stand over
+        # The operator takes blocks of a power of two, which may be longer than a row.
+        whole = max(16, 1 << (self.width - 1).bit_length())
         block = quant.group if quant.columns(self.width) < self.width else whole
         self.attributes: dict[str, Any] = {
             "gather_axis": 0,
@@ -169,11 +173,10 @@ class GatherBlockQuantized(nn.Module):
 
 
 class Unfolded(nn.Module):
-    """A parameter that is stored as int8: codes times the scale of each slice of its first
-    dimension.
+    """A parameter stored as int8: codes times the scale of each slice of its first dimension.
 
-    Stands as one unknown operator until the tracer, which folds constants, is done: `write` writes
-    it as two.
+    It is one unknown operator until the tracer, which folds constants, is done. Then `write` makes
+    it two.
     """
 
     codes: Tensor  # (N, ...) int8

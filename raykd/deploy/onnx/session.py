@@ -13,26 +13,24 @@ from raykd.recipe.quant import ONNXRUNTIME
 
 
 def session(file: Path | bytes, *, lut: bool = False) -> Any:
-    """An onnxruntime session over a file, or over what one holds; with `lut`, 2-bit weights by
-    lookup tables.
+    """An onnxruntime session over a file or its bytes, on one thread.
 
-    StoreError if it is no ONNX file, InfraError if this onnxruntime does not execute it.
+    With `lut`, 2-bit weights are multiplied by lookup tables. StoreError if it is no ONNX file,
+    InfraError if this onnxruntime does not execute it.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # Where there is no VNNI, x86's products of uint8 and int8 overflow unless this says they must
-    # not.
+    # Without VNNI, x86's products of uint8 and int8 overflow unless this forbids it.
     options.add_session_config_entry("session.x64quantprecision", "1")
     if lut:
-        options.add_session_config_entry(
-            "mlas.use_lut_gemm", "1"
-        )  # one that does not know it passes over it
-    held = file if isinstance(file, bytes) else str(file)
+        # An onnxruntime that does not know this option ignores it.
+        options.add_session_config_entry("mlas.use_lut_gemm", "1")
+    source = file if isinstance(file, bytes) else str(file)
     try:
-        return onnxruntime.InferenceSession(held, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no class
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no class
         raise _refused(file, str(error), onnxruntime.__version__) from None
 
 
@@ -42,36 +40,38 @@ def _refused(file: Path | bytes, reason: str, version: str) -> RaykdError:
     from google.protobuf.message import DecodeError
 
     path = "an ONNX file" if isinstance(file, bytes) else file
-    said = " ".join(reason.split())[-200:]
+    message = " ".join(reason.split())[-200:]
     try:
         proto = onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(file)
         kinds = sorted({node.op_type for node in proto.graph.node})
     except (OSError, DecodeError):
         kinds = []
     if not kinds:
-        return StoreError(f"{path} can not be read as an ONNX file: {said}; export it again")
+        return StoreError(f"{path} cannot be read as an ONNX file: {message}; export it again")
     named = [kind for kind in kinds if re.search(rf"\b{kind}\b", reason)]
     what = f"does not execute {' and '.join(named)} as it stands in" if named else "refuses"
     do = f"pip install 'onnxruntime>={ONNXRUNTIME}', which executes every file that raykd writes"
-    return InfraError(f"onnxruntime {version} {what} {path}: {said}; {do}")
+    return InfraError(f"onnxruntime {version} {what} {path}: {message}; {do}")
 
 
 def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:
-    """(N, C): the mean logits over valid steps of every row, `batch` rows to a call.
+    """(N, C): the mean logits over valid steps of every row, `batch` rows per call.
 
-    The size of a call matters where activations are rounded over the whole of it.
+    The size of a call matters where activations are rounded over all of it.
     """
-    runs, found = session(path), []
+    student = session(path)
+    means = []
     for first in range(0, len(rows), batch):
         part = rows.take(slice(first, first + batch))
-        (logits,) = runs.run(["logits"], {"inputs": np.ascontiguousarray(part.inputs)})
-        found.append(mean_over(logits, part.mask))
-    return np.concatenate(found)
+        (logits,) = student.run(["logits"], {"inputs": np.ascontiguousarray(part.inputs)})
+        means.append(mean_over(logits, part.mask))
+    return np.concatenate(means)
 
 
 def mean_over(logits: NDArray[np.floating], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """(N, C): the mean of logits (N, T, C) over the steps of a mask (N, T); those of whole rows as
-    they are.
+    """(N, C): the mean of logits (N, T, C) over the steps of a mask (N, T).
+
+    Logits (N, C) of whole rows stay as they are.
     """
     if logits.ndim == 3:
         logits = (logits * mask[..., None]).sum(1) / np.maximum(mask.sum(1)[:, None], 1)
@@ -79,7 +79,7 @@ def mean_over(logits: NDArray[np.floating], mask: NDArray[np.bool_]) -> NDArray[
 
 
 def value(array: NDArray[Any]) -> Any:
-    """An array as onnxruntime holds it, to be handed from call to call without a copy."""
+    """An array as onnxruntime's own value, to go from call to call without a copy."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -1,10 +1,11 @@
-"""A causal language model as one ONNX file that reads on from where it stopped, for stock
-onnxruntime.
+"""A causal language model as one ONNX file that continues from its past, for stock onnxruntime.
 
-    tokens             (B, S) int64              the new ones, any number of them past_keys.<i>
-    (B, H_kv, P, D) float32   what an earlier call gave for layer i; P = 0 at the start
-    past_values.<i>    the same logits             (B, S, V) float32         at every new position:
-    checking a draft needs them all keys.<i>           (B, H_kv, P + S, D)       for the next call
+    tokens             (B, S) int64              the new ones, any number of them
+    past_keys.<i>      (B, H_kv, P, D) float32   what an earlier call gave for layer i; P = 0 at
+                                                 the start
+    past_values.<i>    the same
+    logits             (B, S, V) float32         at every new position: checking a draft needs all
+    keys.<i>           (B, H_kv, P + S, D)       for the next call
     values.<i>         the same
 
 Every row has P tokens before its new ones. Rounded layers are `operators`, as in every file that
@@ -19,16 +20,15 @@ from raykd.deploy.onnx.write import compact, traced
 from raykd.models.llama import Llama
 
 STEPS = "steps"  # key of the metadata
+ROWS, PAST, COUNT = 2, 3, 2  # of the example; the tracer takes 0 and 1 for constants
 
 
-class Grown:
-    """A past that is handed in and out:
-
-    (B, H, P, D) keys and values of each layer, and those with new positions.
-    """
+class GrowingCache:
+    """Keys and values (B, H, P, D) of each layer that go in and out of a call."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]):
-        self.keys, self.values = list(keys), list(values)
+        self.keys = list(keys)
+        self.values = list(values)
         self.length = keys[0].shape[2]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,10 +38,8 @@ class Grown:
         return self.keys[layer], self.values[layer]
 
 
-class Step(nn.Module):
-    """A Llama as a function without a state: tokens and past to logits and the past of the next
-    call.
-    """
+class DecoderStep(nn.Module):
+    """A Llama without a state: tokens and past -> logits and the past of the next call."""
 
     def __init__(self, module: Llama):
         super().__init__()
@@ -50,7 +48,7 @@ class Step(nn.Module):
     def forward(
         self, tokens: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        past = Grown(keys, values)
+        past = GrowingCache(keys, values)
         logits = self.module(tokens, past)["logits"]
         return logits, *past.keys, *past.values
 
@@ -58,15 +56,16 @@ class Step(nn.Module):
 def to_onnx(module: Llama) -> bytes:
     """The file of a Llama, its layers rounded or not.
 
-    It is taken over; RecipeError where it can not be exported.
+    The module is changed: its layers become what the runtime executes. RecipeError if it cannot be
+    exported.
     """
-    found = module.settings
-    layers, steps, width = found["layers"], found["steps"], found["width"] // found["heads"]
-    rows, past, count = 2, 3, 2  # of the example; the tracer takes 0 and 1 for constants
-    # a tensor each: the tracer reads one that stands twice from one input
-    keys, values = (
-        [torch.zeros(rows, found["kv_heads"], past, width) for _ in range(layers)] for _ in range(2)
-    )
+    settings = module.settings
+    layers = settings["layers"]
+    steps = settings["steps"]
+    shape = (ROWS, settings["kv_heads"], PAST, settings["width"] // settings["heads"])
+    # Separate tensors: the tracer takes one that is passed twice for one input.
+    keys = [torch.zeros(shape) for _ in range(layers)]
+    values = [torch.zeros(shape) for _ in range(layers)]
     free = {
         "rows": torch.export.Dim("rows", min=1, max=65536),
         "past": torch.export.Dim("past", min=0, max=steps),
@@ -76,8 +75,8 @@ def to_onnx(module: Llama) -> bytes:
     kept = names(layers)
     proto = traced(
         module,
-        Step(module),
-        (torch.zeros(rows, count, dtype=torch.int64), keys, values),
+        DecoderStep(module),
+        (torch.zeros(ROWS, COUNT, dtype=torch.int64), keys, values),
         input_names=["tokens", *(f"past_{name}" for name in kept)],
         output_names=["logits", *kept],
         dynamic_shapes=({0: free["rows"], 1: free["count"]}, grown, grown),
@@ -88,5 +87,5 @@ def to_onnx(module: Llama) -> bytes:
 
 
 def names(layers: int) -> list[str]:
-    """Keys of every layer, then values: as outputs, and behind "past_" as inputs."""
+    """Names of every layer's keys, then values: as outputs, and after "past_" as inputs."""
     return [f"{kind}.{i}" for kind in ("keys", "values") for i in range(layers)]
