@@ -1,14 +1,16 @@
-"""A rounded student as a safetensors file for storage: codes packed, scales as trained, everything
-else as it is.
+"""A rounded student as a safetensors file for storage: codes packed, scales as trained.
 
-    <layer>.codes     int8: I8 (N, K). int4: U8 (ceil(N K / 2),), two a byte. ternary: U8 (ceil(N K
-    / 5),), five a byte <layer>.scales    F32 (N, G) <tensor>.codes    I8 (N, ...), of what no layer
-    rounds and rest = "int8" does, with <tensor>.scales F32 (N,) anything else     by its name in
-    the module's state; a parameter with several names, by the first of them
+    <layer>.codes     int8: I8 (N, K); int4: U8 (ceil(N K / 2),), two a byte;
+                      ternary: U8 (ceil(N K / 5),), five a byte
+    <layer>.scales    F32 (N, G)
+    <tensor>.codes    I8 (N, ...), of what no layer rounds and rest = "int8" does,
+                      with <tensor>.scales F32 (N,)
+    anything else     by its name in the module's state; a parameter with several names, by the
+                      first of them
 
 Its metadata `layers` is the sha256 of what follows and of the tensors, a space, and the Quant of
-every rounded layer as JSON. The same student gives the same bytes. Scales are carried and never
-found again: those of ternary weights would be smaller at each rounding.
+every rounded layer as JSON. The same student gives the same bytes. Scales are stored and never
+computed again: those of ternary weights would be smaller at each rounding.
 """
 
 import hashlib
@@ -35,20 +37,21 @@ QUANTS = TypeAdapter(dict[str, Quant])
 
 
 def write(module: nn.Module) -> bytes:
-    """The file of a module whose layers have their Quants, as `quantised` finds them.
-
-    It is not changed.
-    """
+    """The file of a module whose layers have their Quants. The module is not changed."""
     layers = [
         (name, layer, layer.quant) for name, layer in quantised(module) if layer.quant is not None
     ]
-    stored = {id(value) for value, held in other_parameters.stored(module) if held.quant}
+    stored = {
+        id(value)
+        for value, parametrisation in other_parameters.stored(module)
+        if parametrisation.quant
+    }
     tensors: dict[str, Tensor] = {}
     for name, value in _others(module, [layer for _, layer, _ in layers]).items():
         if id(value) in stored:
-            tensors[f"{name}.codes"], tensors[f"{name}.scales"] = other_parameters.codes_and_scales(
-                value
-            )
+            codes, scales = other_parameters.codes_and_scales(value)
+            tensors[f"{name}.codes"] = codes
+            tensors[f"{name}.scales"] = scales
         else:
             tensors[name] = value.detach()
     for name, layer, quant in layers:
@@ -57,10 +60,8 @@ def write(module: nn.Module) -> bytes:
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias.detach()
     assert all(layer.blend == 1 for _, layer, _ in layers), "rounding is still fading in"
-    quants = QUANTS.dump_json(
-        {name: quant for name, _, quant in layers}, exclude={"__all__": {"skip"}}
-    )
-    return sealed(quants.decode(), tensors)
+    quants = {name: quant for name, _, quant in layers}
+    return sealed(QUANTS.dump_json(quants, exclude={"__all__": {"skip"}}).decode(), tensors)
 
 
 def sealed(layers: str, tensors: Mapping[str, Tensor]) -> bytes:
@@ -70,42 +71,43 @@ def sealed(layers: str, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read(data: bytes, module: nn.Module) -> None:
-    """Fill a module, as its model builds it, with the student in a file; its rounded layers come to
-    hold their codes.
+    """Fill a module, as its model builds it, with the student in a file.
 
-    It then answers bit for bit as the module that was written. StoreError, and an unchanged module,
-    if the file is damaged or of another model.
+    Its rounded layers then hold their codes, and it answers bit for bit as the module that was
+    written. StoreError, and an unchanged module, if the file is damaged or another model's.
     """
     layers, tensors = _opened(data)
     swaps: dict[nn.Module, nn.Module] = {}
-    owned = dict(module.named_modules())
+    modules = dict(module.named_modules())
     for name, quant in layers.items():
-        layer = owned.get(name)
+        layer = modules.get(name)
         if not isinstance(layer, ROUNDABLE) or not name:
             raise StoreError(
                 _unfit(f"{name}: the module has no linear layer or embedding of this name")
             )
         swaps[layer] = _fixed(name, layer, quant, tensors)
     others = _others(module, swaps)
-    found = {name: _whole(tensors, name, value) for name, value in others.items()}
+    values = {name: _whole(tensors, name, value) for name, value in others.items()}
     if tensors:
         raise StoreError(_unfit(f"{min(tensors)}: the module has no such tensor"))
     with torch.no_grad():
         for name, value in others.items():
-            value.copy_(found[name])
+            value.copy_(values[name])
     replace(module, swaps)
 
 
 def _others(module: nn.Module, rounded: Iterable[nn.Module]) -> dict[str, Tensor]:
     """The module's state outside its rounded layers, each tensor once."""
-    kept, gone = set(), set(rounded)
+    layers = set(rounded)
     owners = dict(module.named_modules(remove_duplicate=False))
-    found: dict[str, Tensor] = {}
-    for name, value in sorted(other_parameters.plain(module.state_dict(keep_vars=True)).items()):
-        if owners[name.rpartition(".")[0]] not in gone and id(value) not in kept:
-            kept.add(id(value))
-            found[name] = value
-    return found
+    state = other_parameters.plain(module.state_dict(keep_vars=True))
+    listed: set[int] = set()
+    others: dict[str, Tensor] = {}
+    for name, value in sorted(state.items()):
+        if owners[name.rpartition(".")[0]] not in layers and id(value) not in listed:
+            listed.add(id(value))
+            others[name] = value
+    return others
 
 
 def _kind(layer: nn.Module, quant: Quant) -> str:
@@ -144,28 +146,25 @@ def _unpacked(tensors: dict[str, Tensor], name: str, kind: str, shape: tuple[int
 def _fixed(
     name: str, layer: nn.Linear | nn.Embedding, quant: Quant, tensors: dict[str, Tensor]
 ) -> nn.Module:
-    """What takes a layer's place; its tensors are taken out."""
-    kind, (rows, width) = _kind(layer, quant), layer.weight.shape
+    """The layer that takes another's place; its tensors are taken out of `tensors`."""
+    kind = _kind(layer, quant)
+    rows, width = layer.weight.shape
     if kind == "none":
         raise StoreError(_unfit(f'{name}: an embedding, but its Quant has embeddings = "none"'))
-    groups = (
-        1
-        if isinstance(layer, nn.Linear) and quant.per == "tensor"
-        else width // quant.columns(width)
-    )
+    by_tensor = isinstance(layer, nn.Linear) and quant.per == "tensor"
+    groups = 1 if by_tensor else width // quant.columns(width)
     codes = _unpacked(tensors, f"{name}.codes", kind, (rows, width))
     scales = _scales(tensors, name, (rows, groups))
     if isinstance(layer, nn.Embedding):
         return FixedEmbedding(codes, scales, layer.weight.dtype)
-    held = layer.bias
-    bias = None if held is None else _taken(tensors, f"{name}.bias", held.dtype, tuple(held.shape))
+    bias = None
+    if layer.bias is not None:
+        bias = _taken(tensors, f"{name}.bias", layer.bias.dtype, tuple(layer.bias.shape))
     return FixedLinear(quant, codes, scales, bias)
 
 
 def _whole(tensors: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
-    """What takes the place of a tensor outside the rounded layers, from its codes where the file
-    has those.
-    """
+    """A tensor outside the rounded layers, from its codes if the file has those."""
     shape = tuple(value.shape)
     if f"{name}.codes" not in tensors or len(shape) < 2:
         return _taken(tensors, name, value.dtype, shape)
@@ -174,24 +173,24 @@ def _whole(tensors: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
 
 
 def _scales(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    found = _taken(tensors, f"{name}.scales", torch.float32, shape)
-    if not (found.isfinite() & (found > 0)).all():
+    scales = _taken(tensors, f"{name}.scales", torch.float32, shape)
+    if not (scales.isfinite() & (scales > 0)).all():
         raise StoreError(_unfit(f"{name}.scales: not all are finite and above 0"))
-    return found
+    return scales
 
 
 def _taken(
     tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor:
-    """A tensor, taken out, if it is what the module asks."""
+    """A tensor, taken out of `tensors`. StoreError if it is not what the module needs."""
     if name not in tensors:
         raise StoreError(_unfit(f"{name}: missing"))
-    found = tensors.pop(name)
-    if found.dtype != dtype or tuple(found.shape) != shape:
+    tensor = tensors.pop(name)
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise StoreError(
-            _unfit(f"{name}: {found.dtype} {tuple(found.shape)}, the module asks {dtype} {shape}")
+            _unfit(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, the module asks {dtype} {shape}")
         )
-    return found
+    return tensor
 
 
 def _opened(data: bytes) -> tuple[dict[str, Quant], dict[str, Tensor]]:
@@ -211,28 +210,28 @@ def _opened(data: bytes) -> tuple[dict[str, Quant], dict[str, Tensor]]:
 
 
 def _json(text: str | bytes) -> Any:
-    """A JSON value.
-
-    ValueError if a key stands twice in one object, of which parsers would take either.
-    """
+    """A JSON value. ValueError if an object has a key twice, of which parsers take either."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):
             raise ValueError("a key stands twice")
-        return found
+        return value
 
     return json.loads(text, object_pairs_hook=once)
 
 
 def _digest(layers: str, tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(layers.encode())
+    digest = hashlib.sha256(layers.encode())
     for name in sorted(tensors):
         value = tensors[name]
-        found.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _unfit(what: str) -> str:
-    return f"the packed student does not fit the module: {what}; build the model that it was written from"
+    return (
+        f"the packed student does not fit the module: {what}; "
+        "build the model that it was written from"
+    )

@@ -1,13 +1,14 @@
 """A student as one ExecuTorch program for XNNPACK: the trained codes, never rounded again.
 
-    int8             codes of 8 bits, a float32 scale an output int4             codes of 4 bits, a
-    bfloat16 scale a group; of 8 bits where 32 does not divide a layer's inputs everything else
-    float32, rounded where the student reads it rounded
+    int8             codes of 8 bits, a float32 scale an output
+    int4             codes of 4 bits, a bfloat16 scale a group; of 8 bits where 32 does not divide a
+                     layer's inputs
+    everything else  float32, rounded where the student reads it rounded
 
 XNNPACK rounds activations itself, to int8 over the range of each step of each row, zero included.
-That is finer than what int8 students train with, a range for the whole call, and it happens to
-those that train with float activations, too. Scales of 4-bit codes lose up to 1 part in 256 as
-bfloat16. So answers are alike, not equal.
+That is finer than what int8 students train with, a range for the whole call. It also happens to
+those that train with float activations. Scales of 4-bit codes lose up to 1 part in 256 as bfloat16.
+So answers are alike, not equal.
 """
 
 import warnings
@@ -27,18 +28,17 @@ ROUNDING = "int8_asym_per_token"  # torchao's name for how XNNPACK rounds activa
 
 
 def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
-    """The program of a module with QuantLinears under `quant`, for inputs of the shape of `example`
-    (B, T, K).
+    """The program of a module with QuantLinears under `quant`, for inputs like `example` (B, T, K).
 
     It answers with the logits, and with the valence if the module has a value head. The module is
-    taken over: its layers become what the exporter reads. RecipeError where the Quant has no
-    kernel, executorch is missing or the module can not be exported.
+    changed: its layers become what the exporter reads. RecipeError if the Quant has no kernel,
+    executorch is missing or the module cannot be exported.
     """
     check(quant)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _hold(module, quant)
+            _take_torchao(module, quant)
         except ModuleNotFoundError:
             raise _missing() from None
     return lower(module, example)
@@ -47,7 +47,7 @@ def to_pte(module: nn.Module, example: Tensor, quant: Quant) -> bytes:
 def lower(module: nn.Module, example: Tensor) -> bytes:
     """The program of a module whose layers hold torchao's weights, or none that are rounded.
 
-    Errors as of `to_pte`.
+    The errors are those of `to_pte`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,8 +67,8 @@ def lower(module: nn.Module, example: Tensor) -> bytes:
                 program = edge.to_executorch()
         except Exception as error:
             raise RecipeError(
-                f"export: {type(module).__name__} can not be written as an ExecuTorch program: {reason(error)}; "
-                "write that part of it with operations that torch.export knows"
+                f"export: {type(module).__name__} cannot be written as an ExecuTorch program: "
+                f"{reason(error)}; write that part of it with operations that torch.export knows"
             ) from error
     calls = {
         str(node.target)
@@ -81,7 +81,10 @@ def lower(module: nn.Module, example: Tensor) -> bytes:
 
 
 def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
-    """What a program answers to inputs of its example's shape: logits, and valence if it has one."""
+    """A function that executes a program on inputs of its example's shape.
+
+    It gives the logits, and the valence if the module has one.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -91,9 +94,8 @@ def load(data: bytes) -> Callable[[Tensor], list[Tensor]]:
         program = Runtime.get().load_program(data)
 
     def answers(inputs: Tensor) -> list[Tensor]:
-        method = program.load_method(
-            "forward"
-        )  # the program's own; alone it would outlive the bytes that it reads
+        # The program's own method: one that is kept would outlive the bytes that it reads.
+        method = program.load_method("forward")
         assert method is not None
         return list(method.execute([inputs]))
 
@@ -115,17 +117,20 @@ def check(quant: Quant) -> None:
         )
     if quant.embeddings != "none":
         raise RecipeError(
-            f'quant.embeddings = "{quant.embeddings}": rounded tables have no ExecuTorch form here; write "none"'
+            f'quant.embeddings = "{quant.embeddings}": rounded tables have no ExecuTorch form '
+            'here; write "none"'
         )
     if quant.per == "group" and quant.group % BLOCK:
         raise RecipeError(
-            f"quant.group: XNNPACK's groups are multiples of {BLOCK}, found {quant.group}; write group = 32"
+            f"quant.group: XNNPACK's groups are multiples of {BLOCK}, found {quant.group}; "
+            "write group = 32"
         )
 
 
-def _hold(module: nn.Module, quant: Quant) -> None:
-    """Replace every layer that is rounded by one with torchao's weights; what is stored as int8 is
-    float32 here.
+def _take_torchao(module: nn.Module, quant: Quant) -> None:
+    """Replace every rounded layer by one with torchao's weights.
+
+    What is stored as int8 becomes float32.
     """
     other_parameters.bake(module)
     swaps: dict[nn.Module, nn.Module] = {}
@@ -134,23 +139,26 @@ def _hold(module: nn.Module, quant: Quant) -> None:
             assert layer.quant == quant, f"{name} is under {layer.quant}"
             assert isinstance(layer, QuantLinear), f"{name} is no linear layer"
             assert layer.blend == 1, f"{name} is still fading in"
-            swaps[layer] = _held(layer, quant)
+            swaps[layer] = _of_torchao(layer, quant)
     replace(module, swaps)
 
 
-def _held(layer: QuantLinear, quant: Quant) -> nn.Linear:
+def _of_torchao(layer: QuantLinear, quant: Quant) -> nn.Linear:
+    """The same layer with torchao's weights."""
     from torchao.quantization import IntxUnpackedToInt8Tensor  # pyright: ignore[reportMissingImports]
 
-    codes, scales = layer.codes(), layer.scales()
+    codes = layer.codes()
+    scales = layer.scales()
     block = layer.in_features // scales.shape[1]
-    codes *= (
-        scales.sign().to(torch.int8).repeat_interleave(block, 1)
-    )  # XNNPACK takes scales above zero
-    held = torch.int4 if quant.weights == "int4" and block % BLOCK == 0 else torch.int8  # type: ignore[attr-defined]
+    # XNNPACK takes scales above zero.
+    codes *= scales.sign().to(torch.int8).repeat_interleave(block, 1)
+    is_int4 = quant.weights == "int4" and block % BLOCK == 0
+    dtype = torch.int4 if is_int4 else torch.int8  # type: ignore[attr-defined]
     zeros = torch.zeros_like(scales, dtype=torch.int8)
     weight = IntxUnpackedToInt8Tensor(
-        codes, scales.abs(), zeros, held, (1, block), torch.float32, ROUNDING
+        codes, scales.abs(), zeros, dtype, (1, block), torch.float32, ROUNDING
     )
-    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
-    return made
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = layer.bias
+    return linear

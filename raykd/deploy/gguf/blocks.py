@@ -1,5 +1,4 @@
-"""Codes and scales as llama.cpp's blocks of weights: exactly those codes, and their scales as
-float16.
+"""Codes and scales as llama.cpp's blocks of weights: the same codes, their scales as float16.
 
 TQ2_0   256 ternary codes, four a byte, then the scale: 66 bytes
 TQ1_0   256 ternary codes, five a byte (the last 16 four a byte), then the scale: 54 bytes
@@ -26,7 +25,8 @@ def blocks(kind: str, codes: NDArray[np.int8], scales: NDArray[np.float32], name
     RecipeError if K or K / G is no multiple of the type's block, or a scale is outside float16;
     `name` is the layer's.
     """
-    size, (rows, width) = SIZES[kind], codes.shape
+    size = SIZES[kind]
+    rows, width = codes.shape
     group = width // scales.shape[1]
     if width % size:
         raise RecipeError(
@@ -35,31 +35,29 @@ def blocks(kind: str, codes: NDArray[np.int8], scales: NDArray[np.float32], name
         )
     if group % size:
         raise RecipeError(
-            f'{name}: quant.group: {kind} has a scale for {size} neighbours, found {group}; write per = "channel" or '
-            f'"tensor"{f", or group = {size}" if size == 32 else ""}'
+            f"{name}: quant.group: {kind} has a scale for {size} neighbours, found {group}; "
+            f'write per = "channel" or "tensor"{f", or group = {size}" if size == 32 else ""}'
         )
-    each = codes.reshape(rows, width // size, size)
+    of_blocks = codes.reshape(rows, width // size, size)
     scale = np.repeat(scales, group // size, 1)[..., None]
-    used = scale[(each != 0).any(-1)]
+    used = scale[(of_blocks != 0).any(-1)]
     if used.size and not (used.min() >= LEAST and used.max() <= np.finfo(np.float16).max):
         raise RecipeError(
-            f"{name}: scales from {used.min():.3g} to {used.max():.3g}, and GGUF's float16 holds {LEAST:.3g} to 65504; "
-            "train weights of a common size: other settings of optim, or of the model's first weights"
+            f"{name}: scales from {used.min():.3g} to {used.max():.3g}, and GGUF's float16 holds "
+            f"{LEAST:.3g} to 65504; train weights of a common size: other settings of optim, "
+            "or of the model's first weights"
         )
     tail = scale.astype(np.float16).view(np.uint8)
-    packed = PACKED[kind](each)
+    packed = PACKED[kind](of_blocks)
     order = [packed, tail] if kind in ("TQ2_0", "TQ1_0") else [tail, packed]
     return np.concatenate(order, -1).reshape(rows, -1)
 
 
 def _two_bits(codes: NDArray[np.int8]) -> Bytes:
-    """(..., 64): of each 128 codes, byte i holds i, i + 32, i + 64 and i + 96, from the lowest bits
-    up.
-    """
-    parts = (codes + 1).astype(np.uint8).reshape(*codes.shape[:-1], 2, 4, 32)
-    return np.bitwise_or.reduce(parts << np.array([[0], [2], [4], [6]], np.uint8), axis=-2).reshape(
-        *codes.shape[:-1], -1
-    )
+    """(..., 64): of 128 codes, byte i holds i, i + 32, i + 64, i + 96, from the lowest bits up."""
+    trits = (codes + 1).astype(np.uint8).reshape(*codes.shape[:-1], 2, 4, 32)
+    shifted = trits << np.array([[0], [2], [4], [6]], np.uint8)
+    return np.bitwise_or.reduce(shifted, axis=-2).reshape(*codes.shape[:-1], -1)
 
 
 def _trits(codes: NDArray[np.int8]) -> Bytes:
@@ -69,12 +67,12 @@ def _trits(codes: NDArray[np.int8]) -> Bytes:
     4, i + 8, i + 12.
     """
     trits = (codes + 1).astype(np.uint16)
-    parts = []
+    sums = []
     for first, last, apart in ((0, 160, 32), (160, 240, 16), (240, 256, 4)):
-        each = trits[..., first:last].reshape(*codes.shape[:-1], -1, apart)
-        power = 3 ** np.arange(4, 4 - each.shape[-2], -1, dtype=np.uint16)[:, None]
-        parts.append((each * power).sum(-2, dtype=np.uint16))
-    return ((np.concatenate(parts, -1) * 256 + 242) // 243).astype(np.uint8)
+        digits = trits[..., first:last].reshape(*codes.shape[:-1], -1, apart)
+        power = 3 ** np.arange(4, 4 - digits.shape[-2], -1, dtype=np.uint16)[:, None]
+        sums.append((digits * power).sum(-2, dtype=np.uint16))
+    return ((np.concatenate(sums, -1) * 256 + 242) // 243).astype(np.uint8)
 
 
 def _nibbles(codes: NDArray[np.int8]) -> Bytes:

@@ -1,15 +1,17 @@
-"""A language model as one GGUF file for llama.cpp: the trained codes, never rounded again, their
-scales as float16.
+"""A language model as one GGUF file for llama.cpp: the trained codes, never rounded again.
 
     ternary     TQ2_0, 2.0625 bits a weight, or TQ1_0, 1.6875: rows of a multiple of 256, a scale
-    for 256 or more int4        Q4_0, 4.5 bits: rows of a multiple of 32, a scale for 32 or more
-    int8        Q8_0, 8.5 bits: the same; and what a Quant's rest = "int8" stores matrices    that
-    nothing rounds: float32 or float16, as asked; vectors float32
+                for 256 or more
+    int4        Q4_0, 4.5 bits: rows of a multiple of 32, a scale for 32 or more
+    int8        Q8_0, 8.5 bits: the same; and what a Quant's rest = "int8" stores
+    matrices    that nothing rounds: float32 or float16, as asked
+    vectors     float32
 
-A scale that more weights share stands in each of their blocks. llama.cpp rounds activations itself,
-to int8 over blocks of 256 (ternary) or 32 inputs, whatever the student trained with: answers are
-alike, not equal. A model with sub_norm is llama.cpp's "bitnet", any other its "llama". There rotary
-pairs are neighbours, so rows of q and k stand in another order than ours.
+Scales are float16. A scale that more weights share is repeated in each of their blocks. llama.cpp
+rounds activations itself, to int8 over blocks of 256 (ternary) or 32 inputs, whatever the student
+was trained with: answers are alike, not equal. A model with sub_norm is llama.cpp's "bitnet", any
+other its "llama". There rotary pairs are neighbours, so rows of q and k are in another order than
+ours.
 """
 
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from raykd.quant import other_parameters
 from raykd.quant.embedding import QuantEmbedding
 from raykd.quant.swap import quantised
 
-NAMES = {  # ours: llama.cpp's
+NAMES = {  # our name: llama.cpp's
     "embed_tokens": "token_embd",
     "norm": "output_norm",
     "lm_head": "output",
@@ -46,7 +48,8 @@ NAMES = {  # ours: llama.cpp's
 }
 TABLE, HEAD = "token_embd.weight", "output.weight"
 
-Held = tuple[str, NDArray[Any]]  # a type, and the values or bytes that the file holds of a tensor
+# A type, and the values or bytes that the file holds of a tensor.
+TypedValues = tuple[str, NDArray[Any]]
 
 
 def write(
@@ -58,21 +61,20 @@ def write(
     tokenizer: Path | None = None,
     end: str = "<|endoftext|>",
 ) -> dict[str, int]:
-    """Write a Llama, its layers rounded or not, and give the bytes of its tensors by type. It is
-    not changed.
+    """Write a Llama, its layers rounded or not; the bytes of its tensors by type.
 
-    With a tokenizer.json of byte-level BPE, whose special token `end` ends a text, llama.cpp reads
-    and gives text. Without, the file has no vocabulary: its server does not answer then, only
-    callers of its library with token ids. RecipeError where a Quant or a tokeniser has no GGUF form
-    here, or gguf is missing.
+    The module is not changed. With a tokenizer.json of byte-level BPE, whose special token `end`
+    ends a text, llama.cpp reads and gives text. Without one the file has no vocabulary: then
+    llama.cpp's server does not answer, but its library does, with token ids. RecipeError if a Quant
+    or a tokeniser has no GGUF form here, or gguf is missing.
     """
     gguf = gguf_library()
-    held = _tensors(module, ternary, matrices)
+    tensors = _tensors(module, ternary, matrices)
     writer = gguf.GGUFWriter(None, "bitnet" if module.settings["sub_norm"] else "llama")
     _describe(writer, module)
     _vocabulary(writer, tokenizer, end, module.settings["classes"])
     sizes: dict[str, int] = {}
-    for name, (kind, values) in held.items():
+    for name, (kind, values) in tensors.items():
         writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[kind])
         sizes[kind] = sizes.get(kind, 0) + values.nbytes
     staged = path.with_name(f".{path.name}.tmp")
@@ -97,48 +99,47 @@ def gguf_library() -> Any:
     return gguf
 
 
-def _tensors(module: Llama, ternary: str, matrices: str) -> dict[str, Held]:
+def _tensors(module: Llama, ternary: str, matrices: str) -> dict[str, TypedValues]:
     """What the file holds, by llama.cpp's names.
 
-    A head that is the table bit for bit is left out, as it allows.
+    A head that equals the table bit for bit is left out, as llama.cpp allows.
     """
     kinds = {"ternary": ternary, "int4": "Q4_0", "int8": "Q8_0"}
-    held: dict[str, Held] = {}
-    for name, codes, scales, kind in _rounded(module):
+    tensors: dict[str, TypedValues] = {}
+    for name, codes, scales, level in _rounded(module):
+        kind = kinds[level]
         order = order_of(name, codes.shape[0], module.settings)
-        held[name_of(name)] = (
-            kinds[kind],
-            blocks(kinds[kind], codes.numpy()[order], scales.numpy()[order], name),
-        )
+        packed = blocks(kind, codes.numpy()[order], scales.numpy()[order], name)
+        tensors[name_of(name)] = (kind, packed)
     for name, value in other_parameters.plain(module.state_dict()).items():
-        owner, _, own = name.rpartition(".")
-        if own == "weight" and name_of(owner) not in held:
+        owner, _, parameter = name.rpartition(".")
+        if parameter == "weight" and name_of(owner) not in tensors:
             values = value.detach().float().cpu().numpy()
             kind = "F32" if values.ndim == 1 else matrices
             values = values[order_of(owner, len(values), module.settings)]
-            held[name_of(owner)] = kind, values.astype(np.float16 if kind == "F16" else np.float32)
-    same = held[HEAD][0] == held[TABLE][0] and np.array_equal(held[HEAD][1], held[TABLE][1])
-    if same:
-        del held[HEAD]
+            dtype = np.float16 if kind == "F16" else np.float32
+            tensors[name_of(owner)] = (kind, values.astype(dtype))
+    head_kind, head = tensors[HEAD]
+    table_kind, table = tensors[TABLE]
+    if head_kind == table_kind and np.array_equal(head, table):
+        del tensors[HEAD]
     elif module.settings["sub_norm"]:
         raise RecipeError(
-            "export: llama.cpp's bitnet multiplies with the embedding in the head's place, and here the two differ; "
-            "build the student with tied = true, and round both or none of them"
+            "export: llama.cpp's bitnet multiplies with the embedding in the head's place, "
+            "and here the two differ; build the student with tied = true, "
+            "and round both or none of them"
         )
-    return held
+    return tensors
 
 
 def _rounded(module: Llama) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    """(name, codes (N, K), scales (N, G), one of LEVELS) of every matrix that the student holds as
-    codes.
-    """
+    """(name, codes (N, K), scales (N, G), one of LEVELS) of every matrix held as codes."""
     for name, layer in quantised(module):
         if layer.quant is not None:
             assert layer.blend == 1, f"{name} is still fading in"
-            kind = (
-                layer.quant.embeddings if isinstance(layer, QuantEmbedding) else layer.quant.weights
-            )
-            yield name, layer.codes().cpu(), layer.scales().cpu(), kind
+            is_table = isinstance(layer, QuantEmbedding)
+            level = layer.quant.embeddings if is_table else layer.quant.weights
+            yield name, layer.codes().cpu(), layer.scales().cpu(), level
     stored = {
         id(value)
         for value, parametrisation in other_parameters.stored(module)
@@ -158,8 +159,9 @@ def name_of(name: str) -> str:
 
 
 def order_of(name: str, rows: int, settings: dict[str, Any]) -> NDArray[np.intp]:
-    """(N,): which of our rows llama.cpp's stand for: of each head of q and k i, i + D / 2, i + 1,
-    ... for i from 0.
+    """(N,): our row that each row of llama.cpp's is.
+
+    Of each head of q and k: i, i + D / 2, i + 1, ... for i from 0. Elsewhere the order is ours.
     """
     heads = {"q_proj": settings["heads"], "k_proj": settings["kv_heads"]}.get(
         name.rpartition(".")[2]
@@ -170,43 +172,45 @@ def order_of(name: str, rows: int, settings: dict[str, Any]) -> NDArray[np.intp]
 
 
 def _describe(writer: Any, module: Llama) -> None:
-    found = module.settings
-    writer.add_context_length(found["steps"])
-    writer.add_embedding_length(found["width"])
-    writer.add_block_count(found["layers"])
-    writer.add_feed_forward_length(found["inner"])
-    writer.add_head_count(found["heads"])
-    writer.add_head_count_kv(found["kv_heads"])
-    writer.add_layer_norm_rms_eps(found["norm_eps"])
-    writer.add_rope_freq_base(found["rope_theta"])
-    writer.add_rope_dimension_count(found["width"] // found["heads"])
-    writer.add_vocab_size(found["classes"])
+    settings = module.settings
+    writer.add_context_length(settings["steps"])
+    writer.add_embedding_length(settings["width"])
+    writer.add_block_count(settings["layers"])
+    writer.add_feed_forward_length(settings["inner"])
+    writer.add_head_count(settings["heads"])
+    writer.add_head_count_kv(settings["kv_heads"])
+    writer.add_layer_norm_rms_eps(settings["norm_eps"])
+    writer.add_rope_freq_base(settings["rope_theta"])
+    writer.add_rope_dimension_count(settings["width"] // settings["heads"])
+    writer.add_vocab_size(settings["classes"])
 
 
 def _vocabulary(writer: Any, tokenizer: Path | None, end: str, classes: int) -> None:
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return
-    found = byte_bpe.read(tokenizer)
-    if len(found.tokens) != classes:
+    bpe = byte_bpe.read(tokenizer)
+    if len(bpe.tokens) != classes:
         raise RecipeError(
-            f"tokenizer {tokenizer}: {len(found.tokens)} tokens, and the model has {classes} classes; name its own"
+            f"tokenizer {tokenizer}: {len(bpe.tokens)} tokens, and the model has {classes} "
+            "classes; name its own"
         )
-    if (
-        end not in found.tokens or found.tokens.index(end) not in found.special
-    ):  # llama.cpp would take token 11
+    # Without an end llama.cpp would take token 11.
+    if end not in bpe.tokens or bpe.tokens.index(end) not in bpe.special:
         raise RecipeError(
-            f"tokenizer {tokenizer}: {end!r} is no special token; name the one that ends a text: end = ..."
+            f"tokenizer {tokenizer}: {end!r} is no special token; "
+            "name the one that ends a text: end = ..."
         )
-    kinds = gguf_library().TokenType
+    types = gguf_library().TokenType
+    end_id = bpe.tokens.index(end)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm" if found.digits else "gpt-2")
-    writer.add_token_list(found.tokens)
+    writer.add_tokenizer_pre("smollm" if bpe.digits else "gpt-2")
+    writer.add_token_list(bpe.tokens)
     writer.add_token_types(
-        [kinds.CONTROL if i in found.special else kinds.NORMAL for i in range(classes)]
+        [types.CONTROL if i in bpe.special else types.NORMAL for i in range(classes)]
     )
-    writer.add_token_merges([" ".join(pair) for pair in found.merges])
-    for told in (writer.add_bos_token_id, writer.add_eos_token_id):
-        told(found.tokens.index(end))
+    writer.add_token_merges([" ".join(pair) for pair in bpe.merges])
+    writer.add_bos_token_id(end_id)
+    writer.add_eos_token_id(end_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
