@@ -1,3 +1,1 @@
-"""Quantisation-aware training: weights and activations rounded as the runtime that will execute
-them rounds.
-"""
+"""Quantisation-aware training: weights and activations rounded as their runtime will round them."""

@@ -1,6 +1,4 @@
-"""Layers that hold codes and scales in place of weights: they answer as the layers they were
-rounded from.
-"""
+"""Layers that hold codes and scales, and answer as the layers that they were rounded from."""
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +36,7 @@ class FixedLinear(nn.Module):
 
 
 class FixedEmbedding(nn.Module):
-    """A rounded table: codes (V, D) int8, scales (V, G); its rows are of `dtype`, as the table's
-    were.
-    """
+    """A rounded table: codes (V, D) int8, scales (V, G); its rows have the table's `dtype`."""
 
     codes: Tensor
     scales: Tensor

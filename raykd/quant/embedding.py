@@ -1,6 +1,4 @@
-"""Embeddings that look up as their quantised selves: a row's codes times its scales, exactly as the
-runtime does.
-"""
+"""Embeddings that look up a row's codes times its scales, exactly as the runtime does."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +8,10 @@ from raykd.recipe.quant import LEVELS, SCALES, Quant
 
 
 class QuantEmbedding(nn.Embedding):
-    """A table (V, D) under a Quant's `embeddings`; None is full precision. Its parameter is
-    nn.Embedding's.
+    """A table (V, D) under a Quant's `embeddings`; None is full precision.
 
-    `blend` as in a QuantLinear. Only rows that are looked up are rounded, for each has its own
-    scales.
+    Its parameter is nn.Embedding's, its `blend` that of a QuantLinear. Only rows that are looked up
+    are rounded, because each has its own scales.
     """
 
     quant: Quant | None = None
@@ -25,9 +22,9 @@ class QuantEmbedding(nn.Embedding):
         """The same table, its parameter shared."""
         options = {"scale_grad_by_freq": layer.scale_grad_by_freq, "sparse": layer.sparse}
         rows, width = layer.weight.shape
-        made = cls(rows, width, layer.padding_idx, _weight=layer.weight, **options)
-        made.weight = layer.weight
-        return made.train(layer.training)
+        embedding = cls(rows, width, layer.padding_idx, _weight=layer.weight, **options)
+        embedding.weight = layer.weight
+        return embedding.train(layer.training)
 
     def set(self, quant: Quant | None) -> None:
         """Take up a Quant, full precision where its `embeddings` is "none".
@@ -54,11 +51,8 @@ class QuantEmbedding(nn.Embedding):
         """
         check_finite(self.weight, "weights")
         groups, rule, largest = self._grouped(self.weight)
-        return (
-            codes_of(groups, scale_of(groups, rule, largest), rule, largest)
-            .flatten(-2)
-            .to(torch.int8)
-        )
+        codes = codes_of(groups, scale_of(groups, rule, largest), rule, largest)
+        return codes.flatten(-2).to(torch.int8)
 
     @torch.no_grad()
     def scales(self) -> Tensor:
@@ -67,12 +61,13 @@ class QuantEmbedding(nn.Embedding):
 
     def _rounded(self, rows: Tensor) -> Tensor:
         groups, rule, largest = self._grouped(rows)
-        found = Rounded.apply(groups, scale_of(groups.detach(), rule, largest), rule, largest)
-        found = found.flatten(-2)  # type: ignore[attr-defined]
-        return found if self.blend == 1 else torch.lerp(rows.float(), found, self.blend)
+        scale = scale_of(groups.detach(), rule, largest)
+        rounded = Rounded.apply(groups, scale, rule, largest)
+        rounded = rounded.flatten(-2)  # type: ignore[attr-defined]
+        return rounded if self.blend == 1 else torch.lerp(rows.float(), rounded, self.blend)
 
     def _grouped(self, rows: Tensor) -> tuple[Tensor, str, int]:
-        """(..., G, D / G), and the rule and the largest code of its rounding."""
+        """Groups (..., G, D / G) of rows, and the rule and the largest code of their rounding."""
         assert self.quant is not None
         groups = rows.unflatten(-1, (-1, self.quant.columns(self.embedding_dim)))
         return groups, SCALES[self.quant.embeddings], LEVELS[self.quant.embeddings]

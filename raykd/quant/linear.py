@@ -19,17 +19,18 @@ from raykd.recipe.quant import LEVELS, Quant
 
 
 def be_called(_module: nn.Module, _inputs: Any) -> None:
-    """A hook that does nothing: torch's encoder layers call submodules that have one, and else only
-    read weights.
+    """A hook that does nothing.
+
+    torch's encoder layers call submodules that have a hook; of others they only read the weights.
     """
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer under a Quant; None is full precision. Its parameters have nn.Linear's names
-    and shapes.
+    """A linear layer under a Quant; None is full precision.
 
-    `blend` in [0, 1] mixes (1 - blend) W + blend Q(W): 0 is full precision, 1 what the runtime
-    computes. A learned scale is one more parameter, `scale`.
+    Its parameters have nn.Linear's names and shapes. `blend` in [0, 1] mixes (1 - blend) W + blend
+    Q(W): 0 is full precision, 1 what the runtime computes. A learned scale is one more parameter,
+    `scale`.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True):
@@ -42,21 +43,22 @@ class QuantLinear(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Linear) -> "QuantLinear":
         """The same layer, its parameters shared."""
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None)
-        made.weight, made.bias = layer.weight, layer.bias
-        return made.train(layer.training)
+        linear = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        linear.weight = layer.weight
+        linear.bias = layer.bias
+        return linear.train(layer.training)
 
     def set(self, quant: Quant | None) -> None:
         """Take up a Quant, its scales anew from the weights as they are.
 
-        RecipeError if those are not finite.
+        RecipeError if the weights are not finite.
         """
         check_finite(self.weight, "weights")
-        self.quant, self.scale = quant, None
+        self.quant = quant
+        self.scale = None
         if quant and quant.rule == "learned":
-            self.scale = nn.Parameter(
-                scale_of(self._groups(quant), "learned", LEVELS[quant.weights])
-            )
+            scale = scale_of(self._groups(quant), "learned", LEVELS[quant.weights])
+            self.scale = nn.Parameter(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quant is None or self.blend == 0:
@@ -67,18 +69,16 @@ class QuantLinear(nn.Linear):
     def rounded(self) -> Tensor:
         """(N, K): the weights that are multiplied with, scale times codes, blended."""
         assert self.quant is not None
-        groups, largest = self._groups(self.quant), LEVELS[self.quant.weights]
+        groups = self._groups(self.quant)
+        rule = self.quant.rule
+        largest = LEVELS[self.quant.weights]
         if self.scale is not None:
-            found = Learned.apply(groups, self.scale, largest)
+            rounded = Learned.apply(groups, self.scale, largest)
         else:
-            found = Rounded.apply(
-                groups,
-                scale_of(groups.detach(), self.quant.rule, largest),
-                self.quant.rule,
-                largest,
-            )
-        found = found.reshape(self.weight.shape)  # type: ignore[attr-defined]
-        return found if self.blend == 1 else torch.lerp(self.weight.float(), found, self.blend)
+            scale = scale_of(groups.detach(), rule, largest)
+            rounded = Rounded.apply(groups, scale, rule, largest)
+        rounded = rounded.reshape(self.weight.shape)  # type: ignore[attr-defined]
+        return rounded if self.blend == 1 else torch.lerp(self.weight.float(), rounded, self.blend)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -88,21 +88,18 @@ class QuantLinear(nn.Linear):
         """
         assert self.quant is not None
         check_finite(self.weight, "weights")
-        found = codes_of(
-            self._groups(self.quant), self._scale(), self._rule(), LEVELS[self.quant.weights]
-        )
-        return found.reshape(self.weight.shape).to(torch.int8)
+        groups = self._groups(self.quant)
+        codes = codes_of(groups, self._scale(), self._rule(), LEVELS[self.quant.weights])
+        return codes.reshape(self.weight.shape).to(torch.int8)
 
     @torch.no_grad()
     def scales(self) -> Tensor:
         """(N, G) float32: the scale of each output's groups of inputs; G = 1 without groups."""
         assert self.quant is not None
         scale = self._scale().reshape(-1, self._groups(self.quant).shape[1])
-        return (
-            scale.expand(self.out_features, -1).contiguous()
-            if self.quant.per == "tensor"
-            else scale
-        )
+        if self.quant.per == "tensor":
+            return scale.expand(self.out_features, -1).contiguous()
+        return scale
 
     def _rule(self) -> str:
         assert self.quant is not None
@@ -115,7 +112,7 @@ class QuantLinear(nn.Linear):
         return scale_of(self._groups(self.quant), self.quant.rule, LEVELS[self.quant.weights])
 
     def _groups(self, quant: Quant) -> Tensor:
-        """(N, G, K / G), or (1, 1, N K) where the whole layer shares a scale."""
+        """The weights as (N, G, K / G), or (1, 1, N K) where the whole layer shares a scale."""
         if quant.per == "tensor":
             return self.weight.reshape(1, 1, -1)
         return self.weight.unflatten(1, (-1, quant.columns(self.in_features)))

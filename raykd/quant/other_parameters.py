@@ -1,8 +1,7 @@
-"""The parameters that no layer rounds: stored as int8 where a Quant says so, and multiplied in
-float32.
+"""The parameters that no layer rounds: stored as int8 if a Quant says so, multiplied in float32.
 
-Convolutions, positions, skipped heads: in a small student they are most of the bytes. Each is a
-parametrisation of torch.nn.utils.parametrize, so a model of any kind reads it rounded; `plain`
+They are convolutions, positions and skipped heads: in a small student most of the bytes. Each gets
+a parametrisation of torch.nn.utils.parametrize, so a model of any kind reads it rounded. `plain`
 gives its tensors their own names back.
 """
 
@@ -22,9 +21,7 @@ LARGEST = LEVELS["int8"]
 
 
 class Stored(nn.Module):
-    """A parameter (N, ...) as int8 holds it: a scale max|W| / 127 for each slice of the first
-    dimension.
-    """
+    """A parameter (N, ...) as int8, with a scale max|W| / 127 for each slice of dimension 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,66 +29,61 @@ class Stored(nn.Module):
         self.blend = 1.0
 
     def set(self, quant: Quant | None) -> None:
-        """Take up a Quant; it rounds only where that says rest = "int8"."""
+        """Take up a Quant, which rounds only with rest = "int8"."""
         self.quant = quant if quant and quant.rest == "int8" else None
 
     def forward(self, value: Tensor) -> Tensor:
         if self.quant is None or self.blend == 0:
             return value
         rows = value.reshape(len(value), 1, -1)
-        found: Any = Rounded.apply(
-            rows, scale_of(rows.detach(), "absmax", LARGEST), "absmax", LARGEST
-        )
-        found = found.reshape(value.shape).to(value.dtype)
-        return found if self.blend == 1 else torch.lerp(value, found, self.blend)
+        scale = scale_of(rows.detach(), "absmax", LARGEST)
+        rounded: Any = Rounded.apply(rows, scale, "absmax", LARGEST)
+        rounded = rounded.reshape(value.shape).to(value.dtype)
+        return rounded if self.blend == 1 else torch.lerp(value, rounded, self.blend)
 
 
 @torch.no_grad()
 def codes_and_scales(value: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes like `value` (N, ...) and float32 scales (N,): what an artefact holds of a Stored
-    parameter.
+    """What an artefact holds of a Stored parameter `value` (N, ...).
 
-    RecipeError if training left weights that are not finite.
+    int8 codes of its shape, and float32 scales (N,). RecipeError if training left weights that are
+    not finite.
     """
     check_finite(value, "weights")
     rows = value.reshape(len(value), 1, -1)
     scale = scale_of(rows, "absmax", LARGEST)
-    return codes_of(rows, scale, "absmax", LARGEST).reshape(value.shape).to(
-        torch.int8
-    ), scale.reshape(-1)
+    codes = codes_of(rows, scale, "absmax", LARGEST).reshape(value.shape).to(torch.int8)
+    return codes, scale.reshape(-1)
 
 
 def prepare(module: nn.Module, rounded: set[nn.Module]) -> None:
-    """Parametrise every parameter of two dimensions or more whose owner is not among the `rounded`
-    layers.
-    """
-    for name, owner in list(module.named_modules()):
-        for own, value in list(owner.named_parameters(recurse=False)):
-            if (
-                owner in rounded
-                or value.dim() < 2
-                or isinstance(owner, parametrize.ParametrizationList)
-            ):
+    """Parametrise every parameter of two dimensions or more that no `rounded` layer owns."""
+    for path, owner in list(module.named_modules()):
+        if owner in rounded or isinstance(owner, parametrize.ParametrizationList):
+            continue
+        for name, value in list(owner.named_parameters(recurse=False)):
+            if value.dim() < 2:
                 continue
             if not torch.isfinite(value).all():
                 raise RecipeError(
-                    f"quant: {f'{name}.{own}'.lstrip('.')} is NaN or infinite, and can not be rounded"
+                    f"quant: {f'{path}.{name}'.lstrip('.')} is NaN or infinite, "
+                    "and cannot be rounded"
                 )
-            parametrize.register_parametrization(owner, own, Stored())
+            parametrize.register_parametrization(owner, name, Stored())
 
 
 def stored(module: nn.Module) -> Iterator[tuple[Tensor, Stored]]:
     """(value, parametrisation) of every parameter that `prepare` has parametrised."""
-    for found in module.modules():
-        if isinstance(found, parametrize.ParametrizationList) and isinstance(
-            held := found[0], Stored
-        ):
-            yield found.original, held
+    for parametrisations in module.modules():
+        if isinstance(parametrisations, parametrize.ParametrizationList):
+            first = parametrisations[0]
+            if isinstance(first, Stored):
+                yield parametrisations.original, first
 
 
 @torch.no_grad()
 def bake(module: nn.Module) -> None:
-    """Make every parametrised parameter what the module reads: float32, and rounded where it was."""
+    """Make every parametrised parameter what the module reads: float32, rounded where it was."""
     for owner in list(module.modules()):
         if parametrize.is_parametrized(owner):
             for name in list(owner.parametrizations):  # type: ignore[arg-type]

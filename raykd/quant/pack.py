@@ -1,4 +1,4 @@
-"""Codes as bytes: little end first as MatMulNBits reads them, and five trits a byte for storage."""
+"""Codes as bytes: low bits first, as MatMulNBits reads them, and five trits a byte for storage."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,30 +9,27 @@ POWERS = 3 ** np.arange(TRITS)
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> Bytes:
-    """(..., K bits / 8): codes (..., K) of -2^(bits - 1)..2^(bits - 1) - 1, stored less their zero
-    point -2^(bits - 1).
+    """(..., K bits / 8): codes (..., K) of -2^(bits - 1)..2^(bits - 1) - 1, plus 2^(bits - 1).
 
-    The first code stands in the lowest bits of the first byte. K must fill whole bytes.
+    The first code is in the lowest bits of the first byte. K must fill whole bytes.
     """
-    each = 8 // bits
+    count = 8 // bits  # codes of a byte
     shifted = (codes.astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
-    parts = shifted.reshape(*codes.shape[:-1], -1, each)
-    return np.bitwise_or.reduce(parts << (bits * np.arange(each, dtype=np.uint8)), axis=-1).astype(
-        np.uint8
-    )
+    of_bytes = shifted.reshape(*codes.shape[:-1], -1, count)
+    in_place = of_bytes << (bits * np.arange(count, dtype=np.uint8))
+    return np.bitwise_or.reduce(in_place, axis=-1).astype(np.uint8)
 
 
 def unpack(packed: Bytes, bits: int) -> NDArray[np.int8]:
     """The inverse of `pack`."""
-    each = 8 // bits
-    parts = packed[..., None] >> (bits * np.arange(each, dtype=np.uint8)) & ((1 << bits) - 1)
-    return (
-        (parts.astype(np.int16) - (1 << bits - 1)).astype(np.int8).reshape(*packed.shape[:-1], -1)
-    )
+    count = 8 // bits
+    shifted = packed[..., None] >> (bits * np.arange(count, dtype=np.uint8)) & ((1 << bits) - 1)
+    codes = (shifted.astype(np.int16) - (1 << bits - 1)).astype(np.int8)
+    return codes.reshape(*packed.shape[:-1], -1)
 
 
 def pack_trits(codes: NDArray[np.int8]) -> Bytes:
-    """(ceil(K / 5),): ternary codes (K,) in base 3, the first as the lowest digit; 1.6 bits each."""
+    """(ceil(K / 5),): ternary codes (K,) in base 3, 1.6 bits each, the first the lowest digit."""
     padded = np.zeros(-(-len(codes) // TRITS) * TRITS, np.int64)
     padded[: len(codes)] = codes + 1
     return (padded.reshape(-1, TRITS) * POWERS).sum(1).astype(np.uint8)
@@ -41,7 +38,7 @@ def pack_trits(codes: NDArray[np.int8]) -> Bytes:
 def unpack_trits(packed: Bytes, count: int) -> NDArray[np.int8]:
     """(count,): the inverse of `pack_trits`.
 
-    ValueError for bytes that are no five trits, or too few.
+    ValueError for too few bytes, and for one that is no five trits.
     """
     if len(packed) != -(-count // TRITS) or (packed >= 3**TRITS).any():
         raise ValueError(f"{len(packed)} bytes do not hold {count} trits")

@@ -1,7 +1,7 @@
-"""Rounding in the forward pass, the identity in the backward one: what a runtime will compute, and
-yet trainable.
+"""Rounding in the forward pass, the identity in the backward pass.
 
-Everything is float32. Gradients are straight through (Bengio et al. 2013, arXiv 1308.3432).
+So a model computes what its runtime will, and can still be trained. Everything is float32.
+Gradients are straight through (Bengio et al. 2013, arXiv 1308.3432).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from raykd.errors import RecipeError
 from raykd.recipe.quant import Quant
 
-LEAST = 1e-8  # of a scale: a group of zeros has codes of zero, whatever divides them
+LEAST = 1e-8  # of a scale: a group of zeros has codes of zero under any scale
 
 
 def scale_of(weight: Tensor, rule: str, largest: int) -> Tensor:
@@ -29,27 +29,23 @@ def scale_of(weight: Tensor, rule: str, largest: int) -> Tensor:
         return (size.amax(-1, keepdim=True) / largest).clamp(min=LEAST)
     if rule == "twn":
         above = size > 0.7 * mean
-        return (
-            (size * above).sum(-1, keepdim=True) / above.sum(-1, keepdim=True).clamp(min=1)
-        ).clamp(min=LEAST)
+        count = above.sum(-1, keepdim=True).clamp(min=1)
+        return ((size * above).sum(-1, keepdim=True) / count).clamp(min=LEAST)
     return (mean if rule == "absmean" else 2 * mean / largest**0.5).clamp(min=LEAST)
 
 
 def codes_of(weight: Tensor, scale: Tensor, rule: str, largest: int) -> Tensor:
-    """Integers in -largest..largest as float32, of groups (N, G, K / G) with their scales (N, G,
-    1).
-    """
+    """Codes in -largest..largest as float32, of groups (N, G, K / G) with scales (N, G, 1)."""
     if rule == "twn":
-        return weight.float().sign() * (
-            weight.float().abs() > 0.7 * weight.float().abs().mean(-1, keepdim=True)
-        )
+        size = weight.float().abs()
+        return weight.float().sign() * (size > 0.7 * size.mean(-1, keepdim=True))
     return (weight.float() / scale).round_().clamp_(-largest, largest)
 
 
 def learnt(scale: Tensor) -> Tensor:
-    """A learned scale as it is multiplied with:
+    """A learned scale as it is multiplied with: at least LEAST.
 
-    LEAST at least. RecipeError if it is NaN or infinite.
+    RecipeError if it is NaN or infinite.
     """
     check_finite(scale, "scales")
     return scale.detach().clamp(min=LEAST)
@@ -59,7 +55,8 @@ def check_finite(values: Tensor, what: str) -> None:
     """RecipeError if any is NaN or infinite; `what` names them."""
     if not torch.isfinite(values).all():
         raise RecipeError(
-            f"quant: a layer's {what} are NaN or infinite, and can not be rounded; lower optim.learning_rate"
+            f"quant: a layer's {what} are NaN or infinite, and cannot be rounded; "
+            "lower optim.learning_rate"
         )
 
 
@@ -74,11 +71,10 @@ def as_multiplied(x: Tensor, quant: Quant) -> Tensor:
 
 
 class Rounded(torch.autograd.Function):
-    """scale * codes(weight), the gradient the upstream one; the scale follows the weights and takes
-    none.
+    """scale * codes(weight). The weight gets the upstream gradient, the scale none.
 
-    No weight is out of range under absmax, and under absmean and twn the outer codes stand for all
-    that is beyond.
+    The scale follows the weights. No weight is out of range under absmax; under absmean and twn the
+    outer codes stand for everything beyond them.
     """
 
     @staticmethod
@@ -91,11 +87,12 @@ class Rounded(torch.autograd.Function):
 
 
 class Learned(torch.autograd.Function):
-    """LSQ: round(clip(w / s)) s with a gradient for s too (arXiv 1902.08153, eq. 1-5).
+    """LSQ: round(clip(w / s)) s with a gradient for s, too (arXiv 1902.08153, eq. 1-5).
 
-    d/ds = round(w / s) - w / s inside the range, -largest or largest outside, times 1 / sqrt(n
-    largest) with n the weights that share s. A step of the optimiser may take s below 0, which
-    would flip every sign: such an s counts as LEAST, and takes only a gradient that raises it.
+    d/ds = round(w / s) - w / s inside the range and -largest or largest outside it, times 1 /
+    sqrt(n largest) with n the number of weights that share s. A step of the optimiser may take s
+    below 0, which would flip every sign. Such an s counts as LEAST, and takes only a gradient that
+    raises it.
     """
 
     @staticmethod
@@ -109,7 +106,8 @@ class Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         ratio, scale = ctx.saved_tensors
-        upstream, largest = gradients[0], ctx.largest
+        upstream = gradients[0]
+        largest = ctx.largest
         inside = ratio.abs() <= largest
         slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(-largest, largest))
         share = (ratio.shape[-1] * largest) ** -0.5
@@ -118,16 +116,16 @@ class Learned(torch.autograd.Function):
 
 
 class Activations(torch.autograd.Function):
-    """Activations as ONNX's DynamicQuantizeLinear rounds them: uint8 over the tensor's own range,
-    zero included.
+    """Activations as ONNX's DynamicQuantizeLinear rounds them: uint8 over the tensor's range.
 
-    scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale) in 0..255; every value
-    is in the range, so the gradient is the upstream one.
+    The range includes zero: scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale)
+    in 0..255. Every value is in the range, so the gradient is the upstream one.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        low, high = x.amin().clamp(max=0).float(), x.amax().clamp(min=0).float()
+        low = x.amin().clamp(max=0).float()
+        high = x.amax().clamp(min=0).float()
         scale = ((high - low) / 255).clamp(min=LEAST)
         zero = (-low / scale).round_().clamp_(0, 255)
         return (x.float() / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
@@ -138,11 +136,11 @@ class Activations(torch.autograd.Function):
 
 
 class Blocks(torch.autograd.Function):
-    """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over each block of a row's
-    inputs.
+    """Activations as MatMulNBits rounds them at accuracy_level 4: int8 over blocks of a row.
 
-    scale = max|x| / 127, no zero point; a block as long as the row is a token's own int8 (arXiv
-    2208.07339, section 3.1). Every value is in the range, so the gradient is the upstream one.
+    scale = max|x| / 127, without a zero point. A block as long as the row is a token's own int8
+    (arXiv 2208.07339, section 3.1). Every value is in the range, so the gradient is the upstream
+    one.
     """
 
     @staticmethod

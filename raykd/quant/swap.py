@@ -1,4 +1,4 @@
-"""The swap that puts layers which can be rounded into any model, and what it leaves as it is."""
+"""The swap that puts layers that can round into any model, and what it leaves unrounded."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -16,52 +16,49 @@ ROUNDABLE = (nn.Linear, nn.Embedding)
 
 
 class Left(NamedTuple):
-    """A layer, or a parameter that is no layer's, which is computed with in float32."""
+    """A layer, or a parameter of no layer, that is computed with in float32."""
 
     name: str
     reason: str
 
 
 def prepare(module: nn.Module, quant: Quant) -> list[str]:
-    """The names of the layers that are swapped in place: all that the Quant rounds, none rounded
-    yet.
+    """Swap in place all layers that a Quant rounds, without rounding them yet; their names.
 
     A layer with several names goes by its first. A weight that two layers tie stays one parameter:
-    each rounds it for its own operator, and one that is left takes it as it is.
+    each rounds it for its own operator, and a layer that is left unrounded takes it as it is.
     """
-    found = {
-        n: m
-        for n, m in module.named_modules()
-        if isinstance(m, ROUNDABLE) and why_left(n, m, quant) is None
+    layers = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, ROUNDABLE) and why_left(name, layer, quant) is None
     }
-    if not found:
+    if not layers:
         raise RecipeError(
-            f"quant: no linear layer is left to quantise, and no embedding; skip = {quant.skip} and "
-            f'embeddings = "{quant.embeddings}" leave out every one'
+            f"quant: no linear layer is left to quantise, and no embedding; skip = {quant.skip} "
+            f'and embeddings = "{quant.embeddings}" leave out every one'
         )
-    replace(module, {m: _swapped(m) for m in found.values()})
-    return list(found)
+    replace(module, {layer: _swapped(layer) for layer in layers.values()})
+    return list(layers)
 
 
 def left(module: nn.Module, quant: Quant) -> list[Left]:
-    """Every layer that `prepare` leaves in a module, and every matrix that is no layer's, with the
-    reason.
+    """Every layer that `prepare` leaves, and every matrix of no layer, each with the reason.
 
-    They are computed with in float32; how they are stored, `Quant.rest` says.
+    They are computed with in float32; `Quant.rest` says how they are stored.
     """
-    found = []
+    unrounded = []
     for name, layer in module.named_modules():
         if isinstance(layer, ROUNDABLE):
             reason = why_left(name, layer, quant)
-            found += [Left(name, reason)] if reason else []
-        else:
-            own = layer.named_parameters(prefix=name, recurse=False)
-            found += [
-                Left(n, f"a {type(layer).__name__} has no rounded form")
-                for n, p in own
-                if p.dim() > 1
-            ]
-    return found
+            if reason:
+                unrounded.append(Left(name, reason))
+            continue
+        reason = f"a {type(layer).__name__} has no rounded form"
+        for full_name, parameter in layer.named_parameters(prefix=name, recurse=False):
+            if parameter.dim() > 1:
+                unrounded.append(Left(full_name, reason))
+    return unrounded
 
 
 def why_left(name: str, layer: nn.Linear | nn.Embedding, quant: Quant) -> str | None:
@@ -81,25 +78,25 @@ def why_left(name: str, layer: nn.Linear | nn.Embedding, quant: Quant) -> str | 
 
 
 def replace(module: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new layer wherever its old one stands in the module, under every name it has."""
-    for name, layer in list(module.named_modules(remove_duplicate=False)):
+    """Put each new layer in place of its old one, under every name that this has."""
+    for path, layer in list(module.named_modules(remove_duplicate=False)):
         if layer in swaps:
-            owner, _, own = name.rpartition(".")
-            setattr(module.get_submodule(owner), own, swaps[layer])
+            owner, _, name = path.rpartition(".")
+            setattr(module.get_submodule(owner), name, swaps[layer])
 
 
 def quantised(module: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """(name, layer) of every layer that `prepare` has swapped."""
-    return ((n, layer) for n, layer in module.named_modules() if isinstance(layer, QuantLayer))
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantLayer):
+            yield name, layer
 
 
 def roundable(module: nn.Module) -> Iterator[tuple[str, QuantLayer | Stored]]:
-    """(name, module) of all that takes up a Quant and fades in: layers, and parameters that are
-    stored.
-    """
-    return (
-        (n, held) for n, held in module.named_modules() if isinstance(held, QuantLayer | Stored)
-    )
+    """(name, module) of all that takes up a Quant and fades in: layers and stored parameters."""
+    for name, part in module.named_modules():
+        if isinstance(part, QuantLayer | Stored):
+            yield name, part
 
 
 def _swapped(layer: nn.Linear | nn.Embedding) -> QuantLayer:
