@@ -9,9 +9,7 @@ from typing import Any
 
 
 class Progress:
-    """Counts one stage; says something at once, then at most every `every_s` seconds, and when
-    done.
-    """
+    """The progress of one stage, printed at once, then every `every_s` seconds, and when done."""
 
     def __init__(self, stage: str, total: int, unit: str, *, every_s: float | None = None):
         self.stage = stage
@@ -20,15 +18,15 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.every_s = every_s if every_s is not None else (0.2 if self.terminal else 5.0)
         self.done = 0
-        self.started = self.spoken = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self._say("starting")
 
     def advance(self, done: int, note: str = "") -> None:
         """Set how many units are done, with a short remark."""
         self.done = done
         now = time.monotonic()
-        if now - self.spoken >= self.every_s and done < self.total:
-            self.spoken = now
+        if now - self.printed >= self.every_s and done < self.total:
+            self.printed = now
             self._say(f"{self._pace(now)} {note}")
 
     def finish(self, note: str = "") -> None:
@@ -38,8 +36,10 @@ class Progress:
 
     def _pace(self, now: float) -> str:
         rate = self.done / max(now - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate else float("inf")
-        return f"{rate:,.0f} {self.unit}/s, {left:.0f} s left" if rate else "starting"
+        if not rate:
+            return "starting"
+        left = (self.total - self.done) / rate
+        return f"{rate:,.0f} {self.unit}/s, {left:.0f} s left"
 
     def _say(self, text: str, last: bool = False) -> None:
         line = f"{self.stage:<7} {self.done:,}/{self.total:,} {self.unit} {text}".rstrip()

@@ -30,12 +30,10 @@ class SparseTargets:
     # (M,) fp32, the estimator's weights: sampled shares, or probabilities of the top classes
     weight: Tensor
     vocab: int  # number of real classes; columns beyond it are padding
-    entropy: Tensor | None = (
-        None  # (P,) fp32, -sum_i w_i log p_i (tail included); None: the KL's value is cross-entropy
-    )
-    tail: Tensor | None = (
-        None  # (P,) fp32, the mass of all other classes; None: there is no tail bucket
-    )
+    # (P,) fp32, -sum_i w_i log p_i (tail included); None: the KL's value is cross-entropy
+    entropy: Tensor | None = None
+    # (P,) fp32, the mass of all other classes; None: there is no tail bucket
+    tail: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -76,17 +74,16 @@ class SparseTargets:
         return replace(self, **moved)
 
     def dense(self) -> Tensor:
-        """(P, vocab) fp32: the weights as a matrix, zeros elsewhere; for tests and small
-        vocabularies.
+        """(P, vocab) fp32: the weights as a matrix, with zeros elsewhere.
+
+        For tests and small vocabularies.
         """
         out = torch.zeros(len(self), self.vocab, dtype=self.weight.dtype, device=self.weight.device)
         return out.index_put_((self.rows(), self.ids), self.weight, accumulate=True)
 
 
 def cross_entropy(log_q: Tensor, targets: SparseTargets) -> Tensor:
-    """(P,): -sum_i w_i log q_i of log_q (P, V), the tail's bucket included, less the entropy where
-    it is stored.
-    """
+    """(P,): -sum_i w_i log q_i of log_q (P, V), with the tail bucket, less the stored entropy."""
     rows = targets.rows()
     picked = log_q[rows, targets.ids]
     value = log_q.new_zeros(len(targets)).index_add(0, rows, -targets.weight * picked)

@@ -1,4 +1,4 @@
-"""A check-up of this machine: what raykd needs, what was found, and what to type where it is wrong."""
+"""A check-up of this machine: what raykd needs, what is there, and what to type if it is wrong."""
 
 import importlib.metadata
 import os
@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from packaging.requirements import Requirement
 
@@ -15,7 +15,7 @@ FREE_BYTES = 2 * 2**30
 
 
 def examine(out: Path, uri: str | None) -> list[dict[str, Any]]:
-    """One row a question: {"name", "ok", "found", "do"}."""
+    """One row for each question: {"name", "ok", "found", "do"}."""
     return [_python(), *_packages(), _disk(out), _memory(), _auth(), _cluster(), _mlflow(uri)]
 
 
@@ -41,18 +41,18 @@ def _packages() -> list[dict[str, Any]]:
             rows.append(_row(wanted.name, False, "not installed", f"pip install '{text}'"))
             continue
         ok = wanted.specifier.contains(version, prereleases=True)
-        rows.append(
-            _row(wanted.name, ok, version, f"pip install '{wanted.name}{wanted.specifier}'")
-        )
+        do = f"pip install '{wanted.name}{wanted.specifier}'"
+        rows.append(_row(wanted.name, ok, version, do))
     return rows
 
 
 def _disk(out: Path) -> dict[str, Any]:
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    ok = free > FREE_BYTES and os.access(place, os.W_OK)
+    whole = out.absolute()
+    folder = next(path for path in (whole, *whole.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    ok = free > FREE_BYTES and os.access(folder, os.W_OK)
     do = f"free {FREE_BYTES / 2**30:.0f} GiB there, or name a writable --out"
-    return _row("disk", ok, f"{free / 2**30:.1f} GiB free at {place}", do)
+    return _row("disk", ok, f"{free / 2**30:.1f} GiB free at {folder}", do)
 
 
 def _memory() -> dict[str, Any]:
@@ -70,24 +70,27 @@ def _auth() -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         return _row("ray auth", True, "embedded cluster, with a token of its own")
-    local = urlsplit(address if "//" in address else f"//{address}").hostname in (
-        "127.0.0.1",
-        "localhost",
-        "auto",
+    host = _parts(address).hostname
+    local = host in ("127.0.0.1", "localhost", "auto")
+    do = (
+        "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH: a cluster without a token runs "
+        "anybody's code"
     )
-    do = "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH: a cluster without a token runs anybody's code"
-    return _row(
-        "ray auth", mode == "token" or (local and mode is not None), f"RAY_AUTH_MODE={mode}", do
-    )
+    ok = mode == "token" or (local and mode is not None)
+    return _row("ray auth", ok, f"RAY_AUTH_MODE={mode}", do)
+
+
+def _parts(address: str) -> SplitResult:
+    """A Ray address in parts; it may lack a scheme."""
+    return urlsplit(address if "//" in address else f"//{address}")
 
 
 def _cluster() -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        return _row(
-            "ray cluster", True, "none named; one is started inside each command that needs it"
-        )
-    parts = urlsplit(address if "//" in address else f"//{address}")
+        text = "none named; one is started inside each command that needs it"
+        return _row("ray cluster", True, text)
+    parts = _parts(address)
     do = 'cluster/local.sh start && eval "$(cluster/local.sh env)", or unset RAY_ADDRESS'
     if parts.hostname is None or parts.port is None:
         return _row("ray cluster", address == "auto", f"RAY_ADDRESS={address}", do)
@@ -99,12 +102,8 @@ def _mlflow(uri: str | None) -> dict[str, Any]:
         return _row("mlflow", True, "a sqlite file under --out")
     parts = urlsplit(uri)
     ok = parts.scheme == "sqlite" or _answers(parts.hostname or "", parts.port or 443)
-    return _row(
-        "mlflow",
-        ok,
-        f"{parts.scheme}://{parts.hostname or parts.path}",
-        f"start the server at {parts.netloc}",
-    )
+    server = f"{parts.scheme}://{parts.hostname or parts.path}"
+    return _row("mlflow", ok, server, f"start the server at {parts.netloc}")
 
 
 def _answers(host: str, port: int) -> bool:
@@ -115,11 +114,13 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The check-up for a terminal; what is wrong is marked and says what to type."""
-    return "\n".join(
-        f"{' ' if r['ok'] else '!'} {r['name']:<15}{r['found']}{_advice(r)}" for r in found
-    )
+def table(rows: list[dict[str, Any]]) -> str:
+    """The check-up for a terminal. A line that is wrong is marked and says what to type."""
+    lines = []
+    for row in rows:
+        mark = " " if row["ok"] else "!"
+        lines.append(f"{mark} {row['name']:<15}{row['found']}{_advice(row)}")
+    return "\n".join(lines)
 
 
 def _advice(row: dict[str, Any]) -> str:

@@ -55,51 +55,59 @@ def load(
     for text in sets:
         raw = merge(raw, resolve_paths(set_key({}, *parse_set(text)), Path()))
     if smoke:
-        known = _technique(raw.get("technique", "vanilla"), allow_import)[0] | raw
-        cuts = SMOKE
-        if _text(known, "data", "tokenizer"):
-            cuts = merge(cuts, SMOKE_TEXT | {"data": {"limit": _few_rows(known["data"])}})
-        raw = merge(raw, {k: v for k, v in cuts.items() if k in ("optim", "store") or k in known})
-        if isinstance(raw.get("seeds"), list):
-            raw |= {"seeds": raw["seeds"][:1]}
+        raw = _cut_for_smoke(raw, allow_import)
     return resolve(raw, where=f"recipe {path}", allow_import=allow_import)
 
 
+def _cut_for_smoke(raw: dict[str, Any], allow_import: Collection[str]) -> dict[str, Any]:
+    """`raw` with the fewest steps, trials, rows and seeds that still run every stage."""
+    settings, _ = _technique(raw.get("technique", "vanilla"), allow_import)
+    known = settings | raw
+    cuts = SMOKE
+    if _text(known, "data", "tokenizer"):
+        cuts = merge(cuts, SMOKE_TEXT | {"data": {"limit": _few_rows(known["data"])}})
+    raw = merge(raw, {k: v for k, v in cuts.items() if k in ("optim", "store") or k in known})
+    if isinstance(raw.get("seeds"), list):
+        raw |= {"seeds": raw["seeds"][:1]}
+    return raw
+
+
 def _few_rows(table: dict[str, Any]) -> int:
-    """Rows of each split that make SMOKE_TOKENS of text, at least 32; never more than the recipe's
-    own limit.
+    """Rows of each split that make SMOKE_TOKENS of text, at least 32.
+
+    Never more than the recipe's limit.
     """
-    window, own = table.get("window"), table.get("limit")
-    few = max(32, SMOKE_TOKENS // window) if isinstance(window, int) and window > 0 else 32
-    return min(few, own) if isinstance(own, int) else few
+    window = table.get("window")
+    limit = table.get("limit")
+    rows = 32
+    if isinstance(window, int) and window > 0:
+        rows = max(rows, SMOKE_TOKENS // window)
+    return min(rows, limit) if isinstance(limit, int) else rows
 
 
 def resolve(
     raw: dict[str, Any], *, where: str = "recipe", allow_import: Collection[str] = ()
 ) -> Recipe:
-    """The Recipe of raw values, laid over its technique's own. RecipeError with all faults.
+    """The Recipe of raw values over those of its technique. RecipeError with all faults.
 
-    No code that the recipe names is run, except a technique's that may be imported.
+    No code that the recipe names is run, except a technique that may be imported.
     """
     base, problems = _technique(raw.get("technique", "vanilla"), allow_import)
     merged = merge(base, raw)
-    found, faults = validate(Recipe, merged)
-    if "terms" not in raw and any(
-        p.key == "technique" for p in problems + faults
-    ):  # it would have brought them
+    recipe, faults = validate(Recipe, merged)
+    bad_keys = {problem.key for problem in problems + faults}
+    if "terms" not in raw and "technique" in bad_keys:  # a sound technique brings terms
         faults = [fault for fault in faults if fault.key != "terms"]
     if not (problems and "." in raw["technique"]):
         problems += _term_problems(merged)
-    if found and not problems:
-        problems += (
-            _teacher_problems(found)
-            + _source_problems(found)
-            + _search_problems(merged, found, allow_import)
-        )
+    if recipe and not problems:
+        problems += _teacher_problems(recipe)
+        problems += _source_problems(recipe)
+        problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
-    if problems or found is None:
+    if problems or recipe is None:
         raise RecipeError(problems, where=where)
-    return found
+    return recipe
 
 
 def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -118,71 +126,62 @@ def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any]
 
 
 def _term_problems(merged: dict[str, Any]) -> list[Problem]:
-    given = merged.get("terms")
-    specs = (
-        {k: validate(TermSpec, v)[0] for k, v in given.items()} if isinstance(given, dict) else {}
-    )
-    return terms.term_problems({k: v for k, v in specs.items() if v is not None})
+    """What the terms' own signatures refuse; a table that is no TermSpec is reported elsewhere."""
+    tables = merged.get("terms")
+    if not isinstance(tables, dict):
+        return []
+    specs = {}
+    for name, table in tables.items():
+        spec, _ = validate(TermSpec, table)
+        if spec is not None:
+            specs[name] = spec
+    return terms.term_problems(specs)
 
 
-def _teacher_problems(found: Recipe) -> list[Problem]:
-    needs = terms.needs_of(found.terms)
-    if needs and found.teacher is None:
-        wanting = ", ".join(n for n, s in found.terms.items() if terms.needs_of({n: s}))
-        return [
-            Problem(
-                "teacher",
-                f"missing, but the terms {wanting} read the teacher's {', '.join(sorted(needs))}",
-            )
-        ]
-    if found.teacher and found.teacher.weights is None:
-        return [
-            Problem("teacher.weights", "missing; name the teacher's safetensors file or folder")
-        ]
-    if found.drafter and found.teacher and found.teacher.model == weight_files.TRANSFORMERS:
-        return [
-            Problem(
-                "drafter",
-                'model = "transformers" keeps no cache to verify drafts with; leave it out',
-            )
-        ]
+def _teacher_problems(recipe: Recipe) -> list[Problem]:
+    """A teacher that is missing, or that cannot do what the recipe needs of it."""
+    needs = terms.needs_of(recipe.terms)
+    if needs and recipe.teacher is None:
+        names = [name for name, spec in recipe.terms.items() if terms.needs_of({name: spec})]
+        signals = ", ".join(sorted(needs))
+        text = f"missing, but the terms {', '.join(names)} read the teacher's {signals}"
+        return [Problem("teacher", text)]
+    if recipe.teacher and recipe.teacher.weights is None:
+        text = "missing; name the teacher's safetensors file or folder"
+        return [Problem("teacher.weights", text)]
+    if recipe.drafter and recipe.teacher and recipe.teacher.model == weight_files.TRANSFORMERS:
+        text = 'model = "transformers" keeps no cache to verify drafts with; leave it out'
+        return [Problem("drafter", text)]
     return []
 
 
-def _source_problems(found: Recipe) -> list[Problem]:
+def _source_problems(recipe: Recipe) -> list[Problem]:
     """Terms that no row of a step would reach, and rows that no term reads."""
-    counting = [name for name, spec in found.terms.items() if spec.weight > 0]
-    own = [name for name in counting if terms.TERMS[name].own]
-    data_only = [name for name in counting if not terms.TERMS[name].own]
-    key, text = "source", ""
-    if found.source is None:
-        text = (
-            f"missing, but the terms {', '.join(own)} read what the student writes; add [source]"
-            if own
-            else ""
-        )
-    elif not own:
-        text = "no term reads what the student writes; add one, such as [terms.gkd], or leave [source] out"
-    elif found.teacher is None and not found.source.log and not terms.needs_of(found.terms):
-        key, text = "teacher", "missing, but it scores what the student writes"
-    elif found.source.share == 1 and data_only:
-        key, text = (
-            "source.share",
-            f"1 leaves no row of the data to the terms {', '.join(data_only)}; lower it",
-        )
-    elif found.source.share < 1 and not data_only:
-        key, text = (
-            "source.share",
-            f"{found.source.share} leaves rows to the data that no term reads; set it to 1",
-        )
-    elif found.source.share == 1 and not _always(found.terms[name] for name in own):
-        key, text = (
-            "source.share",
-            "1 leaves steps in which no term counts; lower it, or let since and until meet",
-        )
-    if found.data.tokenizer and found.optim.input_noise:
-        key, text = "optim.input_noise", "has no meaning for tokens; leave it out"
-    return [Problem(key, text)] if text else []
+    if recipe.data.tokenizer and recipe.optim.input_noise:
+        return [Problem("optim.input_noise", "has no meaning for tokens; leave it out")]
+    counting = [name for name, spec in recipe.terms.items() if spec.weight > 0]
+    on_student = [name for name in counting if terms.TERMS[name].own]
+    on_data = [name for name in counting if not terms.TERMS[name].own]
+    source = recipe.source
+    if source is None:
+        if not on_student:
+            return []
+        names = ", ".join(on_student)
+        text = f"missing, but the terms {names} read what the student writes; add [source]"
+        return [Problem("source", text)]
+    if not on_student:
+        text = "no term reads what the student writes; add one, such as [terms.gkd], or leave"
+        return [Problem("source", f"{text} [source] out")]
+    if recipe.teacher is None and not source.log and not terms.needs_of(recipe.terms):
+        return [Problem("teacher", "missing, but it scores what the student writes")]
+    text = ""
+    if source.share == 1 and on_data:
+        text = f"1 leaves no row of the data to the terms {', '.join(on_data)}; lower it"
+    elif source.share < 1 and not on_data:
+        text = f"{source.share} leaves rows to the data that no term reads; set it to 1"
+    elif source.share == 1 and not _always(recipe.terms[name] for name in on_student):
+        text = "1 leaves steps in which no term counts; lower it, or let since and until meet"
+    return [Problem("source.share", text)] if text else []
 
 
 def _always(specs: Iterable[TermSpec]) -> bool:
@@ -201,17 +200,16 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         ("teacher", "model", {*MODELS, weight_files.TRANSFORMERS}),
         ("student", "model", MODELS),
     ):
-        name, dotted = _text(merged, table, key), f"{table}.{key}"
+        name = _text(merged, table, key)
+        dotted = f"{table}.{key}"
         if name is None or name in known:
             continue
         if table == "data" and is_path(name):
-            problems += [] if Path(name).is_dir() else [Problem(dotted, f"no folder {name}")]
+            if not Path(name).is_dir():
+                problems.append(Problem(dotted, f"no folder {name}"))
         elif name == weight_files.TRANSFORMERS:
-            problems.append(
-                Problem(
-                    dotted, 'only a teacher is one of transformers; use "llama", which has exports'
-                )
-            )
+            text = 'only a teacher is one of transformers; use "llama", which has exports'
+            problems.append(Problem(dotted, text))
         elif ":" in name:
             problems += imports.problems(dotted, name, allow_import)
         else:
@@ -221,59 +219,64 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
 
 
 def _file_problems(merged: dict[str, Any]) -> list[Problem]:
+    """Files of weights, logs and tokenizers that are absent or of the wrong kind."""
     problems = []
+    tokenizer = _text(merged, "data", "tokenizer")
     for table in ("teacher", "student"):
-        named = _text(merged, table, "weights")
-        if named:
-            files = _of_seeds(named, merged.get("seeds")) if table == "student" else [named]
-            is_text = _text(merged, "data", "tokenizer") is not None
+        weights = _text(merged, table, "weights")
+        if weights:
+            files = [weights]
+            if table == "student":
+                files = _of_seeds(weights, merged.get("seeds"))
+            is_text = tokenizer is not None
             problems += weight_files.problems(table, merged[table], files, is_text=is_text)
     log = _text(merged, "source", "log")
     if log and merged["source"].get("kind") == "replay":
-        logs = [Path(each) for each in _of_seeds(log, merged.get("seeds")) if "://" not in each]
-        absent = [each for each in logs if not (each / "_MANIFEST.json").is_file()]
-        problems += [
-            Problem("source.log", f"{each} is no finished log of drafts") for each in absent
-        ]
-    tokenizer = _text(merged, "data", "tokenizer")
+        for folder in _of_seeds(log, merged.get("seeds")):
+            if "://" not in folder and not (Path(folder) / "_MANIFEST.json").is_file():
+                text = f"{Path(folder)} is not a finished log of drafts"
+                problems.append(Problem("source.log", text))
     if tokenizer and not Path(tokenizer).is_file():
         problems.append(Problem("data.tokenizer", f"no file {tokenizer}"))
     return problems
 
 
-def _of_seeds(named: str, seeds: Any) -> list[str]:
-    """The path that each seed's training names."""
-    found = seeds if isinstance(seeds, list) else Recipe.model_fields["seeds"].default
-    return sorted({named.replace("{seed}", str(seed)) for seed in found})
+def _of_seeds(path: str, seeds: Any) -> list[str]:
+    """The paths that the trainings of all seeds name."""
+    if not isinstance(seeds, list):
+        seeds = Recipe.model_fields["seeds"].default
+    return sorted({path.replace("{seed}", str(seed)) for seed in seeds})
 
 
 def _text(merged: dict[str, Any], table: str, key: str) -> str | None:
+    """The string at a key; None if it is absent or no string."""
     values = merged.get(table)
     value = values.get(key) if isinstance(values, dict) else None
     return value if isinstance(value, str) else None
 
 
 def _search_problems(
-    merged: dict[str, Any], found: Recipe, allow_import: Collection[str]
+    merged: dict[str, Any], recipe: Recipe, allow_import: Collection[str]
 ) -> list[Problem]:
+    """Keys that trials cannot vary, and ends of ranges at which the recipe is at fault."""
     problems = []
-    for key, span in (found.search.space if found.search else {}).items():
+    for key, span in (recipe.search.space if recipe.search else {}).items():
         if key.partition(".")[0] not in SEARCHABLE:
-            shared = f"trials share one store, so only {', '.join(SEARCHABLE)} can be searched"
-            problems.append(Problem(f"search.{key}", shared))
+            text = f"trials share one store, so only {', '.join(SEARCHABLE)} can be searched"
+            problems.append(Problem(f"search.{key}", text))
             continue
         for value in span.ends():
-            trial = apply_trial(merged, {key: value})
-            tried, faults = validate(Recipe, trial)
-            faults = faults or (_source_problems(tried) if tried else [])
-            faults = (
-                faults
-                or terms.term_problems(tried.terms if tried else {})
-                or _name_problems(trial, allow_import)
-            )
+            faults = _trial_problems(apply_trial(merged, {key: value}), allow_import)
             if faults:
-                problems += [
-                    Problem(f"search.{key}", f"{value!r} leads to {fault}") for fault in faults
-                ]
+                where = f"search.{key}"
+                problems += [Problem(where, f"{value!r} leads to {fault}") for fault in faults]
                 break
     return problems
+
+
+def _trial_problems(raw: dict[str, Any], allow_import: Collection[str]) -> list[Problem]:
+    """What is wrong with the raw recipe of one trial, of the first kind of fault that it has."""
+    recipe, faults = validate(Recipe, raw)
+    if recipe is not None:
+        faults = faults or _source_problems(recipe) or terms.term_problems(recipe.terms)
+    return faults or _name_problems(raw, allow_import)

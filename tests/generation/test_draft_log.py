@@ -416,5 +416,7 @@ def test_a_run_keeps_its_drafts_and_another_learns_from_them_without_a_teacher(t
     assert history[-1]["terms"]["ghost"] < history[0]["terms"]["ghost"]
     assert "lag" not in history[0]
     (log / "_MANIFEST.json").unlink()
-    with pytest.raises(RecipeError, match=r"source\.log: .*student-0 is no finished log of drafts"):
+    with pytest.raises(
+        RecipeError, match=r"source\.log: .*student-0 is not a finished log of drafts"
+    ):
         load(recipe, sets)
