@@ -362,7 +362,10 @@ LINED = [
             "raykd.errors",
             "raykd.files",
             "raykd.recipe",
+            "raykd.data",
             "raykd.store",
+            "raykd.models",
+            "raykd.teacher",
             "raykd.generation",
             "raykd.orchestration",
         )
