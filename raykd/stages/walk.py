@@ -72,9 +72,14 @@ def tune(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict
 
     Example:
         >>> import raykd
-        >>> recipe = raykd.load("examples/gesture/recipe.toml", smoke=True)  # doctest: +SKIP
-        >>> sorted(raykd.tune(recipe)["best"]["params"])  # doctest: +SKIP
-        ['terms.kd.temperature', 'terms.kd.weight']
+        >>> rate = '"optim.learning_rate" = { loguniform = [0.001, 0.01] }'
+        >>> lines = ['technique = "none"', "[search]", "trials = 2", "grace = 2", rate]
+        >>> small = ("control=false", "optim.steps=4", "student.settings={width=8, layers=1}")
+        >>> _ = Path("search.toml").write_text("\\n".join(lines))
+        >>> recipe = raykd.load("search.toml", small)
+        >>> table = raykd.tune(recipe, Path("runs"))
+        >>> len(table["trials"]), list(table["best"]["params"])
+        (2, ['optim.learning_rate'])
     """
     if recipe.search is None:
         raise RecipeError(
