@@ -213,7 +213,7 @@ def told(rows: Sequence[Row]) -> None:
             row.gamma,
             row.costs.draft,
             row.costs.verify[row.gamma + 1],
-            row.predicted,
+            row.predicted_speedup,
         ]
         print(f"{row.name:<24}" + "".join(f"{cell:>12.3f}" for cell in cells))
     print(
@@ -237,12 +237,16 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
                 baseline,
                 ratios,
                 bar=bar[0],
-                floor=f"{row.predicted:.2f} predicted",
+                floor=f"{row.predicted_speedup:.2f} predicted",
             )
         )
         found.append(
             figure(
-                f"spec_model{name}", "the formula's", ratios / row.predicted, bar=bar[1], floor="1"
+                f"spec_model{name}",
+                "the formula's",
+                ratios / row.predicted_speedup,
+                bar=bar[1],
+                floor="1",
             )
         )
     return found

@@ -126,7 +126,7 @@ class DraftLog:
         every = [shard for shards in self.shards for shard in shards]
         # All commit before they look, so the last one sees every shard. `missing` would remove what
         # others are writing.
-        if interval + 1 == len(self.intervals) and all(map(self.writer.stands, every)):
+        if interval + 1 == len(self.intervals) and all(map(self.writer.is_sound, every)):
             self.writer.finish(every, {"rows": {SPLIT: every[-1].last}})
 
     def _shards(self, interval: int, first: int, count: int) -> list[Shard]:
