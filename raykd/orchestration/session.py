@@ -51,7 +51,7 @@ def connect(address: str | None = None) -> None:
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         where = f"at {address}" if address else "as an embedded cluster"
         raise InfraError(
-            f"Ray can not be reached {where}: {_last_line(error)}; try `raykd doctor`"
+            f"Ray cannot be reached {where}: {_last_line(error)}; try `raykd doctor`"
         ) from None
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         # Ray's own handler prints a stack, and aborts a process that takes three seconds to end

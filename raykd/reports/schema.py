@@ -111,7 +111,7 @@ class Time(Part):
 class Latency(Part):
     """Time of the artefact over the other's, one row at a time on this machine; below 1 is faster.
 
-    Both as onnxruntime executes them, or the other as torch does where it can not be written as
+    Both as onnxruntime executes them, or the other as torch does where it cannot be written as
     ONNX.
     """
 

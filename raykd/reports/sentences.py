@@ -102,10 +102,10 @@ def gap_words(teacher: float | None, control: float | None, closed: float | None
     """Why there is no gap closed, or nothing where there is one."""
     if closed is not None or teacher is None or control is None:
         return ""
-    reach = "reaches" if control >= teacher else "can not be told from"
+    reach = "reaches" if control >= teacher else "cannot be told from"
     return (
         f"no gap to close: the control ({percent(control)}), trained on labels alone, {reach} the teacher"
-        f" ({percent(teacher)}), so these data can not show what distillation adds"
+        f" ({percent(teacher)}), so these data cannot show what distillation adds"
     )
 
 

@@ -18,8 +18,11 @@ from raykd.targets import UNLABELLED
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """One split as tensors on the device that trains, teacher signals beside the rows they belong
-    to.
+    """One split as tensors on the device that trains, each row beside its teacher's signals.
+
+    `head` turns hidden states, stored in place of logits, into logits. `place` is the position of
+    each row in `inputs` where rows that could not be scored are left out. `mapped` says that a
+    batch is gathered from files in memory maps, which is worth a thread of its own.
     """
 
     row_id: Tensor
@@ -30,17 +33,11 @@ class DeviceRows:
     teacher: dict[str, Tensor]
     teacher_mask: Tensor | None
     stored: StoredLogits | None = None  # where `teacher` holds no dense logits
-    head: tuple[Tensor, Tensor | None] | None = (
-        None  # of hidden states that are stored in their place
-    )
-    place: Tensor | None = (
-        None  # of each row in `inputs`, where rows that could not be scored are left out
-    )
+    head: tuple[Tensor, Tensor | None] | None = None
+    place: Tensor | None = None
     saliency: Tensor | None = None  # (N,) NaN where unknown
     answer: Tensor | None = None  # (N,) the teacher's classes
-    mapped: bool = (
-        False  # a batch is gathered from files in memory maps, which is worth a thread of its own
-    )
+    mapped: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +45,7 @@ class DeviceRows:
 
     @property
     def teaches_logits(self) -> bool:
-        """Whether the teacher's answers can be told at temperature 1."""
+        """Whether the teacher's distribution at temperature 1 is known."""
         if self.teacher_mask is None:
             return False
         return (
@@ -114,50 +111,57 @@ def to_device(
     device: torch.device,
     head: tuple[Tensor, Tensor | None] | None = None,
 ) -> DeviceRows:
-    """A split's tensors; the store's signals are matched by row id and must be there for every row.
+    """A split's tensors; the store's signals are matched by row id and must exist for every row.
 
-    `head` is the teacher's, for a store of its inputs.
+    `head` is the teacher's, for a store of its inputs. StoreError if the store holds other rows.
     """
-    teacher, mask, stored, saliency, answer = {}, None, None, None, None
-    mapped = isinstance(rows.inputs, np.memmap)
+    teacher: dict[str, Tensor] = {}
+    mask = None
+    stored = None
+    saliency = None
+    answer = None
     place = None
+    mapped = isinstance(rows.inputs, np.memmap)
     if store is not None:
-        kept = _scored(store, split, rows)
-        if not kept.all():  # inputs stay whole: they may be a memory map
-            place = torch.from_numpy(np.flatnonzero(kept))
-            rest: dict[str, Any] = {
-                k: v for k, v in vars(rows).items() if k != "inputs" and v is not None
+        is_stored = _stored_rows(store, split, rows)
+        if not is_stored.all():  # inputs stay whole: they may be a memory map
+            place = torch.from_numpy(np.flatnonzero(is_stored)).to(device)
+            stored_values: dict[str, Any] = {
+                name: values[is_stored]
+                for name, values in vars(rows).items()
+                if name != "inputs" and values is not None
             }
-            rows = replace(rows, **{k: v[kept] for k, v in rest.items()})
+            rows = replace(rows, **stored_values)
         stored = store.logits(split)
         mask = as_tensor(stored_steps(stored.steps, rows.mask, is_text=rows.is_text))
         if stored.codec.name == "dense":
             flat = stored.decode()
             assert isinstance(flat, Tensor)
-            teacher["logits"] = (
-                flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat).to(device)
-            )
+            padded = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat)
+            teacher["logits"] = padded.to(device)
             stored = None
         saliency = _of_rows(store, split, "saliency", device)
         answer = None if rows.is_text else _of_rows(store, split, "answer", device)
         for name in sorted(needs - {"logits"}):
-            teacher[name] = torch.from_numpy(store.column(name, split).padded(rows.mask)).to(device)
+            padded = store.column(name, split).padded(rows.mask)
+            teacher[name] = torch.from_numpy(padded).to(device)
+    if head is not None:
+        weight, bias = head
+        head = (weight.to(device), None if bias is None else bias.to(device))
     return DeviceRows(
-        as_tensor(rows.row_id).to(device),
-        as_tensor(rows.inputs).to("cpu" if mapped else device),
-        as_tensor(rows.mask).to(device),
-        as_tensor(rows.label).to(device),
-        None if rows.valence is None else as_tensor(rows.valence).to(device),
-        teacher,
-        None if mask is None else mask.to(device),
-        stored,
-        None
-        if head is None
-        else (head[0].to(device), None if head[1] is None else head[1].to(device)),
-        None if place is None else place.to(device),
-        saliency,
-        answer,
-        mapped or stored is not None,
+        row_id=as_tensor(rows.row_id).to(device),
+        inputs=as_tensor(rows.inputs).to("cpu" if mapped else device),
+        mask=as_tensor(rows.mask).to(device),
+        label=as_tensor(rows.label).to(device),
+        valence=None if rows.valence is None else as_tensor(rows.valence).to(device),
+        teacher=teacher,
+        teacher_mask=None if mask is None else mask.to(device),
+        stored=stored,
+        head=head,
+        place=place,
+        saliency=saliency,
+        answer=answer,
+        mapped=mapped or stored is not None,
     )
 
 
@@ -169,7 +173,7 @@ def _of_rows(store: Store, split: str, name: str, device: torch.device) -> Tenso
     return as_tensor(values.astype(np.int64) if values.dtype == np.int32 else values).to(device)
 
 
-def _scored(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
+def _stored_rows(store: Store, split: str, rows: Rows) -> NDArray[np.bool_]:
     """(N,): which rows the store holds.
 
     StoreError unless they are all of them but those that could not be scored.

@@ -85,7 +85,9 @@ def train(
                 state.seconds += clock(device) - started
                 faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
                 if state.step % optim.evaluate_every == 0 or state.step == span.last:
-                    state.history.append(_summary(state, world.sum(seen), step.told(), evaluate))
+                    state.history.append(
+                        _summary(state, world.sum(seen), step.extra_metrics(), evaluate)
+                    )
                     seen.zero_()
                     report(state.step, state.history[-1])
                     if arm.phases:

@@ -49,31 +49,29 @@ ArmReport = Callable[[str, int, dict[str, Any]], None]  # (arm key, step, metric
 
 
 def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> DraftLogSpec | None:
-    """Where an arm's drafts are kept, in the run's folder; None where they are not.
+    """Where an arm's drafts are kept in the run folder; None where they are not.
 
-    RecipeError as in `kept`.
+    RecipeError as in `draft_log_spec`.
     """
     if arm.source is None or not arm.source.keep:
         return None
-    stored, run = (
-        store_table(recipe, len(dataset.classes)),
-        f"{run_digest(recipe, dataset)}/{arm.key}",
-    )
+    stored = store_table(recipe, len(dataset.classes))
+    run = f"{run_digest(recipe, dataset)}/{arm.key}"
     return draft_log_spec(
         run_files.draft_log(folder, arm.key), run, dataset.classes, arm.source.temperature, stored
     )
 
 
 def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None:
-    """The log of drafts that an arm learns from, if it does.
+    """The log of drafts that an arm learns from; None where it learns from none.
 
     Errors as in Replay and its `check`.
     """
     if arm.source is None or arm.source.log is None:
         return None
-    found = Replay(arm.source.log, dataset.classes, dataset.shape["steps"], device)
-    found.check(arm.terms, arm.source.temperature)
-    return found
+    replay = Replay(arm.source.log, dataset.classes, dataset.shape["steps"], device)
+    replay.check(arm.terms, arm.source.temperature)
+    return replay
 
 
 class ArmRunner:
@@ -88,7 +86,9 @@ class ArmRunner:
     ):
         torch.set_num_threads(1)
         register(recipe.technique)
-        self.recipe, self.device, self.teacher = recipe, device, teacher
+        self.recipe = recipe
+        self.device = device
+        self.teacher = teacher
         self.dataset: Dataset = data.load(recipe.data)
         self.store = Store(store) if store else None
         needs = needs_of(recipe.terms)
@@ -100,8 +100,9 @@ class ArmRunner:
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
 
     def student(self, arm: Arm) -> Adapter:
-        """A fresh student, initialised by the arm's seed alone: control and student start from
-        equal weights.
+        """A fresh student, initialised by the arm's seed alone.
+
+        So control and student start from equal weights.
         """
         torch.manual_seed(arm.seed)
         module = models.build_model(
@@ -112,8 +113,8 @@ class ArmRunner:
 
     def validate(self, student: nn.Module) -> dict[str, float]:
         """Validation metrics, prefixed val_."""
-        found = predictions.of_model(student, self.dataset.splits["val"], self.val).metrics()
-        return {f"val_{k}": v for k, v in found.items()}
+        metrics = predictions.of_model(student, self.dataset.splits["val"], self.val).metrics()
+        return {f"val_{name}": value for name, value in metrics.items()}
 
     def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
         """One arm's training of `student`; keywords go to `train`."""
@@ -156,18 +157,17 @@ class ArmRunner:
     def drafts(self, student: nn.Module) -> Acceptance:
         """How the student does as the teacher's drafter on the test split."""
         assert self.recipe.drafter is not None
-        drafter, teacher = (
-            judge_drafter.reader(student.eval(), "student"),
-            judge_drafter.reader(self.frozen, "teacher"),
-        )
+        drafter = judge_drafter.reader(student.eval(), "student")
+        teacher = judge_drafter.reader(self.frozen, "teacher")
         test = self.dataset.splits["test"]
         return judge_drafter.judge(
             teacher, drafter, test, self.recipe.drafter, self.text, self.texts
         )
 
     def test(self, student: nn.Module) -> Predictions:
-        """The student's predictions of the test split; of text beside the teacher's answers, where
-        a store has them.
+        """The student's predictions of the test split.
+
+        On text they have the KL to the teacher where a store has the teacher's answers.
         """
         split = self.dataset.splits["test"]
         whole = self.store is not None and split.is_text and not self.store.unscored("test")
@@ -186,10 +186,10 @@ def run_arms(
     report: ArmReport,
     teacher: Teacher | None = None,
 ) -> None:
-    """Train every arm that is not done; safe to call again after any death. `report(arm key, step,
-    metrics)`.
+    """Train every arm that is not done; safe to call again after any death.
 
-    `teacher` scores what students write; without, it is loaded here.
+    `report(arm key, step, metrics)` is called as training goes on. `teacher` scores what students
+    write; without one, it is loaded here.
     """
     runner = ArmRunner(recipe, store, device, teacher)
     for arm in arms_of(recipe):

@@ -43,27 +43,31 @@ class TrainStep:
         live: LiveTeacher | Replay | None = None,
         kept: DraftLogSpec | None = None,
     ):
-        self.arm, self.optim, self.rows, self.world, self.state = arm, optim, rows, world, state
-        self.own = (
-            arm.source.rows(optim.batch) if arm.source else 0
-        )  # of the global batch, its first
-        self.device, self.share = rows.device, world.share(optim.batch - self.own)
+        self.arm = arm
+        self.optim = optim
+        self.rows = rows
+        self.world = world
+        self.state = state
+        # the first rows of a global batch are the student's own
+        self.num_own = arm.source.rows(optim.batch) if arm.source else 0
+        self.device = rows.device
+        self.share = world.share(optim.batch - self.num_own)
         self.order = Order(rows.labelled.cpu().numpy(), optim, arm.seed)
         self.weights = RowWeights.of(rows.saliency, arm.weighting)
         self.spreads: list[Spread] = []  # of the row weights since the last report
         self.lags: list[int] = []  # of the student's text since then
         self.is_live = isinstance(live, LiveTeacher)
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
-        self.ahead = (
-            Ahead(self._decoded, optim.steps) if rows.mapped and self.own < optim.batch else None
-        )
+        reads_maps = rows.mapped and self.num_own < optim.batch
+        self.ahead = Ahead(self._decoded, optim.steps) if reads_maps else None
         assert live or not arm.source, "text of the student's own needs a live teacher, or a log"
-        self.written = self._writer(arm.source, live, kept) if arm.source and live else None
+        self.own_rows = self._own_rows(arm.source, live, kept) if arm.source and live else None
 
     def enter(self, span: Span) -> None:
         """Take the steps of a phase, over the parameters that it has."""
         learner = self.state.learner
-        self.span, self.parameters = span, list(learner.parameters())
+        self.span = span
+        self.parameters = list(learner.parameters())
         self.layers = [layer for _, layer in roundable(learner.student.module)]
         self.model: nn.Module = learner
         if self.world.size > 1:
@@ -71,11 +75,9 @@ class TrainStep:
 
     def __call__(self) -> Tensor:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
-        number, objective, optimizer = (
-            self.state.step,
-            self.state.learner.objective,
-            self.state.optimizer,
-        )
+        number = self.state.step
+        objective = self.state.learner.objective
+        optimizer = self.state.optimizer
         seed = mixed(self.arm.seed, number)
         for layer in self.layers:
             layer.blend = self.span.blend(number)
@@ -88,73 +90,80 @@ class TrainStep:
         objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
         if not math.isfinite(norm):
-            raise Diverged(
-                _diverged(self.state, self.arm, self.world.sum(sums), self.world.sum(counts))
-            )
+            global_sums = self.world.sum(sums)
+            global_counts = self.world.sum(counts)
+            raise Diverged(_diverged(self.state, self.arm, global_sums, global_counts))
         for group in optimizer.param_groups:
             group["lr"] = self.span.learning_rate(self.optim, number)
         optimizer.step()
         return torch.stack([sums.detach(), counts])
 
     def close(self) -> None:
+        """End the thread that makes batches ahead."""
         if self.ahead:
             self.ahead.close()
 
-    def told(self) -> dict[str, Any]:
-        """What is reported beside the terms since the last call: of row weights, and how old the
-        student's text was.
+    def extra_metrics(self) -> dict[str, Any]:
+        """What is reported beside the terms since the last call.
+
+        `weights` is the mean spread of row weights, `lag` the greatest age of the student's text.
         """
-        found: dict[str, Any] = {"weights": mean_spread(self.spreads)} if self.spreads else {}
-        found |= {"lag": max(self.lags)} if self.lags else {}
+        metrics: dict[str, Any] = {}
+        if self.spreads:
+            metrics["weights"] = mean_spread(self.spreads)
+        if self.lags:
+            metrics["lag"] = max(self.lags)
         self.spreads.clear()
         self.lags.clear()
-        return found
+        return metrics
 
     def _batches(self, number: int, seed: int) -> list[Batch]:
         """The data's rows and the student's own, of which either may be none."""
-        found = []
-        if self.own < self.optim.batch:
-            found.append(
-                self._weighed(
-                    number, self.ahead(number) if self.ahead else self._batch(number, seed)
-                )
-            )
-        if self.written and self.written.counts(number):
-            found.append(self.written(number))
-            assert found[-1].rollout is not None
-            self.lags += [found[-1].rollout.lag] if self.is_live else []
-        return found
+        batches: list[Batch] = []
+        if self.num_own < self.optim.batch:
+            batch = self.ahead(number) if self.ahead else self._batch(number, seed)
+            batches.append(self._weighed(number, batch))
+        if self.own_rows and self.own_rows.counts(number):
+            batch = self.own_rows(number)
+            assert batch.rollout is not None
+            if self.is_live:
+                self.lags.append(batch.rollout.lag)
+            batches.append(batch)
+        return batches
 
-    def _writer(
+    def _own_rows(
         self, source: Source, live: LiveTeacher | Replay, kept: DraftLogSpec | None
     ) -> OwnRows:
         """What gives each step its rows of the student's own text."""
-        share, seed = self.world.share(self.own), self.arm.seed
+        share = self.world.share(self.num_own)
+        seed = self.arm.seed
         spans = [
-            (s.since * self.optim.steps, s.until * self.optim.steps)
-            for n, s in self.arm.terms.items()
-            if is_own(n)
+            (spec.since * self.optim.steps, spec.until * self.optim.steps)
+            for name, spec in self.arm.terms.items()
+            if is_own(name)
         ]
         if isinstance(live, Replay):
             return OwnRows(
                 Schedule(),
-                lambda group: replay_rows(live, self.own, seed, group, share=share),
+                lambda group: replay_rows(live, self.num_own, seed, group, share=share),
                 spans,
             )
         begins = [span.first for span in phases.spans(self.arm.phases, self.optim.steps)]
         schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
 
         def draw(group: int) -> LaterBatch:
-            index = torch.from_numpy(self.order.rows(group)[: self.own][share]).to(self.device)
-            student, rows = self.state.learner.student.module, self.rows.batch(index)
+            index = torch.from_numpy(self.order.rows(group)[: self.num_own][share])
+            rows = self.rows.batch(index.to(self.device))
+            student = self.state.learner.student.module
             return write_rows(
                 source, live.text, group, seed, student, live.teacher, rows, share=share
             )
 
-        found = OwnRows(schedule, draw, spans)
+        own_rows = OwnRows(schedule, draw, spans)
         if kept:
-            found.log = DraftLog(kept, found.intervals(self.optim.steps), self.own, share)
-        return found
+            intervals = own_rows.intervals(self.optim.steps)
+            own_rows.log = DraftLog(kept, intervals, self.num_own, share)
+        return own_rows
 
     def _decoded(self, number: int) -> Batch:
         """The batch of a step, its sparse targets decoded where an earlier step has read them."""
@@ -165,19 +174,22 @@ class TrainStep:
         return batch
 
     def _weighed(self, number: int, batch: Batch) -> Batch:
-        """The batch with its rows' weights: every rank knows the saliency of the whole global
-        batch.
+        """The batch with its rows' weights.
+
+        Every rank knows the saliency of the whole global batch.
         """
         if self.weights is None:
             return batch
-        weight, spread = self.weights(self.order.rows(number)[self.own :], self.share)
+        weight, spread = self.weights(self.order.rows(number)[self.num_own :], self.share)
         self.spreads.append(spread)
         return replace(batch, weight=torch.from_numpy(weight).to(self.device))
 
     def _batch(self, number: int, seed: int) -> Batch:
-        index = torch.from_numpy(self.order.rows(number)[self.own :][self.share]).to(self.device)
+        index = torch.from_numpy(self.order.rows(number)[self.num_own :][self.share])
         noise = input_noise(self.optim, self.rows.inputs.shape[1:], seed)
-        return self.rows.batch(index, None if noise is None else noise[self.share].to(self.device))
+        if noise is not None:
+            noise = noise[self.share].to(self.device)
+        return self.rows.batch(index.to(self.device), noise)
 
 
 def reseed(device: torch.device, seed: int) -> None:
@@ -193,7 +205,9 @@ def reseed(device: torch.device, seed: int) -> None:
 
 def _diverged(state: State, arm: Arm, sums: Tensor, counts: Tensor) -> str:
     means = (sums / counts.clamp(min=1)).tolist()
-    terms = ", ".join(
-        f"{n} {v:.3g}" for n, v in zip(state.learner.objective.weights, means, strict=True)
+    by_name = zip(state.learner.objective.weights, means, strict=True)
+    terms = ", ".join(f"{name} {value:.3g}" for name, value in by_name)
+    return (
+        f"arm {arm.key}: the gradient is not finite at step {state.step} ({terms}); "
+        "lower optim.learning_rate"
     )
-    return f"arm {arm.key}: the gradient is not finite at step {state.step} ({terms}); lower optim.learning_rate"
