@@ -43,7 +43,7 @@ class RunAnswers:
 
 def write(evidence: Evidence, folder: Path) -> None:
     """Write the answers that `evidence` holds into a run folder, whole or not at all."""
-    e, sink = evidence, pa.BufferOutputStream()
+    e = evidence
     rows = np.arange(len(e.label)) if e.row_id is None else e.row_id
     columns: dict[str, Any] = {"row_id": rows, "label": e.label, "group": e.group}
     columns |= {name: getattr(e, name) for name in ("thriving", "teacher", "artefact")}
@@ -53,7 +53,9 @@ def write(evidence: Evidence, folder: Path) -> None:
         for name, arm in trained.items()
         for seed, said in sorted(arm.items())
     }
-    pq.write_table(pa.table({name: v for name, v in columns.items() if v is not None}), sink)
+    known = {name: values for name, values in columns.items() if values is not None}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(known), sink)
     write_bytes(folder / run_files.ANSWERS, sink.getvalue().to_pybytes())
 
 
@@ -62,7 +64,8 @@ def read(folder: Path) -> RunAnswers:
     path = folder / run_files.ANSWERS
     if not path.exists():
         raise StoreError(
-            f"{folder} was reported without {run_files.ANSWERS}; type: raykd report RECIPE --out {folder.parent}"
+            f"{folder} was reported without {run_files.ANSWERS}; "
+            f"type: raykd report RECIPE --out {folder.parent}"
         )
     try:
         columns = _columns(path)

@@ -1,4 +1,4 @@
-"""report.json from what was predicted: every figure with its control, its seeds and its interval."""
+"""report.json from what was predicted: each figure with its control, its seeds, its interval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

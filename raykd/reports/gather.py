@@ -263,7 +263,8 @@ def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) ->
         and not (store.logits("test").serves(1.0) and not store.unscored("test"))
     ):
         found.append(
-            "no KL to the teacher: its store does not tell it at temperature 1, or not of every test row"
+            "no KL to the teacher: its store does not tell it at temperature 1, "
+            "or not of every test row"
         )
     hidden = int((~labelled).sum())
     if hidden:
@@ -271,7 +272,8 @@ def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) ->
     gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
     if gate is not None and gate < 0.2:
         found.append(
-            f"the teacher's value head follows the future valence at r = {gate:.2f}: saliency is mostly noise"
+            f"the teacher's value head follows the future valence at r = {gate:.2f}: "
+            "saliency is mostly noise"
         )
     shares = [
         p["weights"]["ess"]
@@ -281,7 +283,8 @@ def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) ->
     ]
     if shares and min(shares) < LEAST_ESS:
         found.append(
-            f"row weights leave {min(shares):.1%} of a batch as its effective sample, so a few rows are all that is "
+            f"row weights leave {min(shares):.1%} of a batch as its effective sample, "
+            "so a few rows are all that is "
             'learnt; set weighting.mode = "ess" or lower weighting.boost'
         )
     return found

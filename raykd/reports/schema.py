@@ -123,7 +123,7 @@ class Latency(Part):
 
 
 class ReportTensor(Part):
-    """One rounded tensor of the artefact: bytes of its codes and scales, error = |W - Q(W)| / |W|."""
+    """One rounded tensor of the artefact: bytes of codes and scales, error = |W - Q(W)| / |W|."""
 
     name: str
     shape: list[int]
@@ -187,7 +187,7 @@ class Tracking(Part):
 
 
 class ClassRow(Part):
-    """One class: its test rows, and the share of them that each model gets right, mean over seeds."""
+    """One class: its test rows, and the share that each model gets right, mean over seeds."""
 
     name: str
     rows: int

@@ -1,4 +1,4 @@
-"""What the figures of a report mean, in words: headline, warnings, and numbers as people read them."""
+"""The figures of a report as sentences: headline, warnings, and numbers as people read them."""
 
 import textwrap
 from collections.abc import Mapping
@@ -76,7 +76,8 @@ def headline(report: Mapping[str, Any]) -> str:
     kept, closed = report["retention"]["all"], report["gap_closed"]
     own = report["student"]["metrics"]["accuracy"]
     if kept["value"] is None:
-        text = f"The student is right on {percent(own['value'])} of the test rows (95 % interval {span(own)})"
+        share = percent(own["value"])
+        text = f"The student is right on {share} of the test rows (95 % interval {span(own)})"
     else:
         share = percent(kept["value"])
         text = f"The student keeps {share} of the teacher's accuracy (95 % interval {span(kept)})"
@@ -104,8 +105,8 @@ def gap_words(teacher: float | None, control: float | None, closed: float | None
         return ""
     reach = "reaches" if control >= teacher else "cannot be told from"
     return (
-        f"no gap to close: the control ({percent(control)}), trained on labels alone, {reach} the teacher"
-        f" ({percent(teacher)}), so these data cannot show what distillation adds"
+        f"no gap to close: the control ({percent(control)}), trained on labels alone, {reach}"
+        f" the teacher ({percent(teacher)}), so these data cannot show what distillation adds"
     )
 
 

@@ -29,7 +29,8 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     Errors in data and weights come here, before any work.
     """
     run_folder = RunFolder(recipe, out)
-    data, train = run_folder.dataset, run_folder.dataset.splits["train"]
+    data = run_folder.dataset
+    train = data.splits["train"]
     students = [
         _parameters(recipe.student.of_seed(seed), data.shape, "student") for seed in recipe.seeds
     ]
@@ -59,8 +60,9 @@ def _parameters(ref: Any, shape: dict[str, int], key: str) -> int:
 
 
 def _stages(run_folder: RunFolder) -> list[dict[str, Any]]:
-    recipe, arms = run_folder.recipe, arms_of(run_folder.recipe)
-    stages = []
+    recipe = run_folder.recipe
+    arms = arms_of(recipe)
+    stages: list[dict[str, Any]] = []
     if run_folder.store is not None:
         shards = plan_shards(
             {n: len(r) for n, r in run_folder.dataset.splits.items()}, recipe.store.rows_per_shard
@@ -68,11 +70,17 @@ def _stages(run_folder: RunFolder) -> list[dict[str, Any]]:
         committed = open_place(run_folder.store).listed("_commits")
         done = [s for s in shards if f"_commits/{s.number:05d}.json" in committed]
         rows = sum(map(len, run_folder.dataset.splits.values()))
-        what = f"{rows} rows in {len(shards)} shards, {len(done)} scored; about {_store_bytes(run_folder):,} bytes"
-        what += f" before compression, in {run_folder.store}"
+        size = _store_bytes(run_folder)
+        what = (
+            f"{rows} rows in {len(shards)} shards, {len(done)} scored; "
+            f"about {size:,} bytes before compression, in {run_folder.store}"
+        )
         stages.append({"stage": "score", "done": run_folder.is_scored, "what": what})
     left = len(run_folder.untrained)
-    what = f"{len(arms)} arms of {recipe.optim.steps} steps of {recipe.optim.batch} rows, {len(arms) - left} trained"
+    what = (
+        f"{len(arms)} arms of {recipe.optim.steps} steps of {recipe.optim.batch} rows, "
+        f"{len(arms) - left} trained"
+    )
     stages.append({"stage": "train", "done": left == 0, "what": what})
     if recipe.search:
         what = f"{recipe.search.trials} trials over {', '.join(recipe.search.space)}"
@@ -92,7 +100,7 @@ def _stages(run_folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _nearest(run_folder: RunFolder) -> dict[str, Any] | None:
-    """Where the recipe's store does not exist, the one beside it that differs least, and in what."""
+    """The store that differs least from the recipe's, where that does not exist, and in what."""
     if run_folder.store is None or open_place(run_folder.store).get("_RECIPE.json") is not None:
         return None
     return care.nearest(
@@ -105,10 +113,10 @@ def _store_bytes(run_folder: RunFolder) -> int:
     """fp16 logits, or what is kept of them, and valence at every step, 24 bytes a row beside; no
     other signals.
     """
-    held, classes = run_folder.recipe.store, len(run_folder.dataset.classes)
-    of_logits = {"comb": held.points, "topk": 4 * held.top}.get(
-        codec_name(held, classes), 2 * classes
-    )
+    settings = run_folder.recipe.store
+    classes = len(run_folder.dataset.classes)
+    sizes = {"comb": settings.points, "topk": 4 * settings.top}
+    of_logits = sizes.get(codec_name(settings, classes), 2 * classes)
     width = of_logits + 2 * SIGNALS_A_STEP
     return sum(
         int(rows.mask.sum()) * width + 24 * len(rows) for rows in run_folder.dataset.splits.values()

@@ -139,7 +139,7 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
 
 
 def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
-    """What the last of the stages gives, taken in order while no other process works on this run."""
+    """The result of the last stage; all are done in order, while no other process works here."""
     register(run_folder.recipe.technique)
     check_with_data(
         run_folder.recipe,

@@ -37,7 +37,7 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def newest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """(step, tensors, meta) of the newest state whose digest is right; None if there is none."""
+        """(step, tensors, meta) of the newest state whose digest is right, or None."""
         for step, path in self._found():
             if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.rpartition("-")[2]:
                 say("train", f"checkpoint {path} is damaged; trying the one before it")

@@ -36,7 +36,7 @@ class Span:
         )
 
     def blend(self, step: int) -> float:
-        """How much of rounding a step has: from near 0 to 1 over the phase's first `blend` share."""
+        """How far rounding is faded in: from near 0 to 1 over the phase's first `blend` share."""
         fading = self.phase.blend * (self.last - self.first)
         return min(1.0, (step - self.first + 1) / fading) if fading else 1.0
 
@@ -48,7 +48,7 @@ def spans(phases: Sequence[Phase], steps: int) -> list[Span]:
 
 
 def prepare(module: nn.Module, phases: Iterable[Phase]) -> None:
-    """Swap in layers that can be rounded, for every layer and parameter that some phase quantises."""
+    """Swap in layers that can be rounded, wherever some phase quantises."""
     quants = [phase.quant for phase in phases if phase.quant]
     for quant in quants:
         swap.prepare(module, quant)

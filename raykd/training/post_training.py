@@ -19,7 +19,7 @@ from raykd.training.predictions import Predictions
 
 
 def rounded_afterwards(recipe: Recipe, dataset: Dataset, weights: Path) -> Predictions:
-    """The test predictions of weights in full precision that are rounded as the recipe's last phase.
+    """The test predictions of full-precision weights, rounded as in the recipe's last phase.
 
     Computed on the CPU.
     """

@@ -158,7 +158,7 @@ def of_text(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
 
 
 def _of_text_batch(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
-    """(P,) of each value at the P valid places of the rows at `index`, and the number of classes."""
+    """(P,) of each value at the P valid places of the rows at `index`, and how many classes."""
     batch = rows.batch(index)
     signals = model(batch.inputs, batch.mask)
     log_q = flatten_valid(signals.log_q, batch.mask)  # (P, V)

@@ -18,10 +18,15 @@ FIGURES = {
     "B/row": 7,
 }
 SIZES = {"run": 27, "artefact, bytes": 18, "smaller": 10, "kept, all, %": 23}
-UNLIKE = "the teachers call different rows thriving: one run's are meant in every difference, each its own in what is kept"
+UNLIKE = (
+    "the teachers call different rows thriving: one run's are meant in every difference, "
+    "each its own in what is kept"
+)
 DIFFERING = {
     "data.": "the runs were trained on different rows or labels",
-    "teacher.": "the teachers differ: each gap closed, and what is kept, is of the run's own teacher",
+    "teacher.": (
+        "the teachers differ: each gap closed, and what is kept, is of the run's own teacher"
+    ),
     "optim.steps": "the runs were trained for different numbers of steps",
 }
 
@@ -130,7 +135,8 @@ def headline(made: Mapping[str, Any]) -> str:
     """How many runs differ from the first, and which way."""
     verdicts = [run["accuracy"]["verdict"] for run in made["runs"][1:]]
     shares = [f"{verdicts.count(v)} {v}" for v in get_args(Verdict) if v in verdicts]
-    return f"Of {len(verdicts)} run{'s' * (len(verdicts) > 1)} held against {made['runs'][0]['name']}: {', '.join(shares)}"
+    runs = f"{len(verdicts)} run{'s' * (len(verdicts) > 1)}"
+    return f"Of {runs} held against {made['runs'][0]['name']}: {', '.join(shares)}"
 
 
 def table(made: Mapping[str, Any]) -> str:

@@ -99,7 +99,8 @@ def digest(found: Sequence[Run]) -> str:
 def _folder(path: Path) -> Path:
     if path.is_file():
         raise RecipeError(
-            f"{path} is a file; several arguments are run folders, and a recipe is reported on alone"
+            f"{path} is a file; several arguments are run folders, "
+            "and a recipe is reported on alone"
         )
     if not path.is_dir():
         raise RecipeError(
@@ -126,7 +127,8 @@ def _run(name: str, folder: Path) -> Run:
     if made is None:
         todo = f"type: raykd run RECIPE --out {folder.parent}"
         raise StoreError(
-            f"{folder} is not finished: it has no report.json; {todo}, with the recipe of {recipe.name!r}"
+            f"{folder} is not finished: it has no report.json; {todo}, "
+            f"with the recipe of {recipe.name!r}"
         )
     run = Run(
         name, folder, recipe, _valid(Report, made, folder / run_files.REPORT), answers.read(folder)
@@ -159,7 +161,8 @@ def _check_metric(run: Run) -> None:
     if not run.answers.student or abs(run.answers.hits.mean() - metrics[METRIC].value) > 1e-9:
         again = f"delete report.json and type: raykd report RECIPE --out {run.folder.parent}"
         raise StoreError(
-            f"{run.folder}: {run_files.ANSWERS} and report.json are not of the same students; {again}"
+            f"{run.folder}: {run_files.ANSWERS} and report.json are not of the same students; "
+            f"{again}"
         )
 
 
