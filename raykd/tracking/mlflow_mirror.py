@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from raykd.files.waiting import bounded, knock, locked
 from raykd.tracking import journal, sync_plan
-from raykd.tracking.sync_plan import Cursor, Line, Step, legal_name, legal_value
+from raykd.tracking.sync_plan import Cursor, Line, SyncStep, legal_name, legal_value
 
 KEY_TAG = "raykd.key"
 DIGEST_CHARS = 36  # MLflow's limit; the whole digest is a tag of the input
@@ -38,10 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Synced:
-    """What one `sync` reached:
-
-    `pending` lines are left, for `reason`; `runs` are MLflow's ids by key.
-    """
+    """What one `sync` reached: `pending` lines are left, for `reason`; `runs` has MLflow's ids."""
 
     done: bool
     reason: str = ""
@@ -113,7 +110,7 @@ def _attempt(mirror: "_Mirror", lines: list[Line], limit_s: float) -> str:
 def _quiet() -> Iterator[None]:
     """MLflow without telemetry, printed lines, its own deprecations and four minutes of retries.
 
-    What it raises, comes out as OSError.
+    Its errors are raised as OSError.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     with warnings.catch_warnings(), _environment(SETTINGS):
@@ -148,7 +145,7 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 class _Mirror:
-    """One pass over a journal: holds the client, the deadline and the ids of the runs that exist."""
+    """One pass over a journal: the client, the deadline and the ids of the runs that exist."""
 
     def __init__(self, folder: Path, cursor: Cursor, uri: str):
         self.folder, self.cursor, self.uri = folder, cursor, uri
@@ -184,9 +181,8 @@ class _Mirror:
         from mlflow import MlflowClient
 
         file = _sqlite_file(self.uri)
-        with (
-            locked(file.parent, wait=True) if file else nullcontext()
-        ):  # MLflow builds its tables unguarded
+        # MLflow builds its tables unguarded
+        with locked(file.parent, wait=True) if file else nullcontext():
             self._client = MlflowClient(tracking_uri=self.uri)
             self.experiment_id = self._experiment(
                 (file.parent / "mlruns").as_uri() if file else None
@@ -199,19 +195,21 @@ class _Mirror:
 
     def _experiment(self, artefacts: str | None) -> str:
         name = self.cursor.experiment
-        found = self.client.get_experiment_by_name(name)
-        return found.experiment_id if found else self.client.create_experiment(name, artefacts)
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment:
+            return experiment.experiment_id
+        return self.client.create_experiment(name, artefacts)
 
     def _create(self, line: Line) -> str:
         tags = {legal_name(name): legal_value(value) for name, value in line["tags"].items()}
         tags[KEY_TAG] = f"{self.folder.name}/{line['run']}"
         if line["parent"] is not None:
             tags["mlflow.parentRunId"] = self.ids[line["parent"]]
-        made = self.client.create_run(self.experiment_id, line["time_ms"], tags, line["name"])
-        self.ids[line["run"]] = made.info.run_id
-        return made.info.run_id
+        run = self.client.create_run(self.experiment_id, line["time_ms"], tags, line["name"])
+        self.ids[line["run"]] = run.info.run_id
+        return run.info.run_id
 
-    def _take(self, step: Step, run_id: str) -> None:
+    def _take(self, step: SyncStep, run_id: str) -> None:
         line = step.lines[-1]
         match step.kind:
             case "values":
@@ -223,7 +221,7 @@ class _Mirror:
             case "end":
                 self.client.set_terminated(run_id, line["status"], line["time_ms"])
 
-    def _values(self, step: Step, run_id: str) -> None:
+    def _values(self, step: SyncStep, run_id: str) -> None:
         from mlflow.entities import Metric, Param
 
         metrics = _split([Metric(*metric) for metric in step.metrics], METRICS_A_CALL)

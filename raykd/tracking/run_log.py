@@ -21,24 +21,28 @@ from raykd.training import run_files
 from raykd.training.arms import arms_of
 
 PARENT = "run"
+STATUS_OF = {"failed": "FAILED", "stopped": "KILLED"}  # of a trial's state; others finished
 
 
-def open_journal(found: Recipe, dataset: Dataset, folder: Path, where: Address | None) -> Journal:
-    """The run's journal; a new one starts with its parent, the recipe's keys, and the data that the
-    run reads.
+def open_journal(recipe: Recipe, dataset: Dataset, folder: Path, where: Address | None) -> Journal:
+    """The run's journal.
+
+    A new one starts with its parent run, the recipe's keys, and the data that the run reads.
     """
-    is_new, lines = not (folder / NAME).exists(), Journal(folder / NAME)
+    is_new = not (folder / NAME).exists()
+    lines = Journal(folder / NAME)
     store = open_place(where) if where else None
-    tags = {"raykd.technique": found.technique, "raykd.recipe_digest": run_digest(found, dataset)}
+    tags = {"raykd.technique": recipe.technique, "raykd.recipe_digest": run_digest(recipe, dataset)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
-    lines.run(
-        PARENT, folder.name, tags=tags | ({"mlflow.source.git.commit": commit} if commit else {})
-    )
+    tags |= {"mlflow.source.git.commit": commit} if commit else {}
+    lines.run(PARENT, folder.name, tags=tags)
     if is_new:
-        lines.params(PARENT, dict(_flat(found.model_dump(mode="json", exclude={"scale", "track"}))))
+        lines.params(
+            PARENT, dict(_flat(recipe.model_dump(mode="json", exclude={"scale", "track"})))
+        )
         rows = {name: len(split) for name, split in dataset.splits.items()}
-        lines.dataset(PARENT, dataset.name, dataset.digest, found.data.source, {"rows": rows})
+        lines.dataset(PARENT, dataset.name, dataset.digest, recipe.data.source, {"rows": rows})
         manifest = read_json_in(store, "_MANIFEST.json") if store else None
         if store and manifest:
             lines.dataset(
@@ -52,8 +56,9 @@ def open_journal(found: Recipe, dataset: Dataset, folder: Path, where: Address |
 
 
 def ended(folder: Path, status: str) -> None:
-    """How the run stands after a command; nothing if it had not begun, or if that is what was said
-    last.
+    """Write how the run stands after a command.
+
+    Nothing is written if the run had not begun, or if its last line says the same.
     """
     lines = journal.read(folder / NAME)
     last = lines[-1] if lines else None
@@ -61,13 +66,11 @@ def ended(folder: Path, status: str) -> None:
         Journal(folder / NAME).end(PARENT, status)
 
 
-def arms(lines: Journal, found: Recipe, folder: Path) -> None:
+def arms(lines: Journal, recipe: Recipe, folder: Path) -> None:
     """Every trained arm as a child run with its curves."""
-    for arm in arms_of(found):
-        key, record = (
-            f"{arm.name}/seed-{arm.seed}",
-            read_json(run_files.arm_record(folder, arm.key)),
-        )
+    for arm in arms_of(recipe):
+        key = f"{arm.name}/seed-{arm.seed}"
+        record = read_json(run_files.arm_record(folder, arm.key))
         lines.run(key, key, PARENT, tags={"raykd.arm": arm.name})
         lines.params(
             key,
@@ -93,36 +96,29 @@ def trials(lines: Journal, folder: Path, table: Mapping[str, Any]) -> None:
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         )
         lines.metrics(key, curves(history))
-        lines.end(
-            key,
-            "FAILED"
-            if row["state"] == "failed"
-            else "KILLED"
-            if row["state"] == "stopped"
-            else "FINISHED",
-        )
+        lines.end(key, STATUS_OF.get(row["state"], "FINISHED"))
 
 
 def result(lines: Journal, report: Mapping[str, Any]) -> None:
     """The report's figures and its files."""
-    found: list[Metric] = []
+    metrics: list[Metric] = []
     for name in ("teacher", "control", "student", "artefact"):
-        found += [
+        metrics += [
             (f"{name}/{key}", metric["value"], 0) for key, metric in report[name]["metrics"].items()
         ]
-    found += [
+    metrics += [
         (f"{name}/accuracy", part["metrics"]["accuracy"]["value"], 0)
         for name, part in report["beside"].items()
     ]
     for name, part in report["retention"].items():
-        found += _interval(f"retention/{name}", part)
-    found += _interval("gap_closed", report["gap_closed"])
-    found += [
+        metrics += _interval(f"retention/{name}", part)
+    metrics += _interval("gap_closed", report["gap_closed"])
+    metrics += [
         (key, report[key]["ratio"], 0)
         for key in ("compression", "training_cost")
         if report[key]["ratio"] is not None
     ]
-    lines.metrics(PARENT, found)
+    lines.metrics(PARENT, metrics)
     for name in (run_files.RECIPE, run_files.REPORT, run_files.REPORT_PAGE, run_files.BEST_RECIPE):
         if (lines.path.parent / name).exists():
             lines.artefact(PARENT, Path(name))
@@ -132,7 +128,7 @@ def result(lines: Journal, report: Mapping[str, Any]) -> None:
 
 def curves(history: Iterable[Mapping[str, Any]]) -> list[Metric]:
     """(name, value, step) of a training history; terms stand under `terms/`."""
-    found: list[Metric] = []
+    metrics: list[Metric] = []
     for point in history:
         flat = {k: v for k, v in point.items() if isinstance(v, float)}
         flat |= {
@@ -140,8 +136,8 @@ def curves(history: Iterable[Mapping[str, Any]]) -> list[Metric]:
             for table in ("terms", "weights")
             for k, v in point.get(table, {}).items()
         }
-        found += [(name, value, point["step"]) for name, value in flat.items()]
-    return found
+        metrics += [(name, value, point["step"]) for name, value in flat.items()]
+    return metrics
 
 
 def _interval(name: str, part: Mapping[str, Any]) -> list[Metric]:

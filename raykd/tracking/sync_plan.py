@@ -40,11 +40,8 @@ def load(folder: Path) -> Cursor:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Lines of one run that one call records:
-
-    `values` (params and metrics), or one line of its own kind.
-    """
+class SyncStep:
+    """Lines of one run that one call records: `values` (params and metrics), or one other line."""
 
     kind: str
     lines: list[Line]
@@ -56,17 +53,15 @@ class Step:
         return self.lines[-1]["seq"]
 
 
-def steps(lines: list[Line], cursor: Cursor) -> Iterator[tuple[Line, list[Step]]]:
+def steps(lines: list[Line], cursor: Cursor) -> Iterator[tuple[Line, list[SyncStep]]]:
     """For each run that lacks something: the line that declared it, and the steps left."""
     for key in dict.fromkeys(line["run"] for line in lines):
-        own = [line for line in lines if line["run"] == key]
-        first = _first(own)
-        new = [line for line in own if cursor.lacks(line)]
-        if new:
-            yield (
-                own[0],
-                [_step(kind, list(group), first) for (kind, _), group in groupby(new, _call)],
-            )
+        lines_of_run = [line for line in lines if line["run"] == key]
+        first = _first(lines_of_run)
+        missing = [line for line in lines_of_run if cursor.lacks(line)]
+        if missing:
+            calls = groupby(missing, _call)
+            yield lines_of_run[0], [_step(kind, list(group), first) for (kind, _), group in calls]
 
 
 def legal_name(name: str) -> str:
@@ -75,14 +70,11 @@ def legal_name(name: str) -> str:
     A changed name ends in a digest of the old, so that no two become one.
     """
     legal = re.sub(r"[^\w./ -]", "_", name)
-    legal = "/".join(part for part in legal.split("/") if part.strip(".")).lstrip(".")[
-        : NAME_CHARS - 7
-    ]
-    return (
-        name
-        if name and legal == name
-        else f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-    )
+    legal = "/".join(part for part in legal.split("/") if part.strip("."))
+    legal = legal.lstrip(".")[: NAME_CHARS - 7]
+    if name and legal == name:
+        return name
+    return f"{legal}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def legal_value(value: str) -> str:
@@ -92,10 +84,7 @@ def legal_value(value: str) -> str:
 
 
 def _first(lines: list[Line]) -> dict[str, int]:
-    """Where each param was first set:
-
-    MLflow holds a param once, and a resumed run sets it again.
-    """
+    """The line that first set each param; a resumed run sets it again, but MLflow holds one."""
     params = [
         (name, line["seq"]) for line in lines if line["kind"] == "params" for name in line["values"]
     ]
@@ -110,7 +99,7 @@ def _call(line: Line) -> tuple[str, int]:
     return ("values", seq // LINES_A_STEP) if kind in ("params", "metrics") else (kind, seq)
 
 
-def _step(kind: str, lines: list[Line], first: dict[str, int]) -> Step:
+def _step(kind: str, lines: list[Line], first: dict[str, int]) -> SyncStep:
     params: dict[str, str] = {}
     metrics: list[tuple[str, float, int, int]] = []
     for line in lines:
@@ -123,4 +112,4 @@ def _step(kind: str, lines: list[Line], first: dict[str, int]) -> Step:
             metrics += [
                 (legal_name(name), float(v), line["time_ms"], at) for name, v, at in line["values"]
             ]
-    return Step(kind, lines, params, metrics)
+    return SyncStep(kind, lines, params, metrics)
