@@ -157,11 +157,13 @@ def load_artefact(folder: Path) -> Adapter:
     student is executed by onnxruntime: see run.py beside it, or `unpack_artefact`.
 
     Example:
-        >>> import json, tempfile
+        >>> import json, tempfile, torch
+        >>> from pathlib import Path
         >>> from safetensors.torch import save_file
+        >>> from raykd.deploy import load_artefact
         >>> from raykd.models.series_encoder import SeriesEncoder
         >>> folder, settings = Path(tempfile.mkdtemp()), {"width": 16, "heads": 2, "layers": 1}
-        >>> described = {"model": "series", "settings": settings, "classes": ["left", "right"]}
+        >>> described = {"model": "series_encoder", "settings": settings, "classes": ["a", "b"]}
         >>> described |= {"channels": 6, "steps": 50}
         >>> _ = (folder / "model.json").write_text(json.dumps(described))
         >>> student = SeriesEncoder(channels=6, classes=2, steps=50, **settings)
@@ -179,11 +181,14 @@ def unpack_artefact(folder: Path) -> Adapter:
     It answers as the trained student. StoreError if the file is damaged.
 
     Example:
-        >>> import json, tempfile
+        >>> import json, tempfile, torch
+        >>> from pathlib import Path
+        >>> from raykd.deploy import packed, unpack_artefact
         >>> from raykd.models.series_encoder import SeriesEncoder
+        >>> from raykd.recipe.quant import Quant
         >>> from raykd.training.phases import round_as
         >>> folder, settings = Path(tempfile.mkdtemp()), {"width": 16, "heads": 2, "layers": 1}
-        >>> described = {"model": "series", "settings": settings, "classes": ["left", "right"]}
+        >>> described = {"model": "series_encoder", "settings": settings, "classes": ["a", "b"]}
         >>> described |= {"channels": 6, "steps": 50}
         >>> _ = (folder / "model.json").write_text(json.dumps(described))
         >>> student = SeriesEncoder(channels=6, classes=2, steps=50, **settings)

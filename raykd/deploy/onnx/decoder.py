@@ -23,6 +23,8 @@ class Decoder:
     so they are off by default.
 
     Example:
+        >>> import numpy as np
+        >>> from raykd.deploy import Decoder
         >>> from raykd.deploy.onnx import write_decoder
         >>> from raykd.models.llama import Llama
         >>> sizes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "inner": 32}

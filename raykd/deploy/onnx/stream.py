@@ -16,6 +16,8 @@ class StreamReader:
     starts the next one.
 
     Example:
+        >>> import numpy as np
+        >>> from raykd.deploy import StreamReader
         >>> from raykd.deploy.onnx import write_stream
         >>> from raykd.models.series_encoder import SeriesEncoder
         >>> encoder = SeriesEncoder(channels=3, classes=2, steps=8, width=8, layers=1, heads=2)
