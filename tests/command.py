@@ -2,6 +2,7 @@
 starts at once.
 """
 
+import json
 import os
 import signal
 import sys
@@ -78,6 +79,21 @@ def until(true: Callable[[], Any], limit_s: float = 120) -> None:
     while not true():
         assert time.monotonic() < end, f"not so within {limit_s} s"
         time.sleep(0.05)
+
+
+def in_workers(environment: dict[str, str]) -> dict[str, str]:
+    """What gives an environment to the workers of a job on a running cluster, as `ray job submit`
+    hands it on.
+    """
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": environment}})}
+
+
+def trained(out: Path) -> dict[str, bytes]:
+    """The weights of every arm under `out`."""
+    return {
+        path.parent.name: path.read_bytes()
+        for path in sorted(out.rglob("arms/*/weights.safetensors"))
+    }
 
 
 def left_in(out: Path) -> list[str]:

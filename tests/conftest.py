@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import venv
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import groupby
@@ -65,6 +66,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell how long each process of pytest -n was busy; all should end together."""
+    busy_s: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "node"):
+                busy_s[report.node.gateway.id] += report.duration
+    if busy_s:
+        told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in sorted(busy_s.items()))
+        terminalreporter.write_line(f"busy: {told}")
+
+
 def _module(item: pytest.Item) -> str:
     return item.path.stem
 
@@ -104,6 +117,14 @@ def cluster() -> Iterator[str]:
     connect()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def session(cluster) -> dict[str, str]:
+    """The environment that leads a command to the shared cluster."""
+    return {"RAY_ADDRESS": cluster} | {
+        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    }
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ The reference is the store in a folder, byte for byte. The bucket is on a real S
 machine.
 """
 
-import os
 import signal
 import socket
 import sys
@@ -21,7 +20,7 @@ import pytest
 import stored
 from by_hand import typed
 from child import CONTEXT, start, wait
-from command import raykd
+from command import in_workers, raykd, trained
 from digests import recipe_digest
 from shards import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 
@@ -333,12 +332,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
 
 
 @pytest.mark.ray
-def test_a_student_is_the_same_from_a_bucket(cluster, tiny, scored, stocked, server, tmp_path):
-    from test_recovery import in_workers, trained
-
-    session = {"RAY_ADDRESS": cluster} | {
-        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    }
+def test_a_student_is_the_same_from_a_bucket(session, tiny, scored, stocked, server, tmp_path):
     home = f"s3://bucket/{uuid.uuid4().hex}"
     command: tuple[Any, ...] = (
         "train",

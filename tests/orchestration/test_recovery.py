@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import Done, raykd, start, until
+from command import Done, in_workers, raykd, start, trained, until
 from safetensors.numpy import load, load_file
 
 pytestmark = pytest.mark.ray
@@ -25,32 +25,11 @@ quant = { weights = "ternary", scale = "learned", activations = "none", rest = "
 """
 
 
-@pytest.fixture(scope="module")
-def session(cluster) -> dict[str, str]:
-    """The environment that leads a command to the test run's cluster."""
-    return {"RAY_ADDRESS": cluster} | {
-        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    }
-
-
 def fatal(fault: str, fired: Path) -> dict[str, str]:
     """Environment variables that kill the first process to reach `fault`, and leave the file
     `fired`.
     """
     return {"RAYKD_FAULT": fault, "RAYKD_FAULT_FIRED": str(fired)}
-
-
-def in_workers(environment: dict[str, str]) -> dict[str, str]:
-    """The same for the workers of a job on a running cluster, as `ray job submit` hands them on."""
-    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": environment}})}
-
-
-def trained(out: Path) -> dict[str, bytes]:
-    """The weights of every arm under `out`."""
-    return {
-        path.parent.name: path.read_bytes()
-        for path in sorted(out.rglob("arms/*/weights.safetensors"))
-    }
 
 
 def alike(out: Path, reference: Path) -> bool:
@@ -94,11 +73,20 @@ def alone(tiny, scored, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny, scored, session, tmp_path_factory) -> Path:
+def phased(tiny, tmp_path_factory) -> Path:
+    """A recipe whose unrounded arm is the tiny recipe's student, and whose student is rounded in a
+    second phase.
+    """
+    path = tmp_path_factory.mktemp("recipe") / "phased.toml"
+    path.write_text(f"unrounded = true\n{tiny.read_text()}{PHASES}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(phased, scored, session, tmp_path_factory) -> Path:
     """An --out whose arms were trained by a group of two workers, undisturbed."""
-    return _trained(
-        tiny, scored, tmp_path_factory.mktemp("pair"), "--set", "scale.workers=2", **session
-    )
+    folder = tmp_path_factory.mktemp("pair")
+    return _trained(phased, scored, folder, "--set", "scale.workers=2", **session)
 
 
 def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environment: str) -> Path:
@@ -109,45 +97,35 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
     return out
 
 
-def test_a_worker_killed_in_training_changes_no_weight(tiny, pair, stocked, session, tmp_path):
-    fired = tmp_path / "fired"
-    out = stocked("out")
-    fault = in_workers(fatal("train:step=25,rank=1,arm=student-0", fired))
-    sound(
-        raykd(tmp_path, "train", tiny, "--out", out, "--set", "scale.workers=2", **session, **fault)
-    )
+def test_a_worker_killed_in_training_changes_no_weight(phased, pair, stocked, session, tmp_path):
+    fired, out = tmp_path / "fired", stocked("out")
+    fault = in_workers(fatal("train:step=25,rank=1,arm=unrounded-0", fired))
+    pairs = ("--set", "scale.workers=2")
+    sound(raykd(tmp_path, "train", phased, "--out", out, *pairs, **session, **fault))
     assert fired.exists()
-    assert trained(out).keys() == {"control-0", "student-0"}
+    assert trained(out).keys() == {"control-0", "unrounded-0", "student-0"}
     assert alike(out, pair)
 
 
-def test_a_worker_killed_within_a_phase_resumes_in_it(tiny, scored, stocked, session, tmp_path):
+def test_a_worker_killed_within_a_phase_resumes_in_it(phased, pair, stocked, session, tmp_path):
     """Its scales, how far rounding has faded in, and the phase's best student come back with it."""
-    recipe = tmp_path / "phased.toml"
-    recipe.write_text(f"control = false\nunrounded = false\n{tiny.read_text()}{PHASES}")
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    wanted = _trained(recipe, scored, undisturbed, "--set", "scale.workers=2", **session)
-    fired = tmp_path / "fired"
-    out = stocked("out")
+    fired, out = tmp_path / "fired", stocked("out")
     fault = in_workers(fatal("train:step=35,rank=1,arm=student-0", fired))
-    sound(
-        raykd(
-            tmp_path, "train", recipe, "--out", out, "--set", "scale.workers=2", **session, **fault
-        )
-    )
+    pairs = ("--set", "scale.workers=2")
+    sound(raykd(tmp_path, "train", phased, "--out", out, *pairs, **session, **fault))
     assert fired.exists()
     assert any(name.endswith(".scale") for name in load(trained(out)["student-0"]))
-    assert alike(out, wanted)
+    assert alike(out, pair)
 
 
 def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
     # a sum of 32 rows in another order differs in the last bits of fp32 (6e-8); 40 steps of AdamW
     # magnify that
-    assert losses(pair) == {
-        name: pytest.approx(values, rel=1e-4) for name, values in losses(alone).items()
-    }
-    ours, theirs = (next(out.rglob("student-0/weights.safetensors")) for out in (pair, alone))
+    both, one = losses(pair), losses(alone)
+    assert both["control-0"] == pytest.approx(one["control-0"], rel=1e-4)
+    assert both["unrounded-0"] == pytest.approx(one["student-0"], rel=1e-4)
+    ours = next(pair.rglob("unrounded-0/weights.safetensors"))
+    theirs = next(alone.rglob("student-0/weights.safetensors"))
     for name, value in load_file(ours).items():
         np.testing.assert_allclose(value, load_file(theirs)[name], atol=1e-3, err_msg=name)
 

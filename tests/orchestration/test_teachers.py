@@ -3,13 +3,12 @@ changes.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import texts
-from command import raykd
+from command import in_workers, raykd
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.ray
@@ -39,29 +38,22 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def trained(
-    recipe: Path, out: Path, cluster: str, **environment: str
+    recipe: Path, out: Path, session: dict[str, str], fault: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arm.json, weights) of the student, trained by two workers on the test run's cluster."""
-    session = {"RAY_ADDRESS": cluster} | {
-        key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    }
-    job = (
-        {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": environment}})}
-        if environment
-        else {}
-    )
+    """(arm.json, weights) of the student, trained by two workers on the shared cluster."""
+    job = in_workers(fault) if fault else {}
     done = raykd(out, "train", recipe, "--out", out, "--set", "scale.workers=2", **session, **job)
     assert done.code == 0, done.err
     (arm,) = out.glob("text-*/arms/student-0")
     return json.loads((arm / "arm.json").read_bytes()), load_file(arm / "weights.safetensors")
 
 
-def test_a_teacher_that_dies_costs_time_alone(recipe, cluster, tmp_path):
+def test_a_teacher_that_dies_costs_time_alone(recipe, session, tmp_path):
     for name in ("alone", "killed"):
         (tmp_path / name).mkdir()
     fault = {"RAYKD_FAULT": "teach:call=9", "RAYKD_FAULT_FIRED": str(tmp_path / "fired")}
-    undisturbed, wanted = trained(recipe, tmp_path / "alone", cluster)
-    killed, found = trained(recipe, tmp_path / "killed", cluster, **fault)
+    undisturbed, wanted = trained(recipe, tmp_path / "alone", session, {})
+    killed, found = trained(recipe, tmp_path / "killed", session, fault)
     assert (tmp_path / "fired").exists()
     assert killed["steps"] == undisturbed["steps"] == 30
     assert (
