@@ -322,23 +322,22 @@ LINED = [
     if not dotted(path).startswith("raykd")
     or dotted(path).startswith(
         (
-            "raykd.losses",
-            "raykd.techniques",
-            "raykd.signals",
-            "raykd.targets",
             "raykd.console",
             "raykd.data",
             "raykd.errors",
             "raykd.files",
-            "raykd.recipe",
-            "raykd.data",
-            "raykd.store",
-            "raykd.models",
-            "raykd.teacher",
             "raykd.generation",
-            "raykd.orchestration",
+            "raykd.losses",
             "raykd.models",
+            "raykd.orchestration",
+            "raykd.quant",
+            "raykd.recipe",
+            "raykd.signals",
+            "raykd.stages",
+            "raykd.store",
+            "raykd.targets",
             "raykd.teacher",
+            "raykd.techniques",
         )
     )
 ]
