@@ -16,7 +16,11 @@ from raykd.console import show
 from raykd.errors import RaykdError
 from raykd.store.commands import store
 
-EXITS = "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, 130/143 signals."
+EXITS = (
+    "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, "
+    "130/143 signals."
+)
+OPTIONS = {"sets": "--set", "allow_import": "--allow-import"}  # those not named as they are typed
 
 
 @click.group(
@@ -32,16 +36,17 @@ def cli() -> None:
 
 
 def main(*verb: str) -> None:
-    """The `raykd` script, or one verb of it: a user's mistake ends in one message and its exit
-    code.
+    """Run the `raykd` script, or one verb of it.
+
+    A user's mistake ends in one message and its exit code.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, os.getcwd())  # users' own modules, as under python -m
     try:
         cli.main([*verb, *sys.argv[1:]], standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt, SystemExit) as error:
-        # only a signal raises SystemExit: our handler says 143, Ray's say 15 for SIGTERM and 0 for
-        # SIGINT
+        # Only a signal raises SystemExit. Our handler exits with 143; Ray's with 15 after SIGTERM
+        # and with 0 after SIGINT.
         click.echo("raykd: interrupted; the same command continues from here", err=True)
         code = 143 if isinstance(error, SystemExit) and error.code in (143, signal.SIGTERM) else 130
     except click.ClickException as error:
@@ -66,7 +71,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--out",
             type=click.Path(path_type=Path),
             default=Path("runs"),
-            help="Where results stand.",
+            help="The folder of all results.",
         ),
         click.option(
             "--set",
@@ -95,7 +100,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A verb over one recipe; it is given (recipe, out, address)."""
+    """A verb over one recipe, from a function of (recipe, out, address)."""
 
     @cli.command(function.__name__, help=function.__doc__)
     @click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
@@ -117,7 +122,7 @@ def carry_out(
     address: str | None,
     allow_import: tuple[str, ...],
 ) -> tuple[Any, str]:
-    """What a verb gives for the recipe at `path`, for a script and for a person."""
+    """The result of a verb over the recipe at `path`: a JSON value, and text for a person."""
     from raykd.stages.load import load
 
     with redirect_stdout(sys.stderr):  # Ray prints too, and so may the recipe's own code
@@ -131,8 +136,8 @@ def run(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     from raykd.reports import sentences
     from raykd.stages import walk
 
-    made = walk.run(recipe, out, address=address)
-    return made, sentences.table(made)
+    report_json = walk.run(recipe, out, address=address)
+    return report_json, sentences.table(report_json)
 
 
 @recipe_command
@@ -140,8 +145,8 @@ def check(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """The plan without computing: stages, what is done, rows, bytes, memory, workers."""
     from raykd.stages import plan
 
-    made = plan.plan(recipe, out)
-    return made, plan.table(made)
+    planned = plan.plan(recipe, out)
+    return planned, plan.table(planned)
 
 
 @recipe_command
@@ -169,14 +174,14 @@ def tune(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 
     table = walk.tune(recipe, out, address=address)
     best = table["best"]
-    values = ", ".join(
-        f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}"
-        for k, v in best["params"].items()
-    )
-    return (
-        table,
-        f"best of {len(table['trials'])} trials: {values}: {table['metric']} {best[table['metric']]:.4f}",
-    )
+    values = ", ".join(f"{key} = {_short(value)}" for key, value in best["params"].items())
+    score = f"{table['metric']} {best[table['metric']]:.4f}"
+    return table, f"best of {len(table['trials'])} trials: {values}: {score}"
+
+
+def _short(value: Any) -> str:
+    """A trial's value with four digits where it is a float."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @recipe_command
@@ -196,7 +201,7 @@ def export(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 def report(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) -> None:
     """report.json and report.html of a recipe, with control, seeds and intervals.
 
-    Of two or more run folders: what each bought over the first, in OUT/compare-DIGEST.
+    For two or more run folders: what each gained over the first, in OUT/compare-DIGEST.
     """
     if len(paths) == 1 and not paths[0].is_dir():
         show(*carry_out(_report, paths[0], out=out, **options), as_json)
@@ -208,8 +213,8 @@ def _report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     from raykd.reports import sentences
     from raykd.stages import walk
 
-    made = walk.report(recipe, out, address=address)
-    return made, sentences.table(made)
+    report_json = walk.report(recipe, out, address=address)
+    return report_json, sentences.table(report_json)
 
 
 def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, str]:
@@ -218,24 +223,19 @@ def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, s
 
     if len(paths) == 1:
         raise RecipeError(
-            f"{paths[0]} is a folder: name a recipe to report on, or more run folders to compare it with"
+            f"{paths[0]} is a folder: name a recipe to report on, or more run folders to compare"
         )
-    if given := [name for name, value in options.items() if value]:
-        names = ", ".join(
-            {"sets": "--set", "allow_import": "--allow-import"}.get(name, f"--{name}")
-            for name in given
-        )
-        raise RecipeError(
-            f"{names}: of a recipe, and several run folders are compared as they are; leave it out"
-        )
-    made = compare(paths, out)
-    return made, comparison_text.table(made)
+    if misplaced := [OPTIONS.get(name, f"--{name}") for name, value in options.items() if value]:
+        applies = "applies to a recipe; run folders are compared as they are. Remove it."
+        raise RecipeError(f"{', '.join(misplaced)} {applies}")
+    comparison = compare(paths, out)
+    return comparison, comparison_text.table(comparison)
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def techniques(as_json: bool) -> None:
-    """What can be distilled with, one line each."""
+    """List the techniques, one line each."""
     from raykd import techniques
 
     known = techniques.all_techniques()
@@ -245,7 +245,10 @@ def techniques(as_json: bool) -> None:
 
 @cli.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where results stand."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    help="The folder of all results.",
 )
 @click.option("--uri", help="The MLflow server to knock at; else the sqlite file under --out.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
@@ -257,9 +260,9 @@ def doctor(out: Path, uri: str | None, as_json: bool) -> None:
     from raykd.errors import InfraError
     from raykd.stages import doctor as checkup
 
-    found = checkup.examine(out, uri)
-    show(found, checkup.table(found), as_json)
-    if not all(row["ok"] for row in found):
+    checks = checkup.examine(out, uri)
+    show(checks, checkup.table(checks), as_json)
+    if not all(check["ok"] for check in checks):
         raise InfraError("something is wrong; see the lines marked !")
 
 
