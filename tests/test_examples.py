@@ -12,7 +12,7 @@ import pytest
 from raykd.losses.terms import TERMS
 from raykd.models.build import MODELS
 
-FACES = ["raykd", "raykd.recipe", "raykd.data", "raykd.models", "raykd.losses"]
+FACES = ["raykd", "raykd.recipe", "raykd.data", "raykd.models", "raykd.losses", "raykd.deploy"]
 PUBLIC = [(face, name) for face in FACES for name in importlib.import_module(face).__all__]
 VERBS = {"export", "report", "run", "score", "train", "tune"}
 

@@ -379,6 +379,20 @@ def test_a_packed_line_is_seen():
     assert not any(is_packed(ast.parse(line).body[0]) for line in fine)
 
 
+def test_cannot_is_one_word():
+    words = re.compile(r"can not", re.IGNORECASE)
+    readable = {".py", ".md", ".j2", ".toml", ".txt"}
+    files = [path for path in (ROOT / "raykd").rglob("*") if path.suffix in readable]
+    files = [path for path in files if "shipped" not in path.parts]
+    lines = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [ROOT / "README.md", *files]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if words.search(line)
+    ]
+    assert lines == []
+
+
 # what texts name
 
 # One part after raykd is a name in an import or a document; elsewhere it may be a tag of MLflow.

@@ -98,7 +98,8 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
 
 
 def test_a_worker_killed_in_training_changes_no_weight(phased, pair, stocked, session, tmp_path):
-    fired, out = tmp_path / "fired", stocked("out")
+    fired = tmp_path / "fired"
+    out = stocked("out")
     fault = in_workers(fatal("train:step=25,rank=1,arm=unrounded-0", fired))
     pairs = ("--set", "scale.workers=2")
     sound(raykd(tmp_path, "train", phased, "--out", out, *pairs, **session, **fault))
@@ -109,7 +110,8 @@ def test_a_worker_killed_in_training_changes_no_weight(phased, pair, stocked, se
 
 def test_a_worker_killed_within_a_phase_resumes_in_it(phased, pair, stocked, session, tmp_path):
     """Its scales, how far rounding has faded in, and the phase's best student come back with it."""
-    fired, out = tmp_path / "fired", stocked("out")
+    fired = tmp_path / "fired"
+    out = stocked("out")
     fault = in_workers(fatal("train:step=35,rank=1,arm=student-0", fired))
     pairs = ("--set", "scale.workers=2")
     sound(raykd(tmp_path, "train", phased, "--out", out, *pairs, **session, **fault))
@@ -121,7 +123,8 @@ def test_a_worker_killed_within_a_phase_resumes_in_it(phased, pair, stocked, ses
 def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
     # a sum of 32 rows in another order differs in the last bits of fp32 (6e-8); 40 steps of AdamW
     # magnify that
-    both, one = losses(pair), losses(alone)
+    both = losses(pair)
+    one = losses(alone)
     assert both["control-0"] == pytest.approx(one["control-0"], rel=1e-4)
     assert both["unrounded-0"] == pytest.approx(one["student-0"], rel=1e-4)
     ours = next(pair.rglob("unrounded-0/weights.safetensors"))
