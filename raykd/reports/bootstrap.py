@@ -185,7 +185,8 @@ def difference(sample: Sample, arm: str = "student", base: str = "control") -> I
     """m_arm - m_base in accuracy, such as what the teacher added to the student; None if either is
     absent.
     """
-    first, second = getattr(sample, arm), getattr(sample, base)
+    first = getattr(sample, arm)
+    second = getattr(sample, base)
     return None if first is None or second is None else interval(first - second, sample.n)
 
 
@@ -195,7 +196,8 @@ def _over(
     """(top - floor) / (whole - floor), None unless whole is above floor with its whole interval."""
     if top is None or whole is None or floor is None:
         return None
-    above, room = top - floor, whole - floor
+    above = top - floor
+    room = whole - floor
     if room[0] <= 0 or interval(room, n).lo <= 0:
         return None
     # fewer resamples than one tail holds have no room: each counts as the far end on its side

@@ -7,8 +7,11 @@ from raykd.reports.sentences import BESIDE, RETENTIONS
 from raykd.reports.svg import INK, svg
 
 COLOURS = {"teacher": "#7a7f87", "control": "#d9822b", "student": "#2f7ed8", "artefact": "#1a9a76"}
-SHARE, OTHER = "#1f5fb0", "#8a63b8"
-MOST_PARAMS, NAMED_CLASSES, LONGEST_NAME = 6, 24, 22
+SHARE = "#1f5fb0"
+OTHER = "#8a63b8"
+MOST_PARAMS = 6
+NAMED_CLASSES = 24
+LONGEST_NAME = 22
 
 
 def charts(report: Mapping[str, Any]) -> dict[str, str]:
@@ -122,7 +125,8 @@ def _seeds_and_mean(
 def _confusion(report: Mapping[str, Any]) -> str:
     if not report["confusion"]:
         return ""
-    counts, names = report["confusion"], [_short(c) for c in report["classes"]]
+    counts = report["confusion"]
+    names = [_short(c) for c in report["classes"]]
     size = len(names)
     shares = [[v / max(sum(row), 1) for v in row] for row in counts]
 
@@ -167,7 +171,8 @@ def _saliency(report: Mapping[str, Any]) -> str:
         return ""
 
     def draw(axes: Any) -> None:
-        edges, q75 = part["edges"], part["q75"]
+        edges = part["edges"]
+        q75 = part["q75"]
         for low, high, value in zip(edges[:-1], edges[1:], part["counts"], strict=True):
             colour = COLOURS["artefact"] if low >= q75 else COLOURS["teacher"]
             axes.bar(low, value, width=0.92 * (high - low), align="edge", color=colour)

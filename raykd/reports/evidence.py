@@ -97,9 +97,11 @@ def _described(e: Evidence) -> dict[str, Any]:
 
 def _measured(e: Evidence) -> dict[str, Any]:
     """The parts that are computed from predictions."""
-    sample, seed = bootstrap.resample(_hits(e)), _exported(e)
+    sample = bootstrap.resample(_hits(e))
+    seed = _exported(e)
     others = {name: measure.sample() for name, measure in e.measures.items()}
-    closed, gain = ratio(bootstrap.gap_closed(sample)), ratio(bootstrap.difference(sample))
+    closed = ratio(bootstrap.gap_closed(sample))
+    gain = ratio(bootstrap.difference(sample))
     why = sentences.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
     return {
@@ -265,7 +267,8 @@ def _cautions(e: Evidence) -> list[str]:
 
 
 def _per_class(e: Evidence) -> list[schema.ClassRow]:
-    hits, found = _hits(e), []
+    hits = _hits(e)
+    found = []
     arms = {name: getattr(hits, name) for name in ("teacher", "control", "student", "artefact")}
     for i, name in enumerate(e.classes):
         rows = e.label == i

@@ -43,7 +43,8 @@ def gather(
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
     records = {arm.key: read_json(run_files.arm_record(folder, arm.key)) for arm in arms_of(found)}
-    test, opened = TestPlaces.of(dataset.splits["test"]), Store(where) if where else None
+    test = TestPlaces.of(dataset.splits["test"])
+    opened = Store(where) if where else None
     manifest = read_json(run_files.artefact(folder) / run_files.MANIFEST)
     saliency = _saliency(opened, dataset, test) if opened else None
     predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
@@ -186,7 +187,9 @@ def _weights(path: str) -> dict[str, Any]:
     """Parameters, bytes and dtypes of the safetensors files that are read of a path, from their
     headers.
     """
-    params, size, dtypes = 0, 0, set()
+    params = 0
+    size = 0
+    dtypes = set()
     for each in tensor_files(Path(path)):
         with safe_open(each, framework="np") as file:
             slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - not a dict
@@ -256,7 +259,8 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
 
 
 def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
-    found, labelled = [], dataset.splits["train"].labelled
+    found = []
+    labelled = dataset.splits["train"].labelled
     if (
         store
         and dataset.is_text

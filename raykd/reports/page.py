@@ -83,12 +83,10 @@ def _figure(value: Any) -> str:
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of everything needed to find or repeat the run; what is unknown is left out."""
-    rows, store, artefact, mlflow = (
-        report["data"]["rows"],
-        report["store"],
-        report["artefact"],
-        report["mlflow"],
-    )
+    rows = report["data"]["rows"]
+    store = report["store"]
+    artefact = report["artefact"]
+    mlflow = report["mlflow"]
     found = {
         "recipe digest": report["recipe_digest"],
         "data": f"{report['data']['name']}: "

@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-FEW_SEEDS, FEW_GROUPS = 3, 10
+FEW_SEEDS = 3
+FEW_GROUPS = 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
 MEASURES = {
@@ -73,7 +74,8 @@ def _beside_row(name: str, report: Mapping[str, Any]) -> tuple[str, str, str, st
 
 def headline(report: Mapping[str, Any]) -> str:
     """The result in one or two sentences, each figure with its interval."""
-    kept, closed = report["retention"]["all"], report["gap_closed"]
+    kept = report["retention"]["all"]
+    closed = report["gap_closed"]
     own = report["student"]["metrics"]["accuracy"]
     if kept["value"] is None:
         share = percent(own["value"])
@@ -150,7 +152,8 @@ MISSING = {
 
 def table(report: Mapping[str, Any]) -> str:
     """The report for a terminal, at most 100 columns wide."""
-    data, head = report["data"], ("model", "params", "bytes", "accuracy", "95 % interval")
+    data = report["data"]
+    head = ("model", "params", "bytes", "accuracy", "95 % interval")
     lines = [
         f"{report['technique']} on {data['name']}: {count(data['rows']['test'])} test rows of"
         f" {count(data['groups'])} recordings, seeds {', '.join(map(str, report['seeds']))}",
@@ -181,7 +184,9 @@ def figure_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
             share = f"{percent(part['value'])} ({span(part)}){extra}"
             found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
-    closed, gain, size = report["gap_closed"], report["gain"], report["compression"]
+    closed = report["gap_closed"]
+    gain = report["gain"]
+    size = report["compression"]
     if closed["value"] is not None:
         found.append(("gap closed", f"{percent(closed['value'], 0)} ({span(closed, 0)})"))
     if gain["value"] is not None:
@@ -215,7 +220,9 @@ def signed(gain: Mapping[str, Any]) -> str:
 
 
 def _artefact_figures(artefact: Mapping[str, Any]) -> list[tuple[str, str]]:
-    parity, latency, found = artefact["parity"], artefact["latency"], []
+    parity = artefact["parity"]
+    latency = artefact["latency"]
+    found = []
     if parity["agreement"] is not None:
         share = percent(parity["agreement"], 2)
         found.append(("parity", f"{share} of decisions equal the trained student's"))

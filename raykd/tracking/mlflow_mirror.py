@@ -26,7 +26,8 @@ from raykd.tracking.sync_plan import Cursor, Line, SyncStep, legal_name, legal_v
 
 KEY_TAG = "raykd.key"
 DIGEST_CHARS = 36  # MLflow's limit; the whole digest is a tag of the input
-METRICS_A_CALL, PARAMS_A_CALL = 900, 100  # MLflow takes 100 params, and 1000 entries in all
+METRICS_A_CALL = 900  # with the params, MLflow takes 1000 entries in all
+PARAMS_A_CALL = 100  # MLflow's limit
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 SETTINGS = {
     TIMEOUT: "10",
@@ -80,14 +81,16 @@ def sync(folder: Path, *, uri: str, experiment: str, limit_s: float = 10.0) -> S
 
 def _cursor(folder: Path, uri: str, experiment: str) -> Cursor:
     """The saved cursor, unless it speaks of another store or of one that was deleted."""
-    saved, file = sync_plan.load(folder), _sqlite_file(uri)
+    saved = sync_plan.load(folder)
+    file = _sqlite_file(uri)
     moved = (saved.uri, saved.experiment) != (public_uri(uri), experiment)
     return Cursor(public_uri(uri), experiment) if moved or (file and not file.exists()) else saved
 
 
 def _attempt(mirror: "_Mirror", lines: list[Line], limit_s: float) -> str:
     """Record what is new; why something was not, or nothing."""
-    start, uri = time.monotonic(), mirror.uri
+    start = time.monotonic()
+    uri = mirror.uri
     remote = urlsplit(uri).hostname is not None
     try:
         if remote:
@@ -148,7 +151,9 @@ class _Mirror:
     """One pass over a journal: the client, the deadline and the ids of the runs that exist."""
 
     def __init__(self, folder: Path, cursor: Cursor, uri: str):
-        self.folder, self.cursor, self.uri = folder, cursor, uri
+        self.folder = folder
+        self.cursor = cursor
+        self.uri = uri
         self.ids: dict[str, str] = {}
         self.gone: list[str] = []
 
@@ -240,7 +245,8 @@ class _Mirror:
 def _dataset(line: Line) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source, profile = json.dumps({"uri": line["source"]}), json.dumps(line["profile"])
+    source = json.dumps({"uri": line["source"]})
+    profile = json.dumps(line["profile"])
     entity = Dataset(line["name"], line["digest"][:DIGEST_CHARS], "local", source, profile=profile)
     return DatasetInput(entity, [InputTag("raykd.digest", line["digest"])])
 

@@ -15,7 +15,8 @@ from raykd.tracking import journal
 
 Line = dict[str, Any]
 CURSOR = "journal.synced.json"
-VALUE_CHARS, NAME_CHARS = 6000, 250  # MLflow's limits
+VALUE_CHARS = 6000  # MLflow's limit
+NAME_CHARS = 250  # MLflow's limit
 LINES_A_STEP = 400
 
 
@@ -95,7 +96,8 @@ def _call(line: Line) -> tuple[str, int]:
     """Equal for lines recorded together: a few hundred lines of values, or one line of anything
     else.
     """
-    kind, seq = line["kind"], line["seq"]
+    kind = line["kind"]
+    seq = line["seq"]
     return ("values", seq // LINES_A_STEP) if kind in ("params", "metrics") else (kind, seq)
 
 

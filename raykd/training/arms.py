@@ -10,7 +10,8 @@ from raykd.recipe.tables import TermSpec
 from raykd.training import run_files
 from raykd.training.arm import Arm
 
-UNROUNDED, ROUNDED_CONTROL = "unrounded", "rounded_control"
+UNROUNDED = "unrounded"
+ROUNDED_CONTROL = "rounded_control"
 
 
 def arms_of(recipe: Recipe) -> list[Arm]:
@@ -18,7 +19,8 @@ def arms_of(recipe: Recipe) -> list[Arm]:
     the student.
     """
     labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
-    rounds, found = any(phase.quant for phase in recipe.phases), []
+    rounds = any(phase.quant for phase in recipe.phases)
+    found = []
     for seed in recipe.seeds:
         student = student_arm(recipe, seed)
         if recipe.control:

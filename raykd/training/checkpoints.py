@@ -24,7 +24,8 @@ class Checkpoints:
     """The newest few states of one training, in one folder."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = folder, keep
+        self.folder = folder
+        self.keep = keep
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write one state, then drop all but the newest `keep`."""

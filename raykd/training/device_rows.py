@@ -67,7 +67,8 @@ class DeviceRows:
         if noise is not None:
             inputs = inputs + noise * mask.unsqueeze(-1)
         valence = None if self.valence is None else self.valence.index_select(0, index)
-        row_id, label = self.row_id.index_select(0, index), self.label.index_select(0, index)
+        row_id = self.row_id.index_select(0, index)
+        label = self.label.index_select(0, index)
         stored = self.stored.take(index.cpu().numpy()) if self.stored else None
         targets = stored.targets(inputs.device) if stored and stored.is_sparse else None
         saliency, answer = (

@@ -26,7 +26,8 @@ class Span:
         """Linear warm-up over the first `warmup` share of the phase, then linear decay to zero at
         its end.
         """
-        steps, number = self.last - self.first, step - self.first
+        steps = self.last - self.first
+        number = step - self.first
         warm = optim.warmup * steps
         rise = (number + 1) / warm if number + 1 < warm else 1.0
         return (

@@ -98,7 +98,8 @@ def read(path: Path) -> Predictions:
 
 def of_logits(rows: Rows, logits: Floats) -> Predictions:
     """The predictions of a split of series from its logits (N, C)."""
-    places, z = TestPlaces.of(rows), logits.astype(np.float64)
+    places = TestPlaces.of(rows)
+    z = logits.astype(np.float64)
     log_q = np.full(len(z), np.nan, np.float32)
     known = places.label >= 0
     norm = np.logaddexp.reduce(z[known], axis=1)

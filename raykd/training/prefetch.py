@@ -18,7 +18,8 @@ class Ahead(Generic[T]):
     """
 
     def __init__(self, make: Callable[[int], T], end: int):
-        self.make, self.end = make, end
+        self.make = make
+        self.end = end
         # torch counts threads per thread, and sums depend on the count
         self.pool = ThreadPoolExecutor(
             1, "ahead", torch.set_num_threads, (torch.get_num_threads(),)

@@ -21,7 +21,8 @@ class Learner(nn.Module):
 
     def __init__(self, student: Adapter, objective: Objective):
         super().__init__()
-        self.student, self.objective = student, objective
+        self.student = student
+        self.objective = objective
 
     def forward(self, *batches: Batch, progress: float = 0.0) -> tuple[Tensor, Tensor]:
         """The objective's sums and counts over all of the batches; `progress` as in Objective."""
@@ -71,7 +72,8 @@ class State:
         if found is None:
             return
         self.step, tensors, meta = found
-        self.seconds, self.history = meta["seconds"], meta["history"]
+        self.seconds = meta["seconds"]
+        self.history = meta["history"]
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         self.learner.load_state_dict(model)
         slots: dict[int, dict[str, Tensor]] = {}

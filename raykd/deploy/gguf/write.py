@@ -46,7 +46,8 @@ NAMES = {  # our name: llama.cpp's
     "down_proj": "ffn_down",
     "ffn_sub_norm": "ffn_sub_norm",
 }
-TABLE, HEAD = "token_embd.weight", "output.weight"
+TABLE = "token_embd.weight"
+HEAD = "output.weight"
 
 # A type, and the values or bytes that the file holds of a tensor.
 TypedValues = tuple[str, NDArray[Any]]

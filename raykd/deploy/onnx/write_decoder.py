@@ -20,7 +20,10 @@ from raykd.deploy.onnx.write import compact, traced
 from raykd.models.llama import Llama
 
 STEPS = "steps"  # key of the metadata
-ROWS, PAST, COUNT = 2, 3, 2  # of the example; the tracer takes 0 and 1 for constants
+# Of the example; the tracer takes 0 and 1 for constants
+ROWS = 2
+PAST = 3
+COUNT = 2
 
 
 class GrowingCache:

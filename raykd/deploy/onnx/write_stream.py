@@ -23,7 +23,10 @@ from raykd.deploy.onnx.write_decoder import STEPS, GrowingCache, names
 from raykd.errors import Problem, RecipeError
 from raykd.models.series_encoder import SeriesEncoder
 
-ROWS, PAST, COUNT = 2, 2, 2  # of the example; the tracer takes 0 and 1 for constants
+# Of the example; the tracer takes 0 and 1 for constants
+ROWS = 2
+PAST = 2
+COUNT = 2
 
 
 class StreamState(GrowingCache):

@@ -112,13 +112,17 @@ def _judged(sample: bootstrap.Sample, is_student: bool, *, less: bool = False) -
         sample, *(("student", "control") if is_student else ("control", "student"))
     )
     assert found is not None
-    up, down = ("worse", "better") if less else ("better", "worse")
-    verdict: Verdict = up if found.lo > 0 else down if found.hi < 0 else "not shown to differ"
+    verdict: Verdict = "not shown to differ"
+    if found.lo > 0:
+        verdict = "worse" if less else "better"
+    elif found.hi < 0:
+        verdict = "better" if less else "worse"
     return Difference(**vars(found), verdict=verdict)
 
 
 def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> ComparedRun:
-    report, is_first = run.report, run is first
+    report = run.report
+    is_first = run is first
     parts = {"thriving": None, "rest": None, "random": None} | parts_of(rows)
     return ComparedRun(
         name=run.name,

@@ -85,7 +85,8 @@ def _frontier(found: Sequence[Mapping[str, Any]]) -> str:
                 alpha=0.35,
             )
             axes.plot(size, kept, "o", color=COLOURS["student"], markersize=7)
-            text, below = comparison_text.brief(run["name"], LONGEST_NAME), number % 2
+            text = comparison_text.brief(run["name"], LONGEST_NAME)
+            below = number % 2
             axes.annotate(
                 text,
                 (size, kept),

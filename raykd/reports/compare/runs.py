@@ -168,7 +168,8 @@ def _check_metric(run: Run) -> None:
 
 def _check_rows(first: Run, run: Run) -> None:
     """DataError unless both runs were tested on the same rows."""
-    ours, theirs = first.answers, run.answers
+    ours = first.answers
+    theirs = run.answers
     same = all(
         np.array_equal(getattr(ours, k), getattr(theirs, k)) for k in ("row_id", "label", "group")
     )
