@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raykd.files import parquet
+
 
 def digest_of(values: Any) -> str:
     """Hex sha256 of canonical JSON."""
@@ -18,7 +20,7 @@ def file_sha256(path: str | Path) -> str:
     """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
     path = Path(path)
     if path.is_dir():
-        return files_sha256(path, sorted(path.rglob("*.parquet")))
+        return files_sha256(path, parquet.files_below(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raykd.files import parquet
 from raykd.files.atomic import write_bytes
 
 
@@ -44,5 +45,5 @@ class Acceptance:
 
 def read_acceptance(path: Path) -> Acceptance:
     """What `Acceptance.write` wrote."""
-    table = pq.read_table(path)
+    table = parquet.read(path)
     return Acceptance(**{name: table.column(name).to_numpy() for name in table.column_names})

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raykd.errors import StoreError
+from raykd.files import parquet
 from raykd.files.atomic import write_bytes
 from raykd.reports.evidence import Evidence
 from raykd.training import run_files
@@ -83,6 +84,6 @@ def read(folder: Path) -> RunAnswers:
 
 
 def _columns(path: Path) -> dict[str, NDArray[Any]]:
-    table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    table = parquet.read(path)
     kinds = {name: pa.bool_() if name == "thriving" else pa.int64() for name in table.column_names}
     return {name: table.column(name).cast(kind).to_numpy() for name, kind in kinds.items()}

@@ -52,7 +52,8 @@ def mapped(manifest: str, split: str, shards: Iterable[pa.Table]) -> pa.Table:
         with waiting.locked(folder, wait=True):
             if not _is_sound(path, wanted):
                 _make(path, wanted, shards)
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    alone = pa.ipc.IpcReadOptions(use_threads=False)
+    return pa.ipc.open_file(pa.memory_map(str(path)), options=alone).read_all()
 
 
 def _is_sound(path: Path, wanted: dict[str, Any]) -> bool:

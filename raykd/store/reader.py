@@ -1,7 +1,6 @@
 """Reading a store: only what the manifest names, only what its digests confirm."""
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raykd.errors import StoreError
+from raykd.files import parquet
 from raykd.files.address import Address
 from raykd.files.digests import digest_of
 from raykd.files.open import open_place
@@ -235,7 +234,7 @@ def read_parquet(data: bytes, rows: int, name: str) -> pa.Table:
     """The rows of a Parquet file, read only if its bounds are sound. StoreError otherwise."""
     bounds.check(data, rows, name)
     try:
-        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+        table = parquet.read(data)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{name} is not a readable Parquet file: {error}") from None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raykd.data import Rows
+from raykd.files import parquet
 from raykd.files.atomic import write_bytes
 from raykd.losses.shared_terms import kd
 from raykd.signals import flatten_valid
@@ -85,7 +86,7 @@ class Predictions:
 
 def read(path: Path) -> Predictions:
     """What `Predictions.write` wrote."""
-    table = pq.read_table(path).combine_chunks()
+    table = parquet.read(path).combine_chunks()
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     logits = columns.pop("logits", None)
     if logits is not None:

@@ -1,0 +1,42 @@
+"""Parquet read in one way everywhere: page checksums are verified, and no thread is started.
+
+Arrow's threads must not outlive a command: beside torch, a process that ends while they run is
+aborted in a quarter of all cases.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def read(source: Path | bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a file or of a file's bytes; `columns` names those to read, by default all.
+
+    An ArrowException or OSError if it is damaged or no Parquet file.
+    """
+    file = opened(source)
+    return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+
+def opened(source: Path | bytes) -> pq.ParquetFile:
+    """A file of which only the footer is read yet; `read` it with `use_threads = False`."""
+    where = BytesIO(source) if isinstance(source, bytes) else source
+    return pq.ParquetFile(where, page_checksum_verification=True, pre_buffer=False)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The Parquet files of a folder in the order of their paths.
+
+    A name that begins with a dot or an underscore, of a file or of a folder below this one, is no
+    data: notebooks, Spark and file systems keep copies under such names.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == ".parquet"
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
