@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd.files import parquet
-
 
 def digest_of(values: Any) -> str:
     """Hex sha256 of canonical JSON."""
@@ -20,7 +18,7 @@ def file_sha256(path: str | Path) -> str:
     """Hex sha256 of a file, or of a folder's Parquet files by name and content."""
     path = Path(path)
     if path.is_dir():
-        return files_sha256(path, parquet.files_below(path))
+        return files_sha256(path, parquet_below(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -29,3 +27,18 @@ def files_sha256(folder: Path, files: Sequence[Path]) -> str:
     """Hex sha256 of files, by their names in the folder and their content."""
     parts = [f"{p.relative_to(folder)}:{file_sha256(p)}" for p in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def parquet_below(folder: Path) -> list[Path]:
+    """The Parquet files of a folder in the order of their paths.
+
+    A name that begins with a dot or an underscore, of a file or of a folder below this one, is no
+    data: notebooks, Spark and file systems keep copies under such names.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == ".parquet"
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )

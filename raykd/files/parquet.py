@@ -25,18 +25,3 @@ def opened(source: Path | bytes) -> pq.ParquetFile:
     """A file of which only the footer is read yet; `read` it with `use_threads = False`."""
     where = BytesIO(source) if isinstance(source, bytes) else source
     return pq.ParquetFile(where, page_checksum_verification=True, pre_buffer=False)
-
-
-def files_below(folder: Path) -> list[Path]:
-    """The Parquet files of a folder in the order of their paths.
-
-    A name that begins with a dot or an underscore, of a file or of a folder below this one, is no
-    data: notebooks, Spark and file systems keep copies under such names.
-    """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() == ".parquet"
-        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-        and not path.is_dir()
-    )
