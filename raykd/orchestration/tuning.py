@@ -29,14 +29,13 @@ from raykd.training.arm import ONE_PROCESS, World
 from raykd.training.arms import student_arm
 from raykd.training.run_arms import ArmRunner
 
-METRIC = "val_accuracy"
 # A nested trial and its N workers fit N cores.
 TRIAL_CPU = 0.05
 WORKER_CPU = 0.9
 
 
 def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
-    """Run the recipe's trials, and give their table with the best by validation accuracy.
+    """Run the recipe's trials, and give their table with the best by the metric of `select`.
 
     A trial of one worker runs the plain loop under Tune; one of several workers nests a Ray Train
     group. Needs a Ray session. InfraError if no trial ran to its end.
@@ -60,7 +59,7 @@ def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str,
         tune.with_resources(function, _resources(recipe, nested)),
         param_space={key: _domain(span) for key, span in settings.space.items()},
         tune_config=tune.TuneConfig(
-            metric=METRIC,
+            metric=metric_of(recipe),
             mode="max",
             num_samples=settings.trials,
             max_concurrent_trials=min(settings.concurrent, _fitting(recipe)),
@@ -72,7 +71,7 @@ def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str,
             storage_path=str(run_files.ray(folder.resolve())),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=recipe.scale.retries),
-            callbacks=[_progress(settings.trials, steps)],
+            callbacks=[_progress(settings.trials, steps, metric_of(recipe))],
         ),
     )
     try:
@@ -80,20 +79,28 @@ def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str,
     except Exception as error:  # Ray raises its own kinds and ours, wrapped
         raise plain_error(error, "tune") from error
     results = [grid[i] for i in range(len(grid))]
-    rows = [_trial_row(number, result, steps) for number, result in enumerate(results)]
+    metric = metric_of(recipe)
+    rows = [_trial_row(number, result, steps, metric) for number, result in enumerate(results)]
     errors = [result.error for result in results if result.error]
-    return _with_best(rows, errors)
+    return _with_best(rows, errors, metric)
 
 
-def _with_best(trials: list[dict[str, Any]], errors: list[Exception]) -> dict[str, Any]:
+def metric_of(recipe: Recipe) -> str:
+    """The validation metric that trials are compared by."""
+    return f"val_{recipe.select}"
+
+
+def _with_best(
+    trials: list[dict[str, Any]], errors: list[Exception], metric: str
+) -> dict[str, Any]:
     """The table of trials, with the best that ran to its end."""
     finished = [row for row in trials if row["state"] == "finished"]
     if not finished and errors:
         raise plain_error(errors[0], "tune")
     if not finished:
         raise InfraError("no trial ran to its end; raise search.trials")
-    best = max(finished, key=lambda row: row[METRIC])
-    return {"metric": METRIC, "trials": trials, "best": best}
+    best = max(finished, key=lambda row: row[metric])
+    return {"metric": metric, "trials": trials, "best": best}
 
 
 def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -140,6 +147,7 @@ def _train_trial(
 ) -> None:
     recipe = _recipe_of(config, shared)
     folder = _folder_of(shared)
+    metric = metric_of(recipe)
     runner = ArmRunner(recipe, shared["store"], device_of(recipe))
     arm = student_arm(recipe, recipe.seeds[0])
     student = runner.student(arm)
@@ -150,7 +158,7 @@ def _train_trial(
             # before the report: the scheduler may end this process there
             if step == recipe.optim.steps:
                 _save(student.module, folder / run_files.WEIGHTS)
-        report({"step": step, METRIC: metrics[METRIC]})
+        report({"step": step, metric: metrics[metric]})
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / run_files.HISTORY).unlink(missing_ok=True)
@@ -231,10 +239,10 @@ def _scheduler(steps: int, grace: int) -> Any:
     )
 
 
-def _trial_row(number: int, result: Any, steps: int) -> dict[str, Any]:
+def _trial_row(number: int, result: Any, steps: int, metric: str) -> dict[str, Any]:
     """A trial as the report shows it. One whose metric is not a number has failed."""
     metrics = result.metrics or {}
-    value = metrics.get(METRIC)
+    value = metrics.get(metric)
     step = metrics.get("step")
     sound = not result.error and value is not None and math.isfinite(value)
     state = "failed"
@@ -246,11 +254,11 @@ def _trial_row(number: int, result: Any, steps: int) -> dict[str, Any]:
         "params": dict(result.config or {}),
         "steps": step,
         "state": state,
-        METRIC: value if sound else None,
+        metric: value if sound else None,
     }
 
 
-def _progress(trials: int, steps: int) -> Any:
+def _progress(trials: int, steps: int, metric: str) -> Any:
     """Steps of all trials as they are reported; a stopped trial counts as whole."""
     from ray import tune
 
@@ -264,7 +272,8 @@ def _progress(trials: int, steps: int) -> Any:
         ) -> None:
             self.reached[trial.trial_id] = result["step"]
             number = list(self.reached).index(trial.trial_id)
-            note = f"trial {number}: validation accuracy {result[METRIC]:.3f}"
+            named = metric.removeprefix("val_").replace("_", "-")
+            note = f"trial {number}: validation {named} {result[metric]:.3f}"
             self.progress.advance(sum(self.reached.values()), note)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

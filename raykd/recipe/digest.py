@@ -54,6 +54,8 @@ def _log_sha256(source: Source, seed: int) -> str:
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the result, and nothing else: no names, paths, worker counts or servers."""
     values = recipe.model_dump(mode="json", exclude=NOT_HASHED)
+    if recipe.select == Recipe.model_fields["select"].default:
+        del values["select"]  # runs from before there was a choice keep their folders
     for key in ("data", "teacher"):
         table = getattr(recipe, key)
         if table is not None:

@@ -111,6 +111,7 @@ class Recipe(Table):
     control: bool = True
     unrounded: bool = True
     rounded_control: bool = False
+    select: Literal["accuracy", "macro_f1"] = "accuracy"  # which seed and which trial is best
     data: DataRef = DataRef()
     teacher: ModelRef | None = None
     student: ModelRef = ModelRef()

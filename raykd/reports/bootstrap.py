@@ -75,7 +75,7 @@ def resample(hits: Hits, *, num: int = RESAMPLES, seed: int = 0) -> Sample:
     kept = np.ones(len(hits.groups), bool) if hits.rows is None else hits.rows
     assert kept.any(), "no row to resample"
     rng = np.random.Generator(np.random.Philox(seed))
-    student, control = _seed_weights(rng, hits.student_seeds, hits.control_seeds, num)
+    student, control = seed_weights(rng, hits.student_seeds, hits.control_seeds, num)
     arms = [
         (hits.student, student),
         (hits.control, control),
@@ -84,7 +84,7 @@ def resample(hits: Hits, *, num: int = RESAMPLES, seed: int = 0) -> Sample:
     ]
     _, group = np.unique(hits.groups[kept], return_inverse=True)
     right = [None if rows is None else _group_sums(rows[:, kept], group) for rows, _ in arms]
-    drawn, total = _draw_groups(rng, right, np.bincount(group), num)
+    drawn, total = draw_groups(rng, right, np.bincount(group), num)
     # whole numbers up to the one division: equal models get equal accuracies, to the bit
     means = [
         None if d is None else (d * w).sum(1) / (total * w.sum(1))
@@ -100,7 +100,7 @@ def _group_sums(hits: Bools, group: NDArray) -> NDArray[np.float64]:
     return np.stack(sums).astype(np.float64)
 
 
-def _draw_groups(
+def draw_groups(
     rng: np.random.Generator, right: list[NDArray | None], size: NDArray, num: int
 ) -> tuple[list[NDArray[np.float64] | None], NDArray[np.float64]]:
     """(1 + B, S) right answers among the drawn rows, for each model's (S, G); and (1 + B,) rows
@@ -119,7 +119,7 @@ def _draw_groups(
     return drawn, total
 
 
-def _seed_weights(
+def seed_weights(
     rng: np.random.Generator, student: Sequence[int], control: Sequence[int], num: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(1 + B, S) and (1 + B, R): seeds that both arms have are drawn together, the others arm by

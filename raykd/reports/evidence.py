@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raykd.reports import bootstrap, schema, sentences
+from raykd.reports import bootstrap, class_rates, schema, sentences
 from raykd.reports.bootstrap import Hits, Sample
 from raykd.reports.intervals import Predicted, beside, metrics, plain, ratio
 from raykd.reports.text_measures import Measure
@@ -100,10 +100,14 @@ def _measured(e: Evidence) -> dict[str, Any]:
     sample = bootstrap.resample(_hits(e))
     seed = _exported(e)
     others = {name: measure.sample() for name, measure in e.measures.items()}
+    by_class = _by_class(e)
+    others |= by_class
+    per_class = _per_class(e) if _tells_classes(e) else []
     closed = ratio(bootstrap.gap_closed(sample))
     gain = ratio(bootstrap.difference(sample))
     why = sentences.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
     verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
+    lost = sentences.lost_classes([row.model_dump() for row in per_class])
     return {
         "teacher": schema.ReportTeacher(
             **plain(e.teacher_info), metrics=_metrics("teacher", sample, others)
@@ -119,12 +123,13 @@ def _measured(e: Evidence) -> dict[str, Any]:
         },
         "artefact": _artefact(e, sample, others, seed),
         "retention": _retentions(e, sample),
+        "kept": {name: ratio(bootstrap.retention(found)) for name, found in by_class.items()},
         "gap_closed": closed,
         "gap_words": why,
         "gain": gain,
         "gains": {name: ratio(bootstrap.difference(found)) for name, found in others.items()},
-        "warnings": [w for w in (why, verdict, *_cautions(e), *e.warnings) if w],
-        "per_class": _per_class(e) if _tells_classes(e) else [],
+        "warnings": [w for w in (why, verdict, *_cautions(e), *lost, *e.warnings) if w],
+        "per_class": per_class,
         "confusion": _confusion(e.label, e.student[seed], len(e.classes))
         if _tells_classes(e)
         else [],
@@ -134,6 +139,20 @@ def _measured(e: Evidence) -> dict[str, Any]:
 
 def _tells_classes(e: Evidence) -> bool:
     return len(e.classes) <= MOST_CLASSES
+
+
+def _by_class(e: Evidence) -> dict[str, Sample]:
+    """What counts each class alike, by name; nothing where classes are too many to tell."""
+    if not _tells_classes(e):
+        return {}
+    models = {"student": e.student}
+    models |= {"control": e.control} if e.control else {}
+    models |= {
+        name: {0: answer}
+        for name, answer in (("teacher", e.teacher), ("artefact", e.artefact))
+        if answer is not None
+    }
+    return class_rates.samples(e.label, e.group, models)
 
 
 def _metrics(model: str, sample: Sample, others: Mapping[str, Sample]) -> schema.Metrics:

@@ -228,9 +228,11 @@ class Report(Part):
     """The whole report. `curves`: histories by arm and seed. `confusion`: [true][predicted] of one
     seed.
 
-    Of text rows are tokens to tell and recordings are documents; `gains` are the student's losses
-    (nll, and kl to the teacher) less its control's; classes and what is told of each are left out
-    where they are many.
+    `kept` is the student's macro-F1 over the teacher's, and its balanced accuracy likewise. `gains`
+    are what else was measured of the student less its control's: nll and kl to the teacher of text.
+
+    Of text rows are tokens to tell and recordings are documents; classes and what is told of each
+    are left out where they are many.
 
     `inputs` is the digest of the files it was made from.
     """
@@ -250,6 +252,7 @@ class Report(Part):
     beside: dict[str, Beside] = {}
     artefact: ReportArtefact
     retention: Retentions
+    kept: dict[str, Ratio] = {}
     gap_closed: Ratio
     gap_words: str
     gain: Ratio

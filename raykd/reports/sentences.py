@@ -1,19 +1,23 @@
 """The figures of a report as sentences: headline, warnings, and numbers as people read them."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FEW_SEEDS = 3
 FEW_GROUPS = 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
+LEAST_KEPT = 0.8  # of the teacher's recall; a class that keeps less is warned of
+NAMED = 6  # classes in one warning
 MEASURES = {
     "nll": "nats a token",
     "kl": "KL to the teacher",
     "acceptance": "drafts accepted",
     "block_efficiency": "tokens a teacher call",
     "overlap": "shared with the teacher",
+    "macro_f1": "macro-F1",
+    "balanced_accuracy": "balanced accuracy",
 }
 LESS = ("nll", "kl")  # is better
 BESIDE = {
@@ -121,6 +125,23 @@ def verdict(closed: Mapping[str, Any], gain: Mapping[str, Any]) -> str:
     return f"not shown to help: the interval of the gap closed, {span(closed, 0)} %, includes 0"
 
 
+def lost_classes(per_class: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning where the student keeps too little of the teacher's recall of a class."""
+    lost = []
+    for row in per_class:
+        if row["teacher"] and row["student"] < LEAST_KEPT * row["teacher"]:
+            kept = percent(row["student"] / row["teacher"], 0)
+            lost.append(f"{row['name']!r} {kept} ({row['rows']:,} rows)")
+    if not lost:
+        return []
+    named = ", ".join(lost[:NAMED])
+    more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+    return [
+        f"classes that keep less than {percent(LEAST_KEPT, 0)} of the teacher's recall: "
+        f"{named}{more}; see macro-F1 and the table of classes, not accuracy alone"
+    ]
+
+
 def cautions(
     *, seeds: int, groups: int, absent: list[str], missing: Mapping[str, bool]
 ) -> list[str]:
@@ -184,6 +205,9 @@ def figure_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
             share = f"{percent(part['value'])} ({span(part)}){extra}"
             found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
+    for name, part in report.get("kept", {}).items():
+        if part["value"] is not None:
+            found.append((f"kept, {MEASURES[name]}", f"{percent(part['value'])} ({span(part)})"))
     closed = report["gap_closed"]
     gain = report["gain"]
     size = report["compression"]

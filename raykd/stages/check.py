@@ -32,7 +32,11 @@ def check_with_data(
 
 
 def _check_text_tables(recipe: Recipe, dataset: Dataset) -> None:
-    """RecipeError where a table is about text and the data are none."""
+    """RecipeError where a table is about text and the data are none, or the other way round."""
+    if recipe.select != "accuracy" and dataset.is_text:
+        raise RecipeError(
+            f'select = "{recipe.select}": of classes, but the data are text; leave it out'
+        )
     for key in ("source", "drafter"):
         if getattr(recipe, key) and not dataset.is_text:
             raise RecipeError(

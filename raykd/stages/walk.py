@@ -130,7 +130,7 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
         >>> recipe = raykd.load("recipe.toml", small)
         >>> report = raykd.run(recipe, Path("runs"))
         >>> sorted(report["artefact"]["metrics"])
-        ['accuracy']
+        ['accuracy', 'balanced_accuracy', 'macro_f1']
     """
     searching = [_tune] if recipe.search else []
     return _walk(

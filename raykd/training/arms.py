@@ -44,10 +44,12 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def best_seed(recipe: Recipe, folder: Path) -> int:
-    """The student's seed with the highest validation accuracy, the first of equals."""
+    """The student's seed with the highest validation accuracy, or what else `select` names; the
+    first of equals.
+    """
     records = [
         read_json(run_files.arm_record(folder, arm.key))
         for arm in arms_of(recipe)
         if arm.name == "student"
     ]
-    return max(records, key=lambda record: record["val"]["val_accuracy"])["seed"]
+    return max(records, key=lambda record: record["val"][f"val_{recipe.select}"])["seed"]

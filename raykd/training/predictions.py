@@ -63,15 +63,19 @@ class Predictions:
     logits: Floats | None = None  # (n, C) of series
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy and mean negative log-likelihood over the labelled places, and the mean KL where
-        it is known.
+        """Accuracy and mean negative log-likelihood over the labelled places, macro-F1 of series,
+        and the mean KL where it is known.
         """
         known = self.label >= 0
-        found = {
+        measured = {
             "accuracy": float((self.answer == self.label)[known].mean()),
             "nll": -_mean(self.log_q[known]),
         }
-        return found | ({} if self.kl is None else {"kl": _mean(self.kl)})
+        if self.logits is not None:
+            measured["macro_f1"] = macro_f1(self.label, self.answer)
+        if self.kl is not None:
+            measured["kl"] = _mean(self.kl)
+        return measured
 
     def write(self, path: Path) -> None:
         """A Parquet table, one row a place."""
@@ -82,6 +86,22 @@ class Predictions:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink)
         write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def macro_f1(label: NDArray[np.integer], answer: NDArray[np.integer]) -> float:
+    """The mean over the classes that `label` has of F1 = 2 hits / (rows + answers).
+
+    Rows with a negative label are left out; NaN where no other is there.
+    """
+    known = label >= 0
+    if not known.any():
+        return float("nan")
+    scores = []
+    for name in np.unique(label[known]):
+        rows = label[known] == name
+        answered = answer[known] == name
+        scores.append(2 * (rows & answered).sum() / (rows.sum() + answered.sum()))
+    return float(np.mean(scores))
 
 
 def read(path: Path) -> Predictions:
