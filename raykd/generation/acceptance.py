@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raykd.errors import StoreError
 from raykd.files import parquet
 from raykd.files.atomic import write_bytes
 
@@ -44,6 +45,12 @@ class Acceptance:
 
 
 def read_acceptance(path: Path) -> Acceptance:
-    """What `Acceptance.write` wrote."""
-    table = parquet.read(path)
-    return Acceptance(**{name: table.column(name).to_numpy() for name in table.column_names})
+    """What `Acceptance.write` wrote. StoreError if that is not what is there."""
+    try:
+        table = parquet.read(path)
+        columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        return Acceptance(**columns)
+    except (pa.ArrowException, OSError, TypeError) as error:
+        raise StoreError(
+            f"{path} is damaged: {error}; delete {path.parent} and run again"
+        ) from None

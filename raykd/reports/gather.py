@@ -47,8 +47,8 @@ def gather(
     opened = Store(where) if where else None
     manifest = read_json(run_files.artefact(folder) / run_files.MANIFEST)
     saliency = _saliency(opened, dataset, test) if opened else None
-    predicted = {name: _predicted(folder, records, name) for name in ("student", "control")}
-    deployed = predictions.read(folder / run_files.ARTEFACT_ANSWERS) if manifest else None
+    predicted = {name: _predicted(folder, records, name, test) for name in ("student", "control")}
+    deployed = answers_of(folder / run_files.ARTEFACT_ANSWERS, test) if manifest else None
     every = predicted | ({"artefact": {0: deployed}} if deployed else {})
     return Evidence(
         recipe_digest=run_digest(found, dataset),
@@ -62,14 +62,11 @@ def gather(
         row_id=test.place,
         label=test.label,
         group=test.group,
-        **{
-            name: {seed: said.answer for seed, said in arm.items()}
-            for name, arm in predicted.items()
-        },
+        **{name: _answer_of(arm) for name, arm in predicted.items()},
         measures=_measures(found, folder, records, every, opened, dataset)
         if dataset.is_text
         else {},
-        beside=_beside(found, folder, records),
+        beside=_beside(found, folder, records, test),
         teacher=_teacher(opened, dataset) if opened else None,
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
@@ -96,9 +93,20 @@ def gather(
     )
 
 
-def _predicted(folder: Path, records: dict[str, Any], name: str) -> dict[int, Predictions]:
+def _predicted(
+    folder: Path, records: dict[str, Any], name: str, test: TestPlaces
+) -> dict[int, Predictions]:
     own = _seeds(folder, records, name)
-    return {seed: predictions.read(arm / run_files.PREDICTIONS) for seed, arm in own.items()}
+    return {seed: answers_of(arm / run_files.PREDICTIONS, test) for seed, arm in own.items()}
+
+
+def answers_of(path: Path, test: TestPlaces) -> Predictions:
+    """The predictions in a file. StoreError unless they are of these test rows and their labels."""
+    predicted = predictions.read(path)
+    for name in ("place", "label"):
+        if not np.array_equal(getattr(predicted, name), getattr(test, name)):
+            raise predictions.damaged(path, f"its column {name} is not that of the test rows")
+    return predicted
 
 
 def _teacher(store: Store, dataset: Dataset) -> Predicted:
@@ -155,18 +163,26 @@ def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
     }
 
 
-def _beside(recipe: Recipe, folder: Path, records: dict[str, Any]) -> dict[str, Any]:
+def _beside(
+    recipe: Recipe, folder: Path, records: dict[str, Any], test: TestPlaces
+) -> dict[str, Any]:
     """Other trainings by name and seed; "post_training" is the unrounded student, rounded as it
     stands.
     """
-    arms = {name: _predicted(folder, records, name) for name in (UNROUNDED, ROUNDED_CONTROL)}
-    found = {name: {seed: said.answer for seed, said in arm.items()} for name, arm in arms.items()}
+    trainings = {
+        name: _predicted(folder, records, name, test) for name in (UNROUNDED, ROUNDED_CONTROL)
+    }
+    answers = {name: _answer_of(arm) for name, arm in trainings.items()}
     if recipe.quant:
-        found["post_training"] = {
-            seed: predictions.read(arm / run_files.ROUNDED).answer
+        answers["post_training"] = {
+            seed: answers_of(arm / run_files.ROUNDED, test).answer
             for seed, arm in _seeds(folder, records, UNROUNDED).items()
         }
-    return {name: arm for name, arm in found.items() if arm}
+    return {name: arm for name, arm in answers.items() if arm}
+
+
+def _answer_of(arm: dict[int, Predictions]) -> dict[int, NDArray[np.int64]]:
+    return {seed: predicted.answer for seed, predicted in arm.items()}
 
 
 def _thriving(
@@ -222,10 +238,10 @@ def _cost(records: dict[str, Any], store: Store | None) -> float | None:
     seconds = {
         n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")
     }
-    timing = read_json_in(store.place, "_TIMING.json") if store else None
-    if not seconds["control"] or (store and timing is None):
+    timing = read_json_in(store.place, "_TIMING.json") if store else {"seconds": 0.0}
+    teacher = timing.get("seconds") if isinstance(timing, dict) else None
+    if not any(seconds["control"]) or not isinstance(teacher, int | float):
         return None
-    teacher = timing["seconds"] if timing else 0.0
     return float((np.mean(seconds["student"]) + teacher) / np.mean(seconds["control"]))
 
 

@@ -14,7 +14,9 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from raykd.errors import StoreError
 
@@ -22,6 +24,60 @@ NAME = "journal.jsonl"
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 EMPTY: Mapping[str, Any] = {}
 Metric = tuple[str, float, int]  # name, value, step
+
+
+class _Line(BaseModel):
+    """What every line has; each kind has more."""
+
+    model_config = ConfigDict(strict=True)
+    seq: int
+    time_ms: int
+    run: str
+
+
+class _RunLine(_Line):
+    kind: Literal["run"]
+    name: str
+    parent: str | None
+    tags: dict[str, str]
+
+
+class _ParamsLine(_Line):
+    kind: Literal["params"]
+    values: dict[str, str]
+
+
+class _MetricsLine(_Line):
+    kind: Literal["metrics"]
+    # a JSON array is a list of name, value, step
+    values: list[Annotated[tuple[str, float | Literal["nan", "inf", "-inf"], int], Strict(False)]]
+
+
+class _DatasetLine(_Line):
+    kind: Literal["dataset"]
+    name: str
+    digest: str
+    source: str
+    profile: dict[str, Any]
+
+
+class _ArtefactLine(_Line):
+    kind: Literal["artefact"]
+    path: str
+    folder: str
+
+
+class _EndLine(_Line):
+    kind: Literal["end"]
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+
+
+LINE: TypeAdapter[_Line] = TypeAdapter(
+    Annotated[
+        _RunLine | _ParamsLine | _MetricsLine | _DatasetLine | _ArtefactLine | _EndLine,
+        Field(discriminator="kind"),
+    ]
+)
 
 
 class Journal:
@@ -123,7 +179,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     StoreError if it was damaged.
     """
     data = path.read_bytes() if path.exists() else b""
-    return _parse(data[: data.rfind(b"\n") + 1], path)
+    lines = _parse(data[: data.rfind(b"\n") + 1], path)
+    declared: set[str | None] = {None}
+    for number, line in enumerate(lines, 1):
+        if line["kind"] == "run" and line["parent"] in declared:
+            declared.add(line["run"])
+        if line["run"] not in declared:
+            raise _damaged(path, number, f"is of {line['run']!r}, which no line before it declares")
+    return lines
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -138,14 +201,23 @@ def inside(folder: Path, path: Path) -> Path:
 
 def _parse(data: bytes, path: Path) -> list[dict[str, Any]]:
     lines = []
-    for number, raw in enumerate(data.splitlines(), 1):
+    for number, raw in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            lines.append(json.loads(raw))
-        except ValueError:
-            raise StoreError(
-                f"{path}: line {number} of those read is not JSON; remove that line"
-            ) from None
+            value = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise _damaged(path, number, "is not JSON") from None
+        try:
+            LINE.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            fault = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            raise _damaged(path, number, f"is no line of a journal ({fault})") from None
+        lines.append(value)
     return lines
+
+
+def _damaged(path: Path, number: int, fault: str) -> StoreError:
+    return StoreError(f"{path}: line {number} of those read {fault}; remove that line")
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raykd.errors import StoreError
 from raykd.files.atomic import read_json, write_json
 from raykd.tracking import journal
 
@@ -18,6 +21,23 @@ CURSOR = "journal.synced.json"
 VALUE_CHARS = 6000  # MLflow's limit
 NAME_CHARS = 250  # MLflow's limit
 LINES_A_STEP = 400
+
+
+class _Reached(BaseModel):
+    """How far one run has been recorded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
+    seq: int
+
+
+class _Saved(BaseModel):
+    """The shape of a saved cursor."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    uri: str = ""
+    experiment: str = ""
+    runs: dict[str, _Reached] = {}
 
 
 @dataclass
@@ -36,8 +56,14 @@ class Cursor:
 
 
 def load(folder: Path) -> Cursor:
-    """The cursor left in a run folder, or one that has recorded nothing."""
-    return Cursor(**(read_json(folder / CURSOR) or {}))
+    """The cursor left in a run folder, or one that has recorded nothing.
+
+    One that is damaged is as good as none, because replaying twice equals replaying once.
+    """
+    try:
+        return Cursor(**_Saved.model_validate(read_json(folder / CURSOR) or {}).model_dump())
+    except (StoreError, ValidationError):
+        return Cursor()
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raykd.data import Rows
+from raykd.errors import StoreError
 from raykd.files import parquet
 from raykd.files.atomic import write_bytes
 from raykd.losses.shared_terms import kd
 from raykd.signals import flatten_valid
+from raykd.training import run_files
 from raykd.training.device_rows import DeviceRows
 
 Floats = NDArray[np.float32]
 
+KINDS = {
+    "place": pa.types.is_int64,
+    "label": pa.types.is_int64,
+    "answer": pa.types.is_int64,
+    "log_q": pa.types.is_float32,
+}
+OPTIONAL = {"kl": pa.types.is_float32, "logits": pa.types.is_fixed_size_list}
 EVAL_BATCH = 1024
 LOGITS = 1 << 22  # of text, at once
 
@@ -105,8 +114,8 @@ def macro_f1(label: NDArray[np.integer], answer: NDArray[np.integer]) -> float:
 
 
 def read(path: Path) -> Predictions:
-    """What `Predictions.write` wrote."""
-    table = parquet.read(path).combine_chunks()
+    """What `Predictions.write` wrote. StoreError if that is not what is there."""
+    table = _table(path)
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     logits = columns.pop("logits", None)
     if logits is not None:
@@ -115,6 +124,29 @@ def read(path: Path) -> Predictions:
     return Predictions(
         **{name: column.to_numpy() for name, column in columns.items()}, logits=logits
     )
+
+
+def _table(path: Path) -> pa.Table:
+    """The columns of a file of predictions. StoreError if they are not there whole."""
+    try:
+        table = parquet.read(path)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, str(error)) from None
+    missing = [name for name in KINDS if name not in table.column_names]
+    if missing:
+        raise damaged(path, f"no column {', '.join(missing)}")
+    for name in table.column_names:
+        column = table.column(name)
+        is_kind = (KINDS | OPTIONAL).get(name)
+        if is_kind is None or not is_kind(column.type) or column.null_count:
+            raise damaged(path, f"a column {name} that raykd does not write")
+    return table.combine_chunks()
+
+
+def damaged(path: Path, fault: str) -> StoreError:
+    """The error of a file of predictions; it says what to delete."""
+    whose = path.parent if (path.parent / run_files.ARM).exists() else path
+    return StoreError(f"{path} is damaged: {fault}; delete {whose} and run again")
 
 
 def of_logits(rows: Rows, logits: Floats) -> Predictions:
