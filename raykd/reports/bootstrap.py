@@ -164,6 +164,11 @@ def chance(label: NDArray, rows: Bools | None = None) -> float:
     return float(np.unique(label, return_counts=True)[1].max() / len(label))
 
 
+def at_chance(values: Values, guess: float, n: int) -> bool:
+    """Whether accuracies are not shown to be above `guess`, that of always the same answer."""
+    return interval(values - guess, n).lo <= 0
+
+
 def retention(sample: Sample, arm: str = "student") -> Interval | None:
     """m_S / m_T; None where the teacher is not shown to be right at all, or absent."""
     return _over(getattr(sample, arm), sample.teacher, 0.0, sample.n)

@@ -105,7 +105,13 @@ def _measured(e: Evidence) -> dict[str, Any]:
     per_class = _per_class(e) if _tells_classes(e) else []
     closed = ratio(bootstrap.gap_closed(sample))
     gain = ratio(bootstrap.difference(sample))
-    why = sentences.gap_words(_first(sample.teacher), _first(sample.control), closed.value)
+    no_better = chance_words(e.label, e.classes, sample.teacher, "test")
+    judged = replace(sample, teacher=None) if no_better else sample
+    if no_better:  # what is kept of an accuracy that guessing has, too, means nothing
+        by_class = {name: replace(found, teacher=None) for name, found in by_class.items()}
+    why = no_better or sentences.gap_words(
+        _first(sample.teacher), _first(sample.control), closed.value
+    )
     verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
     lost = sentences.lost_classes([row.model_dump() for row in per_class])
     return {
@@ -121,8 +127,9 @@ def _measured(e: Evidence) -> dict[str, Any]:
         "beside": {
             name: beside(e.label, e.group, e.student, arm) for name, arm in e.beside.items()
         },
-        "artefact": _artefact(e, sample, others, seed),
-        "retention": _retentions(e, sample),
+        "artefact": _artefact(e, sample, others, seed)
+        | {"retention": ratio(bootstrap.retention(judged, "artefact"))},
+        "retention": _retentions(e, judged),
         "kept": {name: ratio(bootstrap.retention(found)) for name, found in by_class.items()},
         "gap_closed": closed,
         "gap_words": why,
@@ -135,6 +142,20 @@ def _measured(e: Evidence) -> dict[str, Any]:
         else [],
         "confusion_seed": seed,
     }
+
+
+def chance_words(
+    label: NDArray[np.integer], classes: Sequence[str], teacher: bootstrap.Values | None, split: str
+) -> str:
+    """That a teacher is no better than always the same answer to rows of a split; else nothing.
+
+    `label` is of the rows that `teacher`, its accuracy with resamples, is over.
+    """
+    guess = bootstrap.chance(label)
+    if teacher is None or not bootstrap.at_chance(teacher, guess, len(label)):
+        return ""
+    often = classes[int(np.bincount(label).argmax())]
+    return sentences.at_chance(float(teacher[0]), guess, often, f"{len(label):,} {split} rows")
 
 
 def _tells_classes(e: Evidence) -> bool:
@@ -215,7 +236,10 @@ def _first(values: bootstrap.Values | None) -> float | None:
 def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
     parts = {"all": _retention(e, sample, None)}
     for name, rows in parts_of(e.thriving).items():
-        parts[name] = _retention(e, bootstrap.resample(_hits(e, rows)), rows)
+        part = bootstrap.resample(_hits(e, rows))
+        parts[name] = _retention(
+            e, part if sample.teacher is not None else replace(part, teacher=None), rows
+        )
     return schema.Retentions(**parts)
 
 
@@ -252,13 +276,12 @@ def _retention(e: Evidence, sample: Sample, rows: NDArray[np.bool_] | None) -> s
 
 def _artefact(
     e: Evidence, sample: Sample, others: Mapping[str, Sample], seed: int
-) -> schema.ReportArtefact:
-    return schema.ReportArtefact(
+) -> dict[str, Any]:
+    return {
         **plain(e.artefact_info),
-        seed=seed if e.artefact_info else None,
-        metrics=_metrics("artefact", sample, others),
-        retention=ratio(bootstrap.retention(sample, "artefact")),
-    )
+        "seed": seed if e.artefact_info else None,
+        "metrics": _metrics("artefact", sample, others),
+    }
 
 
 def _compression(

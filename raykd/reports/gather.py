@@ -19,9 +19,8 @@ from raykd.generation import acceptance
 from raykd.losses.terms import needs_of
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.weight_files import tensor_files
-from raykd.reports import text_measures
+from raykd.reports import teacher_check, text_measures
 from raykd.reports.evidence import Evidence
-from raykd.reports.intervals import Predicted
 from raykd.reports.text_measures import Measure
 from raykd.store import layer_signals
 from raykd.store.reader import Store
@@ -67,7 +66,7 @@ def gather(
         if dataset.is_text
         else {},
         beside=_beside(found, folder, records, test),
-        teacher=_teacher(opened, dataset) if opened else None,
+        teacher=teacher_check.answers(opened, dataset, "test") if opened else None,
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
@@ -107,14 +106,6 @@ def answers_of(path: Path, test: TestPlaces) -> Predictions:
         if not np.array_equal(getattr(predicted, name), getattr(test, name)):
             raise predictions.damaged(path, f"its column {name} is not that of the test rows")
     return predicted
-
-
-def _teacher(store: Store, dataset: Dataset) -> Predicted:
-    """(n,): the teacher's answer at each place of the test split, -1 where it has none."""
-    test = dataset.splits["test"]
-    if test.is_text:
-        return store.stepwise("answer", "test", test.row_id, test.mask.sum(1))
-    return store.aligned("answer", "test", test.row_id, -1)
 
 
 def _measures(

@@ -105,6 +105,15 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def at_chance(teacher: float, guess: float, often: str, rows: str) -> str:
+    """That a teacher knows no more than which answer is the most frequent, and what to look at."""
+    return (
+        f"the teacher is not shown to be better than chance: it is right on {percent(teacher)} of "
+        f"{rows}, and always answering {often!r} on {percent(guess)}; what a student keeps of it "
+        "means nothing and is withheld; look at teacher.weights and at data.classes"
+    )
+
+
 def gap_words(teacher: float | None, control: float | None, closed: float | None) -> str:
     """Why there is no gap closed, or nothing where there is one."""
     if closed is not None or teacher is None or control is None:

@@ -22,9 +22,10 @@ from raykd.orchestration import scoring
 from raykd.orchestration.session import connect
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
-from raykd.reports import answers, evidence, gather, page
+from raykd.reports import answers, evidence, gather, page, teacher_check
 from raykd.stages.check import check_with_data
 from raykd.stages.run_folder import OUT, RunFolder
+from raykd.store.reader import Store
 from raykd.teacher.scorer import Scorer
 from raykd.techniques import register
 from raykd.tracking import mlflow_mirror, run_log
@@ -174,6 +175,9 @@ def _score(run_folder: RunFolder) -> Address | None:
         Scorer.check(run_folder.recipe)
         connect(run_folder.address)
         scoring.score(run_folder.recipe, run_folder.dataset, run_folder.out.resolve())
+    warning = teacher_check.warning(Store(run_folder.store), run_folder.dataset)
+    if warning:
+        say("score", f"! {warning}")
     return run_folder.store
 
 

@@ -363,3 +363,37 @@ def test_searched_words_and_numbers_can_mix(full):
     ]
     made = full | {"search": {"metric": "val_accuracy", "trials": mixed, "best": None}}
     assert "none" in charts.charts(made)["search-0"]
+
+
+@pytest.mark.parametrize("answer", ["always the first", "one class on", "as drawn"])
+def test_of_a_teacher_at_chance_nothing_is_kept(evidence, answer):
+    label = evidence.label
+    drawn = np.random.default_rng(3).integers(0, len(CLASSES), len(label))
+    wrong = {
+        "always the first": np.zeros_like(label),
+        "one class on": (label + 1) % len(CLASSES),
+        "as drawn": drawn,
+    }
+    made = build(replace(evidence, teacher=wrong[answer]))
+    assert made["warnings"][0].startswith("the teacher is not shown to be better than chance")
+    assert "always answering 'Biceps curl' on 14.3 %" in made["warnings"][0]
+    for part in [
+        *made["retention"].values(),
+        *made["kept"].values(),
+        made["artefact"]["retention"],
+    ]:
+        assert part["value"] is None
+    assert made["retention"]["all"]["chance"] == pytest.approx(1 / 7)
+    assert "o gap to close" not in json.dumps(made)
+    headline = sentences.headline(made)
+    assert headline.startswith("The student is right on")
+    assert "No gap to close" not in headline
+    assert "kept" not in sentences.table(made)
+    assert page.render(made)
+
+
+def test_a_teacher_a_little_above_chance_is_kept(evidence):
+    rng = np.random.default_rng(4)
+    made = build(replace(evidence, teacher=answers(rng, evidence.label, 0.3)))
+    assert made["retention"]["all"]["value"] > 1
+    assert not any("chance" in warning for warning in made["warnings"])
