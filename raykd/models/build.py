@@ -14,6 +14,7 @@ from raykd.models.series_encoder import SeriesEncoder
 from raykd.models.weights import load_weights
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
+from raykd.recipe.user_code import user_code
 from raykd.recipe.validation import suggestion
 from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
 
@@ -50,10 +51,12 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
         return _read_folder(ref, classes=classes, steps=steps, key=key)
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
     shape = _accepted(factory, {"channels": channels, "classes": classes, "steps": steps})
-    try:
-        module = factory(**{**shape, **ref.settings})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{key}.settings: {ref.model} refuses {ref.settings}: {error}") from None
+    with user_code(f"{key}.model {ref.model}"):
+        try:
+            module = factory(**{**shape, **ref.settings})
+        except (TypeError, ValueError) as error:
+            refused = f"{key}.settings: {ref.model} refuses {ref.settings}: {error}"
+            raise RecipeError(refused) from None
     if ref.weights:
         load_weights(module, Path(ref.weights), key)
     return module

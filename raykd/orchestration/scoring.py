@@ -15,6 +15,7 @@ from raykd.files.open import address_below, open_place
 from raykd.files.place import Place, read_json_in
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
+from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
@@ -31,6 +32,7 @@ class ShardActor:
         import torch
 
         torch.set_num_threads(1)
+        imports.permit(recipe.packages)
         self.scorer = Scorer(recipe)
         self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
 

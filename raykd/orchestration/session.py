@@ -59,13 +59,13 @@ def connect(address: str | None = None) -> None:
 
 
 def _prepare_embedded() -> None:
-    """The environment that the embedded cluster's processes inherit: a token, and the modules we
-    can import.
+    """The environment that the embedded cluster's processes inherit: a token.
+
+    Ray itself lets them find modules of the current directory; PYTHONPATH would put those before
+    Python's own.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    importable = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(importable))
 
 
 def plain_error(error: BaseException, stage: str) -> RaykdError:

@@ -16,6 +16,7 @@ from raykd.errors import InfraError
 from raykd.files import faults
 from raykd.generation.sampling import FrozenTeacher
 from raykd.models.device import device_of
+from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 
 
@@ -24,6 +25,7 @@ class TeacherActor:
 
     def __init__(self, recipe: Recipe, shape: dict[str, int]):
         assert recipe.teacher is not None
+        imports.permit(recipe.packages)
         torch.set_num_threads(1)
         self.device = device_of(recipe)
         self.calls = 0

@@ -17,6 +17,7 @@ from raykd.files.atomic import read_json
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.teachers import ServedTeacher, teacher_actors
+from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.training import run_files
 from raykd.training.arm import World
@@ -134,6 +135,7 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
     recipe = Recipe.model_validate(config["recipe"])
+    imports.permit(recipe.packages)
     folder = Path(config["folder"])
 
     def report(arm: str, step: int, metrics: dict[str, Any]) -> None:

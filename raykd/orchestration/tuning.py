@@ -22,6 +22,7 @@ from raykd.files.atomic import write_bytes
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.training import worker_group
+from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import Range, apply_trial
 from raykd.training import phases, run_files
@@ -180,7 +181,9 @@ def _folder_of(shared: dict[str, Any]) -> Path:
 
 
 def _recipe_of(config: dict[str, Any], shared: dict[str, Any]) -> Recipe:
-    return Recipe.model_validate(apply_trial(shared["recipe"], config))
+    recipe = Recipe.model_validate(apply_trial(shared["recipe"], config))
+    imports.permit(recipe.packages)
+    return recipe
 
 
 def _append_history(folder: Path, metrics: dict[str, Any]) -> None:

@@ -1,13 +1,12 @@
 """Code that a recipe names, as `module:function` or a dotted module: whether to trust it, and the
 import of it.
 
-A recipe can name any function of the machine. So only raykd itself, packages under the current
-directory and packages that the user allows are imported. The checks run nothing.
+A recipe, and the model.json of an artefact, can name any function of the machine. So only packages
+under the current directory and packages that the user allows are imported, and of raykd itself
+nothing: what it offers is named without a module. The checks run nothing.
 """
 
 import importlib
-import os
-import sys
 import sysconfig
 from collections.abc import Collection
 from importlib.machinery import ModuleSpec
@@ -16,27 +15,41 @@ from pathlib import Path
 from typing import Any
 
 from raykd.errors import Problem, RecipeError
+from raykd.recipe.user_code import current_directory_last, user_code
 
+OURS = "raykd"
 INSTALLED = {"site-packages", "dist-packages"}
+_permitted: set[str] = set()
+
+
+def permit(packages: Collection[str]) -> None:
+    """Let this process import these top-level packages, which its user trusts.
+
+    A worker permits what its driver has asked about.
+    """
+    _permitted.update(packages)
 
 
 def load(dotted: str, kind: str) -> Any:
     """The function of `module:function`, or the module of a dotted name.
 
-    RecipeError, at the key `kind`, if it cannot be imported. A module of the current directory is
-    found, after all others, however Python was started.
+    RecipeError, at the key `kind`, if it must not be imported or cannot be. A module of the current
+    directory is found, after all others, however Python was started.
     """
+    if refused := problems(kind, dotted, _permitted):
+        raise RecipeError(refused)
     name, sign, function = dotted.partition(":")
-    _see_current_directory()
-    try:
-        module = importlib.import_module(name)
-    except (ImportError, TypeError, ValueError) as error:
-        raise RecipeError([Problem(kind, f"{dotted!r} cannot be imported: {error}")]) from None
-    if sign and not callable(getattr(module, function, None)):
+    with user_code(f"{kind} {dotted}"):
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, SyntaxError, TypeError, ValueError) as error:
+            raise RecipeError([Problem(kind, f"{dotted!r} cannot be imported: {error}")]) from None
+        found = getattr(module, function, None) if sign else module
+    if sign and not callable(found):
         raise RecipeError(
             [Problem(kind, f"{dotted!r} cannot be imported: {name} has no function {function!r}")]
         )
-    return getattr(module, function) if sign else module
+    return found
 
 
 def problems(key: str, dotted: str, allowed: Collection[str] = ()) -> list[Problem]:
@@ -52,7 +65,10 @@ def problems(key: str, dotted: str, allowed: Collection[str] = ()) -> list[Probl
     if spec is None:
         text = f"{dotted!r}: no module {package!r} is installed or in the current directory"
         return [Problem(key, text)]
-    if package == "raykd" or package in allowed or _is_here(spec):
+    if package == OURS:
+        text = f"{dotted!r} is raykd's own code, of which only what is built in has a name here"
+        return [Problem(key, f"{text}; write a function of yours that calls it")]
+    if package in allowed or _is_here(spec):
         return []
     origin = spec.origin or "many folders"
     text = f"{dotted!r} is code from outside the current directory ({origin})"
@@ -75,16 +91,11 @@ def source_of(dotted: str) -> Path | None:
 
 def _top(name: str) -> ModuleSpec | None:
     """The spec of a top-level module, which needs no import; None if there is no such module."""
-    _see_current_directory()
-    try:
-        return find_spec(name) if name.isidentifier() else None
-    except ValueError:  # __main__ has none
-        return None
-
-
-def _see_current_directory() -> None:
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    with current_directory_last():
+        try:
+            return find_spec(name) if name.isidentifier() else None
+        except ValueError:  # __main__ has none
+            return None
 
 
 def _is_here(spec: ModuleSpec) -> bool:

@@ -31,6 +31,7 @@ from raykd.recipe.tables import (
     Weighting,
     ends_of,
 )
+from raykd.recipe.toml import is_path
 
 SIZES = ("workers", "scorers")  # keys of [scale] that are [min, max], or one number for both
 
@@ -132,6 +133,14 @@ class Recipe(Table):
     def quant(self) -> Quant | None:
         """What the student is rounded as in the end: the last phase's; None in full precision."""
         return self.phases[-1].quant if self.phases else None
+
+    @property
+    def packages(self) -> set[str]:
+        """The top-level packages of the user's code that it names."""
+        names = [self.data.source, self.student.model, self.teacher.model if self.teacher else ""]
+        code = [name for name in names if ":" in name and not is_path(name)]
+        code += [self.technique] if "." in self.technique else []
+        return {name.replace(":", ".").partition(".")[0] for name in code}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -107,6 +107,7 @@ def resolve(
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
         raise RecipeError(problems, where=where)
+    imports.permit(recipe.packages)
     return recipe
 
 
@@ -119,6 +120,7 @@ def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any]
         settings = techniques.find(name).recipe
         problems = imports.problems("technique", name, allow_import) if "." in name else []
         if not problems:
+            imports.permit([name.partition(".")[0]] if "." in name else [])
             techniques.register(name)
     except RecipeError as error:
         return {}, [Problem("technique", problem.message) for problem in error.problems]

@@ -5,6 +5,7 @@ The references are the modules themselves, torch's fused attention, and files th
 not write.
 """
 
+import json
 import os
 import pickle
 import sys
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from raykd.deploy import load_artefact
 from raykd.errors import RecipeError
 from raykd.models import build_model, load_weights, register_model
 from raykd.models.adapter import Adapter
@@ -456,7 +458,15 @@ def test_a_model_is_found_in_a_module_of_the_current_directory(tmp_path, monkeyp
     )
     assert isinstance(module, nn.Linear)
     del sys.modules["mine_net"]
-    for name in ("mine_net:nett", "mine_lost:net"):
-        with pytest.raises(RecipeError, match=rf"student\.model: '{name}' cannot be imported"):
+    for name, words in (("mine_net:nett", "mine_net has no"), ("mine_lost:net", "no module")):
+        with pytest.raises(RecipeError, match=rf"student\.model: '{name}'.* {words}"):
             build_model(ModelRef(model=name), channels=K, classes=C, steps=16, key="student")
     sys.modules.pop("mine_net", None)
+
+
+@pytest.mark.parametrize("name", ["torch.hub:load", "raykd.recipe.imports:load", "os:system"])
+def test_an_artefacts_model_is_asked_about_like_a_recipes(tmp_path, name):
+    described = {"model": name, "settings": {}, "classes": ["a"], "channels": 1, "steps": 2}
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    with pytest.raises(RecipeError, match=r"artefact\.model: '.*' is (code from|raykd's own)"):
+        load_artefact(tmp_path)

@@ -548,7 +548,25 @@ def test_installed_code_below_the_current_directory_is_not_of_it(monkeypatch):
     monkeypatch.chdir("/")
     assert imports.problems("key", "subprocess:getoutput")
     assert imports.problems("key", "torch:load")
-    assert not imports.problems("key", "raykd.files.atomic:read_json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "raykd.store.care:gc",
+        "raykd.files.atomic:write_bytes",
+        "raykd.recipe.imports:load",
+        "raykd.nowhere:rows",
+        "raykd:load",
+        "raykd.techniques.vanilla",
+    ],
+)
+def test_no_name_of_a_recipe_is_raykds_own_code_even_if_allowed(name, monkeypatch):
+    monkeypatch.chdir(Path(imports.__file__).parents[2])
+    [problem] = imports.problems("data.source", name, ["raykd"])
+    assert "raykd's own code" in problem.message
+    with pytest.raises(RecipeError, match="raykd's own code"):
+        imports.load(name, "data.source")
 
 
 @pytest.mark.parametrize("name", ["a:", ":a", "a b:c", "a..b:c", "a:b:c", "1a:b", ".a:b"])
@@ -582,12 +600,21 @@ def test_a_technique_that_can_not_be_read_is_one_problem_among_the_others(
     assert set(found) == {"technique", "optim.step"}
 
 
-def test_loading_names_the_key_and_what_is_missing():
+def test_loading_names_the_key_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_loads.py").write_text("from json import loads")
     with pytest.raises(
         RecipeError,
-        match=r"data\.source: 'json:lods' cannot be imported: json has no function 'lods'",
+        match=r"data\.source: 'mine_loads:lods' cannot be imported: mine_loads has no function",
     ):
-        imports.load("json:lods", "data.source")
+        imports.load("mine_loads:lods", "data.source")
+    assert imports.load("mine_loads:loads", "data.source") is json.loads
+
+
+def test_loading_asks_by_itself_whether_code_may_be_imported(monkeypatch):
+    with pytest.raises(RecipeError, match="--allow-import json"):
+        imports.load("json:loads", "data.source")
+    monkeypatch.setattr(imports, "_permitted", {"json"})
     assert imports.load("json:loads", "data.source") is json.loads
 
 
