@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from raykd.files.waiting import bounded, knock, locked
-from raykd.tracking import journal, sync_plan
+from raykd.tracking import journal, sqlite_file, sync_plan
 from raykd.tracking.sync_plan import Cursor, Line, SyncStep, legal_name, legal_value
 
 KEY_TAG = "raykd.key"
+LEFT_OUT_TAG = "raykd.metrics_left_out"
 DIGEST_CHARS = 36  # MLflow's limit; the whole digest is a tag of the input
 METRICS_A_CALL = 900  # with the params, MLflow takes 1000 entries in all
 PARAMS_A_CALL = 100  # MLflow's limit
@@ -183,12 +184,10 @@ class _Mirror:
         return f"gone before they were recorded: {', '.join(self.gone)}" if self.gone else ""
 
     def _open(self) -> None:
-        from mlflow import MlflowClient
-
         file = _sqlite_file(self.uri)
         # MLflow builds its tables unguarded
         with locked(file.parent, wait=True) if file else nullcontext():
-            self._client = MlflowClient(tracking_uri=self.uri)
+            self._client = self._connected(file)
             self.experiment_id = self._experiment(
                 (file.parent / "mlruns").as_uri() if file else None
             )
@@ -197,6 +196,29 @@ class _Mirror:
             self.ids[run.data.tags[KEY_TAG].removeprefix(f"{self.folder.name}/")] = run.info.run_id
         saved = self.cursor.runs.items()
         self.cursor.runs = {key: run for key, run in saved if self.ids.get(key) == run["id"]}
+
+    def _connected(self, file: Path | None) -> Any:
+        """A client of the server, or of a file whose tables are whole.
+
+        Tables that a full disk left half made are dropped, where nothing was recorded in them.
+        """
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return MlflowClient(tracking_uri=self.uri)
+        except (MlflowException, SQLAlchemyError) as error:
+            if file is None or not file.exists():
+                raise
+            if not sqlite_file.is_unused(file):
+                text = str(error).split("\n")[0]
+                raise OSError(
+                    f"{text}; its tables are not whole: move {file} away, and type: "
+                    f"raykd track sync {self.folder}"
+                ) from None
+            sqlite_file.drop_tables(file)
+            return MlflowClient(tracking_uri=self.uri)
 
     def _experiment(self, artefacts: str | None) -> str:
         name = self.cursor.experiment
@@ -231,6 +253,8 @@ class _Mirror:
 
         metrics = _split([Metric(*metric) for metric in step.metrics], METRICS_A_CALL)
         params = _split([Param(*param) for param in step.params.items()], PARAMS_A_CALL)
+        if step.left_out:
+            self.client.set_tag(run_id, LEFT_OUT_TAG, legal_value(step.left_out))
         for some, others in zip_longest(metrics, params, fillvalue=()):
             self.client.log_batch(run_id, metrics=some, params=others)
 

@@ -3,6 +3,7 @@ allows.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,12 +69,17 @@ def load(folder: Path) -> Cursor:
 
 @dataclass(frozen=True)
 class SyncStep:
-    """Lines of one run that one call records: `values` (params and metrics), or one other line."""
+    """Lines of one run that one call records: `values` (params and metrics), or one other line.
+
+    `left_out` names every value of the run up to here that is not finite. MLflow shows such a value
+    as a number, 1.8e308, so it is not recorded.
+    """
 
     kind: str
     lines: list[Line]
     params: dict[str, str]
     metrics: list[tuple[str, float, int, int]]  # name, value, time_ms, step
+    left_out: str = ""
 
     @property
     def seq(self) -> int:
@@ -88,7 +94,9 @@ def steps(lines: list[Line], cursor: Cursor) -> Iterator[tuple[Line, list[SyncSt
         missing = [line for line in lines_of_run if cursor.lacks(line)]
         if missing:
             calls = groupby(missing, _call)
-            yield lines_of_run[0], [_step(kind, list(group), first) for (kind, _), group in calls]
+            left_out = _left_out(lines_of_run)
+            steps_left = [_step(kind, list(group), first, left_out) for (kind, _), group in calls]
+            yield lines_of_run[0], steps_left
 
 
 def legal_name(name: str) -> str:
@@ -127,7 +135,22 @@ def _call(line: Line) -> tuple[str, int]:
     return ("values", seq // LINES_A_STEP) if kind in ("params", "metrics") else (kind, seq)
 
 
-def _step(kind: str, lines: list[Line], first: dict[str, int]) -> SyncStep:
+def _left_out(lines: list[Line]) -> str:
+    """The metrics of a run that are not finite, as "loss (5 values, nan from step 3)"."""
+    odd: dict[str, list[tuple[Any, int]]] = {}
+    for line in lines:
+        for name, value, at in line["values"] if line["kind"] == "metrics" else ():
+            if not math.isfinite(float(value)):
+                odd.setdefault(name, []).append((value, at))
+    texts = []
+    for name, points in odd.items():
+        value, step = points[0]
+        count = "1 value" if len(points) == 1 else f"{len(points)} values"
+        texts.append(f"{name} ({count}, {value} from step {step})")
+    return ", ".join(texts)
+
+
+def _step(kind: str, lines: list[Line], first: dict[str, int], left_out: str) -> SyncStep:
     params: dict[str, str] = {}
     metrics: list[tuple[str, float, int, int]] = []
     for line in lines:
@@ -138,6 +161,8 @@ def _step(kind: str, lines: list[Line], first: dict[str, int]) -> SyncStep:
             params |= {legal_name(name): legal_value(value) for name, value in named.items()}
         if line["kind"] == "metrics":
             metrics += [
-                (legal_name(name), float(v), line["time_ms"], at) for name, v, at in line["values"]
+                (legal_name(name), float(v), line["time_ms"], at)
+                for name, v, at in line["values"]
+                if math.isfinite(float(v))
             ]
-    return SyncStep(kind, lines, params, metrics)
+    return SyncStep(kind, lines, params, metrics, left_out)

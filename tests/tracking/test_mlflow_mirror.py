@@ -7,16 +7,18 @@ import json
 import math
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from raykd.errors import StoreError
-from raykd.tracking import journal, mlflow_mirror, sync_plan
+from raykd.tracking import journal, mlflow_mirror, sqlite_file, sync_plan
 from raykd.tracking.journal import Journal
 
 
@@ -95,7 +97,11 @@ def test_everything_in_the_journal_is_in_mlflow(store, folder):
     assert parent["inputs"] == {("teacher store", "d" * 36): 1}
     assert parent["artefacts"] == ["artefact", "best"]
     assert child["tags"]["mlflow.parentRunId"] == "gesture-0a1b2c3d/run"
-    assert child["metrics"].total() == 12
+    assert child["metrics"].total() == 10
+    assert {math.isfinite(float(value)) for _, value, *_ in child["metrics"]} == {True}
+    left_out = "loss (1 value, nan from step 5), peak (1 value, inf from step 5)"
+    assert child["tags"][mlflow_mirror.LEFT_OUT_TAG] == left_out
+    assert mlflow_mirror.LEFT_OUT_TAG not in parent["tags"]
     assert child["status"] == parent["status"] == "FINISHED"
     lines = journal.read(folder / journal.NAME)
     assert parent["times"] == (lines[0]["time_ms"], lines[-1]["time_ms"])
@@ -224,6 +230,42 @@ def test_an_artefact_that_is_gone_is_named_and_holds_nothing_up(store, folder):
     result = mlflow_mirror.sync(folder, uri=store, experiment="gone")
     assert result.done
     assert "artefact/student.bin" in result.reason
+
+
+def half_made(file: Path) -> None:
+    """A data base whose tables a full disk left half made: MLflow cannot go on from there."""
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("CREATE TABLE datasets (dataset_uuid VARCHAR(36) NOT NULL)")
+        connection.execute("CREATE TABLE experiments (experiment_id INTEGER NOT NULL)")
+        connection.execute("INSERT INTO experiments VALUES (0)")
+
+
+def test_tables_that_a_full_disk_left_half_made_are_made_again(folder):
+    half_made(folder.parent / "mlflow.db")
+    uri = mlflow_mirror.default_uri(folder.parent)
+    result = mlflow_mirror.sync(folder, uri=uri, experiment="healed")
+    assert result.done, result.reason
+    assert len(recorded(uri, "healed")) == 3
+
+
+def test_half_made_tables_that_hold_something_are_left_alone_and_named(folder):
+    file = folder.parent / "mlflow.db"
+    half_made(file)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("INSERT INTO datasets VALUES ('mine')")
+    uri = mlflow_mirror.default_uri(folder.parent)
+    result = mlflow_mirror.sync(folder, uri=uri, experiment="kept")
+    assert not result.done
+    assert f"move {file} away, and type: raykd track sync {folder}" in result.reason
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("SELECT * FROM datasets").fetchall() == [("mine",)]
+
+
+def test_a_file_that_is_no_data_base_is_not_emptied(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"not a data base, but somebody's notes" * 99)
+    assert not sqlite_file.is_unused(tmp_path / "mlflow.db")
+    with pytest.raises(OSError, match=r"mlflow\.db"):
+        sqlite_file.drop_tables(tmp_path / "mlflow.db")
 
 
 def test_an_artefact_outside_the_run_folder_is_refused(folder, tmp_path):

@@ -1,0 +1,39 @@
+"""The sqlite file of MLflow, looked into without MLflow: whether anything was ever recorded in it."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+# what MLflow itself writes into a new file
+FILLED_BY_MLFLOW = {"alembic_version": 1, "experiments": 1, "workspaces": 1}
+
+
+def is_unused(file: Path) -> bool:
+    """Whether a file holds tables that nobody has written to; False where that cannot be told."""
+    try:
+        with closing(sqlite3.connect(file)) as connection:
+            for name in _tables(connection):
+                rows = connection.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]
+                if rows > FILLED_BY_MLFLOW.get(name, 0):
+                    return False
+    except sqlite3.Error:
+        return False
+    return True
+
+
+def drop_tables(file: Path) -> None:
+    """Leave the file empty. OSError if it is locked, or damaged.
+
+    It stays the same file, because connections to it may be open.
+    """
+    try:
+        with closing(sqlite3.connect(file)) as connection, connection:
+            for name in _tables(connection):
+                connection.execute(f'DROP TABLE "{name}"')
+    except sqlite3.Error as error:
+        raise OSError(f"{file}: {error}") from error
+
+
+def _tables(connection: sqlite3.Connection) -> list[str]:
+    kept = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+    return [name for (name,) in connection.execute(kept)]
