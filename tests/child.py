@@ -28,10 +28,10 @@ def start(function: Callable[..., Any], *args: Any, **environment: str) -> BaseP
 
 
 def wait(processes: Iterable[BaseProcess]) -> list[int | None]:
-    """The exit codes of processes, minus the signal that killed one; none outlives a minute."""
+    """The exit codes of processes, minus the signal that killed one; none outlives ten minutes."""
     codes = []
     for process in processes:
-        process.join(60)
+        process.join(600)
         codes.append(process.exitcode)
         process.kill()
     return codes

@@ -48,7 +48,7 @@ class Running:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait(self, limit_s: float = 180) -> Done:
+    def wait(self, limit_s: float = 600) -> Done:
         self.process.join(limit_s)
         ended = not self.process.is_alive()
         self.process.kill()
@@ -73,7 +73,7 @@ def raykd(folder: Path, *argv: object, cwd: Path = ROOT, **environment: str) -> 
     return start(folder, *argv, cwd=cwd, **environment).wait()
 
 
-def until(true: Callable[[], Any], limit_s: float = 120) -> None:
+def until(true: Callable[[], Any], limit_s: float = 600) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + limit_s
     while not true():

@@ -2,6 +2,7 @@
 environment apart.
 """
 
+import functools
 import gc
 import os
 import re
@@ -11,24 +12,29 @@ import subprocess
 import venv
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from recipes import TINY
 
 from raykd.orchestration.session import QUIET
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the cores
+settings.register_profile("laws", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("laws")  # how long an example takes is the machine's matter, and no law
+PATIENT = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300"}  # a busy machine's Ray starts late
 COMMANDS = {"test_forms", "test_jobs", "test_readme"}  # start Ray by other means than `command`
-TOGETHER = {"test_alone": "apart", "test_text_artefact": "apart"}  # ask for one new environment
+# share a new environment, or files of encoders
+TOGETHER = dict.fromkeys(("test_alone", "test_text_artefact", "test_onnx_write"), "apart")
 LONGEST = (  # the first to be given to a process, so that all end together
     "ray",
     "commands",
     "apart",
-    "test_onnx_write",
     "test_onnx_write_decoder",
     "test_onnx_write_stream",
     "test_source",
@@ -101,8 +107,31 @@ def _own_environment(tmp_path_factory) -> None:
     """
     os.environ["RAYKD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    for key, value in QUIET.items():
+    for key, value in (QUIET | PATIENT).items():
         os.environ.setdefault(key, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_registry() -> Iterator[None]:
+    """torch.onnx.export makes its registry of operators, which nothing changes later, once in a
+    process instead of at every call: a third of what an export of these small models costs.
+    """
+    import torch
+
+    export = torch.onnx.export
+
+    @functools.wraps(export)
+    def exported(*args: Any, **options: Any) -> Any:
+        with suppress(ImportError, AttributeError):  # torch may keep it elsewhere one day
+            from torch.onnx._internal.exporter._registration import ONNXRegistry as Registry
+
+            if not hasattr(Registry.from_torchlib, "cache_info"):
+                Registry.from_torchlib = staticmethod(functools.cache(Registry.from_torchlib))
+        return export(*args, **options)
+
+    torch.onnx.export = exported
+    yield
+    torch.onnx.export = export
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +197,7 @@ def python(tmp_path_factory) -> Path:
     venv.create(where, with_pip=True)
     wanted = [f"{name}=={metadata.version(name)}" for name in ("numpy", "onnxruntime")]
     install = [where / "bin" / "python", "-m", "pip", "install", "--quiet", *wanted]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(install, capture_output=True, text=True, timeout=600)
     if done.returncode and re.search(r"No matching distribution|Connection|resolve", done.stderr):
         pytest.skip("no package index to install numpy and onnxruntime from")
     assert done.returncode == 0, done.stderr

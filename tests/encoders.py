@@ -1,8 +1,11 @@
 """A small encoder under every scheme of rounding, for tests of what is written of it."""
 
+import functools
+
 import torch
 from torch import nn
 
+from raykd.deploy.onnx import write as write_onnx
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.quant.swap import prepare, quantised
 from raykd.recipe.quant import Quant
@@ -47,3 +50,9 @@ def encoder_of(quant: Quant | None, width: int = 32, layers: int = 2) -> nn.Modu
             with torch.no_grad():
                 layer.weight.mul_(torch.empty(len(layer.weight), 1).uniform_(0.5, 2))
     return rounding(module, quant) if quant else module.eval()
+
+
+@functools.cache
+def onnx_of(name: str | None) -> bytes:
+    """The ONNX file of the encoder under a scheme, written once for all tests of a process."""
+    return write_onnx.to_onnx(encoder_of(SCHEMES.get(name)), torch.zeros(2, STEPS, CHANNELS))

@@ -34,7 +34,7 @@ def served() -> Iterator[dict[str, str]]:
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
         for name in BUCKETS:
             urllib.request.urlopen(
-                urllib.request.Request(f"{url}/{name}", b"", method="PUT"), timeout=30
+                urllib.request.Request(f"{url}/{name}", b"", method="PUT"), timeout=300
             ).close()
         yield KEYS | {"AWS_ENDPOINT_URL": url, "NO_PROXY": "127.0.0.1"}
     finally:

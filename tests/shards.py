@@ -45,7 +45,7 @@ def fill(
     writer = StoreWriter(folder, IDENTITY)
     missing = writer.missing(SHARDS)
     if gate:
-        gate.wait(30)
+        gate.wait(300)
     for shard in reversed(missing) if backwards else missing:
         writer.commit(shard, table_of(shard, salt))
     return writer.finish(SHARDS, {"rows": ROWS})
@@ -71,6 +71,6 @@ def race(folder: Path, salt: int, gate: Any, told: Path) -> None:
     """Commit every shard with rows of one's own, and write down which records stood."""
     writer = StoreWriter(folder, IDENTITY)
     missing = writer.missing(SHARDS)
-    gate.wait(30)
+    gate.wait(300)
     told.write_text(json.dumps([writer.commit(shard, table_of(shard, salt)) for shard in missing]))
     writer.finish(SHARDS, {"rows": ROWS})

@@ -119,10 +119,10 @@ def test_every_command_runs(command, checkout):
         command,
         shell=True,
         cwd=checkout,
-        env=mine | {"PATH": path},
+        env=mine | {"PATH": path, "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

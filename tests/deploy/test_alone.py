@@ -9,9 +9,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from encoders import CHANNELS, SCHEMES, STEPS, encoder_of
-
-from raykd.deploy.onnx import write as write_onnx
+from encoders import CHANNELS, SCHEMES, STEPS, encoder_of, onnx_of
 
 NAMES = ["still", "walk", "run", "jump", "fall"]
 
@@ -24,7 +22,7 @@ def test_its_decisions_are_those_of_the_student_that_was_trained(name, python, t
     windows = torch.randn(64, STEPS, CHANNELS, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():  # one by one, as run.py asks: int8 rounds over the whole of a call
         said = torch.cat([module(window[None])["logits"].mean(1) for window in windows]).softmax(-1)
-    (tmp_path / "student.onnx").write_bytes(write_onnx.to_onnx(module, windows[:2]))
+    (tmp_path / "student.onnx").write_bytes(onnx_of(name))
     (tmp_path / "model.json").write_text(json.dumps({"classes": NAMES}))
     (tmp_path / "run.py").write_text(
         (resources.files("raykd.deploy") / "card/run_onnx.py").read_text()
@@ -34,7 +32,7 @@ def test_its_decisions_are_those_of_the_student_that_was_trained(name, python, t
         [python, "-I", tmp_path / "run.py", tmp_path / "windows.npy"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
@@ -53,10 +51,10 @@ def test_the_environment_holds_nothing_of_ours(python):
     asked = [python, "-I", "-c", "import raykd"]
     assert (
         "No module named 'raykd'"
-        in subprocess.run(asked, capture_output=True, text=True, timeout=60).stderr
+        in subprocess.run(asked, capture_output=True, text=True, timeout=600).stderr
     )
     asked[-1] = "import torch"
     assert (
         "No module named 'torch'"
-        in subprocess.run(asked, capture_output=True, text=True, timeout=60).stderr
+        in subprocess.run(asked, capture_output=True, text=True, timeout=600).stderr
     )

@@ -88,7 +88,7 @@ def as_the_card_says(export: Export, form: str, folder: Path) -> np.ndarray:
     assert len(blocks) == len(forms.asked(export))
     code = f"{blocks[forms.asked(export).index(form)]}\nnp.save('said.npy', {SAID[form]})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return np.load(folder / "said.npy")

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from encoders import CHANNELS, CLASSES, SCHEMES, STEPS, encoder_of, rounding
+from encoders import CHANNELS, CLASSES, SCHEMES, STEPS, encoder_of, onnx_of, rounding
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ def exported(tmp_path_factory):
             quant = SCHEMES.get(name)
             module = encoder_of(quant)
             inputs = torch.randn(ROWS, STEPS, CHANNELS)
-            data = write_onnx.to_onnx(copy_of(module, quant), inputs[:2])
+            data = onnx_of(name)
             session = run(data, tmp_path_factory.mktemp("onnx"))
             made[name] = Exported(quant, module, dict(quantised(module)), data, inputs, session)
         return made[name]

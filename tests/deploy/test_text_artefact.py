@@ -108,7 +108,7 @@ def test_its_own_script_writes_the_decoders_greedy_text_without_anything_of_ours
 
     def answered(prompt: str) -> bytes:
         script = [python, "-I", folder / "run.py", prompt, "40"]
-        done = subprocess.run(script, capture_output=True, timeout=60)
+        done = subprocess.run(script, capture_output=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

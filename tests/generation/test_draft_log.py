@@ -231,7 +231,7 @@ def last_of(
     writer = DraftLog(log, GROUPS, OWN, share)
     for group, batch in batches.items():
         if group == GROUPS[-1][-1]:
-            barrier.wait(60)
+            barrier.wait(600)
             time.sleep(wait_s)
         writer.add(group, part(batch, share))
 
@@ -262,7 +262,7 @@ def test_workers_that_end_a_log_at_once_leave_it_whole(wait_s, tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert read_json(shared.where / "_MANIFEST.json") == read_json(alone.where / "_MANIFEST.json")
     assert care.verify(shared.where)["complete"]

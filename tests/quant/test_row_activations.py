@@ -2,6 +2,8 @@
 and executed.
 """
 
+import functools
+
 import numpy as np
 import onnx
 import pytest
@@ -46,9 +48,15 @@ def inputs_of_all_sizes() -> Tensor:
     return x
 
 
-def executed(module: nn.Module, inputs: Tensor, folder, calls: list[slice]) -> np.ndarray:
-    (folder / "student.onnx").write_bytes(write_onnx.to_onnx(module, inputs[:2]))
-    session = onnx_session.session(folder / "student.onnx")
+@functools.cache
+def file_of_one_layer(activations: str) -> bytes:
+    """Written once for all calls that are compared."""
+    layer = one_layer(Quant(activations=activations))
+    return write_onnx.to_onnx(layer, inputs_of_all_sizes()[:2])
+
+
+def executed(data: bytes, inputs: Tensor, calls: list[slice]) -> np.ndarray:
+    session = onnx_session.session(data)
     return np.concatenate(
         [session.run(["logits"], {"inputs": inputs[rows].numpy()})[0] for rows in calls]
     )
@@ -84,23 +92,23 @@ def test_rows_scaled_by_powers_of_two_round_alike_which_a_call_does_not(power):
     assert not torch.equal(as_multiplied(x * by, BY_CALL), as_multiplied(x, BY_CALL) * by)
 
 
-def test_a_row_is_answered_alone_to_the_last_bit_as_in_any_call(tmp_path):
+def test_a_row_is_answered_alone_to_the_last_bit_as_in_any_call():
     """As executed: integers are added in any order, and each row has a scale of its own.
 
     Over a call, none of it.
     """
     inputs = inputs_of_all_sizes()
     whole, alone, shuffled = (
-        executed(one_layer(BY_ROW), inputs, tmp_path, c) for c in (WHOLE, ALONE, SHUFFLED)
+        executed(file_of_one_layer("int8_token"), inputs, c) for c in (WHOLE, ALONE, SHUFFLED)
     )
     assert np.array_equal(alone, whole)
     assert np.array_equal(shuffled, np.concatenate([whole[5:], whole[:5]]))
-    by_call = [executed(one_layer(BY_CALL), inputs, tmp_path, c) for c in (WHOLE, ALONE)]
+    by_call = [executed(file_of_one_layer("int8"), inputs, c) for c in (WHOLE, ALONE)]
     same = (np.abs(by_call[0] - by_call[1]) <= 1e-3 * np.abs(by_call[1])).all(axis=(1, 2))
     assert not same[:-1].any(), "but of the row that has the largest value"
 
 
-def test_the_file_answers_as_the_layer_that_was_trained_at_every_size(tmp_path):
+def test_the_file_answers_as_the_layer_that_was_trained_at_every_size():
     """Within 1e-6 of each row's own answers, which a scale for the whole call misses by its
     smallest row.
     """
@@ -109,22 +117,23 @@ def test_the_file_answers_as_the_layer_that_was_trained_at_every_size(tmp_path):
     with torch.inference_mode():
         trained = layer(inputs).numpy()
         plain = nn.functional.linear(inputs, layer[0].weight, layer[0].bias).numpy()
-    found = executed(layer, inputs, tmp_path, WHOLE)
+    data = file_of_one_layer("int8_token")
+    found = executed(data, inputs, WHOLE)
     sizes = np.abs(trained).max(-1, keepdims=True)
     assert (np.abs(found - trained) / sizes).max() <= 1e-6
     assert 1e-4 < (np.abs(trained - plain) / sizes).max() < 3e-2, "rounding is felt, in no row much"
-    nodes = [n.op_type for n in onnx.load(tmp_path / "student.onnx").graph.node]
+    nodes = [n.op_type for n in onnx.load_from_string(data).graph.node]
     assert nodes.count("MatMulInteger") == 1
     assert "DynamicQuantizeLinear" not in nodes
 
 
-def test_the_largest_sums_of_int8_do_not_saturate(tmp_path):
+def test_the_largest_sums_of_int8_do_not_saturate():
     """All codes are 127 or -127, 1,024 of them: sums of 16 million, far beyond 16 bits."""
     layer = rounding(nn.Sequential(nn.Linear(1024, 4, bias=False)), BY_ROW)
     with torch.no_grad():
         layer[0].weight.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 1024))
     inputs = torch.stack([torch.ones(1, 1024), -torch.ones(1, 1024)])
-    found = executed(layer, inputs, tmp_path, [slice(None)])
+    found = executed(write_onnx.to_onnx(layer, inputs), inputs, WHOLE)
     expected = 1024 * np.array([[[1, -1, 1, -1]], [[-1, 1, -1, 1]]])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 

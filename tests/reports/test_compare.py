@@ -466,7 +466,7 @@ def test_the_pipeline_compares_as_the_command_line_does(first, second, tmp_path)
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "+" in done.stdout
     assert len(list(tmp_path.glob("compare-*/compare.html"))) == 1

@@ -118,7 +118,7 @@ def open_it(store: str, gate, told: str) -> None:
     made = []
     make = node_copy._make
     node_copy._make = lambda *a: made.append(1) or make(*a)
-    gate.wait(30)
+    gate.wait(300)
     table = Store(Path(store)).table("train")
     Path(told).write_text(json.dumps([len(made), table.num_rows]))
 
