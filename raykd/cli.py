@@ -244,6 +244,26 @@ def techniques(as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("table", metavar="[TABLE]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
+def keys(table: str | None, as_json: bool) -> None:
+    """Every key of a recipe, or those of one table: type, default and meaning.
+
+    \b
+        raykd keys optim
+        raykd keys terms.kd
+    """
+    from raykd import techniques
+    from raykd.recipe import keys as recipe
+
+    # Terms need torch. Without their names, a table is found at once.
+    needs_terms = table is None or table.partition(".")[0] == "terms"
+    known = recipe.recipe_keys(techniques.term_tables() if needs_terms else None)
+    chosen = known if table is None else recipe.select(known, table)
+    show([vars(key) for key in chosen], recipe.text(chosen), as_json)
+
+
+@cli.command()
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -25,9 +25,10 @@ Where = Literal["steps", "sequence"]
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
     """Cross-entropy with the labels, -log q(label).
 
-    Use it wherever there are labels; alone it is training without a teacher. It counts at every
-    valid step, or with on = "sequence" once a row, on the mean logits. Rows without a label count
-    nothing.
+    Use it wherever there are labels; alone it is training without a teacher. Rows without a label
+    count nothing.
+
+    on  "steps": it counts at every valid step; "sequence": once a row, on the mean logits
     """
     mask = student.mask if on == "steps" else student.mask.any(1)
     target = batch.label
@@ -52,9 +53,12 @@ def kd(
     """Knowledge distillation, T^2 KL(p_T || q_T) of the softened classes softmax(z / T).
 
     Use it to learn from the teacher's classes, on labelled and unlabelled rows alike (Hinton et al.
-    2015, arXiv 1503.02531, section 2). The gradient by the student's logits is T (q_T - p_T);
-    t_squared = false drops the factor T^2. It counts as `ce` does. A teacher or a student that
-    answers once a sequence makes it on = "sequence".
+    2015, arXiv 1503.02531, section 2). The gradient by the student's logits is T (q_T - p_T). A
+    teacher or a student that answers once a sequence makes it on = "sequence".
+
+    temperature  T, which both sets of logits are divided by
+    on           "steps": it counts at every valid step; "sequence": once a row, on the mean logits
+    t_squared    whether the factor T^2 is there
     """
     assert batch.teacher is not None
     scale = temperature**2 if t_squared else 1.0
@@ -97,6 +101,8 @@ def future_valence(
     Use it to train a value head from data, without a teacher: a Monte-Carlo fit. The valence is the
     data's column where there is one, and the model's own prefix confidence in the label elsewhere.
     RecipeError where the student has no value head.
+
+    discount  the factor of later steps in the future valence
     """
     if student.valence is None:
         raise RecipeError(

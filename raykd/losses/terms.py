@@ -5,11 +5,14 @@ nn.Module class built as `(student: Signals, batch: Batch, *, settings)` from an
 will be called with; its parameters join the optimiser and never the student.
 
 Its name is its key under `[terms]`, and its annotated keyword arguments are what a recipe may set.
+Its docstring explains them to `raykd keys`, in lines of the argument's name, two spaces or more,
+and what it does.
 Terms never reduce over rows. The objective alone does, with denominators that are global over
 micro-batches and workers, so neither changes the loss.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -24,6 +27,7 @@ from raykd.signals import masked_mean
 
 # Pairs of (student's submodule, teacher's submodule).
 Pairs = Annotated[list[Pair[str]], Field(min_length=1)]
+EXPLAINED = re.compile(r"^(\w+) {2,}(\S.*(?:\n +\S.*)*)", re.MULTILINE)
 
 
 class TermValues(NamedTuple):
@@ -176,7 +180,7 @@ def term_problems(terms: Mapping[str, TermSpec]) -> list[Problem]:
         if name not in TERMS:
             problems.append(Problem(f"terms.{name}", "no such term." + suggestion(name, TERMS)))
             continue
-        model = _settings_model(TERMS[name].make)
+        model = settings_model(TERMS[name].make)
         _, setting_problems = validate(model, spec.settings, key=f"terms.{name}")
         problems += setting_problems
     return problems
@@ -189,12 +193,26 @@ def _layers(terms: Mapping[str, TermSpec]) -> Iterator[tuple[str, list[tuple[str
             yield name, TERMS[name].pairs(spec.settings)
 
 
-def _settings_model(make: Callable[..., Any]) -> Any:
-    """A pydantic model of what a recipe may set of a term."""
+def settings_model(make: Callable[..., Any]) -> Any:
+    """A pydantic model of what a recipe may set of a term.
+
+    It has the term's docstring, and each field the line that this says of it.
+    """
     parameters = inspect.signature(make).parameters.values()
+    lines = _explained(inspect.getdoc(make) or "")
     fields: dict[str, Any] = {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        p.name: (
+            Annotated[p.annotation, Field(description=lines.get(p.name))],
+            ... if p.default is p.empty else p.default,
+        )
         for p in parameters
         if p.kind is p.KEYWORD_ONLY
     }
-    return create_model("Settings", __config__=ConfigDict(extra="forbid"), **fields)
+    config = ConfigDict(extra="forbid")
+    return create_model("Settings", __config__=config, __doc__=make.__doc__, **fields)
+
+
+def _explained(docstring: str) -> dict[str, str]:
+    """What a docstring says of each argument, as sentences."""
+    lines = {name: " ".join(words.split()) for name, words in EXPLAINED.findall(docstring)}
+    return {name: f"{words[0].upper()}{words[1:]}." for name, words in lines.items()}

@@ -15,7 +15,12 @@ class Drafter(Table):
     """
 
     prompts: Positive = 64
+    """Test rows that are continued."""
     prompt: Positive = 32
+    """Tokens of each row that are given, unless it has a prompt of its own."""
     count: Positive = 64
+    """Tokens written after each prompt."""
     gamma: Positive = 4
+    """Tokens drafted for each call of the teacher."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    """The temperature of the drawn tokens; 0 is greedy."""

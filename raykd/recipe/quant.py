@@ -51,16 +51,24 @@ class Quant(BaseModel):
         (32, True, False)
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     weights: Weights = "int8"
+    """The levels that weights are rounded to."""
     per: Literal["tensor", "channel", "group"] = "channel"
+    """Which weights share a scale: a layer's, an output's, or `group` inputs of an output."""
     group: Literal[16, 32, 64, 128] = GROUP
-    scale: Literal["absmax", "absmean", "twn", "learned"] | None = None  # None: the table's
+    """Of `per = "group"`: neighbouring inputs that share a scale."""
+    scale: Literal["absmax", "absmean", "twn", "learned"] | None = None
+    """How a scale is found; without it absmean for ternary weights, absmax for others."""
     activations: Literal["int8", "int8_token", "none"] = "int8"
+    """How activations are rounded: over a call, over each row's inputs, or not."""
     embeddings: Weights | Literal["none"] = "none"
+    """The levels that tables of embeddings are rounded to."""
     skip: list[str] = ["head", "value", "*.head", "lm_head"]
+    """Patterns of the names of layers that are not rounded."""
     rest: Literal["int8", "fp32"] = "int8"
+    """How every other parameter that is not a vector is stored."""
 
     @model_validator(mode="after")
     def _executable(self) -> "Quant":

@@ -43,14 +43,21 @@ class Scale(Table):
     """
 
     workers: Pair[Positive] = (1, 1)
+    """Processes that train an arm: N, or [least, most]; the batch stays global."""
     scorers: Pair[Positive] = (1, 2)
+    """Actors that run the teacher: N, or [least, most]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors are; with `auto` CUDA where there is one."""
     retries: Annotated[int, Field(ge=0)] = 3
-    # rows that the teacher cannot score are left out, at most so many
+    """How often a lost worker or actor is replaced."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows that the teacher may fail to score; they are left out."""
     checkpoint_every: Positive = 500
+    """Steps from checkpoint to checkpoint."""
     start_timeout_s: Positive = 120
-    store: Home | None = None  # a folder or s3://bucket/prefix; by default OUT/stores
+    """Seconds until all workers must have started."""
+    store: Home | None = None
+    """Where stores are, a folder or `s3://bucket/prefix`; without it `OUT/stores`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -80,16 +87,22 @@ class Export(Table):
     """
 
     stream: bool = False
+    """An ONNX file that reads step by step, its state handed from call to call."""
     packed: bool = False
+    """The student in few bytes, for readers of its own."""
     pte: bool = False
+    """A file for ExecuTorch."""
     gguf: bool = False
+    """A file for llama.cpp."""
 
 
 class Track(Table):
     """The MLflow server; by default a sqlite file under --out."""
 
     uri: str | None = None
+    """The MLflow server; without it a sqlite file under `--out`."""
     experiment: str = "raykd"
+    """The name of the MLflow experiment."""
 
 
 class Recipe(Table):
@@ -106,28 +119,51 @@ class Recipe(Table):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "run"
+    """The name of the run, which begins its folder's."""
     setting: str = ""
+    """One sentence for the report: under which conditions the result holds."""
     technique: str = "vanilla"
+    """A name of `raykd techniques`, or a module."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    """One training of each arm for each seed."""
     control: bool = True
+    """Train the same student on labels alone, too."""
     unrounded: bool = True
+    """With rounding phases: train the student in full precision, too."""
     rounded_control: bool = False
-    select: Literal["accuracy", "macro_f1"] = "accuracy"  # which seed and which trial is best
+    """With rounding phases: train on labels alone under the same phases, too."""
+    select: Literal["accuracy", "macro_f1"] = "accuracy"
+    """The validation metric that chooses seed and trial; `macro_f1` where rare classes count."""
     data: DataRef = DataRef()
+    """The rows."""
     teacher: ModelRef | None = None
+    """The model to learn from; without it only labels teach."""
     student: ModelRef = ModelRef()
+    """The model that is trained."""
     terms: Annotated[dict[str, TermSpec], Field(min_length=1)]
-    source: Source | None = None  # None: every row is the data's, and the teacher is its store
+    """The loss terms, by name; a technique brings its own."""
+    source: Source | None = None
+    """Rows that the student writes; without it every row is the data's."""
     weighting: Weighting | None = None
+    """How much each row counts; without it all count alike."""
     phases: list[Phase] = []
+    """Parts of the student's training; without any all of it is in full precision."""
     drafter: Drafter | None = None
+    """Student and control judged as the teacher's speculative drafters."""
     valence: Valence = Valence()
+    """Where valence comes from, and how it becomes the saliency of a row."""
     store: StoreSettings = StoreSettings()
+    """The form of the teacher store, a part of its id."""
     optim: Optim = Optim()
+    """How each arm is optimised."""
     search: Search | None = None
+    """Trials over keys of the recipe."""
     scale: Scale = Scale()
+    """Where and how fast, never what."""
     track: Track = Track()
+    """The MLflow record."""
     export: Export = Export()
+    """Further forms of the artefact."""
 
     @property
     def quant(self) -> Quant | None:

@@ -13,9 +13,13 @@ class Range(Table):
     """Where one key is searched: exactly one of the four forms."""
 
     uniform: Pair[float] | None = None
+    """The least and the largest value, all equally likely."""
     loguniform: Pair[float] | None = None
+    """The same with equally likely logarithms."""
     integer: Pair[int] | None = None
+    """The least and the largest whole number, all equally likely."""
     choice: list[JsonValue] | None = None
+    """The values themselves."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -43,11 +47,17 @@ class Search(Table):
     """Trials over dotted recipe keys: `"terms.kd.temperature" = { uniform = [1, 4] }`."""
 
     trials: Positive = 4
+    """Trials in all."""
     concurrent: Positive = 2
+    """Trials at once."""
     grace: Positive = 500
+    """Steps before a trial may be stopped."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The seed of the searcher."""
     searcher: Literal["optuna", "random"] = "optuna"
+    """Who proposes values: optuna's sampler, or chance."""
     space: dict[str, Range] = {}
+    """The searched keys; a dotted key in the table does the same."""
 
     @model_validator(mode="before")
     @classmethod

@@ -17,9 +17,9 @@ Home = Annotated[str, BeforeValidator(lambda v: checked_address(v) if isinstance
 
 
 class Table(BaseModel):
-    """A closed, immutable TOML table."""
+    """A closed, immutable TOML table; the string below a field is its line in `raykd keys`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Columns(Table):
@@ -29,13 +29,21 @@ class Columns(Table):
     """
 
     inputs: str = "inputs"
+    """The column of the steps, each a list of channel values."""
     label: str = "label"
+    """The column of the class."""
     split: str = "split"
+    """The column that says `train`, `val` or `test`."""
     group: str | None = None
+    """The column of the recording or document that a row belongs to."""
     valence: str | None = None
+    """The column of the valence of each step."""
     text: str = "text"
+    """Of text: the column of whole documents."""
     prompt: str | None = None
+    """Of text: the column of prompts, with `completion` in place of `text`."""
     completion: str | None = None
+    """Of text: the column of what follows the prompts."""
 
     @model_validator(mode="after")
     def _both_parts(self) -> Self:
@@ -56,17 +64,29 @@ class DataRef(Table):
     """
 
     source: str = "watch_gestures"
+    """A built-in name, a folder of Parquet files, or `module:function`."""
     tokenizer: str | None = None
-    end: str = "<|endoftext|>"  # the token after every document
+    """A tokenizer.json: rows are then text."""
+    end: str = "<|endoftext|>"
+    """The token after every document."""
     split: Literal["time", "subject"] = "time"
+    """How the gestures are split: by time, or by subject."""
     window: Positive = 16
+    """Steps, or tokens, of a row."""
     stride: Positive = 8
+    """Steps from the start of a row to that of the next."""
     classes: list[str] | None = None
+    """The classes, in the order of their numbers."""
     columns: Columns = Columns()
+    """The names of the Parquet columns."""
     settings: dict[str, JsonValue] = {}
+    """Keyword arguments of the function."""
     limit: Positive | None = None
+    """At most so many rows of each split, spread evenly over it."""
     label_fraction: Share = 1.0
+    """The share of training labels that stay."""
     label_seed: Annotated[int, Field(ge=0)] = 0
+    """Which training labels stay."""
 
 
 class ModelRef(Table):
@@ -82,8 +102,11 @@ class ModelRef(Table):
     """
 
     model: str = "series_encoder"
+    """A built-in name, such as `llama` or `transformers`, or `module:factory`."""
     weights: str | None = None
+    """A safetensors file or a Hugging Face folder; a student's may hold `{seed}`."""
     settings: dict[str, JsonValue] = {}
+    """Keyword arguments of the model."""
 
     def of_seed(self, seed: int) -> "ModelRef":
         """What one training starts from."""
@@ -100,11 +123,17 @@ class Valence(Table):
     """Where the valence per step comes from, and how a trajectory becomes one saliency."""
 
     source: Literal["prefix_confidence", "column"] = "prefix_confidence"
+    """The valence of a step: the confidence in the label so far, or a column of the data."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """The factor of later steps in the future valence."""
     mean: float = 0.6
+    """The coefficient of the mean future valence in saliency."""
     min: float = 0.25
+    """The coefficient of the least future valence in saliency."""
     coherence: float = 0.15
-    certainty: Literal["normalised", "nats"] = "normalised"  # 1 - H / ln C, or the reference's -H
+    """The coefficient of coherence in saliency."""
+    certainty: Literal["normalised", "nats"] = "normalised"
+    """The certainty in coherence: 1 - H / ln C, or the reference's -H."""
 
 
 class StoreSettings(Table):
@@ -114,14 +143,21 @@ class StoreSettings(Table):
     """
 
     codec: Literal["auto", "dense", "comb", "topk", "hidden"] = "auto"
-    values: Literal["fp16", "int8"] = "fp16"  # dense
-    points: Annotated[int, Field(ge=1, le=255)] = 50  # comb
-    top: Positive = 50  # topk
-    # comb, topk; by default those at which the terms read
+    """How the teacher's answers become bytes; `auto`: `dense` for few classes, `comb` for many."""
+    values: Literal["fp16", "int8"] = "fp16"
+    """Of `dense`: the type of a stored logit."""
+    points: Annotated[int, Field(ge=1, le=255)] = 50
+    """Of `comb`: draws for each step."""
+    top: Positive = 50
+    """Of `topk`: classes kept for each step."""
     temperatures: list[Annotated[float, Field(gt=0)]] | None = None
-    head: str = "head"  # hidden: the submodule whose input is kept
+    """Of `comb` and `topk`; without it those at which the terms read."""
+    head: str = "head"
+    """Of `hidden`: the submodule whose input is stored."""
     rows_per_shard: Positive = 1024
+    """Rows of a file."""
     batch: Positive = 256
+    """Rows of a forward pass of the teacher."""
 
 
 class TermSpec(BaseModel):
@@ -136,12 +172,16 @@ class TermSpec(BaseModel):
         (0.5, {'temperature': 2.0})
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
     weight: Annotated[float, Field(ge=0)] = 1.0
+    """The factor of this term in the loss."""
     since: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of the steps from which on the term counts."""
     until: Share = 1.0
+    """The share of the steps up to which the term counts."""
     weighted: bool = True
+    """Whether `[weighting]` weighs the rows of this term."""
 
     @model_validator(mode="after")
     def _some_time(self) -> Self:
@@ -166,12 +206,19 @@ class Weighting(Table):
     """
 
     mode: Literal["ess", "selfnorm", "capped", "raw", "snippet", "uniform"] = "ess"
+    """How the weights of rows are tamed."""
     boost: Annotated[float, Field(ge=0)] = 6.0
+    """How steeply weight rises with saliency."""
     statistics: Literal["dataset", "global_batch", "local_batch"] = "dataset"
-    fraction: Share = 0.5  # ess
-    cap: Annotated[float, Field(gt=0)] = 20.0  # capped
-    clip: Annotated[float, Field(gt=0)] | None = None  # of |z|
+    """The rows whose mean and spread standardise saliency."""
+    fraction: Share = 0.5
+    """Of `ess`: the effective sample as a share of the rows."""
+    cap: Annotated[float, Field(gt=0)] = 20.0
+    """Of `capped`: the largest weight."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """The largest absolute standardised saliency; without it there is no limit."""
     least_std: Annotated[float, Field(gt=0)] = 0.02
+    """The least spread that is divided by."""
 
 
 class Phase(Table):
@@ -188,9 +235,13 @@ class Phase(Table):
     """
 
     until: Share
+    """The share of the steps at which the phase ends; the last is 1."""
     quant: Quant | None = None
+    """How the phase rounds; without it full precision."""
     rate: Annotated[float, Field(gt=0)] = 1.0
+    """The factor of the learning rate."""
     blend: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """The share of the phase in which rounding fades in."""
 
 
 class Optim(Table):
@@ -204,14 +255,23 @@ class Optim(Table):
     """
 
     steps: Positive = 2000
+    """Steps of one training."""
     batch: Positive = 128
+    """Rows of a global batch, for any number of workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """The learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """The weight decay of AdamW."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """The share of the steps in which the learning rate rises."""
     clip: Annotated[float, Field(gt=0)] = 1.0
+    """The largest norm of the gradient."""
     input_noise: Annotated[float, Field(ge=0)] = 0.0
+    """The standard deviation of noise on the inputs."""
     labelled_share: Share = 0.5
+    """The share of labelled rows in a batch."""
     evaluate_every: Positive = 250
+    """Steps from validation to validation."""
 
 
 def ends_of(phases: Sequence[Phase], steps: int) -> list[int]:

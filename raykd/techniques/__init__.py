@@ -58,6 +58,14 @@ def load_terms() -> None:
         importlib.import_module(f"{__name__}.{module.name}")
 
 
+def term_tables() -> dict[str, Any]:
+    """A pydantic model of what a recipe may set of each term of the package, by the term's name."""
+    from raykd.losses.terms import TERMS, settings_model
+
+    load_terms()
+    return {name: settings_model(term.make) for name, term in sorted(TERMS.items())}
+
+
 def register(technique: str) -> None:
     """Import all terms that a recipe of this technique may name."""
     load_terms()

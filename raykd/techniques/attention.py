@@ -57,9 +57,14 @@ def attention(
 ) -> TermValues:
     """The mode's divergence of teacher and student, mean over pairs of layers.
 
-    For relation, `parts` is the number of projections in the layer's output (3 for fused queries,
-    keys and values), and `heads` is the number of heads of each. RecipeError where the layers
-    cannot be compared in this mode.
+    RecipeError where the layers cannot be compared in this mode.
+
+    pairs  pairs of a submodule of the student and one of the teacher
+    mode   what of them is compared: how steps relate, attention's own scores, or the sizes of
+           activations
+    heads  for relation: the number of heads of each projection
+    parts  for relation: the number of projections in the layer's output, 3 for fused queries, keys
+           and values
     """
     assert batch.teacher is not None
     kind = _kind({"mode": mode})

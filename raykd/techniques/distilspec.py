@@ -36,7 +36,8 @@ def distilspec(
 ) -> TermValues:
     """D(p, q) at every written or drafted token, at the temperature that it was drawn at.
 
-    `beta` belongs to the divergence "js".
+    divergence  which D; tvd and lk are the share of accepted drafts itself
+    beta        of the divergence "js": 0 is KL(p || q), and 1 is KL(q || p)
     """
     assert batch.rollout is not None
     value = teacher_divergence(student, batch, divergence, beta, batch.rollout.temperature)

@@ -25,8 +25,10 @@ RECIPE = {
 class hint(nn.Module):
     """The mean over channels of (t(h_T) - r(h_S))^2 at every valid step, mean over pairs of layers.
 
-    t is LayerNorm without parameters, or the identity with normalise = false. Where two layers have
-    unequal numbers of steps, the longer is averaged down to the shorter.
+    Where two layers have unequal numbers of steps, the longer is averaged down to the shorter.
+
+    pairs      pairs of a submodule of the student and one of the teacher
+    normalise  whether t is LayerNorm without parameters; else it is the identity
     """
 
     def __init__(self, student: Signals, batch: Batch, *, pairs: Pairs, normalise: bool = True):

@@ -60,6 +60,11 @@ def ghost(
     -log q(y) at the rejection, y ~ (p - q)+ the teacher's token. Its mean gradient by the logits is
     (1 - a) q - (p - q)+, with a = sum min(p, q). pair is that + log q(x), x the rejected token. Its
     mean gradient is that of KL(p || q), since (p - q)+ - (q - p)+ = p - q.
+
+    form        soft: a divergence after each rejection; correction, pair: its tokens alone
+    divergence  for soft: which D
+    rejections  for soft: the rejection that was drawn, or what is expected of all
+    tail        for soft: the factor of rho from each token to the next
     """
     rollout = batch.rollout
     mask = batch.mask

@@ -27,7 +27,7 @@ def gkd(
 ) -> TermValues:
     """JS_beta(p, q) at temperature 1 at every written token (eq. 1).
 
-    beta = 0 is KL(p || q), and beta = 1 is KL(q || p).
+    beta  0 is KL(p || q), and 1 is KL(q || p)
     """
     value = teacher_divergence(student, batch, "js", beta)
     return TermValues(unflatten_valid(value, batch.mask), batch.mask)

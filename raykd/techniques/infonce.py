@@ -38,9 +38,13 @@ RECIPE = {
 class infonce(nn.Module):
     """(CE over rows + CE over columns) / 2 of each row, mean over pairs of layers.
 
-    `alike` names the rows that are no negatives of each other: the same row only, those of one
-    known label, or those to which the teacher gives one answer. `hard` > 1 counts a negative whose
-    saliency is below the batch's mean that many times.
+    pairs        pairs of a submodule of the student and one of the teacher
+    temperature  what similarities are divided by
+    width        the width of the space that both layers are mapped to
+    alike        the rows that are no negatives of each other: the same row only, those of one known
+                 label, or those to which the teacher gives one answer
+    negatives    how many further negatives are drawn from the whole split
+    hard         how many times a negative counts whose saliency is below the batch's mean
     """
 
     def __init__(

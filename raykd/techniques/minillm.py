@@ -57,13 +57,15 @@ def minillm(
     s = w q_t(y_t) / q_old(y_t), and A = sum_{i > t} discount^{i - t} r_i with the reward
     r = log p - log q_old within +-reward_clip.
 
-    normalise               divides A by the number of these i
+    discount                the factor of A from each later reward to the next
+    reward_clip             the largest |r|
+    normalise               divides A by the number of rewards in it
     whiten                  takes A less its mean and over its deviation, of all written tokens of
                             the global batch
     include_current_reward  begins A at i = t, as in the reference code, which counts the first
                             part twice
-    clip                    of 1e9 is none
-    weights                 are those of teacher-mixed text: "token" has
+    clip                    how far from 1 s counts; 1e9 is no limit
+    weights                 those of teacher-mixed text: "token" has
                             w = q / (share p + (1 - share) q) of the token alone, as in the paper,
                             which is biased in proportion to the share; "prefix" has the products
                             over all tokens up to each reward, which are exact and may vanish or
