@@ -16,5 +16,12 @@ def checked_address(address: str) -> str:
     """The address without a last slash. ValueError says what a URL must be like."""
     if is_url(address) and not URL.fullmatch(address):
         form = "s3://bucket/prefix of letters, digits and . _ = -"
-        raise ValueError(f"must be a folder or {form}, found {address!r}")
+        text = f"must be a folder or {form}, found {address!r}"
+        bucket = address.removeprefix("s3://").partition("/")[0]
+        if address.startswith("s3://") and not URL.fullmatch(f"s3://{bucket}"):
+            text += (
+                f"; a bucket's name, here {bucket!r}, has 3 to 63 lower-case letters, digits, dots "
+                "and hyphens, the first and the last no dot and no hyphen"
+            )
+        raise ValueError(text)
     return address.rstrip("/") or address

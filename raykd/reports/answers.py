@@ -2,12 +2,12 @@
 by row.
 
 Columns: row_id, label, group (the recording), thriving, teacher, artefact, and `<arm>-<seed>` for
-each training; a model's is the class it gave. A run keeps it beside report.json, whose figures it
-is the ground of.
+each training; a model's is the class it gave. Beside each column of classes a column `<name>_class`
+has their names. A run keeps it beside report.json, whose figures it is the ground of.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from raykd.files.atomic import write_bytes
 from raykd.reports.evidence import Evidence
 from raykd.training import run_files
 
+NAMES = "_class"  # ends the name of a column of names
+NO_CLASSES = ("row_id", "group", "thriving")
 STUDENT = re.compile(r"student-(\d+)")
 
 
@@ -54,10 +56,23 @@ def write(evidence: Evidence, folder: Path) -> None:
         for name, arm in trained.items()
         for seed, said in sorted(arm.items())
     }
-    known = {name: values for name, values in columns.items() if values is not None}
+    known: dict[str, Any] = {}
+    for name, values in columns.items():
+        if values is None:
+            continue
+        known[name] = values
+        if name not in NO_CLASSES:
+            known[f"{name}{NAMES}"] = _named(np.asarray(values), evidence.classes)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(known), sink)
     write_bytes(folder / run_files.ANSWERS, sink.getvalue().to_pybytes())
+
+
+def _named(values: NDArray[np.integer], classes: Sequence[str]) -> pa.DictionaryArray:
+    """The names of these classes; null where there is none, such as of a row without a label."""
+    inside = (values >= 0) & (values < len(classes))
+    index = pa.array(np.where(inside, values, 0), pa.int32(), mask=~inside)
+    return pa.DictionaryArray.from_arrays(index, pa.array(list(classes), pa.string()))
 
 
 def read(folder: Path) -> RunAnswers:
@@ -85,5 +100,6 @@ def read(folder: Path) -> RunAnswers:
 
 def _columns(path: Path) -> dict[str, NDArray[Any]]:
     table = parquet.read(path)
-    kinds = {name: pa.bool_() if name == "thriving" else pa.int64() for name in table.column_names}
+    numbers = [name for name in table.column_names if not name.endswith(NAMES)]
+    kinds = {name: pa.bool_() if name == "thriving" else pa.int64() for name in numbers}
     return {name: table.column(name).cast(kind).to_numpy() for name, kind in kinds.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raykd.reports.sentences import BESIDE, RETENTIONS
+from raykd.reports.sentences import BESIDE, retentions_told
 from raykd.reports.svg import INK, svg
 
 COLOURS = {"teacher": "#7a7f87", "control": "#d9822b", "student": "#2f7ed8", "artefact": "#1a9a76"}
@@ -45,7 +45,7 @@ def _accuracy(report: Mapping[str, Any]) -> str:
 
 
 def _retention(report: Mapping[str, Any]) -> str:
-    parts = {n: p for n in RETENTIONS if (p := report["retention"][n])["value"] is not None}
+    parts = retentions_told(report)
     if not parts:
         return ""
 
@@ -100,6 +100,8 @@ def _curves(report: Mapping[str, Any]) -> str:
     def draw(axes: Any) -> None:
         for arm, histories in arms.items():
             _seeds_and_mean(axes, histories, key, COLOURS[arm], arm)
+        for step in report["phase_ends"][:-1]:
+            axes.axvline(step, color=INK, linewidth=1.0, linestyle="--")
         axes.set_xlabel("step")
         axes.set_ylabel("validation accuracy, %")
         axes.legend(loc="lower right")
@@ -167,7 +169,7 @@ def _short(name: str) -> str:
 
 def _saliency(report: Mapping[str, Any]) -> str:
     part = report["valence"]
-    if part is None:
+    if part is None or not report["asks_valence"]:
         return ""
 
     def draw(axes: Any) -> None:

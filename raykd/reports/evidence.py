@@ -65,6 +65,9 @@ class Evidence:
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    asks_control: bool = True
+    asks_valence: bool = True  # else nothing is said of saliency and of rows that thrive
+    phase_ends: Sequence[int] = ()  # the steps at which a student's phases end
 
 
 def build(evidence: Evidence) -> dict[str, Any]:
@@ -88,6 +91,8 @@ def _described(e: Evidence) -> dict[str, Any]:
         "store": schema.ReportStore(**plain(e.store)),
         "mlflow": schema.Tracking(**plain(e.mlflow)),
         "curves": plain(e.history),
+        "phase_ends": list(e.phase_ends),
+        "asks_valence": e.asks_valence,
         "valence": _histogram(e.saliency),
         "search": None if e.search is None else schema.ReportSearch(**plain(e.search)),
         "machine": plain(e.machine),
@@ -296,10 +301,10 @@ def _compression(
 def _cautions(e: Evidence) -> list[str]:
     missing = {
         "teacher": e.teacher is None,
-        "control": not e.control,
+        "control": e.asks_control and not e.control,
         "artefact": e.artefact is None,
         "store": not e.store,
-        "thriving": e.thriving is None or not e.thriving.any(),
+        "thriving": e.asks_valence and (e.thriving is None or not e.thriving.any()),
     }
     named = enumerate(e.classes) if _tells_classes(e) else ()
     absent = [name for i, name in named if not (e.label == i).any()]

@@ -18,6 +18,7 @@ from raykd.files.place import read_json_in
 from raykd.generation import acceptance
 from raykd.losses.terms import needs_of
 from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import Valence, ends_of
 from raykd.recipe.weight_files import tensor_files
 from raykd.reports import teacher_check, text_measures
 from raykd.reports.evidence import Evidence
@@ -30,6 +31,7 @@ from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
+VALENCE_SIGNALS = {"valence", "trajectory", "saliency"}
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
 
 
@@ -88,7 +90,10 @@ def gather(
             "system": platform.system(),
         },
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        warnings=_warnings(dataset, opened, records),
+        warnings=_warnings(found, dataset, opened, records),
+        asks_control=found.control,
+        asks_valence=_asks_valence(found),
+        phase_ends=ends_of(found.phases, found.optim.steps),
     )
 
 
@@ -265,7 +270,15 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
     return curves
 
 
-def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) -> list[str]:
+def _asks_valence(recipe: Recipe) -> bool:
+    """Whether anything of a recipe is about valence: its table, its row weights, or a term."""
+    reads = needs_of(recipe.terms) & VALENCE_SIGNALS
+    return recipe.weighting is not None or recipe.valence != Valence() or bool(reads)
+
+
+def _warnings(
+    recipe: Recipe, dataset: Dataset, store: Store | None, records: dict[str, Any]
+) -> list[str]:
     found = []
     labelled = dataset.splits["train"].labelled
     if (
@@ -281,7 +294,7 @@ def _warnings(dataset: Dataset, store: Store | None, records: dict[str, Any]) ->
     if hidden:
         found.append(f"{hidden} of {len(labelled)} training rows were used without their label")
     gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
-    if gate is not None and gate < 0.2:
+    if gate is not None and gate < 0.2 and _asks_valence(recipe):
         found.append(
             f"the teacher's value head follows the future valence at r = {gate:.2f}: "
             "saliency is mostly noise"

@@ -31,7 +31,7 @@ def render(report: Mapping[str, Any]) -> str:
         figures=sentences.figure_lines(report),
         accuracy_chart=drawn.pop("accuracy"),
         charts={name: svg for name, svg in drawn.items() if not name.startswith("search")},
-        captions=CAPTIONS,
+        captions=CAPTIONS | ({"curves": PHASES} if len(report["phase_ends"]) > 1 else {}),
         search_charts=[svg for name, svg in drawn.items() if name.startswith("search")],
         searched=searched(report),
         resamples=bootstrap.RESAMPLES,
@@ -69,6 +69,12 @@ CAPTIONS = {
     "confusion": "Confusion of the exported student",
     "saliency": "Saliency of the rows; thriving ones right of the line",
 }
+
+
+PHASES = (
+    "Learning: each seed thin, their mean bold. The student's phases meet at the dashed lines: each "
+    "starts its rate anew and rounds differently, so its curve is no single training"
+)
 
 
 def _firm(text: str) -> str:

@@ -231,6 +231,10 @@ class Report(Part):
     `kept` is the student's macro-F1 over the teacher's, and its balanced accuracy likewise. `gains`
     are what else was measured of the student less its control's: nll and kl to the teacher of text.
 
+    Sentences and charts leave saliency and thriving rows out unless the recipe `asks_valence`. A
+    student's curve is of the phases that end at `phase_ends`, each with a rate and scales of its
+    own.
+
     Of text rows are tokens to tell and recordings are documents; classes and what is told of each
     are left out where they are many.
 
@@ -270,4 +274,6 @@ class Report(Part):
     search: ReportSearch | None
     machine: Table
     versions: Table
+    asks_valence: bool = True
+    phase_ends: list[int] = []
     inputs: str = ""

@@ -202,18 +202,22 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDTH, subsequent_indent="  "))
 
 
+def retentions_told(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was kept, by part of the rows; parts by saliency only where valence was asked for."""
+    names = RETENTIONS if report.get("asks_valence", True) else RETENTIONS[:1]
+    parts = {name: report["retention"][name] for name in names}
+    return {name: part for name, part in parts.items() if part["value"] is not None}
+
+
 def figure_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) of every ratio that was measured."""
     found = []
-    for name in RETENTIONS:
-        if (part := report["retention"][name])["value"] is not None:
-            extra = (
-                f", less chance {percent(part['chance_corrected'])}"
-                if part["chance_corrected"]
-                else ""
-            )
-            share = f"{percent(part['value'])} ({span(part)}){extra}"
-            found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
+    for name, part in retentions_told(report).items():
+        extra = (
+            f", less chance {percent(part['chance_corrected'])}" if part["chance_corrected"] else ""
+        )
+        share = f"{percent(part['value'])} ({span(part)}){extra}"
+        found.append((f"kept, {name} rows", f"{share}; {part['n']:,} rows"))
     for name, part in report.get("kept", {}).items():
         if part["value"] is not None:
             found.append((f"kept, {MEASURES[name]}", f"{percent(part['value'])} ({span(part)})"))

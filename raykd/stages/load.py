@@ -262,13 +262,15 @@ def _search_problems(
 ) -> list[Problem]:
     """Keys that trials cannot vary, and ends of ranges at which the recipe is at fault."""
     problems = []
+    known = {str(problem) for problem in _trial_problems(apply_trial(merged, {}), allow_import)}
     for key, span in (recipe.search.space if recipe.search else {}).items():
         if key.partition(".")[0] not in SEARCHABLE:
             text = f"trials share one store, so only {', '.join(SEARCHABLE)} can be searched"
             problems.append(Problem(f"search.{key}", text))
             continue
         for value in span.ends():
-            faults = _trial_problems(apply_trial(merged, {key: value}), allow_import)
+            trial = apply_trial(merged, {key: value})
+            faults = [f for f in _trial_problems(trial, allow_import) if str(f) not in known]
             if faults:
                 where = f"search.{key}"
                 problems += [Problem(where, f"{value!r} leads to {fault}") for fault in faults]

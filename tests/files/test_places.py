@@ -26,7 +26,7 @@ from shards import IDENTITY, ROWS, SHARDS, fill, race, read_all, table_of
 
 from raykd.errors import InfraError, RecipeError, StoreError
 from raykd.files import bucket
-from raykd.files.address import Address
+from raykd.files.address import Address, checked_address
 from raykd.files.bucket import Bucket
 from raykd.files.open import address_below, open_place
 from raykd.files.place import read_json_in
@@ -267,6 +267,15 @@ def test_a_folder_of_stores_is_relative_to_the_recipe(tmp_path):
     for text, wanted in (("stores", str(tmp_path / "stores")), ("s3://bucket/a", "s3://bucket/a")):
         (tmp_path / "r.toml").write_text(f'technique = "none"\n[scale]\nstore = "{text}"\n')
         assert load(tmp_path / "r.toml").scale.store == wanted
+
+
+@pytest.mark.parametrize("bucket", ["ab", "B" * 3, "a" * 64, "-ab", "ab.", ""])
+def test_the_rule_of_bucket_names_is_told(bucket):
+    with pytest.raises(ValueError, match=f"a bucket's name, here '{bucket}', has 3 to 63"):
+        checked_address(f"s3://{bucket}/prefix")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the next line says which
+        checked_address("s3://bucket/a b")
+    assert "bucket's name" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

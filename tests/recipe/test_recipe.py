@@ -203,6 +203,14 @@ def test_a_fault_is_named_at_its_key(write, line, key, words):
         assert words in found[key]
 
 
+def test_a_fault_that_no_trial_brings_is_told_once(write):
+    found = faults(write(SEARCH), "data.source='./rows'")
+    assert list(found) == ["data.source"]
+    both = faults(write(SEARCH.replace("[1, 4]", "[-1, 4]")), "data.source='./rows'")
+    assert list(both) == ["search.terms.kd.temperature", "data.source"]
+    assert "no folder" not in both["search.terms.kd.temperature"]
+
+
 def test_terms_that_read_a_teacher_need_one_with_weights(write):
     assert "the terms kd" in faults(write("", teacher=False))["teacher"]
     assert "missing" in faults(write("[teacher]", teacher=False))["teacher.weights"]

@@ -7,10 +7,12 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from html_page import Page
 
 from raykd.files.atomic import read_json, write_json
+from raykd.reports import answers as answer_file
 from raykd.reports import charts, page, schema, sentences
 from raykd.reports.evidence import Evidence, build
 
@@ -397,3 +399,46 @@ def test_a_teacher_a_little_above_chance_is_kept(evidence):
     made = build(replace(evidence, teacher=answers(rng, evidence.label, 0.3)))
     assert made["retention"]["all"]["value"] > 1
     assert not any("chance" in warning for warning in made["warnings"])
+
+
+def test_rows_that_thrive_are_told_of_only_where_valence_was_asked_for(evidence):
+    plain = build(replace(evidence, asks_valence=False))
+    assert plain["retention"]["thriving"]["value"] is not None
+    told = sentences.table(plain) + " ".join(Page(page.render(plain)).text)
+    assert not re.search("thriv|saliency", told, re.IGNORECASE)
+    assert not any("saliency" in w for w in build(alone(plain_of(evidence)))["warnings"])
+    assert "saliency" not in charts.charts(plain)
+    assert "kept, all rows" in told
+
+
+def plain_of(evidence: Evidence) -> Evidence:
+    return replace(evidence, asks_valence=False)
+
+
+def test_a_control_that_was_not_asked_for_is_not_missed(evidence):
+    missed = sentences.MISSING["control"]
+    assert missed in build(replace(evidence, control={}))["warnings"]
+    assert missed not in build(replace(evidence, control={}, asks_control=False))["warnings"]
+
+
+def test_a_curve_of_several_phases_says_so(evidence):
+    made = build(replace(evidence, phase_ends=[1000, 2000]))
+    one = build(replace(evidence, phase_ends=[2000]))
+    assert "phases meet at the dashed lines" in page.render(made)
+    assert "phases meet" not in page.render(one)
+    assert charts.charts(made)["curves"] != charts.charts(one)["curves"]
+
+
+def test_answers_have_the_names_of_their_classes(evidence, tmp_path):
+    label = evidence.label.copy()
+    label[:3] = -100
+    teacher = evidence.teacher.copy()
+    teacher[3] = -1
+    answer_file.write(replace(evidence, label=label, teacher=teacher), tmp_path)
+    table = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    assert [row["label_class"] for row in table[:3]] == [None] * 3
+    assert table[3]["teacher_class"] is None
+    for row in table[4:40]:
+        for name in ("label", "teacher", "artefact", "student-0", "control-2"):
+            assert row[f"{name}_class"] == CLASSES[row[name]]
+    assert list(answer_file.read(tmp_path).student) == [0, 1, 2]
