@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from raykd import __version__
-from raykd.console import show
+from raykd.console import show, stdout_for_results
 from raykd.errors import RaykdError
 from raykd.store.commands import store
 
@@ -107,7 +106,8 @@ def recipe_command(function: Callable[..., Any]) -> Callable[..., Any]:
     @recipe_options
     @wraps(function)
     def command(path: Path, as_json: bool, **options: Any) -> None:
-        show(*carry_out(function, path, **options), as_json)
+        with stdout_for_results():
+            show(*carry_out(function, path, **options), as_json)
 
     return command
 
@@ -125,9 +125,8 @@ def carry_out(
     """The result of a verb over the recipe at `path`: a JSON value, and text for a person."""
     from raykd.stages.load import load
 
-    with redirect_stdout(sys.stderr):  # Ray prints too, and so may the recipe's own code
-        recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
-        return function(recipe, out, address)
+    recipe = load(path, sets, smoke=smoke, allow_import=allow_import)
+    return function(recipe, out, address)
 
 
 @recipe_command
@@ -204,7 +203,8 @@ def report(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) ->
     For two or more run folders: what each gained over the first, in OUT/compare-DIGEST.
     """
     if len(paths) == 1 and not paths[0].is_dir():
-        show(*carry_out(_report, paths[0], out=out, **options), as_json)
+        with stdout_for_results():
+            show(*carry_out(_report, paths[0], out=out, **options), as_json)
     else:
         show(*_compare(paths, out, **options), as_json)
 

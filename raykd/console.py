@@ -3,9 +3,14 @@ time left, which is one rewritten line on a terminal and plain lines elsewhere.
 """
 
 import json
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+_results: list[TextIO] = []  # where `show` prints while stdout is its alone
 
 
 class Progress:
@@ -54,4 +59,33 @@ def say(stage: str, text: str) -> None:
 
 def show(result: Any, text: str, as_json: bool) -> None:
     """Print a result on stdout: as one line of JSON for a script, or as text for a person."""
-    print(json.dumps(result, sort_keys=True) if as_json else text, flush=True)
+    stream = _results[-1] if _results else sys.stdout
+    line = json.dumps(result, sort_keys=True) if as_json else text
+    print(line, file=stream, flush=True)
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Within it only `show` writes to stdout.
+
+    What libraries and users' own code print goes to stderr, be it by `print`, by the file
+    descriptor or from a process that they start.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # stdout is closed
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    sys.stdout.flush()
+    with os.fdopen(kept, "w", encoding=sys.stdout.encoding) as stream:
+        _results.append(stream)
+        os.dup2(2, 1)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            sys.stdout.flush()  # what was written to it behind our back
+            _results.pop()
+            stream.flush()
+            os.dup2(kept, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raykd.data import labels
 from raykd.data.rows import SPLITS, Dataset, Rows
 from raykd.errors import DataError, RecipeError
 from raykd.recipe.tables import DataRef
@@ -54,18 +55,11 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
     without a completion, or with a prompt that fills the window.
     """
     rows = list(records)
-    split = np.array([str(row["split"]) for row in rows])
-    if unknown := sorted(set(split.tolist()) - set(SPLITS)):
-        raise DataError(
-            f"{name}: column {ref.columns.split!r} holds {unknown[:5]}; write train, val or test"
-        )
+    split = split_names([row["split"] for row in rows], name, ref)
     has_prompts = bool(rows) and "prompt" in rows[0]
     for key in PARTS if has_prompts else ("text",):
         for number, row in enumerate(rows):
-            if not isinstance(row[key], str):
-                raise DataError(
-                    f"{name}: {key} of row {number} is {row[key]!r}, not text; mend or drop it"
-                )
+            _check_text(row[key], f"{name}: {key} of row {number}")
     tokenizer = read_tokenizer(ref)
     end = _end_of_text(tokenizer, ref)
     if has_prompts:
@@ -83,6 +77,37 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
         )
         count += len(splits[part])
     return Dataset(name, tokens_of(tokenizer), splits)
+
+
+def split_names(values: Sequence[Any], name: str, ref: DataRef) -> NDArray[np.str_]:
+    """(N,): the split of each row. DataError if one is none."""
+    split = np.array(
+        [
+            value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+            for value in values
+        ]
+    )
+    if unknown := sorted(set(split.tolist()) - set(SPLITS)):
+        raise DataError(
+            f"{name}: column {ref.columns.split!r} holds {unknown[:5]}; write train, val or test"
+        )
+    return split
+
+
+def group_keys(values: Iterable[Any]) -> list[tuple[str, str] | None]:
+    """What tells each group from others: its text and its type; None for null and NaN."""
+    return [
+        None if value is None or value != value else (str(value), type(value).__name__)
+        for value in values
+    ]
+
+
+def _check_text(value: Any, what: str) -> None:
+    """DataError unless a value is text that can be written."""
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {value!r}, not text; mend or drop it")
+    if not labels.is_unicode(value):
+        raise DataError(f"{what} holds half of a surrogate pair, which is no text; mend or drop it")
 
 
 def _end_of_text(tokenizer: Any, ref: DataRef) -> int:
@@ -228,7 +253,7 @@ def _of_prompts(
 def _numbered(rows: list[dict[str, Any]]) -> list[int]:
     """A number for each group by first appearance; a record without a group is its own."""
     numbers: dict[Any, int] = {}
-    groups = [
-        ("row", i) if row.get("group") is None else row["group"] for i, row in enumerate(rows)
+    keys = group_keys(row.get("group") for row in rows)
+    return [
+        numbers.setdefault(i if key is None else key, len(numbers)) for i, key in enumerate(keys)
     ]
-    return [numbers.setdefault(group, len(numbers)) for group in groups]

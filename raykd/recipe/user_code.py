@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -12,12 +13,13 @@ from raykd.files import stopping
 
 
 @contextmanager
-def user_code(what: str, error: type[RaykdError] = RecipeError) -> Iterator[None]:
-    """Run code of the user's, which `what` names for messages by its key.
+def user_code(what: object, error: type[RaykdError] = RecipeError) -> Iterator[None]:
+    """Run code of the user's, which the text of `what` names for messages by its key.
 
     Whatever it raises, and its leaving of the process, becomes an `error`. What it prints goes to
     stderr. The current directory is the same again afterwards. Modules of that directory are found
-    after all others meanwhile. Errors of raykd's own and signals pass.
+    after all others meanwhile. A thread that it leaves behind does not keep the process from
+    ending. Errors of raykd's own and signals pass.
 
     Example:
         >>> with user_code("student.model mine:build"):
@@ -29,7 +31,7 @@ def user_code(what: str, error: type[RaykdError] = RecipeError) -> Iterator[None
     leave = os._exit
     os._exit = _caught(os.getpid(), leave)
     try:
-        with current_directory_last(), redirect_stdout(sys.stderr):
+        with current_directory_last(), redirect_stdout(sys.stderr), _threads_that_may_be_left():
             yield
     except (RaykdError, GeneratorExit):
         raise
@@ -58,6 +60,22 @@ def current_directory_last() -> Iterator[None]:
             sys.path.remove(path)
 
 
+@contextmanager
+def _threads_that_may_be_left() -> Iterator[None]:
+    """Threads started within it do not keep the process from ending."""
+    start = threading.Thread.start
+
+    def started(thread: threading.Thread) -> None:
+        thread.daemon = True
+        start(thread)
+
+    threading.Thread.start = started  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        threading.Thread.start = start  # type: ignore[method-assign]
+
+
 def _caught(owner: int, leave: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
     """os._exit as an exception in the process `owner`; a process forked from it does leave."""
 
@@ -79,7 +97,7 @@ def _is_a_signals(raised: BaseException) -> bool:
     return bool(asked) or hasattr(raised, "ray_terminate_msg")
 
 
-def _named(what: str, raised: BaseException, error: type[RaykdError]) -> RaykdError:
+def _named(what: object, raised: BaseException, error: type[RaykdError]) -> RaykdError:
     """The error that says in one line what a user's code raised, and where."""
     try:
         lines = str(raised).strip().splitlines()

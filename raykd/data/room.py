@@ -1,0 +1,36 @@
+"""Whether rows fit into memory once they are padded to the longest."""
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raykd.errors import DataError
+
+SMALL_BYTES = 1 << 30  # so much may be padding, whatever the rows hold
+WASTE = 16  # times the rows' own values that padded rows may take
+
+
+def check_room(length: NDArray[Any], channels: int, name: str) -> None:
+    """DataError naming the longest row, if padding all rows to it takes too much memory.
+
+    `length` (N,) are the steps of each row.
+    """
+    longest = int(length.max())
+    width = 4 * channels + 1  # float32 values, and the mask
+    padded = len(length) * longest * width
+    of_rows = int(length.sum()) * width
+    most = max(SMALL_BYTES, WASTE * of_rows)
+    if padded <= min(most, memory_bytes()):
+        return
+    raise DataError(
+        f"{name}: row {int(length.argmax())} has {longest:,} steps, and half of the rows have at "
+        f"most {int(np.median(length)):,}: padded to the longest, all rows would take "
+        f"{padded / 2**30:,.1f} GiB; cut it, or leave it out"
+    )
+
+
+def memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
