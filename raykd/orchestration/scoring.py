@@ -20,7 +20,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
-from raykd.teacher.identity import signals_of, store_identity
+from raykd.teacher.identity import check_rows, signals_of, store_identity
 from raykd.teacher.scorer import Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics
 
@@ -34,12 +34,14 @@ class ShardActor:
         torch.set_num_threads(1)
         imports.permit(recipe.packages)
         self.scorer = Scorer(recipe)
+        self.wanted = wanted
         self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of shard descriptors in; of each shard the rows scored, those that cannot be
         scored, and the CPU seconds spent out.
         """
+        check_rows(self.scorer.dataset, self.wanted)  # here, where an error keeps its kind
         rows: list[int] = []
         bad: list[int] = []
         seconds: list[float] = []

@@ -150,7 +150,7 @@ class StoreSettings(Table):
     """Of `comb`: draws for each step."""
     top: Positive = 50
     """Of `topk`: classes kept for each step."""
-    temperatures: list[Annotated[float, Field(gt=0)]] | None = None
+    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """Of `comb` and `topk`; without it those at which the terms read."""
     head: str = "head"
     """Of `hidden`: the submodule whose input is stored."""

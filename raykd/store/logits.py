@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd.errors import StoreError
+from raykd.errors import RecipeError, StoreError
 from raykd.recipe.tables import StoreSettings
 from raykd.store.codecs import CODECS, Codec, default_codec
 from raykd.store.codecs.comb import Comb
@@ -120,6 +120,15 @@ def in_plain_layout(table: pa.Table) -> pa.Table:
 def codec_name(settings: StoreSettings, classes: int) -> str:
     """The codec's name; "auto" stores every class of a small head and draws from a large one."""
     return default_codec(classes) if settings.codec == "auto" else settings.codec
+
+
+def check_fits(stored: Mapping[str, Any], classes: int) -> None:
+    """RecipeError where the `store` table of a store's identity asks for more than there is."""
+    if stored["codec"] == "topk" and stored["top"] > classes:
+        raise RecipeError(
+            f"store.top = {stored['top']}: the data have {classes} classes; write at most "
+            f'{classes}, or store.codec = "dense", which keeps them all'
+        )
 
 
 def codec_for(stored: Mapping[str, Any], classes: int) -> Codec:

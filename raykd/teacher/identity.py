@@ -2,10 +2,11 @@
 
 import importlib.util
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from raykd.data import Dataset
-from raykd.errors import RecipeError
+from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of, file_sha256
 from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import content_of, recipe_identity
@@ -13,7 +14,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
-from raykd.store.logits import codec_name
+from raykd.store.logits import check_fits, codec_name
 from raykd.techniques import register
 
 CODEC_KEYS = {
@@ -90,7 +91,22 @@ def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:
         table[key] = getattr(recipe.store, key)
     if "temperatures" in table:
         table["temperatures"] = recipe.store.temperatures or _temperatures(recipe, codec)
+    check_fits(table, classes)
     return table
+
+
+def check_rows(dataset: Dataset, identity: Mapping[str, Any]) -> None:
+    """DataError where the rows are others than those that a store was made from.
+
+    `identity` is the store's.
+    """
+    stored = identity["data"]["sha256"]
+    if dataset.digest != stored:
+        raise DataError(
+            f"data.source: {dataset.name} has other rows here than where its store was made "
+            f"(sha256 {dataset.digest[:12]}, and {stored[:12]} there); let it give the same rows "
+            "in the same order at every call, on every node"
+        )
 
 
 def _check_served(name: str, codec: str) -> None:

@@ -33,7 +33,7 @@ from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
-from raykd.teacher.identity import run_digest, store_table
+from raykd.teacher.identity import check_rows, run_digest, store_table
 from raykd.techniques import register
 from raykd.training import phases, post_training, predictions, run_files
 from raykd.training.arm import Arm, World
@@ -91,6 +91,8 @@ class ArmRunner:
         self.teacher = teacher
         self.dataset: Dataset = data.load(recipe.data)
         self.store = Store(store) if store else None
+        if self.store:
+            check_rows(self.dataset, self.store.manifest["identity"])
         needs = needs_of(recipe.terms)
         self.head = teacher_head(recipe, self.store, self.dataset) if self.store else None
         taught = self.store if needs else None

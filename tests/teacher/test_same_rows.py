@@ -1,0 +1,70 @@
+"""What is known before any work: the store's rows are the trained ones, and its codec fits them."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import stored
+import torch
+
+from raykd import data
+from raykd.errors import DataError, RecipeError
+from raykd.orchestration.scoring import ShardActor
+from raykd.recipe.tables import StoreSettings
+from raykd.teacher.identity import store_identity, store_table
+from raykd.training.run_arms import ArmRunner
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = stored.write(tmp_path_factory.mktemp("same"))
+    return folder, *stored.scored(folder, "fp16")
+
+
+def test_training_refuses_rows_that_the_store_was_not_made_from(scored):
+    folder, recipe, store = scored
+    cpu = torch.device("cpu")
+    assert ArmRunner(recipe, str(store.place), cpu).store
+    path = folder / "rows" / "part-0.parquet"
+    rows = pq.read_table(path).to_pylist()
+    whole = path.read_bytes()
+    rows[3]["inputs"] = np.add(rows[3]["inputs"], 1e-3).tolist()
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    try:
+        with pytest.raises(
+            DataError, match=r"data\.source: rows has other rows here than"
+        ) as caught:
+            ArmRunner(recipe, str(store.place), cpu)
+    finally:
+        path.write_bytes(whole)
+    assert caught.value.exit_code == 3
+
+
+def test_scoring_refuses_rows_that_are_not_those_it_was_asked_for(scored, tmp_path):
+    _, recipe, _ = scored
+    dataset = data.load(recipe.data)
+    wanted = store_identity(recipe, dataset)
+    batch = {"number": [0], "split": ["train"], "first": [0], "last": [8]}
+    assert ShardActor(recipe, str(tmp_path / "same"), wanted)(batch)["rows"] == [8]
+    other = wanted | {"data": wanted["data"] | {"sha256": "0" * 64}}
+    with pytest.raises(DataError, match=r"data\.source: rows has other rows here than"):
+        ShardActor(recipe, str(tmp_path / "other"), other)(batch)
+    assert not list((tmp_path / "other").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("classes", [2, stored.CLASSES])
+def test_more_likeliest_classes_than_there_are_is_refused_by_key(scored, classes):
+    _, recipe, _ = scored
+    top = recipe.model_copy(update={"store": StoreSettings(codec="topk", top=classes + 1)})
+    words = (
+        rf"^store\.top = {classes + 1}: the data have {classes} classes; write at most {classes}"
+    )
+    with pytest.raises(RecipeError, match=words):
+        store_table(top, classes)
+    assert store_table(top, classes + 1)["top"] == classes + 1
+
+
+@pytest.mark.parametrize("temperature", ["inf", "nan", "0", "-1"])
+def test_a_temperature_is_a_finite_number_above_0(temperature):
+    with pytest.raises(ValueError, match="temperatures"):
+        StoreSettings(codec="topk", temperatures=[float(temperature)])
