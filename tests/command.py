@@ -16,6 +16,11 @@ from typing import Any
 import child
 
 ROOT = Path(__file__).parents[1]
+PATIENT = {  # a busy machine's Ray starts late, and answers late
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_health_check_timeout_ms": "60000",
+}
 TRUSTED = (
     "_MANIFEST.json",
     "arm.json",

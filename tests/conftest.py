@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import PATIENT
 from hypothesis import HealthCheck, settings
 from recipes import TINY
 
@@ -27,7 +28,6 @@ from raykd.orchestration.session import QUIET
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the cores
 settings.register_profile("laws", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("laws")  # how long an example takes is the machine's matter, and no law
-PATIENT = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300"}  # a busy machine's Ray starts late
 COMMANDS = {"test_forms", "test_jobs", "test_readme"}  # start Ray by other means than `command`
 # share a new environment, or files of encoders
 TOGETHER = dict.fromkeys(("test_alone", "test_text_artefact", "test_onnx_write"), "apart")
@@ -158,7 +158,7 @@ def session(cluster) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A recipe of tens of steps; `SEARCH` added to it makes one of four trials."""
+    """A recipe of tens of steps; `SEARCH` added to it makes one of three trials."""
     path = tmp_path_factory.mktemp("recipes") / "tiny.toml"
     path.write_text(TINY)
     return path

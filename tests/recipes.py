@@ -26,7 +26,7 @@ checkpoint_every = 10
 """
 SEARCH = """
 [search]
-trials = 4
+trials = 3
 grace = 20
 "terms.kd.temperature" = { uniform = [1.0, 4.0] }
 "optim.learning_rate" = { loguniform = [1e-3, 1e-2] }

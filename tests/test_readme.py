@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from command import PATIENT
 
 import raykd
 from raykd import techniques
@@ -119,7 +120,7 @@ def test_every_command_runs(command, checkout):
         command,
         shell=True,
         cwd=checkout,
-        env=mine | {"PATH": path, "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300"},
+        env=mine | PATIENT | {"PATH": path},
         capture_output=True,
         text=True,
         timeout=800,

@@ -55,7 +55,7 @@ def recipe_of(quant: dict[str, Any] | None, **export: bool) -> Recipe:
         "optim": {"steps": 20, "batch": 16, "evaluate_every": 10},
         "export": export,
     }
-    raw["student"] = {"settings": {"width": 32}}
+    raw["student"] = {"settings": {"width": 32, "layers": 1}}
     return resolve(
         raw | ({"phases": [{"until": 0.5}, {"until": 1.0, "quant": quant}]} if quant else {})
     )

@@ -3,6 +3,7 @@ what MLflow holds.
 """
 
 import json
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -88,8 +89,8 @@ def test_a_run_reported_without_its_answers_is_reported_again(made, recipe, fold
 
 def test_all_trials_are_there_over_one_store_without_a_look_at_test_rows(folder, scored):
     table = json.loads((folder / "tune.json").read_bytes())
-    assert [trial["number"] for trial in table["trials"]] == [0, 1, 2, 3]
-    assert len({json.dumps(trial["params"]) for trial in table["trials"]}) == 4
+    assert [trial["number"] for trial in table["trials"]] == [0, 1, 2]
+    assert len({json.dumps(trial["params"]) for trial in table["trials"]}) == 3
     assert {trial["state"] for trial in table["trials"]} <= {"finished", "stopped"}
     assert len(list((scored / "stores").iterdir())) == 1
     left = {path.name for path in (folder / "trials").rglob("*") if path.is_file()}
@@ -115,7 +116,9 @@ def test_the_best_trial_is_a_recipe_that_runs(folder, scored):
 def test_a_second_run_does_nothing_again_and_starts_no_ray(made, recipe, folder, scored):
     before = times(folder, scored)
     assert len(before) > 15
-    (process,) = [child.start(_walk_again, str(recipe), str(scored), made)]
+    new = multiprocessing.get_context("spawn")  # others are forked with Ray imported
+    process = new.Process(target=_walk_again, args=(str(recipe), str(scored), made))
+    process.start()
     assert child.wait([process]) == [0]
     assert times(folder, scored) == before
 
@@ -140,7 +143,7 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
         run.data.tags["raykd.key"].partition("/")[2]: run
         for run in client.search_runs([experiment.experiment_id])
     }
-    trials = {f"trial/{number}" for number in range(4)}
+    trials = {f"trial/{number}" for number in range(3)}
     assert runs.keys() == {"run", "control/seed-0", "student/seed-0"} | trials
     parent = runs.pop("run")
     assert parent.info.run_id == tracked["run_id"]
@@ -149,7 +152,7 @@ def test_mlflow_holds_the_run_its_arms_and_its_trials(made, folder):
     assert parent.data.tags["raykd.store_id"] == made["store"]["id"]
     assert [run.data.tags["mlflow.parentRunId"] for run in runs.values()] == [
         parent.info.run_id
-    ] * 6
+    ] * 5
     assert {key: runs[key].data.tags["raykd.arm"] for key in runs} == {
         "control/seed-0": "control",
         "student/seed-0": "student",

@@ -230,6 +230,7 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
         {
             "technique": "none",
             "data": {"stride": 128},
+            "student": {"settings": {"layers": 1}},
             "optim": {"steps": 20, "batch": 16, "evaluate_every": 10},
             "phases": [{"until": 0.5}, {"until": 1.0, "quant": SCHEMES[name]}],
         }
