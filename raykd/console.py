@@ -44,7 +44,8 @@ class Progress:
         if not rate:
             return "starting"
         left = (self.total - self.done) / rate
-        return f"{rate:,.0f} {self.unit}/s, {left:.0f} s left"
+        pace = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"{pace} {self.unit}/s, {left:.0f} s left"
 
     def _say(self, text: str, last: bool = False) -> None:
         line = f"{self.stage:<7} {self.done:,}/{self.total:,} {self.unit} {text}".rstrip()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,9 @@ from raykd.training import run_files
 from raykd.training.arm import World
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms
+
+TICK_S = 2  # between lines of progress that no evaluation brings
+LAST_BYTES = 4096  # of the file of progress, which hold its last line
 
 
 def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
@@ -153,6 +157,7 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
             world=world,
             device=device,
             report=report,
+            tick=_Ticker(folder) if world.rank == 0 else lambda arm, step: None,
             teacher=teacher,
         )
     except Diverged as fault:
@@ -172,6 +177,20 @@ def _append_progress(folder: Path, arm: str, *, step: int, metrics: dict[str, An
     line = {"arm": arm, "step": step, "val_accuracy": metrics.get("val_accuracy")}
     with (folder / run_files.PROGRESS).open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+class _Ticker:
+    """Appends the steps that are done to the run folder, every few seconds, between evaluations."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written = time.monotonic()
+
+    def __call__(self, arm: str, step: int) -> None:
+        now = time.monotonic()
+        if now - self.written >= TICK_S:
+            self.written = now
+            _append_progress(self.folder, arm, step=step, metrics={})
 
 
 class _ProgressWatch:
@@ -197,14 +216,18 @@ class _ProgressWatch:
             last = _last_line(self.path)
             if last and last["arm"] in self.arms:
                 done = self.arms.index(last["arm"]) * self.steps + last["step"]
-                note = f"{last['arm']}: validation accuracy {last['val_accuracy']:.3f}"
+                note = last["arm"]
+                if last["val_accuracy"] is not None:
+                    note += f": validation accuracy {last['val_accuracy']:.3f}"
                 self.progress.advance(done, note)
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
     """The last whole line, as JSON; None while there is none."""
     try:
-        lines = path.read_text().rpartition("\n")[0].splitlines()
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            lines = file.read().rpartition(b"\n")[0].splitlines()
     except FileNotFoundError:
         return None
     return json.loads(lines[-1]) if lines else None

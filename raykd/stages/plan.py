@@ -5,11 +5,16 @@ takes.
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from raykd import models
+from raykd.data import Rows
 from raykd.deploy import forms
 from raykd.errors import DataError
 from raykd.files.open import open_place
 from raykd.losses.terms import needs_of
+from raykd.models.adapter import Adapter
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
 from raykd.stages.check import check_with_data
@@ -35,22 +40,25 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         _parameters(recipe.student.of_seed(seed), data.shape, "student") for seed in recipe.seeds
     ]
     sizes = {"student": students[0]}
+    teacher = None
     if recipe.teacher:
-        sizes["teacher"] = _parameters(recipe.teacher, data.shape, "teacher")
+        teacher = models.build_model(recipe.teacher, **data.shape, key="teacher")
+        sizes["teacher"] = sum(p.numel() for p in teacher.parameters())
     check_with_data(recipe, run_folder.dataset, run_folder.path)
     if recipe.valence.source == "column" and train.valence is None:
         raise DataError(
             'valence.source = "column", but the data has none; name it in data.columns.valence'
         )
+    is_one_a_row = teacher is not None and not data.is_text and _answers_once(teacher, train)
     return {
         "run": str(run_folder.path),
         "data": data.describe(),
         "rows": {name: len(rows) for name, rows in data.splits.items()},
         "parameters": sizes,
         "workers": list(recipe.scale.workers),
-        "memory_bytes_a_worker": _memory(run_folder),
+        "memory_bytes_a_worker": _memory(run_folder, is_one_a_row),
         "tracking": run_folder.uri,
-        "stages": _stages(run_folder),
+        "stages": _stages(run_folder, is_one_a_row),
         "nearest_store": _nearest(run_folder),
     }
 
@@ -59,7 +67,16 @@ def _parameters(ref: Any, shape: dict[str, int], key: str) -> int:
     return sum(p.numel() for p in models.build_model(ref, **shape, key=key).parameters())
 
 
-def _stages(run_folder: RunFolder) -> list[dict[str, Any]]:
+@torch.inference_mode()
+def _answers_once(teacher: nn.Module, rows: Rows) -> bool:
+    """Whether a teacher answers once for a series, not at each of its steps."""
+    one = rows.take([0])
+    steps = one.mask.shape[1]
+    signals = Adapter(teacher).eval()(torch.from_numpy(one.inputs), torch.from_numpy(one.mask))
+    return steps > 1 and signals.logits.shape[1] == 1
+
+
+def _stages(run_folder: RunFolder, is_one_a_row: bool) -> list[dict[str, Any]]:
     recipe = run_folder.recipe
     arms = arms_of(recipe)
     stages: list[dict[str, Any]] = []
@@ -70,7 +87,7 @@ def _stages(run_folder: RunFolder) -> list[dict[str, Any]]:
         committed = open_place(run_folder.store).listed("_commits")
         done = [s for s in shards if f"_commits/{s.number:05d}.json" in committed]
         rows = sum(map(len, run_folder.dataset.splits.values()))
-        size = _store_bytes(run_folder)
+        size = _store_bytes(run_folder, is_one_a_row)
         what = (
             f"{rows} rows in {len(shards)} shards, {len(done)} scored; "
             f"about {size:,} bytes before compression, in {run_folder.store}"
@@ -109,27 +126,30 @@ def _nearest(run_folder: RunFolder) -> dict[str, Any] | None:
     )
 
 
-def _store_bytes(run_folder: RunFolder) -> int:
-    """fp16 logits, or what is kept of them, and valence at every step, 24 bytes a row beside; no
-    other signals.
+def _store_bytes(run_folder: RunFolder, is_one_a_row: bool) -> int:
+    """fp16 logits, or what is kept of them, and valence at every step, or once a row where that is
+    how the teacher answers; 24 bytes a row beside; no other signals.
     """
     settings = run_folder.recipe.store
     classes = len(run_folder.dataset.classes)
     sizes = {"comb": settings.points, "topk": 4 * settings.top}
     of_logits = sizes.get(codec_name(settings, classes), 2 * classes)
     width = of_logits + 2 * SIGNALS_A_STEP
-    return sum(
-        int(rows.mask.sum()) * width + 24 * len(rows) for rows in run_folder.dataset.splits.values()
-    )
+    size = 0
+    for rows in run_folder.dataset.splits.values():
+        answers = len(rows) if is_one_a_row else int(rows.mask.sum())
+        size += answers * width + 24 * len(rows)
+    return size
 
 
-def _memory(run_folder: RunFolder) -> int:
+def _memory(run_folder: RunFolder, is_one_a_row: bool) -> int:
     """Bytes that every training worker holds: the training and validation rows, and the teacher's
     logits.
     """
     splits = run_folder.dataset.splits
     rows = sum(splits[name].inputs.nbytes + splits[name].mask.nbytes for name in ("train", "val"))
-    return rows + (_store_bytes(run_folder) if needs_of(run_folder.recipe.terms) else 0)
+    reads = needs_of(run_folder.recipe.terms)
+    return rows + (_store_bytes(run_folder, is_one_a_row) if reads else 0)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     report: Report = lambda step, metrics: None,
+    tick: Callable[[int], None] = lambda step: None,
     live: LiveTeacher | Replay | None = None,
     kept: DraftLogSpec | None = None,
 ) -> State:
@@ -53,7 +54,7 @@ def train(
     An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of
     a log. Drafts that are written are `kept` where that is given. `report(step, metrics)` is called
     every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
-    since the last call and what `evaluate(student)` says.
+    since the last call and what `evaluate(student)` says. `tick(step)` is called after every step.
     """
     device = rows.device
     learner = Learner(student, objective_of(arm, student, rows)).to(device)
@@ -84,6 +85,7 @@ def train(
                 state.step += 1
                 state.seconds += clock(device) - started
                 faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
+                tick(state.step)
                 if state.step % optim.evaluate_every == 0 or state.step == span.last:
                     state.history.append(
                         _summary(state, world.sum(seen), step.extra_metrics(), evaluate)

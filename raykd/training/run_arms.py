@@ -186,11 +186,13 @@ def run_arms(
     world: World,
     device: torch.device,
     report: ArmReport,
+    tick: Callable[[str, int], None] = lambda arm, step: None,
     teacher: Teacher | None = None,
 ) -> None:
     """Train every arm that is not done; safe to call again after any death.
 
-    `report(arm key, step, metrics)` is called as training goes on. `teacher` scores what students
+    `report(arm key, step, metrics)` is called as training goes on, and `tick(arm key, step)` after
+    every step. `teacher` scores what students
     write; without one, it is loaded here.
     """
     runner = ArmRunner(recipe, store, device, teacher)
@@ -206,6 +208,7 @@ def run_arms(
             checkpoints=saved,
             checkpoint_every=recipe.scale.checkpoint_every,
             report=partial(report, arm.key),
+            tick=partial(tick, arm.key),
             kept=kept_of(recipe, runner.dataset, arm, folder),
         )
         if world.rank == 0:

@@ -1,0 +1,81 @@
+"""Progress is seen before the first evaluation, with a rate that is not rounded to nothing."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from raykd.console import Progress
+from raykd.orchestration import training
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import DataRef, ModelRef, Optim
+from raykd.training import run_files
+from raykd.training.arm import ONE_PROCESS
+from raykd.training.run_arms import run_arms
+
+
+def test_every_step_ticks_and_reports_come_with_evaluations(tmp_path):
+    recipe = Recipe(
+        technique="none",
+        terms={"ce": {}},
+        data=DataRef(stride=40),
+        student=ModelRef(settings={"width": 8, "layers": 1}),
+        optim=Optim(steps=5, evaluate_every=5),
+    )
+    ticks = []
+    reports = []
+    run_arms(
+        recipe,
+        None,
+        tmp_path,
+        world=ONE_PROCESS,
+        device=torch.device("cpu"),
+        report=lambda arm, step, metrics: reports.append((arm, step)),
+        tick=lambda arm, step: ticks.append((arm, step)),
+    )
+    arms = ("control-0", "student-0")
+    assert ticks == [(arm, step) for arm in arms for step in range(1, 6)]
+    assert reports == [(arm, 5) for arm in arms]
+
+
+def test_a_tick_is_written_every_few_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "TICK_S", 0.05)
+    ticker = training._Ticker(tmp_path)
+    for step in range(1, 13):
+        ticker("student-0", step)
+        time.sleep(0.01)
+    lines = (tmp_path / run_files.PROGRESS).read_text().splitlines()
+    assert 1 <= len(lines) <= 3
+    assert json.loads(lines[0])["val_accuracy"] is None
+
+
+def test_steps_before_an_evaluation_are_shown(tmp_path, capsys):
+    progress = Progress("train", 100, "steps", every_s=0)
+    watch = training._ProgressWatch(tmp_path, ["a-0", "b-0"], steps=50, progress=progress)
+    with watch:
+        time.sleep(0.1)
+        for number in range(200):  # more than the end of the file that is read
+            training._append_progress(tmp_path, "a-0", step=number % 50, metrics={})
+        training._append_progress(tmp_path, "b-0", step=3, metrics={})
+        end = time.monotonic() + 30
+        while progress.done != 53 and time.monotonic() < end:
+            time.sleep(0.05)
+    said = capsys.readouterr().err
+    assert "train   53/100 steps" in said
+    assert said.rstrip().endswith("b-0")
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"), [(0.18, "0.18 steps/s"), (3.0, "3 steps/s"), (1234.0, "1,234 steps/s")]
+)
+def test_a_slow_rate_is_told(rate, words, capsys):
+    progress = Progress("train", 10_000_000, "steps", every_s=0)
+    progress.started = time.monotonic() - 1000
+    progress.advance(round(1000 * rate))
+    assert words in capsys.readouterr().err
+
+
+def test_no_file_is_no_progress(tmp_path):
+    assert training._last_line(Path(tmp_path / "none")) is None
