@@ -54,7 +54,7 @@ class Order:
         rows = np.arange(len(is_labelled))
         labelled = np.flatnonzero(is_labelled)
         count = 0  # of labelled rows in each batch
-        if len(labelled) < len(rows):
+        if 0 < len(labelled) < len(rows):
             count = round(optim.labelled_share * optim.batch)
         pools = [(labelled, count), (rows, optim.batch - count)]
         self.streams = [

@@ -96,6 +96,19 @@ class Dataset:
     name: str
     classes: tuple[str, ...]
     splits: dict[str, Rows]
+    notes: tuple[str, ...] = ()  # what a reader of results must know of these rows
+
+    @property
+    def cautions(self) -> list[str]:
+        """The notes, and the classes that a split has no row of."""
+        found = list(self.notes)
+        for name, rows in self.splits.items():
+            present = set(np.unique(rows.label).tolist())
+            absent = [c for number, c in enumerate(self.classes) if number not in present]
+            if absent and not self.is_text:
+                more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+                found.append(f"no row of class {', '.join(absent[:SHOWN])}{more} in {name}")
+        return found
 
     @property
     def shape(self) -> dict[str, int]:
@@ -138,7 +151,7 @@ class Dataset:
         classes = "tokens" if self.is_text else "classes"
         return (
             f"{self.name}: {counts} rows, {labelled} {labels}, {len(self.classes)} {classes}, "
-            f"sha256 {self.digest[:12]}"
+            f"sha256 {self.digest[:12]}" + "".join(f"; {caution}" for caution in self.cautions)
         )
 
 
@@ -173,12 +186,8 @@ def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
     _check_valence(where, rows)
     if rows.is_text:
         return
-    present = set(np.unique(rows.label).tolist())
-    absent = [name for number, name in enumerate(dataset.classes) if number not in present]
-    if absent:
-        raise DataError(
-            f"{where}: no row of class {', '.join(absent)}; every class must occur in every split"
-        )
+    if name != "train" and not rows.labelled.any():
+        raise DataError(f"{where}: no row has a label, so nothing can be measured there")
 
 
 def _outside(values: NDArray[Any], count: int) -> NDArray[np.bool_]:

@@ -279,7 +279,7 @@ def _asks_valence(recipe: Recipe) -> bool:
 def _warnings(
     recipe: Recipe, dataset: Dataset, store: Store | None, records: dict[str, Any]
 ) -> list[str]:
-    found = []
+    found = list(dataset.cautions)
     labelled = dataset.splits["train"].labelled
     if (
         store

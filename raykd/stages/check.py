@@ -12,6 +12,7 @@ from raykd.data import Dataset
 from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.generation import judge_drafter
+from raykd.losses.terms import needs_of
 from raykd.recipe.recipe import Recipe
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import kept_of, replay_of
@@ -24,11 +25,29 @@ def check_with_data(
 
     `with_export` checks the student's export, too, in all forms of `[export]`.
     """
+    _check_labels(recipe, dataset)
     _check_text_tables(recipe, dataset)
     _check_drafts(recipe, dataset, folder)
     _check_drafter(recipe, dataset)
     if with_export:
         run_artefact.check(recipe, dataset)
+
+
+def _check_labels(recipe: Recipe, dataset: Dataset) -> None:
+    """RecipeError where an arm would learn from labels, and no training row has one."""
+    if dataset.splits["train"].labelled.any():
+        return
+    rows = "no training row has a label"
+    if recipe.teacher is None or not needs_of(recipe.terms):
+        raise RecipeError(
+            f"terms: {rows}, and no term reads a teacher; add one, such as [terms.kd]"
+        )
+    for key in ("control", "rounded_control"):
+        if getattr(recipe, key):
+            raise RecipeError(
+                f"{key}: {rows}, and a control learns from labels alone; set {key} = false, and "
+                "the student learns from its teacher alone"
+            )
 
 
 def _check_text_tables(recipe: Recipe, dataset: Dataset) -> None:

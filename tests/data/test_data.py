@@ -263,8 +263,11 @@ BAD = {
         {"classes": ["a", "b", "c"]},
         r"labels \['d'\] are outside data\.classes",
     ),
-    "class absent": (spoilt({"label": "d"}), {}, r"split 'train': no row of class d;"),
-    "unused class": (plain_rows(), {"classes": ["a", "b", "c", "e"]}, "no row of class e;"),
+    "no label in val": (
+        [row | {"label": None if row["split"] == "val" else row["label"]} for row in plain_rows()],
+        {},
+        r"split 'val': no row has a label",
+    ),
     "unknown split": (
         spoilt({"split": "dev"}),
         {},

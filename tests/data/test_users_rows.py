@@ -19,9 +19,12 @@ from raykd import data
 from raykd.console import show, stdout_for_results
 from raykd.data import SPLITS, Dataset
 from raykd.data import room as room_of_rows
-from raykd.errors import DataError, RaykdError
+from raykd.data.order import Order
+from raykd.errors import DataError, RaykdError, RecipeError
 from raykd.files.digests import file_sha256
-from raykd.recipe.tables import DataRef
+from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import DataRef, Optim
+from raykd.stages.check import check_with_data
 from raykd.targets import UNLABELLED
 
 NUMBER = count()
@@ -333,3 +336,39 @@ def test_half_of_a_surrogate_pair_is_no_text(load_function):
     rows = [{"text": text, "split": "train"} for text in ("a", "b\ud800")]
     with pytest.raises(DataError, match=r"text of row 1 holds half of a surrogate pair"):
         load_function(f"return {rows!r}", tokenizer="tokenizer.json")
+
+
+# rows without labels
+
+
+def test_a_class_that_a_split_lacks_is_told_and_not_refused(tmp_path):
+    rows = rows_of(["a", "b"])
+    rows[1]["label"] = "c"
+    dataset = load(write(tmp_path / "a.parquet", rows))
+    assert dataset.classes == ("a", "b", "c")
+    told = ["b in train", "c in val", "c in test"]
+    assert dataset.cautions == [f"no row of class {words}" for words in told]
+    assert "; no row of class b in train; " in dataset.describe()
+
+
+def test_rows_without_any_label_are_learnt_from_the_teacher_alone(tmp_path):
+    rows = rows_of(["a", "b"] * 4)
+    for row in rows:
+        row["label"] = None if row["split"] == "train" else row["label"]
+    dataset = load(write(tmp_path / "a.parquet", rows))
+    assert not dataset.splits["train"].labelled.any()
+    order = Order(dataset.splits["train"].labelled, Optim(batch=4, steps=2), seed=0)
+    assert sorted([*order.rows(0), *order.rows(1)]) == list(range(8))
+    taught = {"source": "watch_gestures"}
+    raw = {
+        "data": taught,
+        "teacher": {"weights": "t.safetensors"},
+        "student": {},
+        "terms": {"kd": {"weight": 1.0}},
+    }
+    recipe = Recipe.model_validate(raw)
+    with pytest.raises(RecipeError, match="control: no training row has a label"):
+        check_with_data(recipe, dataset, tmp_path)
+    alone = recipe.model_copy(update={"teacher": None})
+    with pytest.raises(RecipeError, match="terms: no training row has a label, and no term"):
+        check_with_data(alone, dataset, tmp_path)
