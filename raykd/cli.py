@@ -1,24 +1,30 @@
 """The command line. Nothing heavy is imported until a verb is carried out."""
 
+import atexit
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from raykd import __version__
-from raykd.console import show, stdout_for_results
+from raykd.console import show, silence, stdout_for_results, tell
 from raykd.errors import RaykdError
+from raykd.files import stopping
 from raykd.store.commands import store
 
 EXITS = (
     "Exit codes: 0 ok, 2 usage or recipe, 3 data or store, 4 quality gate, 5 infrastructure, "
     "130/143 signals."
 )
+HERE = Path(__file__).parent
 OPTIONS = {"sets": "--set", "allow_import": "--allow-import"}  # those not named as they are typed
 
 
@@ -37,29 +43,107 @@ def cli() -> None:
 def main(*verb: str) -> None:
     """Run the `raykd` script, or one verb of it.
 
-    A user's mistake ends in one message and its exit code.
+    A mistake of whatever kind ends in one message and its exit code.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.path.insert(0, os.getcwd())  # users' own modules, as under python -m
+    _open_closed_streams()
+    stopping.watch()
+    code = _carried_out([*verb, *sys.argv[1:]])
     try:
-        cli.main([*verb, *sys.argv[1:]], standalone_mode=False)
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+    _end(code)
+
+
+def _carried_out(words: list[str]) -> int:
+    """The exit code of a command line, whose messages are printed."""
+    try:
+        cli.main(words, standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt, SystemExit) as error:
-        # Only a signal raises SystemExit. Our handler exits with 143; Ray's with 15 after SIGTERM
-        # and with 0 after SIGINT.
-        click.echo("raykd: interrupted; the same command continues from here", err=True)
-        code = 143 if isinstance(error, SystemExit) and error.code in (143, signal.SIGTERM) else 130
+        return _exit_code(error)
     except click.ClickException as error:
-        error.show()
-        code = 2
+        tell(_usage(error))
+        return 2
     except RaykdError as error:
-        click.echo(f"raykd: {error}", err=True)
-        code = error.exit_code
-    except OSError as error:
-        click.echo(f"raykd: {error}; free the disk or name another --out", err=True)
-        code = 5
-    else:
-        code = 0
-    sys.stdout.flush()
+        tell(f"raykd: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 0
+    except Exception as error:
+        return _unforeseen(error)
+    return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    """The exit code after an exit that a signal, a closed pipe or the user's own code caused."""
+    if isinstance(error.__context__, BrokenPipeError):
+        silence(sys.stdout)
+        return 0
+    if stopping.has_been_asked():
+        # Our handler exits with 143; Ray's with 15 after SIGTERM and with 0 after SIGINT.
+        tell("raykd: interrupted; the same command continues from here")
+        is_term = isinstance(error, SystemExit) and error.code in (143, signal.SIGTERM)
+        return 143 if is_term else 130
+    tell(f"raykd: code that the recipe names raised {type(error).__name__}; let it return or raise")
+    return 3
+
+
+def _usage(error: click.ClickException) -> str:
+    """What click says of a command line that is wrong."""
+    lines = []
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        lines = [error.ctx.get_usage(), f"Try '{error.ctx.command_path} --help' for help.", ""]
+    return "\n".join([*lines, f"Error: {error.format_message()}"])
+
+
+def _unforeseen(error: Exception) -> int:
+    """Tell of an error that no part of raykd has a message for; its exit code."""
+    if os.environ.get("RAYKD_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, OSError):
+        tell(f"raykd: {error}; free the disk or name another --out")
+        return 5
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [Path(frame.filename) for frame in frames]
+    inside = [path.relative_to(HERE) for path in files if path.is_relative_to(HERE)]
+    where = ".".join(inside[-1].with_suffix("").parts) if inside else "raykd"
+    tell(f"raykd: {text} (in {where}); set RAYKD_TRACEBACK=1 to see where, and report it, please")
+    folders = {path.parts[0] for path in inside}
+    return 3 if folders & {"data", "store"} else 2 if "recipe" in folders else 5
+
+
+def _open_closed_streams() -> None:
+    """Open what the shell has closed of stdin, stdout and stderr, so that no file takes its place
+    and everything can be printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _end(code: int) -> NoReturn:
+    """Exit; without waiting for threads that the user's code has left behind."""
+    main_thread = threading.main_thread()
+    left = [t for t in threading.enumerate() if t is not main_thread and not t.daemon]
+    if left:
+        atexit._run_exitfuncs()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

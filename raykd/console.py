@@ -4,13 +4,52 @@ time left, which is one rewritten line on a terminal and plain lines elsewhere.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
+MOST_BYTES = 2000  # of one message
+# Controls but newline and tab, separators of lines, marks that turn the direction of text, and
+# halves of characters.
+UNSEEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+CREDENTIALS = re.compile(r"//[^/@\s\"']*@")
 _results: list[TextIO] = []  # where `show` prints while stdout is its alone
+
+
+def clean(text: str) -> str:
+    """`text` as it may stand on a terminal: nothing hidden in it acts, and no password is told."""
+    shown = CREDENTIALS.sub("//", text)
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
+
+
+def tell(text: str) -> None:
+    """One message on stderr: clean, and cut where it is long."""
+    data = clean(text).encode()
+    if len(data) > MOST_BYTES:
+        kept = data[:MOST_BYTES].decode(errors="ignore")
+        data = f"{kept}... and {len(data) - MOST_BYTES:,} bytes more".encode()
+    _print_aside(data.decode())
+
+
+def silence(stream: TextIO) -> None:
+    """Let what a stream still holds, whose reader has gone, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _print_aside(text: str, end: str = "\n") -> None:
+    """Print on stderr; nobody may be left to read it."""
+    with suppress(BrokenPipeError):
+        try:
+            print(text, end=end, file=sys.stderr, flush=True)
+        except UnicodeEncodeError:  # a terminal of few characters
+            print(ascii(text)[1:-1], end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -50,19 +89,23 @@ class Progress:
     def _say(self, text: str, last: bool = False) -> None:
         line = f"{self.stage:<7} {self.done:,}/{self.total:,} {self.unit} {text}".rstrip()
         end = "\n" if last or not self.terminal else ""
-        print(f"\r\x1b[K{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+        line = clean(line)
+        _print_aside(f"\r\x1b[K{line}" if self.terminal else line, end=end)
 
 
 def say(stage: str, text: str) -> None:
     """One plain line about a stage."""
-    print(f"{stage:<7} {text}", file=sys.stderr, flush=True)
+    _print_aside(clean(f"{stage:<7} {text}"))
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
     """Print a result on stdout: as one line of JSON for a script, or as text for a person."""
     stream = _results[-1] if _results else sys.stdout
-    line = json.dumps(result, sort_keys=True) if as_json else text
-    print(line, file=stream, flush=True)
+    line = clean(json.dumps(result, sort_keys=True) if as_json else text)
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
 
 
 @contextmanager

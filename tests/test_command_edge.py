@@ -1,0 +1,95 @@
+"""How every command ends: one clean message and its code, whatever was raised or closed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raykd import console
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "from raykd import cli\n{}\ncli.main()\n"
+
+
+def command(
+    *argv: str, before: str = "", shell: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`raykd ARGV` in a new process, after some lines of Python and under redirections."""
+    asked = [sys.executable, "-P", "-c", SCRIPT.format(before), *argv]
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {shell}', "sh", *asked],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def raising(what: str) -> str:
+    """Lines after which the list of techniques raises."""
+    return f"""
+from raykd import techniques
+def fail():
+    {what}
+techniques.all_techniques = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [
+        ("raise ZeroDivisionError('no luck')", 5, "ZeroDivisionError: no luck"),
+        ("fail()", 5, "RecursionError"),
+        ("raise MemoryError", 5, "MemoryError"),
+        ("import sys; sys.exit(143)", 3, "SystemExit"),
+        ("raise KeyboardInterrupt", 3, "KeyboardInterrupt|Abort"),
+    ],
+)
+def test_an_error_without_a_message_of_its_own_is_one_line_and_a_code(what, code, words):
+    done = command("techniques", before=raising(what))
+    assert done.returncode == code, done.stderr
+    assert any(word in done.stderr for word in words.split("|"))
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_its_traceback_is_there_for_who_asks():
+    done = command("techniques", before=raising("1 / 0"), RAYKD_TRACEBACK="1")
+    assert done.returncode == 5
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["<&- >&- 2>&-", ">&-", "2>&-", "| true"])
+def test_what_is_closed_changes_no_exit_code_and_is_quiet(shell):
+    done = command("techniques", shell=shell)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_usage_error_is_escaped_and_cut():
+    done = command("\x1b[2J\u202e" + "x" * 100_000)
+    assert done.returncode == 2
+    assert "\\x1b[2J\\u202e" in done.stderr
+    assert len(done.stderr) < 2100
+    assert "bytes more" in done.stderr
+
+
+def test_a_thread_that_stays_does_not_keep_the_command():
+    before = "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()"
+    assert command("techniques", before=before).returncode == 0
+
+
+def test_a_library_in_the_current_directory_is_not_run(tmp_path):
+    for name in ("pydantic", "random", "click"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    done = command("techniques", before=f"import os; os.chdir({str(tmp_path)!r})")
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_hide_passwords_and_stay_json(capsys):
+    console.show({"uri": "http://me:secret@host/x", "text": "\u202e"}, "", as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"uri": "http://host/x", "text": "\u202e"}
+    console.show({}, "http://me:secret@host/x \x1b[2J", as_json=False)
+    assert capsys.readouterr().out == "http://host/x \\x1b[2J\n"
