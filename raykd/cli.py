@@ -245,9 +245,12 @@ def score(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 def train(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """Every seed of the student and of its control."""
     from raykd.stages import walk
+    from raykd.training.arms import validation_accuracies
 
     folder = walk.train(recipe, out, address=address)
-    return {"run": str(folder)}, str(folder)
+    accuracies = validation_accuracies(recipe, folder)
+    lines = [f"{key}: validation accuracy {value:.3f}" for key, value in accuracies.items()]
+    return {"run": str(folder), "val_accuracy": accuracies}, "\n".join([*lines, str(folder)])
 
 
 @recipe_command

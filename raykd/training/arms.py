@@ -53,3 +53,12 @@ def best_seed(recipe: Recipe, folder: Path) -> int:
         if arm.name == "student"
     ]
     return max(records, key=lambda record: record["val"][f"val_{recipe.select}"])["seed"]
+
+
+def validation_accuracies(recipe: Recipe, folder: Path) -> dict[str, float]:
+    """The validation accuracy of every trained arm, by its key."""
+    accuracies = {}
+    for arm in arms_of(recipe):
+        record = read_json(run_files.arm_record(folder, arm.key))
+        accuracies[arm.key] = record["val"]["val_accuracy"]
+    return accuracies
