@@ -87,7 +87,7 @@ def from_json(data: bytes | None, name: str) -> Any:
     """
     try:
         return None if data is None else json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{name} is damaged: not JSON ({error}); delete it and run again"
         ) from None

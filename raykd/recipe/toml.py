@@ -6,6 +6,7 @@ from typing import Any
 
 from raykd.errors import RecipeError
 from raykd.files.address import is_url
+from raykd.files.reading import read_bounded
 
 PATHS = (
     ("teacher", "weights"),
@@ -24,13 +25,15 @@ def is_path(source: str) -> bool:
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file; RecipeError if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded(path).decode())
     except OSError as error:
         raise RecipeError(
             f"recipe {path} cannot be read: {error.strerror}; name an existing TOML file"
         ) from None
     except ValueError as error:  # not UTF-8, not TOML, or a number too long for Python
         raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"recipe {path} is not valid TOML: it is nested too deeply") from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +64,8 @@ def parse_set(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
+    except (ValueError, RecursionError):  # a number too long for Python, or nested too deeply
+        raise RecipeError(f"--set {key.strip()}: its value is too long or too deep") from None
 
 
 def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
