@@ -1,5 +1,6 @@
 """Any nn.Module as a source of Signals: its answer in any form, its inner layers by hooks."""
 
+import inspect
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.signals import Signals, masked_mean
+
+MASKS = ("mask", "attention_mask")  # parameters of a forward that take the mask of valid steps
 
 
 @runtime_checkable
@@ -38,7 +41,9 @@ class Adapter(nn.Module):
     """`module` as a function (inputs (B, T, K), mask (B, T)) -> Signals.
 
     The module answers with logits (B, C) or (B, T, C), or with a dict or object that has `logits`
-    and, if it has a value head, `valence` (B, T). `want` names inner layers as in Signals:
+    and, if it has a value head, `valence` (B, T). Of series it gets the mask, too, if its forward
+    has a parameter `mask` (bool) or `attention_mask` (int64). `want` names inner layers as in
+    Signals:
 
         hidden.<submodule>, embedding.<submodule>   any submodule that answers (B, T, D)
         attention.<submodule>                       an nn.MultiheadAttention, or KeepsAttention
@@ -62,7 +67,7 @@ class Adapter(nn.Module):
     def forward(self, inputs: Tensor, mask: Tensor) -> Signals:
         """Signals of a batch; per-sequence logits become one step."""
         self.answers.clear()
-        answer = self.module(inputs)
+        answer = call(self.module, inputs, mask)
         logits = field(answer, "logits")
         valence = field(answer, "valence")
         if logits is None or logits.dim() not in (2, 3):
@@ -102,6 +107,26 @@ class Adapter(nn.Module):
                 ".attention and .scores, or leave the term out: weight = 0"
             )
         layer.register_forward_hook(keep)
+
+
+def mask_name(module: nn.Module) -> str | None:
+    """The parameter of a module's forward that takes the mask of valid steps; None without one."""
+    # The masks of torch's own modules are of another kind: nn.TransformerEncoder's is (T, T).
+    if type(module).__module__.startswith("torch.nn."):
+        return None
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in MASKS if name in parameters), None)
+
+
+def call(module: nn.Module, inputs: Tensor, mask: Tensor) -> Any:
+    """A module's own answer to a batch (B, T, K), with the mask (B, T) if its forward takes one.
+
+    A mask of text never goes in: it says where a loss applies, not what a model may read.
+    """
+    name = mask_name(module)
+    if name is None or not inputs.is_floating_point():
+        return module(inputs)
+    return module(inputs, **{name: mask.long() if name == "attention_mask" else mask})
 
 
 def field(answer: Any, name: str) -> Tensor | None:

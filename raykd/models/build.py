@@ -57,6 +57,10 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
         except (TypeError, ValueError) as error:
             refused = f"{key}.settings: {ref.model} refuses {ref.settings}: {error}"
             raise RecipeError(refused) from None
+    if not isinstance(module, nn.Module):
+        raise RecipeError(
+            f"{key}.model: {ref.model} gives a {type(module).__name__}; return an nn.Module"
+        )
     if ref.weights:
         load_weights(module, Path(ref.weights), key)
     return module

@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from raykd import models
@@ -13,9 +14,15 @@ from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
+from raykd.models.probe import ProbeRows, check_student, check_teacher
 from raykd.recipe.recipe import Recipe
+from raykd.recipe.tables import ModelRef
+from raykd.recipe.user_code import user_code
+from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import kept_of, replay_of
+
+FEW = 8  # tokens that a built-in model of text is asked
 
 
 def check_with_data(
@@ -29,6 +36,7 @@ def check_with_data(
     _check_text_tables(recipe, dataset)
     _check_drafts(recipe, dataset, folder)
     _check_drafter(recipe, dataset)
+    _check_models(recipe, dataset)
     if with_export:
         run_artefact.check(recipe, dataset)
 
@@ -85,3 +93,43 @@ def _check_drafter(recipe: Recipe, dataset: Dataset) -> None:
         with torch.device("meta"):
             module = models.build_model(ref.bare, **dataset.shape, key=key)
             judge_drafter.check(module, key)
+
+
+def _check_models(recipe: Recipe, dataset: Dataset) -> None:
+    """RecipeError where student or teacher cannot do with rows as these data have them."""
+    teacher = recipe.teacher
+    probed = [("student", recipe.student.bare, check_student)]
+    # A teacher in a folder is found out as it is read: its columns, its steps, that it is causal.
+    if teacher is not None and teacher.model != TRANSFORMERS and not _is_folder(teacher):
+        probed.append(("teacher", teacher, check_teacher))
+    every_row = _probe_rows(dataset)
+    for key, ref, check in probed:
+        rows = every_row._replace(may_have_more=key == "teacher" and dataset.is_text)
+        if ref.model == LLAMA:
+            # Neither weights nor length matter to it: a few tokens show the shapes.
+            ref = ref.bare
+            rows = rows._replace(inputs=rows.inputs[:, :FEW], mask=rows.mask[:, :FEW])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = models.build_model(ref, **dataset.shape, key=key)
+            with user_code(f"{key}.model {ref.model}"):
+                check(module, key, rows)
+
+
+def _is_folder(ref: ModelRef) -> bool:
+    return ref.weights is not None and Path(ref.weights).is_dir()
+
+
+def _probe_rows(dataset: Dataset) -> ProbeRows:
+    """The shortest training row and the longest one."""
+    train = dataset.splits["train"]
+    length = train.mask.sum(1)
+    chosen = [int(length.argmin()), int(length.argmax())]
+    if chosen[0] == chosen[1]:  # rows of one length
+        chosen = [0, len(train) - 1]
+    inputs = torch.from_numpy(np.array(train.inputs[chosen]))
+    mask = torch.from_numpy(np.array(train.mask[chosen]))
+    mask[1] = True  # the longest row may lie in another split
+    if dataset.is_text:  # there a mask is of the loss, and says nothing of length
+        mask[0] = True
+    return ProbeRows(inputs, mask, len(dataset.classes))

@@ -1,0 +1,89 @@
+"""A recipe that cannot work is refused before any work: by its models, held against its data."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torch import Tensor, nn
+
+from raykd import data
+from raykd.errors import RecipeError
+from raykd.models import build
+from raykd.recipe.tables import ModelRef
+from raykd.stages.check import check_with_data
+from raykd.stages.load import resolve
+
+CLASSES = ("a", "b")
+
+
+class Mean(nn.Module):
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs.mean(1))
+
+
+MODELS = {
+    "mean": Mean,
+    "five": lambda classes, channels: Mean(5, channels),
+    "failing": lambda classes, channels: 1 / 0,
+    "no module": lambda classes, channels: 3,
+}
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """Checks a recipe over rows of these lengths."""
+
+    def check(lengths: tuple[int, int], **tables: object) -> None:
+        draws = np.random.default_rng(0)
+        rows = [
+            {
+                "inputs": draws.normal(size=(lengths[i % 2], 3)).tolist(),
+                "label": CLASSES[i // 3 % 2],
+                "split": ("train", "val", "test")[i % 3],
+            }
+            for i in range(24)
+        ]
+        folder = tmp_path / "rows"
+        folder.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+        raw = {"technique": "none", "data": {"source": str(folder)}, "control": False}
+        models = {key: ModelRef.model_validate(table) for key, table in tables.items()}
+        recipe = resolve(raw).model_copy(update=models)
+        check_with_data(recipe, data.load(recipe.data), tmp_path / "run")
+        assert not Path(tmp_path / "run").exists()
+
+    monkeypatch.setattr(build, "MODELS", build.MODELS | MODELS)
+    return check
+
+
+def test_the_built_in_student_and_a_mean_over_equal_rows_are_let_through(told):
+    told((4, 9))
+    told((9, 9), student={"model": "mean"})
+
+
+@pytest.mark.parametrize(
+    ("student", "key", "message"),
+    [
+        ({"model": "mean"}, "student.model", "rows here are of unequal length"),
+        ({"model": "five"}, "student.model", "5 classes, and the data have 2"),
+        ({"settings": {"classes": 3}}, "student.model", "3 classes, and the data have 2"),
+        ({"model": "failing"}, None, "student.model failing raised ZeroDivisionError"),
+        ({"model": "no module"}, None, "student.model: no module gives a int; return an nn.Module"),
+    ],
+)
+def test_a_student_that_cannot_is_refused_by_its_key(told, student, key, message):
+    with pytest.raises(RecipeError, match=message) as refused:
+        told((4, 9), student=student)
+    assert refused.value.exit_code == 2
+    assert key is None or [problem.key for problem in refused.value.problems] == [key]
+
+
+def test_a_teacher_that_reads_padding_is_refused_by_its_key(told):
+    with pytest.raises(RecipeError, match=r"teacher\.model.*rows here are of unequal length"):
+        told((4, 9), teacher={"model": "mean"})
