@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from raykd.data.rows import Rows
 from raykd.deploy import packed, pte
+from raykd.deploy.gguf import write as write_gguf
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write_stream
 from raykd.deploy.onnx.stream import StreamReader
 from raykd.deploy.parity import BLOCKS, Parity, bar_of, compare
 from raykd.errors import Problem, RecipeError
 from raykd.models.adapter import Adapter
+from raykd.models.llama import Llama
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export
-from raykd.training import predictions
+from raykd.training import phases, predictions
 from raykd.training.device_rows import to_device
 
 FILES = {
@@ -61,6 +63,8 @@ def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bo
         raise RecipeError(problems)
     if export.gguf and find_spec("gguf") is None:
         problems.append(Problem("export.gguf", "needs gguf; type: pip install 'raykd[gguf]'"))
+    if export.gguf:
+        problems += _refused("gguf", lambda: _check_gguf(module, quant))
     if export.stream:
         problems += _refused("stream", lambda: write_stream.check(module))
     if export.packed and quant is None:
@@ -194,6 +198,15 @@ def _program_logits(path: Path, rows: Rows) -> Logits:
     program = pte.load(path.read_bytes())
     answers = [program(torch.from_numpy(row[None].copy()))[0].numpy() for row in rows.inputs]
     return onnx_session.mean_over(np.concatenate(answers), rows.mask)
+
+
+def _check_gguf(module: nn.Module, quant: Quant | None) -> None:
+    """RecipeError if llama.cpp has no blocks for a student of this shape."""
+    assert isinstance(module, Llama)
+    shaped = Llama(**module.settings)
+    if quant is not None:
+        phases.round_as(shaped, quant)
+    write_gguf.check(shaped)
 
 
 def _encoder(module: nn.Module) -> write_stream.SeriesEncoder:

@@ -164,11 +164,14 @@ def test_a_changed_table_is_a_new_export_and_no_new_training(tmp_path):
 
 
 def test_an_artefact_of_before_the_table_is_whole_without_forms(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"run.py": {}}}))
+    manifest = {"files": {"run.py": {}}, "answered_by": "run.py"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert not artefact.is_whole(tmp_path, Export())
     (tmp_path / "run.py").touch()
     assert artefact.is_whole(tmp_path, Export())
     assert not artefact.is_whole(tmp_path, Export(stream=True))
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"run.py": {}}}))
+    assert not artefact.is_whole(tmp_path, Export()), "its run.py was never asked"
 
 
 def test_an_export_keeps_what_the_artefact_answers_on_the_test_rows(tmp_path):
@@ -266,3 +269,21 @@ def test_the_bar_is_that_of_the_answers_largest_difference():
     for bar in (Bar(5e-4, 2e-3, 1.0), Bar(2e-3, 5e-4, 1.0)):
         with pytest.raises(GateError, match="on 200 test rows"):
             compare(trained, off, bar, "200 test rows")
+
+
+@pytest.mark.parametrize(
+    ("width", "quant", "message"),
+    [
+        (64, Quant(weights="ternary"), "TQ2_0 takes rows of a multiple of 256, found 64"),
+        (256, Quant(weights="ternary", per="group", group=64), "has a scale for 256 neighbours"),
+        (48, Quant(weights="int8"), "Q8_0 takes rows of a multiple of 32, found 48"),
+    ],
+)
+def test_what_no_block_of_gguf_holds_is_refused_before_training(width, quant, message):
+    pytest.importorskip("gguf")
+    sizes = {"layers": 1, "heads": 2, "kv_heads": 1, "inner": 256}
+    module = Llama(classes=300, steps=16, width=width, **sizes)
+    with pytest.raises(RecipeError, match=message) as refused:
+        forms.check(Export(gguf=True), module, quant, is_text=True)
+    assert [problem.key for problem in refused.value.problems] == ["export.gguf"]
+    forms.check(Export(gguf=True), module, None, is_text=True)

@@ -28,16 +28,7 @@ def blocks(kind: str, codes: NDArray[np.int8], scales: NDArray[np.float32], name
     size = SIZES[kind]
     rows, width = codes.shape
     group = width // scales.shape[1]
-    if width % size:
-        raise RecipeError(
-            f"{name}: {kind} takes rows of a multiple of {size}, found {width}; "
-            f"build the student with width and inner that {size} divides"
-        )
-    if group % size:
-        raise RecipeError(
-            f"{name}: quant.group: {kind} has a scale for {size} neighbours, found {group}; "
-            f'write per = "channel" or "tensor"{f", or group = {size}" if size == 32 else ""}'
-        )
+    check(kind, width, group, name)
     of_blocks = codes.reshape(rows, width // size, size)
     scale = np.repeat(scales, group // size, 1)[..., None]
     used = scale[(of_blocks != 0).any(-1)]
@@ -51,6 +42,24 @@ def blocks(kind: str, codes: NDArray[np.int8], scales: NDArray[np.float32], name
     packed = PACKED[kind](of_blocks)
     order = [packed, tail] if kind in ("TQ2_0", "TQ1_0") else [tail, packed]
     return np.concatenate(order, -1).reshape(rows, -1)
+
+
+def check(kind: str, width: int, group: int, name: str) -> None:
+    """RecipeError if a type cannot hold rows of this width with a scale for `group` neighbours.
+
+    `name` is the layer's.
+    """
+    size = SIZES[kind]
+    if width % size:
+        raise RecipeError(
+            f"{name}: {kind} takes rows of a multiple of {size}, found {width}; "
+            f"build the student with width and inner that {size} divides"
+        )
+    if group % size:
+        raise RecipeError(
+            f"{name}: quant.group: {kind} has a scale for {size} neighbours, found {group}; "
+            f'write per = "channel" or "tensor"{f", or group = {size}" if size == 32 else ""}'
+        )
 
 
 def _two_bits(codes: NDArray[np.int8]) -> Bytes:

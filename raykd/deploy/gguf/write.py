@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.data import byte_bpe
+from raykd.deploy.gguf import blocks as block_types
 from raykd.deploy.gguf.blocks import blocks
 from raykd.errors import RecipeError
 from raykd.models.llama import Llama
@@ -88,6 +89,48 @@ def write(
     finally:
         staged.unlink(missing_ok=True)
     return sizes
+
+
+def check(module: Llama) -> None:
+    """RecipeError if a rounded Llama has no GGUF form, whatever its weights are: they are not read.
+
+    Whether float16 holds its scales is known only when it is written.
+    """
+    kinds = {"ternary": "TQ2_0", "int4": "Q4_0", "int8": "Q8_0"}
+    found: dict[str, str] = {}
+    for name, layer in quantised(module):
+        if layer.quant is None:
+            continue
+        is_table = isinstance(layer, QuantEmbedding)
+        kind = kinds[layer.quant.embeddings if is_table else layer.quant.weights]
+        width = layer.weight.shape[1]
+        by_tensor = layer.quant.per == "tensor" and not is_table
+        group = width if by_tensor else layer.quant.columns(width)
+        block_types.check(kind, width, group, name)
+        found[name_of(name)] = kind
+    for name, value in other_parameters.plain(module.state_dict(keep_vars=True)).items():
+        owner = name.rpartition(".")[0]
+        if value.dim() > 1 and _is_stored(module, value):
+            block_types.check("Q8_0", value.shape[1], value.shape[1], owner)
+            found[name_of(owner)] = "Q8_0"
+    is_tied = module.settings["tied"]
+    if module.settings["sub_norm"] and not (is_tied and found.get(TABLE) == found.get(HEAD)):
+        raise _two_tables()
+
+
+def _is_stored(module: Llama, value: Tensor) -> bool:
+    return any(
+        value is stored and parametrisation.quant
+        for stored, parametrisation in other_parameters.stored(module)
+    )
+
+
+def _two_tables() -> RecipeError:
+    return RecipeError(
+        "export: llama.cpp's bitnet multiplies with the embedding in the head's place, "
+        "and here the two differ; build the student with tied = true, "
+        "and round both or none of them"
+    )
 
 
 def gguf_library() -> Any:
