@@ -20,7 +20,6 @@ from raykd.recipe.validation import suggestion
 from raykd.targets import UNLABELLED
 
 PARTS = ("prompt", "completion")
-SHOWN = 5  # rows that a message names
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,8 @@ class Piece:
 def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
     """The data set of records {split, group, text} or {split, group, prompt, completion}.
 
-    `data.tokenizer` turns them into tokens. Records that cannot be a row, one without a completion
-    or with a prompt that fills the window, are left out and noted; DataError names them if they
-    are more than `data.max_unfit`.
+    `data.tokenizer` turns them into tokens. DataError names a record that cannot be a row: one
+    without a completion, or with a prompt that fills the window.
     """
     rows = list(records)
     split = split_names([row["split"] for row in rows], name, ref)
@@ -64,20 +62,12 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
             _check_text(row[key], f"{name}: {key} of row {number}")
     tokenizer = read_tokenizer(ref)
     end = _end_of_text(tokenizer, ref)
-    unfit: dict[int, str] = {}
     if has_prompts:
-        documents = _of_prompts(rows, tokenizer, end)
-        reasons = {row: _unfit(document, ref) for row, document in enumerate(documents)}
-        unfit = {row: why for row, why in reasons.items() if why}
-        _check_unfit(unfit, len(rows), name, ref)
-        is_fit = [row not in unfit for row in range(len(rows))]
-        documents = [document for row, document in enumerate(documents) if row not in unfit]
-        split = split[is_fit]
+        documents = _of_prompts(rows, tokenizer, end, name=name, ref=ref)
         cut = sum(len(document.tokens) - 1 > ref.window for document in documents)
         name = f"{name}, {cut} completions cut" if cut else name
     else:
         documents = _of_text(rows, tokenizer, end)
-    notes = (_unfit_words(unfit, len(rows)) + "; they are left out",) if unfit else ()
     splits = {}
     count = 0
     for part in SPLITS:
@@ -86,7 +76,7 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
             of_split, ref.window, shared=part == "train", whole=has_prompts, first_id=count
         )
         count += len(splits[part])
-    return Dataset(name, tokens_of(tokenizer), splits, notes)
+    return Dataset(name, tokens_of(tokenizer), splits)
 
 
 def split_names(values: Sequence[Any], name: str, ref: DataRef) -> NDArray[np.str_]:
@@ -232,41 +222,32 @@ def _of_text(rows: list[dict[str, Any]], tokenizer: Any, end: int) -> list[Docum
     ]
 
 
-def _of_prompts(rows: list[dict[str, Any]], tokenizer: Any, end: int) -> list[Document]:
+def _of_prompts(
+    rows: list[dict[str, Any]], tokenizer: Any, end: int, *, name: str, ref: DataRef
+) -> list[Document]:
     """A document of each row's prompt and completion; its labels begin with the completion."""
     prompts, completions = (_encoded(rows, key, tokenizer) for key in PARTS)
-    return [
-        Document(np.array([*prompt, *completion, end], np.int32), len(prompt), group)
-        for prompt, completion, group in zip(prompts, completions, _numbered(rows), strict=True)
-    ]
-
-
-def _unfit(document: Document, ref: DataRef) -> str:
-    """Why a prompt and its completion make no row; empty if they do."""
-    prompt = document.first_label
-    if len(document.tokens) == prompt + 1:
-        return "has an empty completion, which teaches nothing"
-    if not prompt:
-        return "has an empty prompt"
-    if prompt > ref.window:
-        return f"has a prompt of {prompt} tokens, and a row has data.window = {ref.window}"
-    return ""
-
-
-def _check_unfit(unfit: dict[int, str], count: int, name: str, ref: DataRef) -> None:
-    """DataError if more rows are unfit than `data.max_unfit` allows."""
-    if len(unfit) > ref.max_unfit * count:
-        raise DataError(
-            f"{name}: {_unfit_words(unfit, count)}; data.max_unfit = {ref.max_unfit:g} leaves out "
-            f"{int(ref.max_unfit * count):,} at most: mend them, or raise it"
-        )
-
-
-def _unfit_words(unfit: dict[int, str], count: int) -> str:
-    """How many rows are unfit, and the first of them with the reason."""
-    first = "; ".join(f"row {row} {why}" for row, why in list(unfit.items())[:SHOWN])
-    more = f"; and {len(unfit) - SHOWN:,} more" if len(unfit) > SHOWN else ""
-    return f"{len(unfit):,} of {count:,} rows cannot be learnt from: {first}{more}"
+    documents = []
+    for number, group in enumerate(_numbered(rows)):
+        prompt = prompts[number]
+        completion = completions[number]
+        if not completion:
+            raise DataError(
+                f"{name}: row {number} has an empty completion, which teaches nothing; drop it"
+            )
+        if not prompt:
+            raise DataError(
+                f"{name}: row {number} has an empty prompt; name the column as data.columns.text "
+                "instead"
+            )
+        if len(prompt) > ref.window:
+            raise DataError(
+                f"{name}: the prompt of row {number} has {len(prompt)} tokens, and a row "
+                f"{ref.window}: raise data.window, or shorten it"
+            )
+        tokens = np.array([*prompt, *completion, end], np.int32)
+        documents.append(Document(tokens, first_label=len(prompt), group=group))
+    return documents
 
 
 def _numbered(rows: list[dict[str, Any]]) -> list[int]:

@@ -1,13 +1,17 @@
 """The deployable student of series: a folder with what it takes to run it, whole or absent.
 
-student.safetensors   the weights of the best seed, by validation accuracy
-student.onnx          in its place if it was trained rounded: codes and scales for onnxruntime
-model.json            the model's name and settings, channels, steps and class names
-run.py                loads both and classifies a .npy file
+student.onnx          the best seed's student, by validation accuracy, for onnxruntime: codes and
+                      scales if it was trained rounded
+student.safetensors   the weights, if it was not: for raykd, and all there is of a student that
+                      ONNX cannot hold
+model.json            the model's name and settings, class names, and how a row must look
+run.py                classifies rows of any length up to the longest, each by itself
 student.*             the other forms that `[export]` asks for, each compared with the student
 README.md             a model card to fill in
 manifest.json         bytes and sha256 of each file, the measured parity, bytes by kind, latency
                       and what is computed in float32, with the reason
+
+What the report says of the artefact is what its run.py answered on the test rows, as a process.
 """
 
 import json
@@ -22,11 +26,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raykd import models
-from raykd.data import Dataset
-from raykd.deploy import forms, latency, packed, sizes
+from raykd.data import Dataset, Rows
+from raykd.deploy import forms, latency, own_script, packed, sizes
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
-from raykd.deploy.parity import Parity, bar_of, compare, refusal
+from raykd.deploy.parity import EXACT, Bar, Parity, bar_of, compare, refusal
+from raykd.errors import GateError, RecipeError
 from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
 from raykd.files.digests import file_sha256
 from raykd.models.adapter import Adapter
@@ -44,7 +49,11 @@ LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic 
 WEIGHTS = "student.safetensors"
 ONNX = "student.onnx"
 MODEL = "model.json"
-ALONE = 512  # test rows that are answered one by one, too
+ALONE = 512  # test rows that the trained student reads one by one, too
+# Of float32 in another runtime. Where two logits are equal, either may be the larger one.
+SAME = Bar(EXACT.relative, EXACT.largest, 0.0)
+SHORTER = 0.05  # of the largest logit: more than rounding, less than another answer
+SCRIPTED = "answered_by"  # key of the manifest: the script whose answers were measured
 
 Logits = NDArray[np.float32]
 
@@ -58,20 +67,20 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
     seed = best_seed(recipe, folder)
     arm = run_files.student(folder, seed)
-    quant = recipe.quant
+    trained = predictions.read(arm / run_files.PREDICTIONS).logits
+    assert trained is not None
     with whole_folder(run_files.artefact(folder)) as staged:
         write_json(staged / MODEL, _model(recipe, dataset))
         (staged / WEIGHTS).write_bytes((arm / run_files.WEIGHTS).read_bytes())
-        measured = _rounded(recipe, dataset, staged, quant) if quant else {}
-        title = f"{recipe.name} ({recipe.technique})"
-        copy_cards(staged, title, run="run_onnx.py" if quant else "run.py")
-        trained = predictions.read(arm / run_files.PREDICTIONS).logits
+        measured = _write_student(recipe, dataset, staged, trained)
+        _describe_rows(staged, dataset)
+        copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run.py")
+        _card_rows(staged)
         answers = predict(staged, dataset)
-        assert trained is not None
         assert answers.logits is not None
-        parity = _parity(staged, dataset, trained, answers.logits, quant)
+        parity = _parity(staged, arm, dataset, trained, answers.logits, recipe.quant)
         form_parity = _forms(recipe, dataset, staged, arm, trained)
-        manifest = _manifest(staged, seed, quant, parity)
+        manifest = _manifest(staged, seed, recipe.quant, parity)
         manifest |= measured
         manifest |= {"export": recipe.export.model_dump()}
         for name, measures in form_parity.items():
@@ -85,7 +94,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 def is_whole(folder: Path, forms_table: Export) -> bool:
     """Whether a folder holds an artefact with all its files, in just the forms of `[export]`."""
     manifest = read_json(folder / run_files.MANIFEST)
-    if manifest is None:
+    if manifest is None or manifest.get(SCRIPTED) is None:  # its run.py was never asked
         return False
     if manifest.get("export", Export().model_dump()) != forms_table.model_dump():
         return False
@@ -126,13 +135,28 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> dict[str, Any]:
-    """Write the ONNX file in place of the weights; the sizes and latency for the manifest."""
-    rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
-    module = load_artefact(staged).module
-    tensors = sizes.tensors_of(module)
-    file = write_onnx.to_onnx(module, rows)
-    (staged / ONNX).write_bytes(file)
+def _write_student(
+    recipe: Recipe, dataset: Dataset, staged: Path, trained: Logits
+) -> dict[str, Any]:
+    """Write the ONNX file; what the manifest says of it.
+
+    It takes the place of a rounded student's weights. A student in full precision keeps these, and
+    only these where ONNX cannot hold it.
+    """
+    quant = recipe.quant
+    try:
+        file, is_free = _onnx_of(staged, dataset)
+        (staged / ONNX).write_bytes(file)
+        if quant is None:
+            compare(trained, _onnx_logits(staged, dataset), SAME, ONNX)
+    except (RecipeError, GateError) as error:
+        if quant is not None:
+            raise
+        (staged / ONNX).unlink(missing_ok=True)
+        return {"needs_raykd": _why(error)}
+    if quant is None:
+        return {"free_steps": is_free}
+    tensors = sizes.tensors_of(load_artefact(staged).module)
     (staged / WEIGHTS).unlink()
     refs = {"teacher": recipe.teacher, "fp32 student": recipe.student.bare}
     others = {
@@ -140,14 +164,125 @@ def _rounded(recipe: Recipe, dataset: Dataset, staged: Path, quant: Quant) -> di
         for name, ref in refs.items()
         if ref
     }
+    row = torch.from_numpy(dataset.splits["test"].inputs[:1].copy())
+    left = swap.left(others["fp32 student"], quant)
     return {
-        "latency": latency.latency(file, others, rows[:1]),
+        "free_steps": is_free,
+        "latency": latency.latency(file, others, row),
         "tensors": tensors,
         "bytes_by_kind": sizes.bytes_of(file, tensors),
-        "computed_in_float32": [
-            layer._asdict() for layer in swap.left(others["fp32 student"], quant)
-        ],
+        "computed_in_float32": unrounded(left, quant, others["fp32 student"]),
     }
+
+
+def unrounded(left: list[swap.Left], quant: Quant, module: nn.Module) -> list[dict[str, str]]:
+    """What is computed with in float32: its name, the reason, and how it is stored.
+
+    `module` is the student in full precision.
+    """
+    shapes = {name: value.dim() for name, value in module.named_parameters(remove_duplicate=False)}
+    rows = []
+    for layer in left:
+        is_matrix = shapes.get(layer.name, shapes.get(f"{layer.name}.weight", 0)) > 1
+        stored = "int8" if quant.rest == "int8" and is_matrix else "float32"
+        rows.append({**layer._asdict(), "stored": stored})
+    return rows
+
+
+def _onnx_of(staged: Path, dataset: Dataset) -> tuple[bytes, bool]:
+    """The student's ONNX file, and whether it takes rows of any length.
+
+    A student that takes one number of steps has a file of that; RecipeError if it has none.
+    """
+    rows = torch.from_numpy(dataset.splits["test"].inputs[:2].copy())
+    while len(rows) < 2:  # the tracer takes one row for a constant
+        rows = torch.cat([rows, rows])
+    steps = rows.shape[1]
+    if steps > 2:
+        try:
+            file = write_onnx.rows_to_onnx(load_artefact(staged).module, rows, free_steps=True)
+            if _reads_shorter(file, load_artefact(staged), rows[:1, : steps // 2]):
+                return file, True
+        except RecipeError:
+            pass
+    return write_onnx.rows_to_onnx(load_artefact(staged).module, rows, free_steps=False), False
+
+
+@torch.inference_mode()
+def _reads_shorter(file: bytes, student: Adapter, row: torch.Tensor) -> bool:
+    """Whether a file answers a shorter row (1, T, K) as the student does, or as unable."""
+    mask = torch.ones(row.shape[:2], dtype=torch.bool)
+    try:
+        trained = student(row, mask).sequence_logits().numpy()
+    except Exception:  # a module of one number of steps fails in a way of its own
+        return False
+    feed = {"inputs": row.numpy(), "mask": mask.numpy()}
+    answered = onnx_session.row_logits(onnx_session.session(file), feed)
+    return bool(np.abs(trained - answered).max() <= SHORTER * max(np.abs(trained).max(), 1e-6))
+
+
+def _why(error: RecipeError | GateError) -> str:
+    """Why there is no ONNX file, in one line."""
+    return " ".join(str(error).removeprefix("export: ").partition("; no artefact")[0].split())
+
+
+def _describe_rows(staged: Path, dataset: Dataset) -> None:
+    """Say in model.json how a row must look."""
+    described = _described(staged)
+    length = np.concatenate([rows.mask.sum(1) for rows in dataset.splits.values()])
+    longest = dataset.shape["steps"]
+    is_ragged = bool((length < longest).any())
+    takes_any = _takes_any(staged)
+    rows = {
+        "dtype": "float32",
+        "axes": ["steps", "channels"],
+        "channels": dataset.shape["channels"],
+        "order": "the channels in the order of the training data",
+        "units": "those of the training data: nothing is scaled here",
+        "shortest": 1 if takes_any or is_ragged else longest,
+        "longest": longest,
+        "seen": {"shortest": int(length.min()), "longest": int(length.max())},
+        "padding": "none" if takes_any else "zeros",
+    }
+    write_json(staged / MODEL, described | {"rows": rows})
+
+
+def _card_rows(staged: Path) -> None:
+    """Say in README.md how a row must look."""
+    described = _described(staged)
+    rows = described["rows"]
+    seen = rows["seen"]
+    lengths = (
+        f"{rows['shortest']} to {rows['longest']}"
+        if rows["shortest"] < rows["longest"]
+        else f"{rows['longest']}"
+    )
+    filled = "nothing" if rows["padding"] == "none" else "zeros, which run.py adds"
+    lines = [
+        f"* **Steps**: {lengths}. Training data had {seen['shortest']} to {seen['longest']}.",
+        f"* **Channels**: {rows['channels']} in each step, in the order of the training data.",
+        f"* **Units**: {rows['units']}.",
+        f"* **Numbers**: {rows['dtype']}, finite.",
+        f"* **Filled up with**: {filled}.",
+        f"* **Classes**: {', '.join(described['classes'])}.",
+    ]
+    card = staged / "README.md"
+    card.write_text(card.read_text().replace("\nROWS\n", "\n" + "\n".join(lines) + "\n"))
+
+
+def _takes_any(staged: Path) -> bool:
+    """Whether the student of a folder takes rows of any length, without filling them up."""
+    if (staged / ONNX).exists():
+        return onnx_session.takes_any_length(onnx_session.session(staged / ONNX))
+    student = load_artefact(staged)
+    shape = _described(staged)
+    row = torch.zeros(1, max(1, shape["steps"] // 2), shape["channels"])
+    try:
+        with torch.inference_mode():
+            student(row, torch.ones(row.shape[:2], dtype=torch.bool))
+    except Exception:  # a module of one number of steps fails in a way of its own
+        return False
+    return True
 
 
 def load_artefact(folder: Path) -> Adapter:
@@ -230,20 +365,23 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
 
 
 def predict(folder: Path, dataset: Dataset) -> Predictions:
-    """The artefact's predictions of the test split."""
-    if (folder / ONNX).exists():
-        split = dataset.splits["test"]
-        return of_logits(
-            split, onnx_session.sequence_logits(folder / ONNX, split, predictions.EVAL_BATCH)
-        )
-    return _by_torch(load_artefact(folder), dataset)
-
-
-def _by_torch(student: Adapter, dataset: Dataset) -> Predictions:
-    split = dataset.splits["test"]
+    """The artefact's predictions of the test split, as its run.py answers each row."""
+    rows = dataset.splits["test"]
+    if "rows" in _described(folder):
+        return of_logits(rows, own_script.row_logits(folder, rows))
+    if (folder / ONNX).exists():  # of an older export, whose script takes no rows of their own
+        return of_logits(rows, _onnx_logits(folder, dataset))
     return predictions.of_model(
-        student, split, to_device(split, "test", None, frozenset(), torch.device("cpu"))
+        load_artefact(folder),
+        rows,
+        to_device(rows, "test", None, frozenset(), torch.device("cpu")),
     )
+
+
+def _onnx_logits(folder: Path, dataset: Dataset) -> Logits:
+    """(N, C): what the ONNX file answers in the batches of an evaluation."""
+    rows = dataset.splits["test"]
+    return onnx_session.sequence_logits(folder / ONNX, rows, predictions.EVAL_BATCH)
 
 
 def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -254,20 +392,48 @@ def _model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def _parity(
-    staged: Path, dataset: Dataset, trained: Logits, answered: Logits, quant: Quant | None
+    staged: Path,
+    arm: Path,
+    dataset: Dataset,
+    trained: Logits,
+    answered: Logits,
+    quant: Quant | None,
 ) -> Parity:
     """How far the artefact's logits (N, C) are from the trained student's on the test split.
 
-    GateError if they are too far.
+    `answered` are those of run.py, which reads row by row. Where activations are rounded over a
+    call, these are held against the student as it reads row by row, and the file against it in the
+    batches of an evaluation. GateError if they are too far.
     """
     where = f"{len(trained)} test rows"
-    if quant is None:
+    if not (staged / ONNX).exists():
         return _same(trained, answered, where)
-    parity = compare(trained, answered, bar_of(quant), where)
-    few = dataset.splits["test"].take(slice(0, ALONE))
-    alone = onnx_session.sequence_logits(staged / ONNX, few, 1).argmax(1)
-    together = answered[: len(alone)].argmax(1)
-    return parity | {"alone_agreement": float((alone == together).mean())}
+    bar = bar_of(quant) if quant else SAME
+    if quant is None or not quant.over_the_call:
+        parity = compare(trained, answered, bar, f"{where}, as run.py answers them")
+        together = _onnx_logits(staged, dataset) if quant else answered
+    else:
+        together = _onnx_logits(staged, dataset)
+        parity = compare(trained, together, bar, where)
+        few = dataset.splits["test"].take(slice(0, ALONE))
+        student = Adapter(_student(_described(staged), arm / run_files.WEIGHTS)).eval()
+        alone = _row_by_row(student, few, takes_any=_takes_any(staged))
+        by_script = f"{len(few)} test rows, each alone, as run.py answers them"
+        compare(alone, answered[: len(few)], bar, by_script)
+    same = answered.argmax(1) == together.argmax(1)
+    return parity | {"alone_agreement": float(same.mean())}
+
+
+@torch.inference_mode()
+def _row_by_row(student: Adapter, rows: Rows, *, takes_any: bool) -> Logits:
+    """(N, C): the student's logits of rows that it reads one by one, without what fills them up."""
+    logits = []
+    for row, mask in zip(rows.inputs, rows.mask, strict=True):
+        last = int(np.flatnonzero(mask)[-1]) + 1 if takes_any else len(mask)
+        inputs = torch.from_numpy(row[None, :last].copy())
+        answer = student(inputs, torch.from_numpy(mask[None, :last].copy()))
+        logits.append(answer.sequence_logits().float().numpy())
+    return np.concatenate(logits)
 
 
 def _same(trained: Logits, answered: Logits, where: str) -> Parity:
@@ -284,11 +450,14 @@ def _manifest(
 ) -> dict[str, Any]:
     """What the manifest of every artefact says."""
     files = files_of(staged)
+    name = ONNX if ONNX in files else WEIGHTS
+    onnx_format = f"onnx {quant.weights if quant else 'fp32'}"
     return {
         "schema": 1,
-        "format": f"onnx {quant.weights}" if quant else FORMAT,
+        "format": onnx_format if name == ONNX else FORMAT,
         "seed": seed,
-        "bytes": files[ONNX if quant else WEIGHTS]["bytes"],
+        "bytes": files[name]["bytes"],
         "parity": parity,
+        SCRIPTED: "run.py",
         "files": files,
     }

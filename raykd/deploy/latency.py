@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.errors import RecipeError
+from raykd.models import adapter
 
 ROUNDS = 25
 LEAST_S = 2e-3  # of a round: many calls of a quick model
@@ -31,7 +32,8 @@ def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> di
     has a row for torch and, if it can be written as ONNX, one for onnxruntime. The `others` are
     changed by that.
     """
-    inputs = {"inputs": row.numpy()}
+    mask = torch.ones(row.shape[:2], dtype=torch.bool)
+    inputs = {"inputs": row.numpy(), "mask": mask.numpy()}
     runs = {("artefact", "onnxruntime"): _session(artefact, inputs)}
     for name, module in others.items():
         runs[name, "torch"] = _eager(module.eval(), row)
@@ -83,12 +85,15 @@ def _spent(call: Callable[[], Any], count: int) -> float:
 
 def _session(data: bytes, inputs: dict[str, Any]) -> Callable[[], Any]:
     session = onnx_session.session(data)
-    return lambda: session.run(["logits"], inputs)
+    asked = {value.name: inputs[value.name] for value in session.get_inputs()}
+    return lambda: session.run(["logits"], asked)
 
 
 def _eager(module: nn.Module, row: Tensor) -> Callable[[], Any]:
-    def call() -> None:
-        with torch.inference_mode():
-            module(row)
+    mask = torch.ones(row.shape[:2], dtype=torch.bool)
 
-    return call
+    def run() -> None:
+        with torch.inference_mode():
+            adapter.call(module, row, mask)
+
+    return run

@@ -1,5 +1,6 @@
 """The artefact of a run folder, of series or of text: checked early, written, asked for answers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ def write(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """
     export = text_artefact.export if dataset.is_text else artefact.export
     return export(recipe, dataset, folder)
+
+
+def notes(manifest: Mapping[str, Any]) -> list[str]:
+    """What a user of an artefact should know besides its size: what runs otherwise than it says."""
+    lines = []
+    left = manifest.get("computed_in_float32") or []
+    for stored in dict.fromkeys(row["stored"] for row in left):
+        names = [row["name"] for row in left if row["stored"] == stored]
+        lines.append(f"computed in float32, stored as {stored}: {', '.join(names)}")
+    if reason := manifest.get("needs_raykd"):
+        lines.append(f"run.py needs raykd and torch, as ONNX cannot hold this student: {reason}")
+    return lines
 
 
 def is_whole(recipe: Recipe, folder: Path) -> bool:

@@ -10,6 +10,8 @@ manifest.json    bytes and sha256 of each file, the measured parity, bytes by ki
 """
 
 import copy
+import json
+import tempfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,14 +25,14 @@ from torch import Tensor, nn
 
 from raykd import models
 from raykd.data import Dataset, Rows, byte_bpe
-from raykd.deploy import sizes
-from raykd.deploy.artefact import ONNX, copy_cards, files_of
+from raykd.deploy import own_script, sizes
+from raykd.deploy.artefact import ONNX, SCRIPTED, copy_cards, files_of, unrounded
 from raykd.deploy.forms import FILES
 from raykd.deploy.gguf import write as write_gguf
 from raykd.deploy.onnx import write_decoder
 from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.deploy.parity import bar_of, gate
-from raykd.errors import DataError, RecipeError
+from raykd.errors import DataError, GateError, RecipeError
 from raykd.files.atomic import whole_folder, write_bytes, write_json
 from raykd.generation import judge_drafter
 from raykd.generation.acceptance import Acceptance
@@ -48,6 +50,7 @@ LEAST = 1000  # positions that an artefact is judged on, at least
 MOST = 32  # rows with these positions, at most unless LEAST needs more
 ROWS = 8  # per call
 ALONE = 2  # rows that are also read token by token
+SCRIPTED_ROWS = 16  # rows that run.py itself reads, as a process
 
 
 def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
@@ -114,19 +117,54 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
     """The artefact's predictions of the test split, whose rows hold one document each."""
     rows = dataset.splits["test"]
     decoder = Decoder(folder / ONNX)
+    singly = _reads_singly(folder)
     answers: list[NDArray[np.int64]] = []
     log_q: list[NDArray[np.float32]] = []
-    for first in range(0, len(rows), ROWS):
-        batch = rows.take(slice(first, first + ROWS))
-        decoder.reset(len(batch))
-        z = decoder.step(batch.inputs[..., 0].astype(np.int64))[batch.mask].astype(np.float64)
+    for tokens, mask, label in zip(rows.inputs[..., 0], rows.mask, rows.label, strict=True):
+        last = int(np.flatnonzero(mask)[-1]) + 1
+        z = _alone(decoder, tokens[:last], singly=singly)[mask[:last]].astype(np.float64)
         log_softmax = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
-        label = batch.label[batch.mask]
-        of_label = np.take_along_axis(log_softmax, label.clip(min=0)[:, None], 1)[:, 0]
+        known = label[mask]
+        of_label = np.take_along_axis(log_softmax, known.clip(min=0)[:, None], 1)[:, 0]
         answers.append(z.argmax(1))
-        log_q.append(np.where(label >= 0, of_label, np.nan).astype(np.float32))
+        log_q.append(np.where(known >= 0, of_label, np.nan).astype(np.float32))
     places = TestPlaces.of(rows)
     return Predictions(places.place, places.label, np.concatenate(answers), np.concatenate(log_q))
+
+
+def _reads_singly(folder: Path) -> bool:
+    """Whether run.py reads a text token by token, as its model.json says."""
+    return json.loads((folder / "model.json").read_bytes()).get("reads_singly", False)
+
+
+def _alone(decoder: Decoder, tokens: NDArray[np.integer], *, singly: bool) -> NDArray[np.float32]:
+    """(T, V): the logits after each token of one text (T,), in the calls that run.py makes."""
+    decoder.reset(1)
+    cuts = range(len(tokens) + 1) if singly else (0, len(tokens))
+    return np.concatenate([decoder.step(tokens[None, a:b])[0] for a, b in pairwise(cuts)])
+
+
+def _script_rows(folder: Path, texts: NDArray[np.int64]) -> int:
+    """How many texts run.py has read as a process, with each decision that of the file.
+
+    GateError if one differs.
+    """
+    few = texts[:SCRIPTED_ROWS]
+    decoder = Decoder(folder / ONNX)
+    singly = _reads_singly(folder)
+    expected = [_alone(decoder, row, singly=singly).argmax(-1) for row in few]
+    with tempfile.TemporaryDirectory(prefix="raykd-") as place:
+        given = Path(place, "texts.npz")
+        np.savez(given, **{f"text{number}": row for number, row in enumerate(few)})
+        limit = own_script.LEAST_S + own_script.ROW_S * few.size
+        printed = own_script.run(folder, "--next", given, limit_s=limit)
+    decided = [list(map(int, line.split())) for line in printed.splitlines()]
+    if decided != [row.tolist() for row in expected]:
+        raise GateError(
+            f"export: run.py decides otherwise than was measured, on {len(few)} texts; "
+            "no artefact was written"
+        )
+    return len(few)
 
 
 def _judged(rows: Rows) -> Tensor:
@@ -186,6 +224,8 @@ def export_decoder(
             "tensors": tensors,
             "bytes_by_kind": sizes.bytes_of(file, tensors),
             "computed_in_float32": _left(trained, quant),
+            SCRIPTED: "run.py",
+            "rows_run": _script_rows(staged, tokens.numpy()),
         }
         manifest |= noted
         write_json(staged / run_files.MANIFEST, manifest)
@@ -222,14 +262,17 @@ def _quant(module: Llama) -> Quant | None:
 
 def _model(module: Llama, quant: Quant | None) -> dict[str, Any]:
     described = {"model": "raykd.models.llama:Llama", "settings": module.settings}
-    return described | {"quant": quant.model_dump(mode="json") if quant else None}
+    described |= {"quant": quant.model_dump(mode="json") if quant else None}
+    # Activations of a call share a range: a text that is read at once would see its own end.
+    return described | {"reads_singly": quant is not None and quant.over_the_call}
 
 
 def _left(module: Llama, quant: Quant | None) -> list[dict[str, Any]]:
     if quant is None:
         return []
     with torch.device("meta"):
-        return [layer._asdict() for layer in swap.left(Llama(**module.settings), quant)]
+        plain = Llama(**module.settings)
+        return unrounded(swap.left(plain, quant), quant, plain)
 
 
 class _Answers(NamedTuple):

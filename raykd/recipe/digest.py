@@ -60,7 +60,6 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
         table = getattr(recipe, key)
         if table is not None:
             values[key] = content_of(table)
-    del values["data"]["max_unfit"]  # it refuses rows or does not, and changes none
     if recipe.source and recipe.source.log:
         values["source"]["log"] = [_log_sha256(recipe.source, seed) for seed in recipe.seeds]
     return values | {"student": _student(recipe.student, recipe.seeds)}

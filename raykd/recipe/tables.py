@@ -83,8 +83,6 @@ class DataRef(Table):
     """Keyword arguments of the function."""
     limit: Positive | None = None
     """At most so many rows of each split, spread evenly over it."""
-    max_unfit: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """The share of prompts and completions that may be left out because they make no row."""
     label_fraction: Share = 1.0
     """The share of training labels that stay."""
     label_seed: Annotated[int, Field(ge=0)] = 0

@@ -215,6 +215,7 @@ def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:
     if manifest is None:
         return {}
     kept = ("format", "bytes", "parity", "bytes_by_kind", "tensors")
+    kept += ("computed_in_float32", "needs_raykd")
     found = {"path": "artefact"} | {key: manifest[key] for key in kept if key in manifest}
     return found | ({"latency": _latency(manifest["latency"])} if "latency" in manifest else {})
 

@@ -132,6 +132,14 @@ class ReportTensor(Part):
     error: float
 
 
+class ReportUnrounded(Part):
+    """A layer that the artefact computes with in float32, why, and how it is stored."""
+
+    name: str
+    reason: str
+    stored: str = "float32"
+
+
 class ReportArtefact(Part):
     path: str | None = None
     format: str | None = None
@@ -143,6 +151,8 @@ class ReportArtefact(Part):
     latency: Latency = Latency()
     bytes_by_kind: dict[str, int] = {}
     tensors: list[ReportTensor] = []
+    computed_in_float32: list[ReportUnrounded] = []
+    needs_raykd: str | None = None  # why there is no file for onnxruntime
 
 
 class ReportData(Part):

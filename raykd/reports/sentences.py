@@ -271,4 +271,9 @@ def _artefact_figures(artefact: Mapping[str, Any]) -> list[tuple[str, str]]:
             found.append(("latency", f"{times(ratio)} the time of {name}"))
     if sizes := artefact["bytes_by_kind"]:
         found.append(("bytes", ", ".join(f"{name} {count(size)}" for name, size in sizes.items())))
+    if left := artefact.get("computed_in_float32"):
+        named = [f"{row['name']} (stored as {row['stored']})" for row in left]
+        found.append(("computed in float32", ", ".join(named)))
+    if reason := artefact.get("needs_raykd"):
+        found.append(("run.py", f"needs raykd and torch: {reason}"))
     return found

@@ -232,6 +232,8 @@ def _export(run_folder: RunFolder) -> Path:
     else:
         manifest = run_artefact.write(run_folder.recipe, run_folder.dataset, run_folder.path)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
+        for line in run_artefact.notes(manifest):
+            say("export", line)
     return target
 
 

@@ -1,4 +1,4 @@
-"""The sqlite file of MLflow, looked into without MLflow: whether anything was recorded in it."""
+"""The sqlite file of MLflow, looked into without MLflow: whether anything was ever recorded in it."""
 
 import sqlite3
 from contextlib import closing

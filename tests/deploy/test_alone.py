@@ -9,8 +9,11 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from encoders import CHANNELS, SCHEMES, STEPS, encoder_of, onnx_of
+from encoders import CHANNELS, SCHEMES, STEPS, encoder_of
 
+from raykd.deploy.onnx import write as write_onnx
+
+ROWS = {"channels": CHANNELS, "shortest": 1, "longest": STEPS, "padding": "none"}
 NAMES = ["still", "walk", "run", "jump", "fall"]
 
 
@@ -22,11 +25,11 @@ def test_its_decisions_are_those_of_the_student_that_was_trained(name, python, t
     windows = torch.randn(64, STEPS, CHANNELS, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():  # one by one, as run.py asks: int8 rounds over the whole of a call
         said = torch.cat([module(window[None])["logits"].mean(1) for window in windows]).softmax(-1)
-    (tmp_path / "student.onnx").write_bytes(onnx_of(name))
-    (tmp_path / "model.json").write_text(json.dumps({"classes": NAMES}))
-    (tmp_path / "run.py").write_text(
-        (resources.files("raykd.deploy") / "card/run_onnx.py").read_text()
+    (tmp_path / "student.onnx").write_bytes(
+        write_onnx.rows_to_onnx(module, windows[:2], free_steps=True)
     )
+    (tmp_path / "model.json").write_text(json.dumps({"classes": NAMES, "rows": ROWS}))
+    (tmp_path / "run.py").write_text((resources.files("raykd.deploy") / "card/run.py").read_text())
     np.save(tmp_path / "windows.npy", windows.numpy())
     done = subprocess.run(
         [python, "-I", tmp_path / "run.py", tmp_path / "windows.npy"],

@@ -55,17 +55,35 @@ def _refused(file: Path | bytes, reason: str, version: str) -> RaykdError:
 
 
 def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:
-    """(N, C): the mean logits over valid steps of every row, `batch` rows per call.
+    """(N, C): what a file answers for every row, `batch` rows per call, padded as the rows are.
 
-    The size of a call matters where activations are rounded over all of it.
+    The size of a call matters where activations are rounded over all of it. Files of older exports
+    take no mask; the mean over valid steps is made here then.
     """
     student = session(path)
     means = []
     for first in range(0, len(rows), batch):
         part = rows.take(slice(first, first + batch))
-        (logits,) = student.run(["logits"], {"inputs": np.ascontiguousarray(part.inputs)})
+        logits = row_logits(student, {"inputs": part.inputs, "mask": part.mask})
         means.append(mean_over(logits, part.mask))
     return np.concatenate(means)
+
+
+def row_logits(student: Any, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """What the session of a student of series answers to `inputs` (B, T, K) and a `mask` (B, T).
+
+    (B, C); of files of older exports (B, T, C), where logits are of steps.
+    """
+    asked = {value.name for value in student.get_inputs()}
+    given = {value.name for value in student.get_outputs()}
+    output = "row_logits" if "row_logits" in given else "logits"
+    arrays = {name: np.ascontiguousarray(values) for name, values in feed.items() if name in asked}
+    return student.run([output], arrays)[0]
+
+
+def takes_any_length(student: Any) -> bool:
+    """Whether the session of a student of series takes rows of any number of steps."""
+    return not isinstance(student.get_inputs()[0].shape[1], int)
 
 
 def mean_over(logits: NDArray[np.floating], mask: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -23,9 +23,12 @@ from raykd.deploy.onnx.operators import (
     operator_of,
 )
 from raykd.errors import RecipeError
-from raykd.models.adapter import field
+from raykd.models.adapter import call, field
 from raykd.quant import other_parameters
 from raykd.quant.swap import quantised, replace
+from raykd.signals import masked_mean
+
+ROW_LOGITS = "row_logits"
 
 
 class ModelOutputs(nn.Module):
@@ -36,11 +39,67 @@ class ModelOutputs(nn.Module):
         self.module = module
 
     def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        answers = self.module(inputs)
+        everywhere = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
+        answers = call(self.module, inputs, everywhere)
         logits = field(answers, "logits")
         valence = field(answers, "valence")
         assert logits is not None
         return logits if valence is None else (logits, valence)
+
+
+class RowOutputs(nn.Module):
+    """A module's logits, the mean of them over each row's valid steps, and its valence if it has
+    one, in that order.
+
+    Logits of whole rows have no mean.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        answers = call(self.module, inputs, mask)
+        logits = field(answers, "logits")
+        valence = field(answers, "valence")
+        assert logits is not None
+        outputs = [logits]
+        if logits.dim() == 3:
+            outputs.append(masked_mean(logits.float(), mask))
+        return (*outputs, valence) if valence is not None else tuple(outputs)
+
+    def names(self, inputs: Tensor, mask: Tensor) -> list[str]:
+        """What the outputs are called."""
+        with slow_path(), torch.no_grad():
+            answers = call(self.module.eval(), inputs, mask)
+        logits = field(answers, "logits")
+        has_steps = logits is not None and logits.dim() == 3
+        found = ["logits", ROW_LOGITS] if has_steps else ["logits"]
+        return found if field(answers, "valence") is None else [*found, "valence"]
+
+
+def rows_to_onnx(module: nn.Module, example: Tensor, *, free_steps: bool) -> bytes:
+    """The file of a student of series, for rows like `example` (B, T, K), their layers rounded or
+    not.
+
+        inputs      (B, T, K) float32
+        mask        (B, T) bool, True at valid steps
+        logits      (B, T, C), or (B, C) of a model of whole rows
+        row_logits  (B, C): the mean of the logits over valid steps, where they are of steps
+        valence     (B, T), if the model has a value head
+
+    It takes any number of rows, and with `free_steps` rows of 1 to T steps, else of T. The module
+    is changed: its layers become what the runtime executes. RecipeError if it cannot be exported.
+    """
+    mask = torch.ones(example.shape[:2], dtype=torch.bool)
+    free = {0: torch.export.Dim("rows", min=1, max=65536)}
+    if free_steps:
+        free[1] = torch.export.Dim("steps", min=1, max=example.shape[1])
+    caller = RowOutputs(module)
+    names = {"input_names": ["inputs", "mask"], "output_names": caller.names(example, mask)}
+    proto = traced(module, caller, (example, mask), **names, dynamic_shapes=(free, free))
+    _check_widths(proto, module)
+    return compact(proto).SerializeToString()
 
 
 def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
@@ -55,16 +114,24 @@ def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None
         free[1] = torch.export.Dim("steps", min=1, max=most_steps)
     names = {"input_names": ["inputs"], "output_names": ["logits", "valence"]}
     proto = traced(module, ModelOutputs(module), (example,), **names, dynamic_shapes=(free,))
+    _check_widths(proto, module)
+    return compact(proto).SerializeToString()
+
+
+def _check_widths(proto: Any, module: nn.Module) -> None:
+    """RecipeError if a rounded layer's width follows the number of steps, which the tracer takes.
+
+    An operator has one width.
+    """
     nodes = [node for node in proto.graph.node if node.op_type in OPERATORS]
     values = [*proto.graph.input, *proto.graph.value_info]
     dims = {value.name: value.type.tensor_type.shape.dim for value in values}
     multiplied = [node.input[0] for node in nodes if node.op_type != GatherBlockQuantized.__name__]
-    if not all(dims[name][-1].dim_value for name in multiplied):  # the tracer takes any width
+    if not all(dims[name][-1].dim_value for name in multiplied):
         raise RecipeError(
             f"export: {type(module).__name__} has layers whose width follows the number of steps; "
             "leave out most_steps"
         )
-    return compact(proto).SerializeToString()
 
 
 def traced(module: nn.Module, caller: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
