@@ -12,6 +12,7 @@ from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
+from raykd.recipe.user_code import current_directory_last
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import check_fits, codec_name
@@ -139,5 +140,6 @@ def _code_digest(name: str) -> str | None:
     """The digest of the file of a `module:function`; None for a name of raykd's."""
     if ":" not in name:
         return None
-    spec = importlib.util.find_spec(name.partition(":")[0])
+    with current_directory_last():
+        spec = importlib.util.find_spec(name.partition(":")[0])
     return file_sha256(spec.origin) if spec and spec.origin else None
