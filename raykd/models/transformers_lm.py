@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from raykd.errors import DataError, RecipeError
+from raykd.models.weights import check_stored
 from raykd.recipe.weight_files import config_of, tensor_files
 
 PROBE = 8  # tokens; the logits of the first half must not depend on the second
@@ -108,7 +109,7 @@ def read(folder: Path) -> TransformersLM:
     RecipeError if its weights are not in the folder, or if it is not causal.
     """
     config_of(folder)
-    tensor_files(folder)
+    check_stored(tensor_files(folder))
     try:
         from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -1,11 +1,11 @@
 """Weights into and out of a module, by the names that its state dict gives them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -13,13 +13,15 @@ from raykd.errors import RecipeError
 from raykd.quant.other_parameters import plain, plain_name
 
 SHOWN = 8  # faults that an error lists
+PLAIN_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+STORED = {"F16", "BF16", "F32", "F64"}  # the same as safetensors names them
 
 
 def load_weights(module: nn.Module, path: Path, key: str) -> None:
     """Fill `module` from a safetensors file.
 
-    RecipeError lists the tensors that are missing, extra or of another shape; `key` is the table of
-    the recipe that names the file.
+    RecipeError lists the tensors that are missing, extra, of another shape or of another kind of
+    number; `key` is the table of the recipe that names the file.
 
     Example:
         >>> import tempfile
@@ -38,6 +40,34 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"{key} {path}: not a readable safetensors file: {error}") from None
+
+
+def check_stored(files: Iterable[Path]) -> None:
+    """RecipeError if a `*.weight` in these safetensors files is stored as no plain float.
+
+    For readers of other libraries, which would cast it.
+    """
+    faults = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118
+                kinds = {name: str(file.get_slice(name).get_dtype()) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(f"{path}: not a readable safetensors file: {error}") from None
+        faults += [
+            f"{path.name}: {name} is stored as {kind}; only {', '.join(sorted(STORED))} are read"
+            for name, kind in sorted(kinds.items())
+            if kind not in STORED
+        ]
+    if faults:
+        raise RecipeError("weights that are no floats:\n  " + "\n  ".join(_shown(faults)))
+
+
+def _shown(faults: list[str]) -> list[str]:
+    """The first faults, and how many more there are."""
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return faults[:SHOWN] + more
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -59,8 +89,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Load exactly these tensors into `module`.
 
-    RecipeError lists those that are missing, extra or of another shape in the `source`. A tied
-    tensor may appear once, under its first name.
+    RecipeError lists those that are missing, extra, of another shape or of another kind of number
+    in the `source`. A tied tensor may appear once, under its first name.
     """
     state = plain(module.state_dict())
     tensors = dict(tensors)
@@ -75,22 +105,40 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         tensors.setdefault(name, tensors[first])
     faults = _misfits(state, tensors)
     if faults:
-        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        listed = "\n  ".join(faults[:SHOWN])
-        raise RecipeError(f"{source} do not fit the module:\n  {listed}{more}")
+        listed = "\n  ".join(_shown(faults))
+        raise RecipeError(f"{source} do not fit the module:\n  {listed}")
     names = {plain_name(name): name for name in module.state_dict()}
     module.load_state_dict({names[name]: value for name, value in tensors.items()})
 
 
 def _misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """One line for each tensor whose shape is not the module's."""
-    wanted = {name: tuple(value.shape) for name, value in state.items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
-    return [
-        f"{name}: the module has {wanted.get(name, 'none')}, the file {given.get(name, 'none')}"
-        for name in sorted(wanted.keys() | given.keys())
-        if wanted.get(name) != given.get(name)
-    ]
+    """One line for each tensor that the module cannot take as it is."""
+    faults = []
+    for name in sorted(state.keys() | tensors.keys()):
+        wanted = state.get(name)
+        given = tensors.get(name)
+        if wanted is None or given is None or wanted.shape != given.shape:
+            faults.append(f"{name}: the module has {_shape(wanted)}, the file {_shape(given)}")
+        elif not _is_same_kind(wanted.dtype, given.dtype):
+            kinds = f"{_kind(wanted.dtype)}, the file {_kind(given.dtype)}"
+            faults.append(f"{name}: the module has {kinds}; store it as the module has it")
+    return faults
+
+
+def _shape(value: Tensor | None) -> str:
+    return "none" if value is None else str(tuple(value.shape))
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_same_kind(wanted: torch.dtype, given: torch.dtype) -> bool:
+    """Whether a tensor can be taken without another meaning.
+
+    Floats may be of any common width. Codes, flags and complex numbers would be cast in silence.
+    """
+    return wanted == given or {wanted, given} <= PLAIN_FLOATS
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -8,6 +8,7 @@ not write.
 import json
 import os
 import pickle
+import re
 import sys
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from raykd.models import build_model, load_weights, register_model
 from raykd.models.adapter import Adapter
 from raykd.models.build import MODELS
 from raykd.models.series_encoder import SeriesEncoder
+from raykd.models.weights import check_stored
 from raykd.recipe.tables import ModelRef
 
 B = 3
@@ -364,6 +366,40 @@ def test_many_unfit_weights_are_eight_and_a_count(tmp_path):
     save_file(made(width=8).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(RecipeError, match=r"do not fit the module:\n(  .+\n){8}  and \d+ more$"):
         load_weights(made(width=16), tmp_path / "w.safetensors", "student")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused_by_tensor(tmp_path, dtype):
+    state = made(width=8).state_dict()
+    state["head.weight"] = (50 * state["head.weight"]).to(dtype)
+    save_file(state, tmp_path / "w.safetensors")
+    told = f"  head.weight: the module has float32, the file {str(dtype).removeprefix('torch.')};"
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        load_weights(made(width=8), tmp_path / "w.safetensors", "teacher")
+    with pytest.raises(RecipeError, match=r"w\.safetensors: head\.weight is stored as"):
+        check_stored([tmp_path / "w.safetensors"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_another_width_are_read(tmp_path, dtype):
+    state = made(width=8).state_dict()
+    saved = {name: value.to(dtype) for name, value in state.items()}
+    save_file(saved, tmp_path / "w.safetensors")
+    module = made(width=8)
+    load_weights(module, tmp_path / "w.safetensors", "teacher")
+    assert torch.equal(module.state_dict()["head.weight"], saved["head.weight"].float())
+    check_stored([tmp_path / "w.safetensors"])
+
+
+def test_codes_of_a_module_must_be_the_files_codes(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.tensor([3]))
+
+    save_file({"seen": torch.tensor([3.5])}, tmp_path / "w.safetensors")
+    with pytest.raises(RecipeError, match="seen: the module has int64, the file float32"):
+        load_weights(Counting(), tmp_path / "w.safetensors", "student")
 
 
 class Bomb:
