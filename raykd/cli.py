@@ -390,10 +390,14 @@ def track() -> None:
 def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
     """Replay a run's journal into MLflow; what is there already is left alone."""
     from raykd.errors import InfraError, StoreError
+    from raykd.files import links
     from raykd.files.atomic import read_json
+    from raykd.stages import run_digests
     from raykd.tracking import mlflow_mirror
     from raykd.training import run_files
 
+    links.check_tree(folder)
+    run_digests.check(folder)
     resolved = read_json(folder / run_files.RECIPE)
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from raykd.cli import cli
-from raykd.errors import StoreError
+from raykd.errors import RaykdError
 from raykd.files.address import Address
 from raykd.files.open import address_below
 from raykd.models.series_encoder import SeriesEncoder
@@ -67,5 +67,5 @@ def typed(*argv: object) -> tuple[int, str]:
     done = CliRunner().invoke(cli, ["store", *map(str, argv)])
     error = done.exception
     return getattr(error, "exit_code", done.exit_code), str(error) if isinstance(
-        error, StoreError
+        error, RaykdError
     ) else done.output

@@ -28,11 +28,13 @@ from torch import nn
 from raykd import models
 from raykd.data import Dataset, Rows
 from raykd.deploy import forms, latency, own_script, packed, sizes
+from raykd.deploy.manifest import check as check_files
+from raykd.deploy.manifest import is_complete, read_manifest
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.deploy.parity import EXACT, Bar, Parity, bar_of, compare, refusal
 from raykd.errors import GateError, RecipeError
-from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
+from raykd.files.atomic import whole_folder, write_bytes, write_json
 from raykd.files.digests import file_sha256
 from raykd.models.adapter import Adapter
 from raykd.quant import swap
@@ -92,13 +94,16 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
 
 
 def is_whole(folder: Path, forms_table: Export) -> bool:
-    """Whether a folder holds an artefact with all its files, in just the forms of `[export]`."""
-    manifest = read_json(folder / run_files.MANIFEST)
+    """Whether a folder holds an artefact with all its files, in just the forms of `[export]`.
+
+    StoreError if a file is not the one that was exported.
+    """
+    manifest = read_manifest(folder)
     if manifest is None or manifest.get(SCRIPTED) is None:  # its run.py was never asked
         return False
     if manifest.get("export", Export().model_dump()) != forms_table.model_dump():
         return False
-    return all((folder / name).is_file() for name in manifest["files"])
+    return is_complete(folder, manifest)
 
 
 def _forms(
@@ -289,7 +294,8 @@ def load_artefact(folder: Path) -> Adapter:
     """The student of an artefact folder in full precision, in eval mode.
 
     Called with inputs (B, T, K) and a mask (B, T), it gives the `Signals` of its model. A rounded
-    student is executed by onnxruntime: see run.py beside it, or `unpack_artefact`.
+    student is executed by onnxruntime: see run.py beside it, or `unpack_artefact`. StoreError if a
+    file is not the one that the folder's manifest names.
 
     Example:
         >>> import json, tempfile, torch
@@ -307,6 +313,7 @@ def load_artefact(folder: Path) -> Adapter:
         >>> signals.sequence_logits().shape
         torch.Size([3, 2])
     """
+    check_files(folder)
     return Adapter(_student(_described(folder), folder / WEIGHTS)).eval()
 
 
@@ -333,6 +340,7 @@ def unpack_artefact(folder: Path) -> Adapter:
         >>> signals.sequence_logits().shape
         torch.Size([3, 2])
     """
+    check_files(folder)
     module = _built(_described(folder))
     packed.read((folder / forms.FILES["packed"]).read_bytes(), module)
     return Adapter(module).eval()

@@ -6,7 +6,7 @@ from typing import Any
 
 from raykd import models
 from raykd.data import Dataset
-from raykd.deploy import artefact, forms, text_artefact
+from raykd.deploy import artefact, forms, manifest, text_artefact
 from raykd.recipe.recipe import Recipe
 from raykd.training import run_files
 
@@ -51,6 +51,11 @@ def is_whole(recipe: Recipe, folder: Path) -> bool:
     if not all((folder / name).exists() for name in names):
         return False
     return artefact.is_whole(run_files.artefact(folder), recipe.export)
+
+
+def check_files(exported: Path) -> None:
+    """StoreError if the files of an artefact are not those of its manifest."""
+    manifest.check(exported)
 
 
 def answer(dataset: Dataset, folder: Path) -> None:

@@ -78,6 +78,8 @@ def read_json(path: Path) -> Any:
         return from_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; delete what is there") from None
 
 
 def from_json(data: bytes | None, name: str) -> Any:
@@ -86,11 +88,15 @@ def from_json(data: bytes | None, name: str) -> Any:
     StoreError if they are not JSON.
     """
     try:
-        return None if data is None else json.loads(data)
+        return None if data is None else json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{name} is damaged: not JSON ({error}); delete it and run again"
         ) from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _stage(path: Path, data: bytes) -> Path:

@@ -1,15 +1,17 @@
-"""A folder as a store's place: on this machine, or mounted by all nodes. A link creates a name
-once.
+"""A folder as a store's place: on this machine, or mounted by all nodes.
+
+A hard link creates a name once. Symbolic links that lead out of the folder are not followed.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raykd.files import atomic
+from raykd.errors import StoreError
+from raykd.files import atomic, links
 from raykd.files.place import Listed
 
 
@@ -18,6 +20,7 @@ class Folder:
     """Files below a path."""
 
     address: Path
+    root: Path | None = field(default=None, compare=False)  # the folder that this one is below
 
     def __str__(self) -> str:
         return str(self.address)
@@ -27,30 +30,37 @@ class Folder:
         return self.address.name
 
     def below(self, name: str) -> "Folder":
-        return Folder(self.address / name)
+        return Folder(self.address / name, self.root or self.address)
 
     def put_once(self, name: str, data: bytes) -> bool:
-        return atomic.put_once(self.address / name, data)
+        return atomic.put_once(self._path(name), data)
 
     def put(self, name: str, data: bytes) -> None:
-        atomic.write_bytes(self.address / name, data)
+        atomic.write_bytes(self._path(name), data)
 
     def get(self, name: str, *, last: int | None = None) -> bytes | None:
         try:
-            with (self.address / name).open("rb") as file:
+            with self._path(name).open("rb") as file:
                 if last is not None:
                     size = file.seek(0, os.SEEK_END)
                     file.seek(-min(last, size), os.SEEK_END)
                 return file.read()
         except FileNotFoundError:
             return None
+        except IsADirectoryError:
+            what = "is a folder where a file belongs; delete it"
+            raise StoreError(f"{self}/{name} {what}") from None
 
     def delete(self, name: str) -> None:
-        (self.address / name).unlink(missing_ok=True)
+        path = self.address / name
+        links.check_inside(path.parent, self.root or self.address)
+        path.unlink(missing_ok=True)  # of a link the link itself
 
     def listed(self, below: str = "") -> dict[str, Listed]:
         files = {}
-        for path in sorted((self.address / below).rglob("*")):
+        for path in sorted(self._path(below).rglob("*")):
+            if path.is_symlink():
+                links.check_inside(path, self.root or self.address)
             try:
                 status = path.stat()
             except FileNotFoundError:  # a writer put it in place or removed it meanwhile
@@ -61,7 +71,7 @@ class Folder:
         return files
 
     def folders(self, below: str = "") -> list[str]:
-        return sorted(path.name for path in (self.address / below).glob("*") if path.is_dir())
+        return sorted(path.name for path in self._path(below).glob("*") if path.is_dir())
 
     def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
         """Whether every file has the digest in its record. A disk is near, so files are read."""
@@ -69,7 +79,13 @@ class Folder:
 
     def _sha256(self, name: str) -> str | None:
         try:
-            with (self.address / name).open("rb") as file:
+            with self._path(name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
+
+    def _path(self, name: str) -> Path:
+        """The path of a file or folder. StoreError if it leads out of this place and its root."""
+        path = self.address / name
+        links.check_inside(path, self.root or self.address)
+        return path

@@ -12,13 +12,13 @@ from raykd.errors import DataError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.open import address_below, open_place
-from raykd.files.place import Place, read_json_in
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
+from raykd.store.manifest import seconds_of
 from raykd.store.reader import Store
 from raykd.teacher.identity import check_rows, signals_of, store_identity
 from raykd.teacher.scorer import Scorer, bad_rows
@@ -72,15 +72,17 @@ def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Address, dict[s
 
 
 def is_complete(where: Address, signals: list[str]) -> bool:
-    """Whether a store and its signals are finished, and their files are as the manifests say."""
-    store = open_place(where)
-    layers = [layer_signals.place_of(store, name) for name in signals]
-    return all(_is_whole(place) for place in (store, *layers))
+    """Whether a store and its signals are finished, and their files are as the manifests say.
 
-
-def _is_whole(place: Place) -> bool:
-    manifest = read_json_in(place, "_MANIFEST.json")
-    return manifest is not None and place.holds(manifest["shards"])
+    StoreError if a manifest is damaged, or of another store than the address names.
+    """
+    place = open_place(where)
+    layers = [layer_signals.place_of(place, name) for name in signals]
+    if any(each.get("_MANIFEST.json") is None for each in (place, *layers)):
+        return False
+    store = Store(place)
+    stores = [store, *map(store.layer, signals)]
+    return all(each.place.holds(each.manifest["shards"]) for each in stores)
 
 
 def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
@@ -138,8 +140,8 @@ def _score_missing(
                     raise DataError(bad_rows(quarantined, recipe.scale.max_bad_rows))
     except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
         raise plain_error(error, "score") from None
-    timing = read_json_in(writer.place, "_TIMING.json") or {"seconds": 0.0}
-    writer.place.put("_TIMING.json", to_json({"seconds": timing["seconds"] + seconds}))
+    before = seconds_of(writer.place) or 0.0
+    writer.place.put("_TIMING.json", to_json({"seconds": before + seconds}))
     progress.finish()
 
 

@@ -14,13 +14,12 @@ from typing import Any
 from raykd.console import Progress, say
 from raykd.errors import Diverged, InfraError
 from raykd.files.address import Address
-from raykd.files.atomic import read_json
 from raykd.models.device import device_of
 from raykd.orchestration.session import plain_error
 from raykd.orchestration.teachers import ServedTeacher, teacher_actors
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
-from raykd.training import run_files
+from raykd.training import run_files, trained_arm
 from raykd.training.arm import World
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms
@@ -56,7 +55,7 @@ def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[
             raise plain_error(error, "train") from error
     if fault:
         raise fault
-    records = [read_json(run_files.arm_record(folder, arm.key)) for arm in arms]
+    records = [trained_arm.read_record(folder, arm.key) for arm in arms]
     if not all(records):
         raise InfraError(
             "train ended without training every arm; run it again to continue where it stopped"

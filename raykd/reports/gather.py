@@ -14,7 +14,6 @@ from safetensors import safe_open
 from raykd.data import Dataset
 from raykd.files.address import Address
 from raykd.files.atomic import read_json
-from raykd.files.place import read_json_in
 from raykd.generation import acceptance
 from raykd.losses.terms import needs_of
 from raykd.recipe.recipe import Recipe
@@ -24,9 +23,10 @@ from raykd.reports import teacher_check, text_measures
 from raykd.reports.evidence import Evidence
 from raykd.reports.text_measures import Measure
 from raykd.store import layer_signals
+from raykd.store.manifest import seconds_of
 from raykd.store.reader import Store
 from raykd.teacher.identity import run_digest
-from raykd.training import predictions, run_files
+from raykd.training import predictions, run_files, trained_arm
 from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
@@ -43,7 +43,7 @@ def gather(
     mlflow: dict[str, Any],
 ) -> Evidence:
     """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
-    records = {arm.key: read_json(run_files.arm_record(folder, arm.key)) for arm in arms_of(found)}
+    records = {arm.key: trained_arm.read_record(folder, arm.key) for arm in arms_of(found)}
     test = TestPlaces.of(dataset.splits["test"])
     opened = Store(where) if where else None
     manifest = read_json(run_files.artefact(folder) / run_files.MANIFEST)
@@ -235,9 +235,8 @@ def _cost(records: dict[str, Any], store: Store | None) -> float | None:
     seconds = {
         n: [r["seconds"] for r in records.values() if r["arm"] == n] for n in ("student", "control")
     }
-    timing = read_json_in(store.place, "_TIMING.json") if store else {"seconds": 0.0}
-    teacher = timing.get("seconds") if isinstance(timing, dict) else None
-    if not any(seconds["control"]) or not isinstance(teacher, int | float):
+    teacher = seconds_of(store.place) if store else 0.0
+    if not any(seconds["control"]) or teacher is None:
         return None
     return float((np.mean(seconds["student"]) + teacher) / np.mean(seconds["control"]))
 

@@ -34,6 +34,7 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
     Errors in data and weights come here, before any work.
     """
     run_folder = RunFolder(recipe, out)
+    run_folder.check_links()
     data = run_folder.dataset
     train = data.splits["train"]
     students = [

@@ -7,14 +7,16 @@ from pathlib import Path
 from raykd import data
 from raykd.data import Dataset
 from raykd.deploy import run_artefact
+from raykd.files import links
 from raykd.files.address import Address
 from raykd.losses.terms import needs_of
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
+from raykd.stages import run_digests
 from raykd.teacher.identity import run_digest, signals_of
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
-from raykd.training import run_files
+from raykd.training import run_files, trained_arm
 from raykd.training.arms import arms_of
 
 OUT = Path("runs")
@@ -54,24 +56,37 @@ class RunFolder:
 
     @property
     def untrained(self) -> list[str]:
-        """The keys of the arms that are not trained yet."""
+        """The keys of the arms that are not trained yet. StoreError if one was changed since."""
         keys = [arm.key for arm in arms_of(self.recipe)]
-        return [key for key in keys if not run_files.arm_record(self.path, key).exists()]
+        return [key for key in keys if trained_arm.read_record(self.path, key) is None]
 
     @property
     def is_searched(self) -> bool:
-        """Whether the search is done, or none is asked for."""
-        return self.recipe.search is None or (self.path / run_files.TRIALS).exists()
+        """Whether the search is done, or none is asked for. StoreError if its table was changed."""
+        if self.recipe.search is None:
+            return True
+        run_digests.is_recorded(self.path, run_files.BEST_RECIPE)
+        run_digests.is_recorded(self.path, run_files.TRIALS)
+        return run_files.read_trials(self.path) is not None
 
     @property
     def is_exported(self) -> bool:
-        """Whether the artefact exists in the forms that the recipe asks for."""
-        return run_artefact.is_whole(self.recipe, self.path)
+        """Whether the artefact exists in the forms that the recipe asks for.
+
+        StoreError if a file of it, or its answers, were changed.
+        """
+        names = [name for name in run_files.EXPORTED if (self.path / name).exists()]
+        is_known = all(run_digests.is_recorded(self.path, name) for name in names)
+        return is_known and run_artefact.is_whole(self.recipe, self.path)
 
     @property
     def is_reported(self) -> bool:
         """Whether a report exists, be it of what is done now or of what was done before."""
         return (self.path / run_files.REPORT).exists()
+
+    def check_links(self) -> None:
+        """StoreError if something in the folder is a link that leads out of it, or no file."""
+        links.check_tree(self.path)
 
     def journal(self) -> Journal:
         """The run's journal, begun if it is new."""

@@ -23,6 +23,7 @@ from raykd.orchestration.session import connect
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.reports import answers, evidence, gather, page, teacher_check
+from raykd.stages import run_digests
 from raykd.stages.check import check_with_data
 from raykd.stages.run_folder import OUT, RunFolder
 from raykd.store.reader import Store
@@ -142,6 +143,7 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
 def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     """The result of the last stage; all are done in order, while no other process works here."""
     register(run_folder.recipe.technique)
+    run_folder.check_links()
     check_with_data(
         run_folder.recipe,
         run_folder.dataset,
@@ -208,8 +210,11 @@ def _tune(run_folder: RunFolder) -> dict[str, Any]:
         write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())
         best_row = table["best"] | _tested(run_folder, best, table["best"])
         write_json(run_folder.path / run_files.TRIALS, table | {"best": best_row})
+        run_digests.add(run_folder.path, run_files.SEARCHED)
         run_log.trials(run_folder.journal(), run_folder.path, table)
-    return read_json(run_folder.path / run_files.TRIALS)
+    done = run_files.read_trials(run_folder.path)
+    assert done is not None
+    return done
 
 
 def _tested(run_folder: RunFolder, best: Recipe, row: dict[str, Any]) -> dict[str, float]:
@@ -231,6 +236,7 @@ def _export(run_folder: RunFolder) -> Path:
         say("export", f"done before: {target}")
     else:
         manifest = run_artefact.write(run_folder.recipe, run_folder.dataset, run_folder.path)
+        run_digests.add(run_folder.path, run_files.EXPORTED)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
         for line in run_artefact.notes(manifest):
             say("export", line)
@@ -241,11 +247,12 @@ def _report(run_folder: RunFolder) -> dict[str, Any]:
     inputs = _inputs(run_folder)
     folder = run_folder.path
     report_page = folder / run_files.REPORT_PAGE
-    existing = read_json(folder / run_files.REPORT)
-    if existing and existing["inputs"] == inputs and (folder / run_files.ANSWERS).exists():
-        say("report", f"done before: {report_page}")
-        return existing
-    run_artefact.answer(run_folder.dataset, folder)
+    if all(run_digests.holds(folder, name) for name in run_files.REPORTED):
+        existing = read_json(folder / run_files.REPORT)
+        if existing["inputs"] == inputs:
+            say("report", f"done before: {report_page}")
+            return existing
+    _check_artefact(run_folder)
     synced = _sync(run_folder)
     measured = gather.gather(
         run_folder.recipe,
@@ -258,9 +265,26 @@ def _report(run_folder: RunFolder) -> dict[str, Any]:
     answers.write(measured, folder)
     page.write_html(report, report_page)
     write_json(folder / run_files.REPORT, report)
+    run_digests.add(folder, run_files.REPORTED)
     run_log.result(run_folder.journal(), report)
     say("report", str(report_page))
     return report
+
+
+def _check_artefact(run_folder: RunFolder) -> None:
+    """StoreError if an artefact was changed after its export. Its answers are made if they lack.
+
+    So are those of a run folder without digests, which nobody can hold against anything.
+    """
+    folder = run_folder.path
+    exported = run_files.artefact(folder)
+    if not exported.exists():
+        return
+    run_artefact.check_files(exported)
+    if not all(run_digests.is_recorded(folder, name) for name in run_files.EXPORTED[:2]):
+        (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
+        run_artefact.answer(run_folder.dataset, folder)
+        run_digests.add(folder, run_files.EXPORTED)
 
 
 def _inputs(run_folder: RunFolder) -> str:

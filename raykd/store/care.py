@@ -8,17 +8,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykd.errors import StoreError
+from raykd.errors import RecipeError, StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.open import open_place
 from raykd.files.place import Place, read_json_in
 from raykd.store import layer_signals
-from raykd.store.commit import Shard, record_of
-from raykd.store.reader import PART, Store, read_shard
+from raykd.store.commit import Shard, record_of, rows_left_out
+from raykd.store.manifest import PART, check_name
+from raykd.store.reader import Store, read_shard
 
-FIXED = ("_RECIPE.json", "_MANIFEST.json", "_TIMING.json")  # files that no record names
-RECORD = re.compile(r"_(commits|quarantine)/[^/]*\.json")
+HOUR_S = 3600
+LIVE_S = 900  # a writer commits a shard within this time of writing it
+HALF_WRITTEN = re.compile(
+    r"(data/\.part-\d{5,}-[0-9a-f]{16}\.parquet|_(commits|quarantine)/\.\d{5,}\.json"
+    r"|\._(RECIPE|MANIFEST|TIMING)\.json)\.[0-9a-f]{32}\.tmp"
+)
 Fault = dict[str, str]
 
 
@@ -28,8 +33,7 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
     The records are the manifest's; without a sound manifest, those commits that can be read.
     """
     place = open_place(where)
-    if read_json_in(place, "_RECIPE.json") is None:
-        raise StoreError(f"{place} is not a teacher store: it has no _RECIPE.json")
+    identity = _identity(place)
     committed = {
         name: _record(place, name) for name in place.listed("_commits") if name.endswith(".json")
     }
@@ -45,12 +49,35 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
             faults.append({"file": "_MANIFEST.json", "fault": str(error)})
         return [record for record in committed.values() if record], faults
     wanted = {_commit(record): record for record in known}
-    faults = [
+    faults = []
+    if identity is None:
+        faults.append({"file": "_RECIPE.json", "fault": "not the manifest's identity"})
+    faults += [
         {"file": name, "fault": "not the manifest's record"}
         for name, record in wanted.items()
         if committed.get(name) != record
     ]
     return known, faults
+
+
+def _identity(place: Place) -> dict[str, Any] | None:
+    """What a store is the store of; None if its _RECIPE.json is not what its manifest says.
+
+    StoreError if the place is no store, or another store than its name says.
+    """
+    if place.get("_RECIPE.json") is None:
+        raise StoreError(f"{place} is not a teacher store: it has no _RECIPE.json")
+    try:
+        finished = Store(place)
+    except StoreError:
+        identity = read_json_in(place, "_RECIPE.json")
+        check_name(place, identity)
+        return identity
+    try:
+        identity = read_json_in(place, "_RECIPE.json")
+    except StoreError:
+        return None
+    return identity if identity == finished.manifest["identity"] else None
 
 
 def _record(place: Place, name: str) -> dict[str, Any] | None:
@@ -91,12 +118,27 @@ def verify(where: Address | Place) -> dict[str, Any]:
     damaged += [fault for record in known if (fault := _fault(place, record))]
     complete = _is_finished(place) and not damaged
     count = len(known)
-    for layer in layer_signals.stores_below(place):
+    for layer in _layers(place):
         below = verify(layer)
         complete &= below["complete"]
         count += below["shards"]
         damaged += [fault | {"file": _below(layer, fault["file"])} for fault in below["damaged"]]
     return {"complete": complete, "shards": count, "damaged": damaged}
+
+
+def _layers(place: Place) -> list[Place]:
+    """The stores of inner layers below a store. StoreError if one is of another store."""
+    layers = layer_signals.stores_below(place)
+    if not layers:
+        return []
+    identity = read_json_in(place, "_RECIPE.json")
+    for layer in layers:
+        if read_json_in(layer, "_RECIPE.json") != identity | {"signal": layer.name}:
+            raise StoreError(
+                f"{layer} is a layer of another store; delete that folder, then type: raykd score "
+                "RECIPE"
+            )
+    return layers
 
 
 def _below(layer: Place, name: str) -> str:
@@ -123,8 +165,7 @@ def quarantined(place: Place, record: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that a shard leaves out, each with the reason."""
     if record["rows"] == record["last"] - record["first"]:
         return []
-    quarantine = read_json_in(place, _quarantine(record)) or {}
-    return list(quarantine.get("rows", []))
+    return rows_left_out(place, _quarantine(record))
 
 
 def _quarantine(record: dict[str, Any]) -> str:
@@ -150,7 +191,7 @@ def show(where: Address | Place) -> dict[str, Any]:
     for column in columns.values():
         column["bytes_per_row"] = round(column.pop("bytes") / max(rows, 1), 2)
     complete = _is_finished(place)
-    for layer in layer_signals.stores_below(place):
+    for layer in _layers(place):
         below = show(layer)
         if layer.name in below["columns"]:
             columns[layer.name] = below["columns"][layer.name]
@@ -191,13 +232,15 @@ def _add_columns(columns: dict[str, dict[str, Any]], footer: pq.FileMetaData) ->
 def repair(where: Address | Place) -> list[str]:
     """Remove damaged files with the records of their shards; the names of these files.
 
-    Scoring then does just these shards again. In a complete store, a lost commit record is written
-    again from the manifest.
+    Scoring then does just these shards again. In a complete store, a lost commit record and the
+    store's identity are written again from the manifest.
     """
     place = open_place(where)
     known, faults = shards(place)
     for fault in faults:
         place.delete(fault["file"])
+    if "_RECIPE.json" in [fault["file"] for fault in faults]:
+        place.put("_RECIPE.json", to_json(Store(place).manifest["identity"]))
     removed = [fault["file"] for fault in faults]
     damaged = [record for record in known if _fault(place, record)]
     for record in known:
@@ -208,34 +251,46 @@ def repair(where: Address | Place) -> list[str]:
             removed.append(record["file"])
         elif place.get(_commit(record)) is None:
             place.put(_commit(record), to_json(record))
-    for layer in layer_signals.stores_below(place):
+    for layer in _layers(place):
         removed += [_below(layer, name) for name in repair(layer)]
     return removed
 
 
 def rewriting_hint(where: Address | Place) -> str:
     """What to type to write a store's missing shards: to score, or to train for a log of drafts."""
-    if "drafts" in (read_json_in(open_place(where), "_RECIPE.json") or {}):
+    identity = read_json_in(open_place(where), "_RECIPE.json")
+    if isinstance(identity, dict) and "drafts" in identity:
         return "delete arms/ARM/arm.json of its run and type: raykd train RECIPE"
     return "type: raykd score RECIPE"
 
 
-def gc(where: Address | Place, *, older_than_s: float) -> list[str]:
-    """Remove files that no record names, as killed writers leave them; the names of these files.
+def gc(where: Address | Place, *, older_than_s: float, force: bool = False) -> list[str]:
+    """Remove shards that no record names and files left half written, as killed writers leave them;
+    the names of these files.
 
-    Only files that were written at least `older_than_s` seconds ago.
+    Only files whose names only a writer of stores gives, written at least `older_than_s` seconds
+    ago. RecipeError below an hour, in which a writer may be about to commit, unless `force`; even
+    then what is younger than LIVE_S stays in a store that is not finished.
     """
+    least_s = 0 if force else HOUR_S
+    if not older_than_s >= least_s:
+        raise RecipeError(
+            f"--older-than: {older_than_s / HOUR_S:g} hours; shards younger than an hour may be a "
+            "live writer's; give at least 1, or with --force at least 0"
+        )
     place = open_place(where)
     known, _ = shards(place)
-    named = {record["file"] for record in known} | set(FIXED)
+    named = {record["file"] for record in known}
+    if not _is_finished(place):
+        older_than_s = max(older_than_s, LIVE_S)
     now = time.time()
     removed = []
-    for layer in layer_signals.stores_below(place):
-        removed += [_below(layer, name) for name in gc(layer, older_than_s=older_than_s)]
+    for layer in _layers(place):
+        below = gc(layer, older_than_s=older_than_s, force=force)
+        removed += [_below(layer, name) for name in below]
     for name, entry in place.listed().items():
-        is_layers = name.startswith(f"{layer_signals.FOLDER}/")
-        is_ours = name in named or RECORD.fullmatch(name) or is_layers
-        if not is_ours and now - entry.written_s > older_than_s:
+        is_left = (PART.fullmatch(name) and name not in named) or HALF_WRITTEN.fullmatch(name)
+        if is_left and now - entry.written_s >= older_than_s:
             place.delete(name)
             removed.append(name)
     return removed

@@ -98,10 +98,11 @@ def repair(folder: Path | str) -> tuple[Any, str]:
 @click.option(
     "--older-than", default=24.0, help="Hours that a file must have stood.", show_default=True
 )
+@click.option("--force", is_flag=True, help="Allow less than an hour: no writer is at work.")
 @click.option("--json", "as_json", is_flag=True, help="The result on stdout as one JSON value.")
-def gc(folder: Path | str, older_than: float, as_json: bool) -> None:
-    """Remove what killed writers left behind: files that no commit record names."""
+def gc(folder: Path | str, older_than: float, force: bool, as_json: bool) -> None:
+    """Remove what killed writers left behind: shards that no commit record names."""
     from raykd.store import care
 
-    removed = care.gc(folder, older_than_s=3600 * older_than)
+    removed = care.gc(folder, older_than_s=3600 * older_than, force=force)
     show({"removed": removed}, "\n".join(removed) or "nothing to remove", as_json)

@@ -64,7 +64,10 @@ class StoreWriter:
         self.identity = identity
         self.place.put_once("_RECIPE.json", to_json(identity))
         if read_json_in(self.place, "_RECIPE.json") != identity:
-            raise StoreError(f"{self.place} holds the store of another recipe; give another --out")
+            raise StoreError(
+                f"{self.place} holds the store of another recipe; move that folder away, or give "
+                "another --out"
+            )
 
     @property
     def folder(self) -> Address:
@@ -116,8 +119,7 @@ class StoreWriter:
         """The rows of these shards that could not be scored: {row id: reason}."""
         reasons = {}
         for shard in filter(self._lacks, shards):
-            quarantine = read_json_in(self.place, _quarantine(shard))
-            rows = quarantine["rows"] if quarantine else []
+            rows = rows_left_out(self.place, _quarantine(shard))
             reasons |= {row["row_id"]: row["reason"] for row in rows}
         return reasons
 
@@ -171,8 +173,25 @@ class StoreWriter:
 
     def _lacks(self, shard: Shard) -> int:
         """How many of its rows a shard's file lacks."""
-        record = read_json_in(self.place, _record(shard)) or {}
-        return shard.last - shard.first - record.get("rows", 0)
+        try:
+            record = read_json_in(self.place, _record(shard))
+        except StoreError:
+            record = None
+        rows = record.get("rows") if isinstance(record, dict) else 0
+        return shard.last - shard.first - (rows if isinstance(rows, int) else 0)
+
+
+def rows_left_out(place: Place, name: str) -> list[dict[str, Any]]:
+    """The rows in a file of rows that could not be scored; none where it holds no such list."""
+    try:
+        quarantine = read_json_in(place, name)
+    except StoreError:
+        return []
+    rows = quarantine.get("rows") if isinstance(quarantine, dict) else None
+    if not isinstance(rows, list):
+        return []
+    known = [row for row in rows if isinstance(row, dict) and {"row_id", "reason"} <= row.keys()]
+    return [row for row in known if isinstance(row["row_id"], int)]
 
 
 def _quarantine(shard: Shard) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,11 @@ from numpy.typing import NDArray
 from raykd.errors import StoreError
 from raykd.files import parquet
 from raykd.files.address import Address
-from raykd.files.digests import digest_of
 from raykd.files.open import open_place
-from raykd.files.place import Place, read_json_in
+from raykd.files.place import Place
 from raykd.store import bounds, columns, layer_signals, node_copy
 from raykd.store.logits import StoredLogits, codec_of, in_plain_layout
-
-PART = re.compile(r"data/part-\d{5,}-[0-9a-f]{16}\.parquet")
+from raykd.store.manifest import PART, read_manifest
 
 
 @dataclass(frozen=True)
@@ -56,23 +53,11 @@ def stored_steps(
 
 
 class Store:
-    """A complete, verified store."""
+    """A complete, verified store. StoreError if it is none, or not the one that its name says."""
 
     def __init__(self, where: Address | Place):
-        self.place = place = open_place(where)
-        manifest = read_json_in(place, "_MANIFEST.json")
-        if manifest is None:
-            raise StoreError(
-                f"{place} is not a complete store: it has no manifest; run `raykd score` to "
-                "finish it"
-            )
-        body = {k: v for k, v in manifest.items() if k != "sha256"}
-        if digest_of(body) != manifest.get("sha256"):
-            raise StoreError(
-                f"{place}/_MANIFEST.json is damaged: its digest does not match; type: "
-                f"raykd store repair {place}"
-            )
-        self.manifest: dict[str, Any] = manifest
+        self.place = open_place(where)
+        self.manifest: dict[str, Any] = read_manifest(self.place)
         self._splits: dict[str, pa.Table] = {}
         self._layers: frozenset[str] = frozenset()  # the signals of which this is the store
 
@@ -169,6 +154,17 @@ class Store:
         dtype = field.metadata.get(b"dtype", b"float16").decode()
         return Column(columns.decode(table.column(name), shape, steps, dtype), steps)
 
+    def layer(self, name: str) -> "Store":
+        """The finished store of an inner layer's signal. StoreError if it is another store's."""
+        store = Store(layer_signals.place_of(self.place, name))
+        if store.manifest["identity"] != self.manifest["identity"] | {"signal": name}:
+            raise StoreError(
+                f"{store.place} is a layer of another store; delete that folder, then type: "
+                "raykd score RECIPE"
+            )
+        store._layers = frozenset({name})
+        return store
+
     def _layer(self, name: str, split: str) -> "Store":
         """The store of an inner layer's signal. StoreError if it is not there, or of other rows."""
         place = layer_signals.place_of(self.place, name)
@@ -179,8 +175,7 @@ class Store:
                 f"store {self.place.name} holds no {name!r}; it has {known}; "
                 "`raykd score RECIPE` adds it"
             )
-        layer_store = Store(place)
-        layer_store._layers = frozenset({name})
+        layer_store = self.layer(name)
         if not np.array_equal(layer_store.row_id(split), self.row_id(split)):
             raise StoreError(
                 f"{place} is of other rows than its store; type: raykd store repair {self.place}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from raykd.files import links
 from raykd.files.waiting import bounded, knock, locked
 from raykd.tracking import journal, sqlite_file, sync_plan
 from raykd.tracking.sync_plan import Cursor, Line, SyncStep, legal_name, legal_value
@@ -260,6 +261,7 @@ class _Mirror:
 
     def _artefact(self, line: Line, run_id: str) -> None:
         path = journal.inside(self.folder, Path(line["path"]))
+        links.check_tree(path)
         if path.exists():
             self.client.log_artifact(run_id, str(path), line["folder"] or None)
         else:

@@ -10,14 +10,13 @@ from typing import Any
 
 from raykd.data import Dataset
 from raykd.files.address import Address
-from raykd.files.atomic import read_json
 from raykd.files.open import open_place
 from raykd.files.place import read_json_in
 from raykd.recipe.recipe import Recipe
 from raykd.teacher.identity import run_digest
 from raykd.tracking import journal
 from raykd.tracking.journal import NAME, Journal, Metric
-from raykd.training import run_files
+from raykd.training import run_files, trained_arm
 from raykd.training.arms import arms_of
 
 PARENT = "run"
@@ -70,7 +69,8 @@ def arms(lines: Journal, recipe: Recipe, folder: Path) -> None:
     """Every trained arm as a child run with its curves."""
     for arm in arms_of(recipe):
         key = f"{arm.name}/seed-{arm.seed}"
-        record = read_json(run_files.arm_record(folder, arm.key))
+        record = trained_arm.read_record(folder, arm.key)
+        assert record is not None, "arms are recorded when they are trained"
         lines.run(key, key, PARENT, tags={"raykd.arm": arm.name})
         lines.params(
             key,

@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raykd.files.atomic import read_json
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import TermSpec
-from raykd.training import run_files
+from raykd.training import trained_arm
 from raykd.training.arm import Arm
 
 UNROUNDED = "unrounded"
@@ -48,9 +47,7 @@ def best_seed(recipe: Recipe, folder: Path) -> int:
     first of equals.
     """
     records = [
-        read_json(run_files.arm_record(folder, arm.key))
-        for arm in arms_of(recipe)
-        if arm.name == "student"
+        trained_arm.read_record(folder, arm.key) for arm in arms_of(recipe) if arm.name == "student"
     ]
     return max(records, key=lambda record: record["val"][f"val_{recipe.select}"])["seed"]
 
@@ -59,6 +56,7 @@ def validation_accuracies(recipe: Recipe, folder: Path) -> dict[str, float]:
     """The validation accuracy of every trained arm, by its key."""
     accuracies = {}
     for arm in arms_of(recipe):
-        record = read_json(run_files.arm_record(folder, arm.key))
+        record = trained_arm.read_record(folder, arm.key)
+        assert record is not None, "called when every arm is trained"
         accuracies[arm.key] = record["val"]["val_accuracy"]
     return accuracies

@@ -9,10 +9,9 @@ import torch
 
 from raykd import models
 from raykd.data import Dataset
-from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe
-from raykd.training import phases, predictions, run_files
+from raykd.training import phases, predictions, run_files, trained_arm
 from raykd.training.arms import UNROUNDED, arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.predictions import Predictions
@@ -46,5 +45,9 @@ def write_missing(recipe: Recipe, dataset: Dataset, run: Path) -> None:
         folder = run_files.arm(run, arm.key)
         if arm.name != UNROUNDED or (folder / run_files.ROUNDED).exists():
             continue
-        if read_json(folder / run_files.ARM) is not None:
-            write_rounded(recipe, dataset, folder)
+        record = trained_arm.read_record(run, arm.key)
+        if record is None:
+            continue
+        write_rounded(recipe, dataset, folder)
+        if "files" in record:
+            trained_arm.write_record(folder, record)

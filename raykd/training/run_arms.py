@@ -4,7 +4,7 @@ group.
 Each arm ends as a folder `arms/<name>-<seed>/` with `weights.safetensors`, `predictions.parquet`
 (the test split), `drafts.parquet` where it is judged as a drafter, `rounded_afterwards.parquet`
 where it is in full precision beside a rounded student, and last `arm.json`: its presence means that
-the arm is done, and a later attempt does not train it again.
+the arm is done, and a later attempt does not train it again. `trained_arm` writes and reads it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch import nn
 from raykd import data, models
 from raykd.data import Dataset
 from raykd.files.address import Address
-from raykd.files.atomic import read_json, write_bytes, write_json
+from raykd.files.atomic import write_bytes
 from raykd.generation import judge_drafter
 from raykd.generation.acceptance import Acceptance
 from raykd.generation.draft_log import DraftLogSpec, draft_log_spec
@@ -35,7 +35,7 @@ from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import check_rows, run_digest, store_table
 from raykd.techniques import register
-from raykd.training import phases, post_training, predictions, run_files
+from raykd.training import phases, post_training, predictions, run_files, trained_arm
 from raykd.training.arm import Arm, World
 from raykd.training.arms import UNROUNDED, arms_of
 from raykd.training.checkpoints import Checkpoints
@@ -198,7 +198,8 @@ def run_arms(
     runner = ArmRunner(recipe, store, device, teacher)
     for arm in arms_of(recipe):
         target = run_files.arm(folder, arm.key)
-        if _agreed(world, read_json(target / run_files.ARM) is not None, device):
+        is_done = world.rank == 0 and trained_arm.read_record(folder, arm.key) is not None
+        if _agreed(world, is_done, device):
             continue
         saved = Checkpoints(run_files.checkpoints(folder) / arm.key)
         state = runner.train_arm(
@@ -236,6 +237,7 @@ def _write_arm(runner: ArmRunner, arm: Arm, state: State, target: Path) -> None:
     if arm.name == UNROUNDED and runner.recipe.quant:
         post_training.write_rounded(runner.recipe, runner.dataset, target)
     record = {
+        "run": run_digest(runner.recipe, runner.dataset),
         "arm": arm.name,
         "seed": arm.seed,
         "steps": state.step,
@@ -245,4 +247,4 @@ def _write_arm(runner: ArmRunner, arm: Arm, state: State, target: Path) -> None:
         "history": state.history,
         "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
     }
-    write_json(target / run_files.ARM, record)
+    trained_arm.write_record(target, record)

@@ -15,10 +15,15 @@ A run folder holds
     student.safetensors             the exported seed's weights, as they were trained
     answers.parquet                 what a comparison of runs reads
     report.json, report.html        the report
+    digests.json                    the sha256 of what search, export and report wrote
     progress.jsonl, ray/            of the running command
 """
 
 from pathlib import Path
+from typing import Any
+
+from raykd.errors import StoreError
+from raykd.files.atomic import read_json
 
 RECIPE = "recipe.json"
 REPORT = "report.json"
@@ -27,6 +32,7 @@ ANSWERS = "answers.parquet"
 TRIALS = "tune.json"
 BEST_RECIPE = "best.toml"
 PROGRESS = "progress.jsonl"
+DIGESTS = "digests.json"
 STUDENT = "student.safetensors"
 ARTEFACT_ANSWERS = "artefact_answers.parquet"
 
@@ -39,6 +45,9 @@ ROUNDED = "rounded_afterwards.parquet"  # of the unrounded arm
 HISTORY = "history.jsonl"
 
 MANIFEST = "manifest.json"  # in the artefact
+EXPORTED = (f"artefact/{MANIFEST}", ARTEFACT_ANSWERS, DRAFTS, STUDENT)
+REPORTED = (REPORT, REPORT_PAGE, ANSWERS)
+SEARCHED = (TRIALS, BEST_RECIPE)
 
 
 def arms(run: Path) -> Path:
@@ -74,6 +83,26 @@ def draft_log(run: Path, key: str) -> Path:
 def trial(run: Path, number: str) -> Path:
     """The folder of one trial, by Ray Tune's id."""
     return run / "trials" / number
+
+
+def read_trials(run: Path) -> dict[str, Any] | None:
+    """The table of the search; None if there is none. StoreError if it is no such table."""
+    path = run / TRIALS
+    table = read_json(path)
+    if table is None:
+        return None
+    rows = table.get("trials") if isinstance(table, dict) else None
+    best = table.get("best") if isinstance(table, dict) else None
+    keys = {"id", "number", "params", "state"}
+    is_table = isinstance(rows, list) and isinstance(table.get("metric"), str)
+    if not is_table or not all(
+        isinstance(row, dict) and keys <= row.keys() for row in [best, *rows]
+    ):
+        raise StoreError(
+            f"{path} is damaged: no table of trials; delete it and give the same command, which "
+            "searches again"
+        )
+    return table
 
 
 def artefact(run: Path) -> Path:

@@ -34,7 +34,7 @@ from raykd.orchestration import scoring
 from raykd.stages import plan
 from raykd.stages.load import load, resolve
 from raykd.store import care, layer_signals
-from raykd.store.commit import StoreWriter
+from raykd.store.commit import StoreWriter, record_of, to_parquet
 from raykd.store.reader import Store
 
 KINDS = ("folder", "bucket")
@@ -215,12 +215,32 @@ def test_a_lost_or_cut_file_is_scored_again(store, whole):
 
 def test_what_a_killed_writer_left_behind_is_collected(store, whole):
     fill(store)
-    left = ["_commits/.x.tmp", "data/part-00000-0123456789abcdef.parquet"]
-    for name in left:
+    half = f".part-00001-0123456789abcdef.parquet.{'0f' * 16}.tmp"
+    left = [f"data/{half}", "data/part-00000-0123456789abcdef.parquet"]
+    kept = ["NOTES.md", "data/notes.parquet", "data/part-1.parquet", "data/.x.tmp"]
+    for name in left + kept:
         open_place(store).put(name, b"left behind")
     assert care.gc(store, older_than_s=3600) == []
-    assert care.gc(store, older_than_s=-60) == left
+    assert care.gc(store, older_than_s=0, force=True) == left
+    for name in kept:
+        assert open_place(store).get(name) == b"left behind"
+        open_place(store).delete(name)
     assert content(store) == content(whole)
+
+
+def test_a_live_writers_shard_is_never_collected(store):
+    writer = StoreWriter(store, IDENTITY)
+    data = to_parquet(table_of(SHARDS[0]))
+    part = record_of(SHARDS[0], data)["file"]
+    writer.place.put_once(part, data)  # as `commit` does before it writes the record
+    for hours in (0, 0.99, -100, float("nan")):
+        code, text = typed("gc", store, "--older-than", hours)
+        assert code == 2
+        assert "give at least 1, or with --force" in text
+    for hours in (-1, float("nan")):
+        assert typed("gc", store, "--older-than", hours, "--force")[0] == 2
+    assert typed("gc", store, "--older-than", 0, "--force") == (0, "nothing to remove\n")
+    assert writer.place.get(part) == data
 
 
 def test_a_layer_is_a_store_below_the_first(store):

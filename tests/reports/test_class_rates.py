@@ -2,19 +2,18 @@
 
 import json
 
+import arm_records
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from raykd.cli import cli
-from raykd.files.atomic import write_json
 from raykd.recipe.digest import recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.reports import bootstrap, class_rates, sentences
 from raykd.reports.bootstrap import Hits
 from raykd.reports.evidence import Evidence, build
 from raykd.stages import walk
-from raykd.training import run_files
 from raykd.training.arms import best_seed
 from raykd.training.predictions import macro_f1
 
@@ -160,16 +159,14 @@ def test_the_best_seed_is_that_of_the_selected_metric(select, seed, tmp_path):
         {"val_accuracy": 0.8, "val_macro_f1": 0.7},
     ]
     for number, values in enumerate(metrics):
-        record = {"arm": "student", "seed": number, "val": values}
-        write_json(run_files.arm_record(tmp_path, f"student-{number}"), record)
+        arm_records.write(tmp_path, "student", number, values)
     assert best_seed(recipe, tmp_path) == seed
 
 
 def test_training_ends_with_the_accuracy_of_every_arm(tmp_path, monkeypatch, capfd):
     recipe = tmp_path / "teacher.toml"
     recipe.write_text('technique = "none"\ncontrol = false\n')
-    record = {"arm": "student", "seed": 0, "val": {"val_accuracy": 0.875}}
-    write_json(run_files.arm_record(tmp_path / "run", "student-0"), record)
+    arm_records.write(tmp_path / "run", "student", 0, {"val_accuracy": 0.875})
     monkeypatch.setattr(walk, "train", lambda *_, **__: tmp_path / "run")
     done = CliRunner().invoke(cli, ["train", str(recipe)])
     assert done.exit_code == 0

@@ -17,10 +17,14 @@ from by_hand import typed
 
 from raykd.errors import StoreError
 from raykd.files.atomic import read_json, write_json
+from raykd.files.digests import digest_of
+from raykd.files.open import open_place
+from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
 from raykd.stages import plan
 from raykd.stages.load import resolve
 from raykd.store import care
+from raykd.store.manifest import seconds_of
 from raykd.store.reader import Store
 
 
@@ -144,10 +148,11 @@ def test_gc_takes_only_old_files_that_no_record_names(store):
     before = content(store)
     left = [
         store / "data/part-00000-0123456789abcdef.parquet",
-        store / "data/.x.tmp",
-        store / "_commits/.00001.tmp",
+        store / f"data/.part-00000-0123456789abcdef.parquet.{'0f' * 16}.tmp",
+        store / f"_commits/.00001.json.{'0f' * 16}.tmp",
     ]
-    for path in left:
+    notes = [store / "NOTES.md", store / "data/notes.parquet", store / "_commits/.x.tmp"]
+    for path in left + notes:
         path.write_bytes(b"left behind")
     assert json.loads(typed("gc", store, "--json")[1]) == {"removed": []}
     old = time.time() - 48 * 3600
@@ -158,7 +163,133 @@ def test_gc_takes_only_old_files_that_no_record_names(store):
         str(p.relative_to(store)) for p in left
     )
     spoil(store / "_commits/00002.json")
+    for path in notes:
+        path.unlink()
     assert content(store) == before
+
+
+@pytest.fixture(scope="module")
+def other(folder, tmp_path_factory) -> Path:
+    """The store of another teacher over the same rows, finished and sound."""
+    table = by_hand.teacher(tmp_path_factory.mktemp("other") / "teacher.safetensors", seed=1)
+    _, found = stored.scored(folder, "fp16", teacher=table)
+    assert isinstance(found.folder, Path)
+    return found.folder
+
+
+def test_another_teachers_store_under_this_name_is_refused(store, made, other):
+    shutil.rmtree(store)
+    shutil.copytree(other, store)
+    assert typed("verify", other)[0] == 0
+    for verb in ("verify", "show", "repair", "gc"):
+        code, text = typed(verb, store)
+        assert code == 3, verb
+        assert f"{store} holds the store {other.name}" in text
+        assert f"rename the folder to {other.name}" in text
+    for read in (Store, lambda where: scoring.is_complete(where, [])):
+        with pytest.raises(StoreError, match="holds the store"):
+            read(store)
+    with pytest.raises(StoreError, match="holds the store of another recipe"):
+        by_hand.score(made[0], store.parent)
+    assert content(store) == content(other)
+
+
+def test_an_identity_that_is_not_the_manifests_is_named_and_repaired(store):
+    before = content(store)
+    for changed in (b'{"schema": 1}', b"[", b"[]"):
+        (store / "_RECIPE.json").write_bytes(changed)
+        code, text = typed("verify", store)
+        assert code == 3
+        assert "_RECIPE.json: not the manifest's identity" in text
+        assert typed("repair", store)[0] == 0
+        assert content(store) == before
+
+
+def test_a_layer_of_another_store_is_refused(store, other):
+    layer = store / "signals" / "hidden.blocks.0"
+    shutil.copytree(other, layer)
+    for verb in ("verify", "show", "repair", "gc"):
+        code, text = typed(verb, store)
+        assert code == 3, verb
+        assert f"{layer} is a layer of another store; delete that folder" in text
+    with pytest.raises(StoreError, match="is a layer of another store"):
+        scoring.is_complete(store, ["hidden.blocks.0"])
+
+
+def signed(store: Path, **changes: object) -> None:
+    """Change keys of the manifest, whose digest is made to fit."""
+    manifest = read_json(store / "_MANIFEST.json") | changes
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    write_json(store / "_MANIFEST.json", body | {"sha256": digest_of(body)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"schema": 99}, "is of schema 99, and this raykd reads 1"),
+        ({"shards": {}}, "lacks what a manifest holds"),
+        ({"shards": [1]}, "lacks what a manifest holds"),
+        ({"identity": None}, "lacks what a manifest holds"),
+        ({"statistics": []}, "lacks what a manifest holds"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(store, changes, told):
+    signed(store, **changes)
+    with pytest.raises(StoreError, match=told):
+        Store(store)
+    with pytest.raises(StoreError, match=told):
+        scoring.is_complete(store, [])
+    assert typed("verify", store)[0] == 3
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(store, tmp_path):
+    record = Store(store).manifest["shards"][0] | {"file": "../../x"}
+    signed(store, shards=[record])
+    with pytest.raises(StoreError, match="lacks what a manifest holds"):
+        scoring.is_complete(store, [])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "[", "1e999", '{"schema": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["_MANIFEST.json", "_TIMING.json", "_quarantine/00000.json"])
+def test_other_json_in_a_stores_file_is_never_a_traceback(store, name, text):
+    (store / name).parent.mkdir(exist_ok=True)
+    (store / name).write_text(text)
+    if name == "_MANIFEST.json":
+        with pytest.raises(StoreError, match=r"_MANIFEST\.json"):
+            scoring.is_complete(store, [])
+    elif name == "_TIMING.json":
+        with pytest.raises(StoreError, match=r"_TIMING\.json"):
+            seconds_of(open_place(store))
+    else:
+        assert typed("verify", store)[0] == 0
+    assert typed("repair", store)[0] == 0
+
+
+@pytest.mark.parametrize("place", ["_RECIPE.json", "data", "_commits", "signals/hidden.x"])
+def test_a_link_that_leads_out_of_a_store_is_refused(store, other, tmp_path, place):
+    path = store / place
+    target = tmp_path / "elsewhere"
+    if path.exists():
+        path.rename(target)
+    else:
+        path.parent.mkdir()
+        shutil.copytree(other, target)
+    path.symlink_to(target)
+    before = content(target) if target.is_dir() else target.read_bytes()
+    for verb in ("verify", "show", "repair", "gc"):
+        code, text = typed(verb, store)
+        assert code == 3, verb
+        assert f"a link to {target}" in text
+    assert before == (content(target) if target.is_dir() else target.read_bytes())
+
+
+def test_a_store_may_itself_be_reached_by_a_link(store, tmp_path):
+    moved = tmp_path / "disk" / store.name
+    moved.parent.mkdir()
+    store.rename(moved)
+    store.symlink_to(moved)
+    assert typed("verify", store)[0] == 0
+    assert scoring.is_complete(store, [])
 
 
 def test_a_record_that_names_a_file_elsewhere_is_not_followed(store, tmp_path):
