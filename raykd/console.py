@@ -102,6 +102,8 @@ def show(result: Any, text: str, as_json: bool) -> None:
     """Print a result on stdout: as one line of JSON for a script, or as text for a person."""
     stream = _results[-1] if _results else sys.stdout
     line = clean(json.dumps(result, sort_keys=True) if as_json else text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = line.encode(encoding, "backslashreplace").decode(encoding)  # stdout may be ASCII's
     try:
         print(line, file=stream, flush=True)
     except BrokenPipeError:

@@ -128,8 +128,8 @@ def _forms(
 def copy_cards(folder: Path, title: str, *, run: str, readme: str = "README.md") -> None:
     """Write run.py and README.md for a student called `title`, from the cards of these names."""
     for name, card in (("run.py", run), ("README.md", readme)):
-        text = (resources.files("raykd.deploy") / "card" / card).read_text()
-        (folder / name).write_text(text.replace("STUDENT", title))
+        text = (resources.files("raykd.deploy") / "card" / card).read_text("utf-8")
+        (folder / name).write_text(text.replace("STUDENT", title), "utf-8")
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -272,7 +272,8 @@ def _card_rows(staged: Path) -> None:
         f"* **Classes**: {', '.join(described['classes'])}.",
     ]
     card = staged / "README.md"
-    card.write_text(card.read_text().replace("\nROWS\n", "\n" + "\n".join(lines) + "\n"))
+    told = "\n" + "\n".join(lines) + "\n"
+    card.write_text(card.read_text("utf-8").replace("\nROWS\n", told), "utf-8")
 
 
 def _takes_any(staged: Path) -> bool:

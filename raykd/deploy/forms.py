@@ -114,8 +114,9 @@ def write(
             bar = BLOCKS if quant else bar_of(None)
             answers = _program_logits(path, rows)
             parity[path.name] = compare(trained, answers, bar, _where(rows, path.name))
-        with (folder / "README.md").open("a") as card:
-            card.write("\n" + (resources.files("raykd.deploy") / "card" / f"{form}.md").read_text())
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            told = resources.files("raykd.deploy") / "card" / f"{form}.md"
+            card.write("\n" + told.read_text("utf-8"))
     return parity
 
 

@@ -1,5 +1,7 @@
 """The run folder of a recipe: where its results stand, and what has been done there."""
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 from raykd import data
 from raykd.data import Dataset
 from raykd.deploy import run_artefact
+from raykd.errors import RecipeError
 from raykd.files import links
 from raykd.files.address import Address
 from raykd.losses.terms import needs_of
@@ -29,6 +32,20 @@ class RunFolder:
     recipe: Recipe
     out: Path = OUT
     address: str | None = None
+
+    def __post_init__(self) -> None:
+        """RecipeError if MLflow and others would write the folder's name otherwise than Python."""
+        path = str(self.out.resolve())
+        try:
+            is_same = path.encode() == os.fsencode(path)
+        except UnicodeEncodeError:
+            is_same = False
+        if not is_same:
+            raise RecipeError(
+                f"--out: {path!a} cannot be written under this locale, whose file names are "
+                f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or name a "
+                "folder in plain letters"
+            )
 
     @cached_property
     def path(self) -> Path:

@@ -13,12 +13,12 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from raykd.files import links
 from raykd.files.waiting import bounded, knock, locked
@@ -51,7 +51,8 @@ class Synced:
 
 def default_uri(out: Path) -> str:
     """The store used where no server is named: one sqlite file for everything under `out`."""
-    return f"sqlite:///{out.resolve() / 'mlflow.db'}"
+    path = str(out.resolve() / "mlflow.db")
+    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")  # a URL's own signs
 
 
 def public_uri(uri: str) -> str:
@@ -188,7 +189,8 @@ class _Mirror:
         file = _sqlite_file(self.uri)
         # MLflow builds its tables unguarded
         with locked(file.parent, wait=True) if file else nullcontext():
-            self._client = self._connected(file)
+            with _no_stray_folder(self.uri):
+                self._client = self._connected(file)
             self.experiment_id = self._experiment(
                 (file.parent / "mlruns").as_uri() if file else None
             )
@@ -281,5 +283,21 @@ def _split(values: list[T], size: int) -> list[list[T]]:
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
+@contextmanager
+def _no_stray_folder(uri: str) -> Iterator[None]:
+    """Remove the folder that MLflow makes by the name as it stands in a URL, escapes and all."""
+    file = _sqlite_file(uri)
+    stray = Path(uri.removeprefix("sqlite:///")).absolute().parent
+    is_new = file is not None and stray != file.parent and not stray.exists()
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it holds something
+                os.removedirs(stray)
+
+
 def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
