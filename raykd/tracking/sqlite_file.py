@@ -1,4 +1,4 @@
-"""The sqlite file of MLflow, looked into without MLflow: whether anything was ever recorded in it."""
+"""MLflow's sqlite file: where it lies, and tables that are half made."""
 
 import sqlite3
 from contextlib import closing
