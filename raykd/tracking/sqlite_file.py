@@ -1,4 +1,4 @@
-"""MLflow's sqlite file: where it lies, and tables that are half made."""
+"""The sqlite file of MLflow, read without MLflow: whether anything was ever recorded in it."""
 
 import sqlite3
 from contextlib import closing
