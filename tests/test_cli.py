@@ -93,7 +93,6 @@ BAD = {
     "NaN": (3, "rows 5", ["data.source=./nan"]),
     "no column": (3, "inputs", ["data.source=./column"]),
     "empty split": (3, "'val' has 0 rows", ["data.source=./empty"]),
-    "absent class": (3, "no row of class b", ["data.source=./absent"]),
 }
 BAD_TEACHER = {
     "weights do not fit": (2, "do not fit the module", ["teacher.settings.width=64"]),

@@ -150,7 +150,7 @@ FAULTS = {
     "rounded": (
         _config(quantization_config={"bits": 4}),
         "teacher.weights",
-        "name a folder of whole ones",
+        "name a folder of unrounded ones",
     ),
     "elsewhere": (
         _indexed("../other.safetensors"),
