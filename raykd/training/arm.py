@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from raykd.recipe.source import Source
 from raykd.recipe.tables import Phase, TermSpec, Weighting
+
+LINE_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,18 @@ class World:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def told(self, text: str, device: torch.device) -> list[str]:
+        """What each rank tells the others: a line of up to 256 bytes."""
+        if self.size == 1:
+            return [text]
+        own = torch.zeros(LINE_BYTES, dtype=torch.uint8, device=device)
+        letters = text.encode()[:LINE_BYTES]
+        own[: len(letters)] = torch.tensor(list(letters), dtype=torch.uint8, device=device)
+        lines = [torch.zeros_like(own) for _ in range(self.size)]
+        dist.all_gather(lines, own)
+        whole = [bytes(line.tolist()) for line in lines]
+        return [line.rstrip(b"\0").decode(errors="replace") for line in whole]
 
 
 ONE_PROCESS = World()

@@ -5,30 +5,37 @@ torch's generator. So a checkpoint is tensors and a position, any number of work
 global batches, and a run that was killed and resumed ends with the weights of one that was not.
 """
 
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raykd.data.order import mixed
+from raykd.errors import InfraError
 from raykd.files import faults
 from raykd.generation.draft_log import DraftLogSpec
 from raykd.generation.own_rows import LiveTeacher
 from raykd.generation.replay import Replay
 from raykd.losses.objective import Objective, learned_terms
+from raykd.losses.weighting import Spread
 from raykd.models.adapter import Adapter
 from raykd.recipe.tables import Optim
 from raykd.signals import Signals
 from raykd.training import phases
 from raykd.training.arm import ONE_PROCESS, Arm, World
-from raykd.training.checkpoints import Checkpoints
+from raykd.training.checkpoints import Checkpoints, Choice, Kept
 from raykd.training.device_rows import DeviceRows
 from raykd.training.phases import Span
 from raykd.training.state import Learner, State
 from raykd.training.step import TrainStep
+
+TERMINATED = 143  # how a process ends that was told to by SIGTERM
 
 Report = Callable[[int, dict[str, Any]], None]
 
@@ -63,18 +70,24 @@ def train(
     )
     state = State(learner, adamw)
     plan = phases.spans(arm.phases, optim.steps)
-    resumed = checkpoints.newest() if checkpoints else None
-    begun = [span for span in plan if span.first < (resumed[0] if resumed else 1)]
+    chosen = checkpoints.choose(world, device) if checkpoints else None
+    begun = [span for span in plan if span.first < (chosen.step if chosen else 1)]
     for (
         span
     ) in begun:  # in their order, so that the optimiser's parameters are those of the checkpoint
         state.begin(span)
-    if checkpoints:
-        state.restore(checkpoints)
+    seen = torch.zeros(2, len(learner.objective.weights), device=device)
+    saved: Kept | None = None
+    if checkpoints and chosen:
+        saved = _loaded(checkpoints, chosen)
+        state.restore(saved)
+        if "seen" in saved.tensors and world.rank == 0:
+            seen += saved.tensors["seen"].to(device)
     learner.train()
     step = TrainStep(arm, optim, rows, world, state, live, kept)
-    seen = torch.zeros(2, len(learner.objective.weights), device=device)
-    with closing(step):
+    step.spreads += [Spread(**table) for table in (saved.meta.get("spreads", ()) if saved else ())]
+    patient = _terminated_between_steps() if checkpoints else nullcontext(lambda: False)
+    with closing(step), patient as stop:
         for span in plan[len(begun) - 1 :]:
             if span not in begun:
                 state.begin(span)
@@ -99,9 +112,54 @@ def train(
                         and world.rank == 0
                         and _due(state, span, optim, checkpoint_every)
                     ):
-                        state.save(checkpoints)
+                        state.save(checkpoints, seen)
+                if checkpoints and stop():
+                    # text that a student wrote at an earlier step is not in a checkpoint
+                    if world.size == 1 and not arm.source:
+                        state.save(checkpoints, seen, step.spreads)
+                    raise SystemExit(TERMINATED)
             state.end()
     return state
+
+
+def _loaded(checkpoints: Checkpoints, chosen: Choice) -> Kept:
+    """The state that every rank has just found sound."""
+    kept = checkpoints.load(chosen)
+    if kept is None:
+        raise InfraError(f"{checkpoints.folder}: a checkpoint changed while it was read; try again")
+    return kept
+
+
+@contextmanager
+def _terminated_between_steps() -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM wait for the end of a step; the function that is given says that it has come.
+
+    Only the main thread may handle signals; in another, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:  # the step does not end, or the sender is in a hurry
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+
+    def has_come() -> bool:
+        told.extend(came)
+        return bool(came)
+
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield has_come
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if came and not told:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:

@@ -212,6 +212,8 @@ def run_arms(
             tick=partial(tick, arm.key),
             kept=kept_of(recipe, runner.dataset, arm, folder),
         )
+        if world.size > 1:
+            dist.barrier()  # every rank has come to the end
         if world.rank == 0:
             _write_arm(runner, arm, state, target)
             saved.clear()

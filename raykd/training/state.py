@@ -2,17 +2,19 @@
 phase.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raykd.losses.objective import Objective
+from raykd.losses.weighting import Spread
 from raykd.models.adapter import Adapter
 from raykd.signals import Batch
 from raykd.training import phases
-from raykd.training.checkpoints import Checkpoints
+from raykd.training.checkpoints import Checkpoints, Kept
 from raykd.training.phases import Span
 
 
@@ -55,23 +57,27 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best | None = None
 
-    def save(self, checkpoints: Checkpoints) -> None:
+    def save(self, checkpoints: Checkpoints, seen: Tensor, spreads: Sequence[Spread] = ()) -> None:
+        """Write a checkpoint.
+
+        `seen` and `spreads` are what the next report will tell of the steps since the last one.
+        """
         tensors = {f"model.{k}": v for k, v in self.learner.state_dict().items()}
         for number, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optim.{number}.{slot}": v for slot, v in slots.items()}
         if self.best:
             tensors |= {f"best.{k}": v for k, v in self.best.tensors.items()}
+        tensors["seen"] = seen
         best = self.best.value if self.best else None
-        checkpoints.save(
-            self.step, tensors, {"seconds": self.seconds, "history": self.history, "best": best}
-        )
+        meta = {"seconds": self.seconds, "history": self.history, "best": best}
+        meta["spreads"] = [asdict(spread) for spread in spreads]
+        checkpoints.save(self.step, tensors, meta)
 
-    def restore(self, checkpoints: Checkpoints) -> None:
-        """Continue from the newest sound checkpoint, if there is one."""
-        found = checkpoints.newest()
-        if found is None:
-            return
-        self.step, tensors, meta = found
+    def restore(self, kept: Kept) -> None:
+        """Continue from a checkpoint."""
+        self.step = kept.step
+        tensors = kept.tensors
+        meta = kept.meta
         self.seconds = meta["seconds"]
         self.history = meta["history"]
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
@@ -83,8 +89,8 @@ class State:
                 slots.setdefault(int(number), {})[slot] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         if meta["best"] is not None:
-            kept = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
-            self.best = Best(meta["best"], kept)
+            best = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
+            self.best = Best(meta["best"], best)
 
     def begin(self, span: Span) -> None:
         """Enter a phase; scales that are learned join the optimiser, without weight decay."""

@@ -7,8 +7,12 @@ stands.
 """
 
 import json
+import os
 import signal
+import socket
+import sys
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +24,16 @@ import torch.distributed as dist
 from child import start, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_rows import rows_for
 from safetensors.torch import load_file, save_file
 
 from raykd.data.order import Order
-from raykd.errors import DataError
+from raykd.errors import DataError, StoreError
 from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.tables import Optim, TermSpec
+from raykd.recipe.tables import Optim, TermSpec, Weighting
 from raykd.signals import Batch
 from raykd.stages.load import resolve
 from raykd.targets import UNLABELLED
@@ -299,6 +304,115 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     assert seen == told
     said = capsys.readouterr().err
     assert [f"{path} is damaged" in said for path in paths] == [i < damaged for i in range(2)]
+    assert resumed.history == alone.history
+    assert_equal_bits(weights_of(resumed), weights_of(alone))
+
+
+def go_on(rank: int, size: int, meeting: Path, folders: list[Path], out: Path) -> None:
+    """One worker, with a folder of checkpoints that may be its own; it writes how it ended."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    reports: list[int] = []
+    try:
+        state = tiny_run(
+            world=World(rank, size),
+            checkpoints=Checkpoints(folders[rank]),
+            checkpoint_every=10,
+            report=lambda step, _: reports.append(step),
+        )
+        save_file(weights_of(state), out / f"{rank}.safetensors")
+        told = {"reports": reports}
+    except StoreError as error:
+        told = {"error": str(error)}
+    (out / f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def both(folders: list[Path], out: Path) -> list[dict[str, Any]]:
+    """How two workers ended that were given these folders."""
+    out.mkdir()
+    workers = [start(go_on, rank, 2, out / "meeting", folders, out) for rank in range(2)]
+    assert wait(workers) == [0, 0]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture
+def halfway(tmp_path) -> Path:
+    """A folder with a checkpoint of step 20, as one rank left it."""
+    folder = tmp_path / "halfway"
+
+    def die(step: int, _: dict[str, Any]) -> None:
+        if step == 25:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(checkpoints=Checkpoints(folder), checkpoint_every=10, report=die)
+    assert max(step for step, _ in Checkpoints(folder)._found()) == 20
+    return folder
+
+
+def test_ranks_that_see_one_checkpoint_go_on_from_it_together(halfway, tmp_path):
+    ended = both([halfway, halfway], tmp_path / "out")
+    assert ended == [{"reports": [25, 30, 35, 40]}] * 2
+    first, second = (load_file(tmp_path / "out" / f"{rank}.safetensors") for rank in range(2))
+    assert_equal_bits(first, second)
+
+
+@pytest.mark.parametrize("other", ["absent", "damaged", "another"])
+def test_a_rank_without_rank_0s_checkpoint_ends_the_training_by_its_nodes_name(
+    other, halfway, tmp_path
+):
+    """Rank 0 went on at step 20, and one that lacked the file began anew, without a word."""
+    own = tmp_path / "own"
+    own.mkdir()
+    if other != "absent":
+        source = max(halfway.glob("*.safetensors"))
+        name = source.name if other == "damaged" else source.name.replace("20-", "30-")
+        content = source.read_bytes()
+        (own / name).write_bytes(flip(content) if other == "damaged" else content)
+    ended = both([halfway, own], tmp_path / "out")
+    for told in ended:
+        assert "rank 0 goes on from step 20" in told["error"]
+        assert socket.gethostname() in told["error"]
+        assert "share --out" in told["error"]
+
+
+def test_a_rank_with_a_checkpoint_that_rank_0_lacks_begins_with_it(halfway, tmp_path):
+    empty = tmp_path / "empty"
+    ended = both([empty, halfway], tmp_path / "out")
+    assert ended == [{"reports": list(range(5, 41, 5))}] * 2
+
+
+def end_at(step: int, folder: Path, arm: Arm) -> None:
+    """A training whose process is told to end while it takes a step."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rows = rows_for(arm) if arm.weighting else tiny_rows()
+    student = tiny_student()
+    forward = student.forward
+    calls = count()
+
+    def ending(*batch: Any) -> Any:
+        if student.training and next(calls) == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*batch)
+
+    student.forward = ending
+    train(arm, OPTIM, student, rows, lambda _: {}, checkpoints=Checkpoints(folder))
+
+
+WEIGHTED = replace(ARM, weighting=Weighting(statistics="global_batch"))
+
+
+@pytest.mark.parametrize("step", [1, 13, 40])
+@pytest.mark.parametrize("arm", [ARM, WEIGHTED], ids=["plain", "weighted"])
+def test_what_sigterm_ends_goes_on_from_the_very_step(arm, step, tmp_path):
+    process = start(end_at, step, tmp_path, arm)
+    assert wait([process]) == [143]
+    assert max(at for at, _ in Checkpoints(tmp_path)._found()) == step
+    rows = rows_for(arm) if arm.weighting else tiny_rows()
+    alone, resumed = (
+        train(arm, OPTIM, tiny_student(), rows, lambda _: {}, **kept)
+        for kept in ({}, {"checkpoints": Checkpoints(tmp_path)})
+    )
     assert resumed.history == alone.history
     assert_equal_bits(weights_of(resumed), weights_of(alone))
 
