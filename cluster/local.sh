@@ -154,6 +154,7 @@ print_env() {
   printf 'export RAY_AUTH_TOKEN_PATH=%q\n' "$state/token"
   printf 'export RAY_API_SERVER_ADDRESS=http://%s\n' "$(saved dashboard)"
   printf 'export RAY_ADDRESS=%s\n' "$(saved address)"
+  printf 'export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0\n' # as in start: RAY_ADDRESS stays on loopback
 }
 
 case ${1:-} in

@@ -228,7 +228,7 @@ def check(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
     """The plan without computing: stages, what is done, rows, bytes, memory, workers."""
     from raykd.stages import plan
 
-    planned = plan.plan(recipe, out)
+    planned = plan.plan(recipe, out, address)
     return planned, plan.table(planned)
 
 

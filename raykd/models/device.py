@@ -2,12 +2,26 @@
 
 import torch
 
+from raykd.errors import Problem, RecipeError
 from raykd.recipe.recipe import Recipe
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """The device of this process: CUDA unless it is absent or `scale.device` is "cpu"."""
+    """The device of this process: CUDA unless it is absent or `scale.device` is "cpu".
+
+    RecipeError where `scale.device` is "cuda" and this process has none.
+    """
     wanted = recipe.scale.device
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        text = '"cuda", but torch sees no CUDA device here; set it to "auto" or "cpu"'
+        raise RecipeError([Problem("scale.device", text)])
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if has_cuda else "cpu"
     return torch.device(wanted)
+
+
+def on_device(recipe: Recipe, device: str) -> Recipe:
+    """The recipe with `scale.device` decided; it gives the same results under the same name."""
+    scale = recipe.scale.model_copy(update={"device": device})
+    return recipe.model_copy(update={"scale": scale})

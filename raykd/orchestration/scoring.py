@@ -12,8 +12,8 @@ from raykd.errors import DataError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.open import address_below, open_place
-from raykd.models.device import device_of
-from raykd.orchestration.session import plain_error
+from raykd.orchestration.cluster import placed
+from raykd.orchestration.session import at_node, plain_error
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
@@ -32,16 +32,28 @@ class ShardActor:
         import torch
 
         torch.set_num_threads(1)
-        imports.permit(recipe.packages)
-        self.scorer = Scorer(recipe)
         self.wanted = wanted
-        self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
+        self.fault: RaykdError | None = None
+        try:
+            imports.permit(recipe.packages)
+            self.scorer = Scorer(recipe)
+            self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
+        except RaykdError as fault:  # an actor whose start fails is started again
+            self.fault = at_node(fault)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of shard descriptors in; of each shard the rows scored, those that cannot be
         scored, and the CPU seconds spent out.
         """
-        check_rows(self.scorer.dataset, self.wanted)  # here, where an error keeps its kind
+        if self.fault:
+            raise self.fault
+        try:
+            check_rows(self.scorer.dataset, self.wanted)  # here, where an error keeps its kind
+            return self._score(batch)
+        except RaykdError as fault:
+            raise at_node(fault) from None
+
+    def _score(self, batch: dict[str, Any]) -> dict[str, Any]:
         rows: list[int] = []
         bad: list[int] = []
         seconds: list[float] = []
@@ -156,6 +168,8 @@ def shard_results(
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    recipe = placed(recipe)
+    _send_arguments_inline()
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
     # a task costs Ray some 8 ms of the actor's CPU
     tasks = max(min(len(shards), 8 * high), -(-len(shards) // 4))
@@ -166,7 +180,29 @@ def shard_results(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
         num_cpus=1,
-        num_gpus=1 if device_of(recipe).type == "cuda" else 0,
+        num_gpus=1 if recipe.scale.device == "cuda" else 0,
         max_restarts=recipe.scale.retries,
-        max_task_retries=recipe.scale.retries,
+        # Tasks of a lost node fail many times a second until Ray knows that it is dead; its actors
+        # are then started elsewhere, and how often that may be is bounded above.
+        max_task_retries=-1,
     )
+
+
+def _send_arguments_inline() -> None:
+    """Let Ray Data's actors get their arguments, some 10 kB, with the call that starts them.
+
+    From the object store an actor that is restarted could find them lost, of which Ray warns with
+    an error at the start of each scoring.
+    """
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+
+    start = ActorPoolMapOperator.start
+    if start.__name__ == "start_inline":
+        return
+
+    def start_inline(self: Any, *args: Any, **keywords: Any) -> None:
+        self._data_context_ref = self.data_context
+        self._map_transformer_ref = self._map_transformer
+        start(self, *args, **keywords)
+
+    ActorPoolMapOperator.start = start_inline

@@ -6,8 +6,10 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from typing import Any
+from urllib.parse import urlsplit
 
 from raykd.errors import InfraError, RaykdError
 
@@ -21,6 +23,34 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done
 }
+# where Ray keeps the error that an error of its own wraps
+WRAPPED = ("cause", "controller_failure", "_base_exc")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KNOCK_S = 10
+SOCKET_BYTES = 107  # that a Linux kernel takes in the name of a unix socket
+LONGEST_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+# What a gRPC server answers with settings of its own: HTTP/2's opening words and empty settings.
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+
+
+def named_cluster(address: str | None = None) -> str | None:
+    """The address of the cluster that the user names, by `address` or RAY_ADDRESS; None for an
+    embedded one.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
+def prepare(address: str | None = None) -> None:
+    """The environment that Ray needs, set before anything imports it.
+
+    Ray settles on a way to authenticate when it is first imported, and training in this process
+    imports it without starting a cluster. InfraError where no cluster can be started here.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    if named_cluster(address) is None:
+        _prepare_embedded()
 
 
 def connect(address: str | None = None) -> None:
@@ -30,25 +60,25 @@ def connect(address: str | None = None) -> None:
     The embedded cluster listens on loopback, asks for a token that only this process's children
     know, and ends with this process. InfraError if a named cluster does not answer.
     """
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        _prepare_embedded()
+    prepare(address)
+    address = named_cluster(address)
     import ray
 
     if ray.is_initialized():
         return
+    if address:
+        _knock(address)
+    _settle_authentication()
     terminate = signal.getsignal(signal.SIGTERM)
     loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     try:
         ray.init(
-            address=address,
+            address=address or "local",
             logging_level=logging.ERROR,
             log_to_driver=False,
             **({} if address else loopback),
         )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, too, of a node that starts too slowly
         where = f"at {address}" if address else "as an embedded cluster"
         raise InfraError(
             f"Ray cannot be reached {where}: {_last_line(error)}; try `raykd doctor`"
@@ -64,14 +94,87 @@ def _prepare_embedded() -> None:
     Ray itself lets them find modules of the current directory; PYTHONPATH would put those before
     Python's own.
     """
+    _check_temp_folder()
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def plain_error(error: BaseException, stage: str) -> RaykdError:
-    """The user's own fault behind a chain of Ray's wrappers, or an InfraError with the innermost
-    cause.
+def _check_temp_folder() -> None:
+    """InfraError where Ray's temporary folder makes the names of its sockets too long."""
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    if variable is None:
+        return
+    folder = os.environ[variable]
+    room = SOCKET_BYTES - len(f"/{LONGEST_SOCKET}")
+    size = len(os.fsencode(os.path.abspath(folder)))
+    if size > room:
+        raise InfraError(
+            f"{variable}: {folder} has {size} bytes, and {room} are the most: Ray's sockets lie "
+            f"below it, whose whole names may have {SOCKET_BYTES} bytes; export RAY_TMPDIR=/tmp"
+        )
+
+
+def _settle_authentication() -> None:
+    """Let Ray read the environment again, in case something has imported it before us."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _knock(address: str) -> None:
+    """InfraError if no Ray head answers at `address`; Ray itself would try for minutes."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    if parts.scheme or parts.hostname is None or parts.port is None:
+        return  # "auto", or a kind of address that Ray looks up
+    from ray._private import services
+
+    asked = parts.hostname
+    host: str = services.resolve_ip_for_localhost(asked)
+    try:
+        _say_hello(host, parts.port)
+    except OSError as error:
+        advice = 'cluster/local.sh start && eval "$(cluster/local.sh env)", or unset RAY_ADDRESS'
+        where = f"at {address}"
+        if host not in (asked, *LOOPBACK):
+            where += f", which Ray reads as {host}:{parts.port}"
+            advice = f"export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 for a head on {asked}; {advice}"
+        raise InfraError(f"no Ray head answers {where}: {error}; {advice}") from None
+
+
+def _say_hello(host: str, port: int) -> None:
+    """OSError unless a gRPC server answers there."""
+    with socket.create_connection((host, port), timeout=KNOCK_S) as connection:
+        connection.settimeout(KNOCK_S)
+        connection.sendall(HELLO)
+        answer = connection.recv(9)
+    if len(answer) < 4 or answer[3] != 4:  # the kind of a frame: settings
+        raise ConnectionError("what listens there is no gRPC server")
+
+
+def node_name() -> str:
+    """What this process's node is called: its host and its address in the cluster."""
+    import ray.util
+
+    return f"{socket.gethostname()}, {ray.util.get_node_ip_address()}"
+
+
+def at_node(fault: RaykdError) -> RaykdError:
+    """The same fault, which now says where it was found."""
+    fault.args = (f"{fault} (on node {node_name()})", *fault.args[1:])
+    return fault
+
+
+def own_fault(error: BaseException) -> RaykdError | None:
+    """What a repetition would meet again, among the causes of an error: a RaykdError that is no
+    InfraError.
     """
+    faults = [link for link in _causes(error) if _is_ours(link)]
+    return next((fault for fault in faults if not isinstance(fault, InfraError)), None)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and all that it wraps, the outermost first."""
     chain: list[BaseException] = []
     todo: list[Any] = [error]
     while todo:
@@ -80,12 +183,31 @@ def plain_error(error: BaseException, stage: str) -> RaykdError:
             continue
         chain.append(link)
         failures = getattr(link, "worker_failures", None) or {}
-        todo += [link.__cause__, link.__context__, getattr(link, "cause", None), *failures.values()]
+        wrapped = [getattr(link, name, None) for name in WRAPPED]
+        todo += [link.__cause__, link.__context__, *wrapped, *failures.values()]
+    return chain
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it is a RaykdError, and not Ray's copy of one, which is a traceback."""
+    return isinstance(error, RaykdError) and not hasattr(error, "cause")
+
+
+def plain_error(error: BaseException, stage: str) -> RaykdError:
+    """The user's own fault behind a chain of Ray's wrappers, or an InfraError with the innermost
+    cause.
+    """
+    chain = _causes(error)
     for link in chain:
-        if isinstance(link, RaykdError) and not hasattr(
-            link, "cause"
-        ):  # not Ray's copy of it, which is a traceback
+        if _is_ours(link):
+            assert isinstance(link, RaykdError)
             return link
+    if any(type(link).__name__ == "WorkerGroupStartupTimeoutError" for link in chain):
+        return InfraError(
+            f"{stage}: the workers could not be started within scale.start_timeout_s, several "
+            "times; the cluster is full or a node is lost; lower scale.workers, or raise "
+            "scale.start_timeout_s"
+        )
     deepest = chain[-1]
     return InfraError(
         f"{stage} failed after its retries: {type(deepest).__name__}: {_last_line(deepest)}"

@@ -16,6 +16,7 @@ from raykd.errors import InfraError
 from raykd.files import faults
 from raykd.generation.sampling import FrozenTeacher
 from raykd.models.device import device_of
+from raykd.orchestration.cluster import placed
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 
@@ -87,12 +88,12 @@ def teacher_actors(recipe: Recipe) -> Iterator[list[str]]:
     import ray
 
     shape = data.load(recipe.data).shape
-    retries = recipe.scale.retries
+    recipe = placed(recipe)
     actor = ray.remote(
         num_cpus=0,
-        num_gpus=1 if device_of(recipe).type == "cuda" else 0,
-        max_restarts=retries,
-        max_task_retries=retries,
+        num_gpus=1 if recipe.scale.device == "cuda" else 0,
+        max_restarts=recipe.scale.retries,
+        max_task_retries=-1,  # calls to a lost node fail at once; how long is waited is bounded
     )(TeacherActor)
     names = [f"raykd-teacher-{uuid.uuid4().hex[:12]}" for _ in range(recipe.scale.scorers[0])]
     started: list[Any] = [actor.options(name=name).remote(recipe, shape) for name in names]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from raykd.console import Progress, say
-from raykd.errors import Diverged, InfraError
+from raykd.errors import Diverged, InfraError, RaykdError
 from raykd.files.address import Address
 from raykd.models.device import device_of
-from raykd.orchestration.session import plain_error
+from raykd.orchestration.cluster import described, placed, trains_elsewhere
+from raykd.orchestration.session import at_node, own_fault, plain_error
 from raykd.orchestration.teachers import ServedTeacher, teacher_actors
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
@@ -26,6 +27,7 @@ from raykd.training.run_arms import run_arms
 
 TICK_S = 2  # between lines of progress that no evaluation brings
 LAST_BYTES = 4096  # of the file of progress, which hold its last line
+WAITING_S = 30  # between words of what is waited for
 
 
 def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
@@ -35,6 +37,7 @@ def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[
     are one worker group for all arms, because starting a group costs many seconds; it survives
     `scale.retries` lost workers.
     """
+    recipe = placed(recipe)
     config = {
         "recipe": recipe.model_dump(mode="json"),
         "store": str(store) if store else None,
@@ -92,10 +95,12 @@ def worker_group(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu = device_of(recipe).type == "cuda"
+    recipe = placed(recipe)
+    gpu = recipe.scale.device == "cuda"
     retries = recipe.scale.retries
     if num_workers is None:
         num_workers = _workers(recipe)
+    callbacks = [*options.pop("callbacks", ()), _stop_at_our_own_faults()]
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(recipe.scale.start_timeout_s)
     return TorchTrainer(
         loop,
@@ -114,16 +119,34 @@ def worker_group(
                 controller_failure_limit=retries,
                 max_preemption_failures=retries,
             ),
+            callbacks=callbacks,
             **options,
         ),
     )
 
 
+def _stop_at_our_own_faults() -> Any:
+    """What ends a group whose worker has met a fault that each retry would meet again."""
+    from ray.train import UserCallback
+
+    class Stop(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            for error in worker_exceptions.values():
+                fault = own_fault(error)
+                if fault:
+                    raise fault
+
+    return Stop()
+
+
 def _workers(recipe: Recipe) -> int | tuple[int, int]:
-    """`scale.workers` as Ray takes it; 0 is the loop in this process, where one is enough."""
+    """`scale.workers` as Ray takes it; 0 is the loop in this process, where one is enough.
+
+    One worker is an actor where the cluster has GPUs and this process none.
+    """
     low, high = recipe.scale.workers
     if high == 1:
-        return 0
+        return 1 if trains_elsewhere(recipe) else 0
     return high if low == high else (low, high)
 
 
@@ -146,8 +169,12 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
             _append_progress(folder, arm, step=step, metrics=metrics)
         ray.train.report({"arm": arm, **metrics})
 
-    device = ray.train.torch.get_device() if device_of(recipe).type == "cuda" else device_of(recipe)
+    if world.rank == 0:
+        _append_progress(folder, arms_of(recipe)[0].key, step=0, metrics={})
     try:
+        device = device_of(recipe)
+        if device.type == "cuda":
+            device = ray.train.torch.get_device()
         teacher = _teacher(recipe, config["teachers"], world.rank) if config["teachers"] else None
         run_arms(
             recipe,
@@ -161,6 +188,10 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
         )
     except Diverged as fault:
         return fault
+    except RaykdError as fault:
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+            raise at_node(fault) from None
+        raise
     return None
 
 
@@ -200,6 +231,9 @@ class _ProgressWatch:
         self.arms = arms
         self.steps = steps
         self.progress = progress
+        self.before = self._size()  # what an earlier command wrote
+        self.waiting = True
+        self.said = time.monotonic()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -212,6 +246,10 @@ class _ProgressWatch:
 
     def _watch(self) -> None:
         while not self.over.wait(0.5):
+            if self.waiting and self._size() == self.before:
+                self._say_waiting()
+                continue
+            self.waiting = False
             last = _last_line(self.path)
             if last and last["arm"] in self.arms:
                 done = self.arms.index(last["arm"]) * self.steps + last["step"]
@@ -219,6 +257,18 @@ class _ProgressWatch:
                 if last["val_accuracy"] is not None:
                     note += f": validation accuracy {last['val_accuracy']:.3f}"
                 self.progress.advance(done, note)
+
+    def _say_waiting(self) -> None:
+        """What is waited for, every half minute until the workers have started."""
+        import ray
+
+        now = time.monotonic()
+        if now - self.said >= WAITING_S and ray.is_initialized():
+            self.said = now
+            say("train", f"waits for its workers to start: {described()}")
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

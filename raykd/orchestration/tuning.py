@@ -14,13 +14,14 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from raykd import models
+from raykd import errors, models
 from raykd.console import Progress
-from raykd.errors import InfraError
+from raykd.errors import InfraError, RaykdError
 from raykd.files.address import Address
-from raykd.files.atomic import write_bytes
-from raykd.models.device import device_of
-from raykd.orchestration.session import plain_error
+from raykd.files.atomic import read_json, write_bytes, write_json
+from raykd.models.device import device_of, on_device
+from raykd.orchestration.cluster import fitting, placed
+from raykd.orchestration.session import own_fault, plain_error
 from raykd.orchestration.training import worker_group
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
@@ -47,6 +48,7 @@ def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str,
     settings = recipe.search
     steps = recipe.optim.steps
     nested = recipe.scale.workers[1] > 1
+    recipe = placed(recipe)
     address = store.resolve() if isinstance(store, Path) else store
     shared = {
         "recipe": recipe.model_dump(mode="json"),
@@ -82,8 +84,9 @@ def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str,
     results = [grid[i] for i in range(len(grid))]
     metric = metric_of(recipe)
     rows = [_trial_row(number, result, steps, metric) for number, result in enumerate(results)]
-    errors = [result.error for result in results if result.error]
-    return _with_best(rows, errors, metric)
+    faults = [fault for row in rows if (fault := _fault_of(row, folder))]
+    failures = [result.error for result in results if result.error]
+    return _with_best(rows, [*faults, *failures], metric)
 
 
 def metric_of(recipe: Recipe) -> str:
@@ -91,13 +94,11 @@ def metric_of(recipe: Recipe) -> str:
     return f"val_{recipe.select}"
 
 
-def _with_best(
-    trials: list[dict[str, Any]], errors: list[Exception], metric: str
-) -> dict[str, Any]:
+def _with_best(trials: list[dict[str, Any]], failures: list[Any], metric: str) -> dict[str, Any]:
     """The table of trials, with the best that ran to its end."""
     finished = [row for row in trials if row["state"] == "finished"]
-    if not finished and errors:
-        raise plain_error(errors[0], "tune")
+    if not finished and failures:
+        raise plain_error(failures[0], "tune")
     if not finished:
         raise InfraError("no trial ran to its end; raise search.trials")
     best = max(finished, key=lambda row: row[metric])
@@ -109,7 +110,7 @@ def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     from ray import tune
 
     shared = shared | {"trial": tune.get_context().get_trial_id()}
-    _train_trial(config, shared, ONE_PROCESS, tune.report)
+    _told_once(lambda: _train_trial(config, shared, ONE_PROCESS, tune.report), config, shared)
 
 
 def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -128,7 +129,30 @@ def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
         cpus=WORKER_CPU,
         callbacks=[TuneReportCallback()],
     )
-    group.fit()
+    _told_once(group.fit, config, shared)
+
+
+def _told_once(train: Callable[[], Any], config: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Train a trial; a fault that a repetition would meet again fails it without one."""
+    from ray import tune
+
+    try:
+        train()
+    except Exception as error:  # Ray raises its own kinds and ours, wrapped
+        fault = own_fault(error)
+        if fault is None:
+            raise
+        folder = _folder_of(shared)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / run_files.FAULT, {"kind": type(fault).__name__, "text": str(fault)})
+        recipe = _recipe_of(config, shared)
+        tune.report({"step": recipe.optim.steps, metric_of(recipe): math.nan})
+
+
+def _fault_of(row: dict[str, Any], folder: Path) -> RaykdError | None:
+    """The fault that ended a trial, if one of ours did."""
+    found = read_json(run_files.trial(folder, row["id"]) / run_files.FAULT) if row["id"] else None
+    return getattr(errors, found["kind"])(found["text"]) if found else None
 
 
 def trial_worker(config: dict[str, Any]) -> None:
@@ -163,12 +187,15 @@ def _train_trial(
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / run_files.HISTORY).unlink(missing_ok=True)
+    (folder / run_files.FAULT).unlink(missing_ok=True)
     runner.train_arm(arm, student, world=world, report=report_step)
 
 
 def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
     """Metrics of a trial's weights on the test split; of the best, once the search is over."""
-    runner = ArmRunner(recipe, None, device_of(recipe))
+    # this process may be on a node without the GPU that the trials had
+    device = "cpu" if recipe.scale.device == "cpu" else "auto"
+    runner = ArmRunner(recipe, None, device_of(on_device(recipe, device)))
     student = runner.student(student_arm(recipe, recipe.seeds[0])).to(runner.device)
     if recipe.phases:
         phases.enter(student.module, recipe.phases[-1])
@@ -198,16 +225,13 @@ def _save(module: nn.Module, path: Path) -> None:
 def _resources(recipe: Recipe, nested: bool) -> dict[str, float]:
     if nested:
         return {"CPU": TRIAL_CPU}
-    return {"CPU": 1, **({"GPU": 1} if device_of(recipe).type == "cuda" else {})}
+    return {"CPU": 1, **({"GPU": 1} if recipe.scale.device == "cuda" else {})}
 
 
 def _fitting(recipe: Recipe) -> int:
     """How many trials have room at once; more would wait for each other's workers for ever."""
-    import ray
-
-    resources = ray.cluster_resources()
-    kind = "GPU" if device_of(recipe).type == "cuda" else "CPU"
-    return max(1, int(resources.get(kind, 1)) // recipe.scale.workers[1])
+    kind = "GPU" if recipe.scale.device == "cuda" else "CPU"
+    return max(1, fitting({kind: 1}) // recipe.scale.workers[1])
 
 
 def _domain(span: Range) -> Any:

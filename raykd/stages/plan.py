@@ -15,7 +15,7 @@ from raykd.errors import DataError
 from raykd.files.open import open_place
 from raykd.losses.terms import needs_of
 from raykd.models.adapter import Adapter
-from raykd.orchestration import scoring
+from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
 from raykd.stages.check import check_with_data
 from raykd.stages.run_folder import RunFolder
@@ -28,12 +28,12 @@ from raykd.training.arms import arms_of
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 
 
-def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
+def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any]:
     """Stages with their state, and the run's sizes.
 
     Errors in data and weights come here, before any work.
     """
-    run_folder = RunFolder(recipe, out)
+    run_folder = RunFolder(recipe, out, address)
     run_folder.check_links()
     data = run_folder.dataset
     train = data.splits["train"]
@@ -50,6 +50,8 @@ def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
         raise DataError(
             'valence.source = "column", but the data has none; name it in data.columns.valence'
         )
+    if run_folder.untrained or not run_folder.is_scored:
+        cluster.check_here(recipe, address)
     is_one_a_row = teacher is not None and not data.is_text and _answers_once(teacher, train)
     return {
         "run": str(run_folder.path),

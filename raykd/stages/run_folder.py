@@ -13,7 +13,7 @@ from raykd.errors import RecipeError
 from raykd.files import links
 from raykd.files.address import Address
 from raykd.losses.terms import needs_of
-from raykd.orchestration import scoring
+from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
 from raykd.stages import run_digests
 from raykd.teacher.identity import run_digest, signals_of
@@ -27,14 +27,19 @@ OUT = Path("runs")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One recipe's folder `<out>/<name>-<digest8>/`; `address` is the Ray cluster's, if named."""
+    """One recipe's folder `<out>/<name>-<digest8>/`; `address` is the Ray cluster's, if named.
+
+    RecipeError where it would lie in a folder that Ray deletes.
+    """
 
     recipe: Recipe
     out: Path = OUT
     address: str | None = None
 
     def __post_init__(self) -> None:
-        """RecipeError if MLflow and others would write the folder's name otherwise than Python."""
+        """RecipeError if Ray deletes what is in the folder, or if MLflow and others would write its
+        name otherwise than Python.
+        """
         path = str(self.out.resolve())
         try:
             is_same = path.encode() == os.fsencode(path)
@@ -46,6 +51,7 @@ class RunFolder:
                 f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or name a "
                 "folder in plain letters"
             )
+        cluster.check_out(self.out)
 
     @cached_property
     def path(self) -> Path:

@@ -18,8 +18,8 @@ from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.files.digests import digest_of
-from raykd.orchestration import scoring
-from raykd.orchestration.session import connect
+from raykd.orchestration import cluster, scoring
+from raykd.orchestration.session import prepare
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.reports import answers, evidence, gather, page, teacher_check
@@ -154,6 +154,7 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     write_json(run_folder.path / run_files.RECIPE, run_folder.recipe.model_dump(mode="json"))
     try:
         with waiting.locked(run_files.checkpoints(run_folder.path)):
+            _begin(run_folder, stages)
             for stage in stages:
                 result = stage(run_folder)
     except BlockingIOError:
@@ -168,14 +169,37 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     return result
 
 
+def _begin(run_folder: RunFolder, stages: tuple[Stage, ...]) -> None:
+    """Make ready for Ray, and start it where training will need it anyway.
+
+    So what the cluster cannot give is said before the teacher's work, not after it.
+    """
+    prepare(run_folder.address)
+    trains = _train in stages and bool(run_folder.untrained)
+    tunes = _tune in stages and not run_folder.is_searched
+    if trains or tunes:
+        cluster.check_here(run_folder.recipe, run_folder.address)
+    if tunes or (trains and not cluster.is_here(run_folder.recipe, run_folder.address)):
+        _connect(run_folder)
+    if tunes or (trains and cluster.trains_elsewhere(run_folder.recipe)):
+        _connect(run_folder, run_folder.path)
+
+
+def _connect(run_folder: RunFolder, run: Path | None = None) -> None:
+    """A cluster whose nodes see the stores, and the run folder where workers train in it."""
+    stores = scoring.stores_address(run_folder.recipe, run_folder.out.resolve())
+    cluster.begin(run_folder.recipe, run_folder.address, stores, run)
+
+
 def _score(run_folder: RunFolder) -> Address | None:
     if run_folder.store is None:
         return None
     if run_folder.is_scored:
         say("score", f"done before: {run_folder.store}")
     else:
+        cluster.check_here(run_folder.recipe, run_folder.address)
         Scorer.check(run_folder.recipe)
-        connect(run_folder.address)
+        _connect(run_folder)
         scoring.score(run_folder.recipe, run_folder.dataset, run_folder.out.resolve())
     warning = teacher_check.warning(Store(run_folder.store), run_folder.dataset)
     if warning:
@@ -187,8 +211,6 @@ def _train(run_folder: RunFolder) -> Path:
     from raykd.orchestration.training import train_all_arms
 
     if run_folder.untrained:
-        if run_folder.recipe.scale.workers[1] > 1:
-            connect(run_folder.address)
         train_all_arms(run_folder.recipe, run_folder.store, run_folder.path)
         run_log.arms(run_folder.journal(), run_folder.recipe, run_folder.path)
     else:
@@ -203,7 +225,6 @@ def _tune(run_folder: RunFolder) -> dict[str, Any]:
     if run_folder.is_searched:
         say("tune", f"done before: {run_folder.path / run_files.TRIALS}")
     else:
-        connect(run_folder.address)
         table = run_trials(run_folder.recipe, run_folder.store, run_folder.path)
         raw = run_folder.recipe.model_dump(mode="json")
         best = Recipe.model_validate(apply_trial(raw, table["best"]["params"]))

@@ -18,7 +18,7 @@ from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of
 from raykd.losses import valence
 from raykd.models.adapter import Adapter, whole_batch
-from raykd.models.device import device_of
+from raykd.models.device import device_of, on_device
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals, as_tensor, log_softmax
 from raykd.store import columns, layer_signals
@@ -62,7 +62,7 @@ class Scorer:
 
         Call it before Ray is started, where the error would be wrapped and come late.
         """
-        cls(recipe)
+        cls(on_device(recipe, "cpu"))
 
     def table(self, shard: Shard) -> pa.Table:
         """One row of signals for each row of the shard.

@@ -7,7 +7,7 @@ A run folder holds
     checkpoints/<arm>/              states of arms that are not done
     drafts/<arm>/                   the log of an arm's drafts, where it keeps them
     arms/<arm>/                     weights, predictions and drafts of a trained arm; arm.json last
-    trials/<id>/                    history and weights of one trial of the search
+    trials/<id>/                    history and weights of one trial of the search, or its fault
     tune.json, best.toml            the table of trials, and the best one's recipe
     artefact/                       the exported student; manifest.json last
     artefact_answers.parquet        what it answers on the test rows
@@ -43,6 +43,7 @@ WEIGHTS = "weights.safetensors"  # of an arm, and of a trial
 PREDICTIONS = "predictions.parquet"
 ROUNDED = "rounded_afterwards.parquet"  # of the unrounded arm
 HISTORY = "history.jsonl"
+FAULT = "fault.json"  # of a trial that a repetition would not mend
 
 MANIFEST = "manifest.json"  # in the artefact
 EXPORTED = (f"artefact/{MANIFEST}", ARTEFACT_ANSWERS, DRAFTS, STUDENT)
