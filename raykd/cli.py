@@ -306,6 +306,7 @@ def _report(recipe: Any, out: Path, address: str | None) -> tuple[Any, str]:
 
 def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, str]:
     from raykd.errors import RecipeError
+    from raykd.orchestration import cluster
     from raykd.reports.compare import compare, comparison_text
 
     if len(paths) == 1:
@@ -315,6 +316,7 @@ def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, s
     if misplaced := [OPTIONS.get(name, f"--{name}") for name, value in options.items() if value]:
         applies = "applies to a recipe; run folders are compared as they are. Remove it."
         raise RecipeError(f"{', '.join(misplaced)} {applies}")
+    cluster.check_out(out)
     comparison = compare(paths, out)
     return comparison, comparison_text.table(comparison)
 

@@ -12,7 +12,7 @@ import torch
 from raykd.errors import InfraError, Problem, RecipeError
 from raykd.files.address import Address
 from raykd.models.device import device_of, on_device
-from raykd.orchestration.session import connect, named_cluster
+from raykd.orchestration.session import connect, last_line, named_cluster
 from raykd.recipe.recipe import Recipe
 
 SEEN_S = 60  # for a node to look into a folder
@@ -164,10 +164,12 @@ def check_shared(folders: list[Path]) -> None:
             where = f"{node['NodeName']} ({node['NodeManagerAddress']})"
             try:
                 unseen = ray.get(calls[node["NodeID"]], timeout=SEEN_S)
-            except GetTimeoutError:
-                raise InfraError(f"node {where} did not answer within {SEEN_S} s") from None
             except RayError as error:
-                raise InfraError(f"node {where} cannot run raykd: {error}") from None
+                if node["NodeID"] not in {other["NodeID"] for other in nodes()}:
+                    continue  # it was lost just before, and is not worked with
+                if isinstance(error, GetTimeoutError):
+                    raise InfraError(f"node {where} did not answer within {SEEN_S} s") from None
+                raise InfraError(f"node {where} cannot run raykd: {last_line(error)}") from None
             if unseen:
                 raise InfraError(_unseen(where, unseen))
     finally:

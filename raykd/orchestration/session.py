@@ -81,7 +81,7 @@ def connect(address: str | None = None) -> None:
     except Exception as error:  # Ray raises bare ones, too, of a node that starts too slowly
         where = f"at {address}" if address else "as an embedded cluster"
         raise InfraError(
-            f"Ray cannot be reached {where}: {_last_line(error)}; try `raykd doctor`"
+            f"Ray cannot be reached {where}: {last_line(error)}; try `raykd doctor`"
         ) from None
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         # Ray's own handler prints a stack, and aborts a process that takes three seconds to end
@@ -210,10 +210,11 @@ def plain_error(error: BaseException, stage: str) -> RaykdError:
         )
     deepest = chain[-1]
     return InfraError(
-        f"{stage} failed after its retries: {type(deepest).__name__}: {_last_line(deepest)}"
+        f"{stage} failed after its retries: {type(deepest).__name__}: {last_line(deepest)}"
     )
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says, which in Ray's tracebacks is the cause."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no message"

@@ -47,7 +47,7 @@ class Scale(Table):
     scorers: Pair[Positive] = (1, 2)
     """Actors that run the teacher: N, or [least, most]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors are; with `auto` CUDA where there is one."""
+    """Where models run; with `auto` CUDA where the cluster has it."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a lost worker or actor is replaced."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0

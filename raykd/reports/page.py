@@ -72,8 +72,8 @@ CAPTIONS = {
 
 
 PHASES = (
-    "Learning: each seed thin, their mean bold. The student's phases meet at the dashed lines: each "  # noqa: E501
-    "starts its rate anew and rounds differently, so its curve is no single training"
+    "Learning: each seed thin, their mean bold. The student's phases meet at the dashed lines: "
+    "each starts its rate anew and rounds differently, so its curve is no single training"
 )
 
 
