@@ -307,9 +307,11 @@ class Comb:
 def _room(device: torch.device, _thread: int) -> Tensor:
     """One piece of memory for all chunks of a thread.
 
-    Fresh pages cost as much as the softmax, and a fragmented heap more.
+    Fresh pages cost as much as the softmax, and a fragmented heap more. The tensor is made outside
+    inference mode: one made inside could not be written once that mode has ended.
     """
-    return torch.empty(0, device=device)
+    with torch.inference_mode(mode=False):
+        return torch.empty(0, device=device)
 
 
 def _quantise(
