@@ -197,7 +197,6 @@ def run_arms(
     """
     runner = ArmRunner(recipe, store, device, teacher)
     for arm in arms_of(recipe):
-        target = run_files.arm(folder, arm.key)
         is_done = world.rank == 0 and trained_arm.read_record(folder, arm.key) is not None
         if _agreed(world, is_done, device):
             continue
@@ -215,7 +214,7 @@ def run_arms(
         if world.size > 1:
             dist.barrier()  # every rank has come to the end
         if world.rank == 0:
-            _write_arm(runner, arm, state, target)
+            _write_arm(runner, arm, state, folder)
             saved.clear()
         if world.size > 1:
             dist.barrier()
@@ -229,7 +228,8 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
     return bool(world.sum(answer) > 0)
 
 
-def _write_arm(runner: ArmRunner, arm: Arm, state: State, target: Path) -> None:
+def _write_arm(runner: ArmRunner, arm: Arm, state: State, folder: Path) -> None:
+    target = run_files.arm(folder, arm.key)
     student = state.learner.student
     weights = save(models.weights_of(student.module))
     write_bytes(target / run_files.WEIGHTS, weights)
@@ -239,7 +239,7 @@ def _write_arm(runner: ArmRunner, arm: Arm, state: State, target: Path) -> None:
     if arm.name == UNROUNDED and runner.recipe.quant:
         post_training.write_rounded(runner.recipe, runner.dataset, target)
     record = {
-        "run": run_digest(runner.recipe, runner.dataset),
+        "run": trained_arm.run_of(folder),
         "arm": arm.name,
         "seed": arm.seed,
         "steps": state.step,

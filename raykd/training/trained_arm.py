@@ -29,6 +29,16 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def run_of(run: Path) -> str | None:
+    """The digits of its run's digest in the name of a run folder; None in any other folder.
+
+    A worker may know no more of that digest: it need not have the teacher's weights, which are
+    part of it.
+    """
+    named = RUN.search(run.resolve().name)
+    return named[1] if named else None
+
+
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write an arm's record into its folder, with the digests of all files there, and its own."""
     sealed = {**record, "files": records.entries_of(folder, FILES)}
@@ -81,9 +91,9 @@ def _fault_of(record: Any, run: Path, key: str) -> str | None:
         return "its digest does not match, so it was changed after it was written"
     if "files" in record and not _are_files(record["files"]):
         return "names other files than an arm's"
-    named = RUN.search(run.resolve().name)
-    if named and "run" in record and str(record["run"])[:8] != named[1]:
-        return f"of the run {str(record['run'])[:8]}, not of {named[1]}"
+    digits = run_of(run)
+    if digits and record.get("run") is not None and str(record["run"])[:8] != digits:
+        return f"of the run {str(record['run'])[:8]}, not of {digits}"
     return None
 
 

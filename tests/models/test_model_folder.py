@@ -165,7 +165,7 @@ FAULTS = {
     "an adapter": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
         "teacher.weights",
-        "merge that",
+        "merge it into its base model",
     ),
 }
 
