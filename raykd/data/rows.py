@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -120,7 +121,7 @@ class Dataset:
     def is_text(self) -> bool:
         return self.splits["train"].is_text
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hex sha256 of everything that a result can depend on: every array, and the classes."""
         return self._digest_of(SPLITS)

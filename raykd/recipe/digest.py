@@ -16,6 +16,9 @@ from raykd.recipe.toml import is_path
 from raykd.recipe.weight_files import hashed_files
 
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
+# Keys that recipes had not from the beginning, by table; the recipe's own under "". At their
+# default they are left out, so runs from before there was a choice keep their folders.
+LATER: dict[str, tuple[str, ...]] = {"": ("select",)}
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -54,12 +57,22 @@ def _log_sha256(source: Source, seed: int) -> str:
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the result, and nothing else: no names, paths, worker counts or servers."""
     values = recipe.model_dump(mode="json", exclude=NOT_HASHED)
-    if recipe.select == Recipe.model_fields["select"].default:
-        del values["select"]  # runs from before there was a choice keep their folders
     for key in ("data", "teacher"):
         table = getattr(recipe, key)
         if table is not None:
             values[key] = content_of(table)
     if recipe.source and recipe.source.log:
         values["source"]["log"] = [_log_sha256(recipe.source, seed) for seed in recipe.seeds]
-    return values | {"student": _student(recipe.student, recipe.seeds)}
+    values["student"] = _student(recipe.student, recipe.seeds)
+    for table, keys in LATER.items():
+        _leave_out_defaults(
+            values[table] if table else values, getattr(recipe, table) if table else recipe, keys
+        )
+    return values
+
+
+def _leave_out_defaults(values: dict[str, Any], table: BaseModel, keys: Sequence[str]) -> None:
+    """Delete from a table's values those of `keys` that are at their default."""
+    for key in keys:
+        if getattr(table, key) == type(table).model_fields[key].default:
+            del values[key]
