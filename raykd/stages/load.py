@@ -19,7 +19,7 @@ from raykd.recipe.validation import suggestion, validate
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
 SMOKE: dict[str, dict[str, Any]] = {
     "optim": {"steps": 40, "evaluate_every": 20},
-    "search": {"trials": 4, "grace": 20},
+    "search": {"trials": 2, "grace": 20},
     "drafter": {"prompts": 2, "count": 12},
 }
 SMOKE_TEXT: dict[str, dict[str, Any]] = {  # a language model's teacher and head take their time
@@ -60,16 +60,28 @@ def load(
 
 
 def _cut_for_smoke(raw: dict[str, Any], allow_import: Collection[str]) -> dict[str, Any]:
-    """`raw` with the fewest steps, trials, rows and seeds that still run every stage."""
+    """`raw` with the fewest steps, trials, rows and seeds that still run every stage.
+
+    A count of the recipe that is smaller stays.
+    """
     settings, _ = _technique(raw.get("technique", "vanilla"), allow_import)
-    known = settings | raw
+    known = merge(settings, raw)
     cuts = SMOKE
     if _text(known, "data", "tokenizer"):
         cuts = merge(cuts, SMOKE_TEXT | {"data": {"limit": _few_rows(known["data"])}})
-    raw = merge(raw, {k: v for k, v in cuts.items() if k in ("optim", "store") or k in known})
+    for table, fewest in cuts.items():
+        if table in ("optim", "store") or table in known:
+            raw = merge(raw, {table: _at_most(fewest, known.get(table))})
     if isinstance(raw.get("seeds"), list):
         raw |= {"seeds": raw["seeds"][:1]}
     return raw
+
+
+def _at_most(fewest: dict[str, int], table: Any) -> dict[str, int]:
+    """The counts of `fewest`; where the recipe's table has a smaller one, that."""
+    given = table if isinstance(table, dict) else {}
+    counts = {key: given[key] for key in fewest if type(given.get(key)) is int}
+    return {key: min(most, counts.get(key, most)) for key, most in fewest.items()}
 
 
 def _few_rows(table: dict[str, Any]) -> int:

@@ -301,9 +301,16 @@ def test_smoke_cuts_steps_seeds_and_trials(write):
     small = load(path, smoke=True)
     assert (small.seeds, small.optim.steps, small.optim.evaluate_every) == ([3], 40, 20)
     assert small.search
-    assert (small.search.trials, small.search.grace) == (4, 20)
+    assert (small.search.trials, small.search.grace) == (2, 20)
     assert load(write(""), smoke=True).search is None
     assert "array" in faults(write("seeds = 3"), smoke=True)["seeds"]
+
+
+def test_smoke_raises_no_count(write):
+    few = ("optim.steps=8", "search.trials=1", "search.grace=4")
+    small = load(write(SEARCH), few, smoke=True)
+    assert small.search
+    assert (small.optim.steps, small.search.trials, small.search.grace) == (8, 1, 4)
 
 
 def test_smoke_cuts_rows_of_text_and_keeps_a_smaller_limit(write, tmp_path):

@@ -88,6 +88,7 @@ def test_only_a_signal_interrupts(sent, raised):
 import os, signal
 from raykd.files import stopping
 from raykd.recipe.user_code import user_code
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 stopping.watch()
 try:
     with user_code("mine"):
