@@ -16,6 +16,7 @@ PRELOADED = (
     "ray.train.torch",
     "ray.tune",
     "mlflow",
+    "exporter",
 )
 CONTEXT.set_forkserver_preload(list(PRELOADED))
 

@@ -2,8 +2,8 @@
 environment apart.
 """
 
-import functools
 import gc
+import importlib
 import os
 import re
 import secrets
@@ -12,7 +12,6 @@ import subprocess
 import venv
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -112,26 +111,9 @@ def _own_environment(tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_registry() -> Iterator[None]:
-    """torch.onnx.export makes its registry of operators, which nothing changes later, once in a
-    process instead of at every call: a third of what an export of these small models costs.
-    """
-    import torch
-
-    export = torch.onnx.export
-
-    @functools.wraps(export)
-    def exported(*args: Any, **options: Any) -> Any:
-        with suppress(ImportError, AttributeError):  # torch may keep it elsewhere one day
-            from torch.onnx._internal.exporter._registration import ONNXRegistry as Registry
-
-            if not hasattr(Registry.from_torchlib, "cache_info"):
-                Registry.from_torchlib = staticmethod(functools.cache(Registry.from_torchlib))
-        return export(*args, **options)
-
-    torch.onnx.export = exported
-    yield
-    torch.onnx.export = export
+def _one_registry() -> None:
+    """One registry of ONNX operators for all exports of this process."""
+    importlib.import_module("exporter")
 
 
 @pytest.fixture(scope="session")

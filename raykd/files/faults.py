@@ -2,7 +2,8 @@
 
 `RAYKD_FAULT="train:step=30,rank=1"` kills (SIGKILL) the first process to reach that point with
 those values, once: `RAYKD_FAULT_FIRED` names a file that is created by the kill and prevents a
-second one.
+second one. Several such points are separated by `;`, and the file of each ends with its number,
+from 0: `fired.0`.
 """
 
 import os
@@ -14,12 +15,23 @@ def point(stage: str, **where: object) -> None:
     wanted = os.environ.get("RAYKD_FAULT")
     if not wanted:
         return
-    name, _, conditions = wanted.partition(":")
-    wanted_values = dict(part.split("=") for part in conditions.split(",") if part)
-    if name != stage or any(str(where.get(k)) != v for k, v in wanted_values.items()):
-        return
+    fired = os.environ["RAYKD_FAULT_FIRED"]
+    plans = wanted.split(";")
+    for number, plan in enumerate(plans):
+        if _is_met(plan, stage, where):
+            _kill_once(fired if len(plans) == 1 else f"{fired}.{number}")
+
+
+def _is_met(plan: str, stage: str, where: dict[str, object]) -> bool:
+    """Whether a point is the one that a plan names."""
+    name, _, conditions = plan.partition(":")
+    values = dict(part.split("=") for part in conditions.split(",") if part)
+    return name == stage and all(str(where.get(key)) == value for key, value in values.items())
+
+
+def _kill_once(fired: str) -> None:
     try:
-        os.close(os.open(os.environ["RAYKD_FAULT_FIRED"], os.O_CREAT | os.O_EXCL))
+        os.close(os.open(fired, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL)

@@ -97,27 +97,30 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
     return out
 
 
-def test_a_worker_killed_in_training_changes_no_weight(phased, pair, stocked, session, tmp_path):
-    fired = tmp_path / "fired"
-    out = stocked("out")
-    fault = in_workers(fatal("train:step=25,rank=1,arm=unrounded-0", fired))
-    pairs = ("--set", "scale.workers=2")
-    sound(raykd(tmp_path, "train", phased, "--out", out, *pairs, **session, **fault))
-    assert fired.exists()
-    assert trained(out).keys() == {"control-0", "unrounded-0", "student-0"}
-    assert alike(out, pair)
+@pytest.fixture(scope="module")
+def twice_killed(phased, scored, session, tmp_path_factory) -> Path:
+    """An --out whose arms were trained by two workers, of which one was killed in the unrounded arm
+    and one in the student's second phase.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    plans = ("train:step=25,rank=1,arm=unrounded-0", "train:step=35,rank=1,arm=student-0")
+    fault = in_workers(fatal(";".join(plans), folder / "fired"))
+    out = _trained(phased, scored, folder, "--set", "scale.workers=2", **session, **fault)
+    assert (folder / "fired.0").exists()
+    assert (folder / "fired.1").exists()
+    return out
 
 
-def test_a_worker_killed_within_a_phase_resumes_in_it(phased, pair, stocked, session, tmp_path):
+def test_a_worker_killed_in_training_changes_no_weight(pair, twice_killed):
+    assert trained(twice_killed).keys() == {"control-0", "unrounded-0", "student-0"}
+    assert alike(twice_killed, pair)
+
+
+def test_a_worker_killed_within_a_phase_resumes_in_it(pair, twice_killed):
     """Its scales, how far rounding has faded in, and the phase's best student come back with it."""
-    fired = tmp_path / "fired"
-    out = stocked("out")
-    fault = in_workers(fatal("train:step=35,rank=1,arm=student-0", fired))
-    pairs = ("--set", "scale.workers=2")
-    sound(raykd(tmp_path, "train", phased, "--out", out, *pairs, **session, **fault))
-    assert fired.exists()
-    assert any(name.endswith(".scale") for name in load(trained(out)["student-0"]))
-    assert alike(out, pair)
+    name = "student-0"
+    assert any(key.endswith(".scale") for key in load(trained(twice_killed)[name]))
+    assert losses(twice_killed)[name] == pytest.approx(losses(pair)[name], rel=1e-4)
 
 
 def test_two_workers_learn_what_one_does_up_to_the_order_of_sums(alone, pair):
