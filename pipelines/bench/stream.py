@@ -30,7 +30,7 @@ import torch
 
 from pipelines.bench.table import machine
 from raykd.data import Rows
-from raykd.data.order import Order
+from raykd.data.order import shuffled
 from raykd.recipe.tables import Optim
 from raykd.store import care
 from raykd.store.codecs.comb import Comb
@@ -129,7 +129,7 @@ def read(folder: Path, store: Path, count: int, rank: int, first: int) -> list[s
     kept = to_device(
         rows_of(folder, count), "train", Store(store), frozenset({"logits"}), torch.device("cpu")
     )
-    order = Order(kept.label.numpy(), Optim(batch=BATCH), seed=0)
+    order = shuffled(kept.label.numpy(), Optim(batch=BATCH), seed=0)
     share = World(rank, PROCESSES).share(BATCH)
     last = count // BATCH
 

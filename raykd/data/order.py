@@ -3,8 +3,10 @@
 Both are pure functions of (seed, step), so any number of workers, stopped or resumed, see the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,17 +15,34 @@ from torch import Tensor
 
 from raykd.recipe.tables import Optim
 
+WHOLE = slice(None)
+
+
+class Stream(Protocol):
+    """An endless stream of rows, of which each step takes `size`."""
+
+    @property
+    def size(self) -> int: ...
+
+    def rows(self, step: int, which: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions in the split of the rows at `which` of a step's places."""
+        ...
+
 
 @dataclass(frozen=True)
 class ShuffledStream:
-    """An endless stream of a pool's entries: one permutation after another.
+    """A stream of a pool's entries: one permutation after another.
 
     Each permutation is drawn by (seed, tag, epoch).
     """
 
     pool: NDArray[np.int64]
+    size: int
     seed: int
     tag: int
+
+    def rows(self, step: int, which: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.take(step * self.size, self.size)[which]
 
     def take(self, start: int, count: int) -> NDArray[np.int64]:
         """Entries [start, start + count) of the stream."""
@@ -45,33 +64,43 @@ def _permutation(size: int, seed: int, tag: int, epoch: int) -> NDArray[np.int64
 
 
 class Order:
-    """The rows of every global batch.
+    """The rows of every global batch: a fixed number from each stream."""
 
-    With hidden labels, a fixed share of each batch comes from the labelled rows.
-    """
-
-    def __init__(self, is_labelled: NDArray[np.bool_], optim: Optim, seed: int):
-        rows = np.arange(len(is_labelled))
-        labelled = np.flatnonzero(is_labelled)
-        count = 0  # of labelled rows in each batch
-        if 0 < len(labelled) < len(rows):
-            count = round(optim.labelled_share * optim.batch)
-        pools = [(labelled, count), (rows, optim.batch - count)]
-        self.streams = [
-            (ShuffledStream(pool, seed, tag), size)
-            for tag, (pool, size) in enumerate(pools)
-            if size
-        ]
-        place = np.concatenate([(np.arange(size) + 0.5) / size for _, size in self.streams])
+    def __init__(self, streams: Sequence[Stream]):
+        self.streams = streams
+        sizes = [stream.size for stream in streams]
+        place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         self.deal = np.argsort(place, kind="stable")
+        self.first = np.cumsum([0, *sizes[:-1]])  # of each stream's places before they are dealt
 
-    def rows(self, step: int) -> NDArray[np.int64]:
-        """(batch,): the positions in the split of one step's rows.
+    def rows(self, step: int, share: slice = WHOLE) -> NDArray[np.int64]:
+        """(n,): the positions in the split of one step's rows, or of a share of them.
 
-        Labelled rows are dealt out evenly, so that each worker's contiguous share has its part.
+        The rows of a stream are dealt out evenly, so that each worker's contiguous share has its
+        part of them.
         """
-        taken = [stream.take(step * size, size) for stream, size in self.streams]
-        return np.concatenate(taken)[self.deal]
+        dealt = self.deal[share]
+        of_stream = np.searchsorted(self.first, dealt, side="right") - 1
+        rows = np.empty(len(dealt), np.int64)
+        for number in np.unique(of_stream):
+            here = of_stream == number
+            rows[here] = self.streams[number].rows(step, dealt[here] - self.first[number])
+        return rows
+
+
+def shuffled(is_labelled: NDArray[np.bool_], optim: Optim, seed: int) -> Order:
+    """The order of rows that are all at hand: each stream is one permutation after another."""
+    labelled = np.flatnonzero(is_labelled)
+    count = labelled_rows(optim, len(labelled), len(is_labelled))
+    pools = [(labelled, count), (np.arange(len(is_labelled)), optim.batch - count)]
+    return Order(
+        [ShuffledStream(pool, size, seed, tag) for tag, (pool, size) in enumerate(pools) if size]
+    )
+
+
+def labelled_rows(optim: Optim, labelled: int, rows: int) -> int:
+    """How many rows of each batch come from the labelled ones alone; 0 unless labels are hidden."""
+    return round(optim.labelled_share * optim.batch) if 0 < labelled < rows else 0
 
 
 def input_noise(optim: Optim, shape: torch.Size, seed: int) -> Tensor | None:

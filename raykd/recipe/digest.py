@@ -18,7 +18,10 @@ from raykd.recipe.weight_files import hashed_files
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 # Keys that recipes had not from the beginning, by table; the recipe's own under "". At their
 # default they are left out, so runs from before there was a choice keep their folders.
-LATER: dict[str, tuple[str, ...]] = {"": ("select",)}
+LATER: dict[str, tuple[str, ...]] = {
+    "": ("select",),
+    "optim": ("order", "lanes", "window"),
+}
 
 
 def weights_sha256(path: str | Path) -> str:

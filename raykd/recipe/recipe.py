@@ -56,6 +56,10 @@ class Scale(Table):
     """Steps from checkpoint to checkpoint."""
     start_timeout_s: Positive = 120
     """Seconds until all workers must have started."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """Of rows read in parts: the gigabytes of them and their answers that a node's disk keeps."""
+    readers: Positive = 2
+    """Of rows read in parts: the threads of a worker that read them ahead."""
     store: Home | None = None
     """Where stores are, a folder or `s3://bucket/prefix`; without it `OUT/stores`."""
 

@@ -272,6 +272,12 @@ class Optim(Table):
     """The share of labelled rows in a batch."""
     evaluate_every: Positive = 250
     """Steps from validation to validation."""
+    order: Literal["auto", "rows", "blocks"] = "auto"
+    """Rows shuffled as a whole, or in blocks of parts; `auto` takes blocks of many rows."""
+    lanes: Positive = 64
+    """Of `blocks`: the stretches of the data that a batch is dealt from, at most one a row."""
+    window: Positive = 4
+    """Of `blocks`: the parts of a lane whose rows are shuffled together."""
 
 
 def ends_of(phases: Sequence[Phase], steps: int) -> list[int]:

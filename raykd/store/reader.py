@@ -1,9 +1,7 @@
 """Reading a store: only what the manifest names, only what its digests confirm."""
 
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,41 +13,10 @@ from raykd.files import parquet
 from raykd.files.address import Address
 from raykd.files.open import open_place
 from raykd.files.place import Place
-from raykd.store import bounds, columns, layer_signals, node_copy
-from raykd.store.logits import StoredLogits, codec_of, in_plain_layout
+from raykd.store import bounds, layer_signals, node_copy
+from raykd.store.logits import StoredLogits, in_plain_layout
 from raykd.store.manifest import PART, read_manifest
-
-
-@dataclass(frozen=True)
-class Column:
-    """One stored signal of one split: flat valid steps, and how many belong to each row."""
-
-    values: NDArray[Any]  # (sum of steps, ...) for step columns, (N,) for row columns
-    steps: NDArray[np.int32]  # (N,)
-
-    def padded(self, mask: NDArray[np.bool_]) -> NDArray[Any]:
-        """(N, T, ...): the steps at their places in `mask` (N, T), zero elsewhere.
-
-        T = 1 if the teacher answers once a sequence. StoreError if the steps are of other rows.
-        """
-        mask = stored_steps(self.steps, mask)
-        padded = np.zeros((*mask.shape, *self.values.shape[1:]), self.values.dtype)
-        padded[mask] = self.values
-        return padded
-
-
-def stored_steps(
-    steps: NDArray[np.int32], mask: NDArray[np.bool_], *, is_text: bool = False
-) -> NDArray[np.bool_]:
-    """(N, T): `mask`, or (N, 1) if the teacher answers once a sequence, as it never does for text.
-
-    `steps` (N,) are the stored steps of each row. StoreError if they are of other rows.
-    """
-    if (steps == 1).all() and mask.shape[1] > 1 and not is_text:
-        return np.ones((len(steps), 1), bool)
-    if not np.array_equal(steps, mask.sum(1)):
-        raise StoreError("the store's steps do not fit the data's; it belongs to other rows")
-    return mask
+from raykd.store.stored_rows import Column, StoredRows, column_of, logits_of
 
 
 class Store:
@@ -146,13 +113,15 @@ class Store:
             return self._layer(name, split).column(name, split)
         has_manifest = "sha256" in self.manifest
         table = self.table(split) if has_manifest else self._from_shards(name, split)
-        field = self._field(table, name)
-        if field.type != pa.binary():
-            return Column(table.column(name).to_numpy(), np.ones(table.num_rows, np.int32))
-        shape = json.loads(field.metadata[b"shape"])
-        steps = table.column(field.metadata[b"steps"].decode()).to_numpy()
-        dtype = field.metadata.get(b"dtype", b"float16").decode()
-        return Column(columns.decode(table.column(name), shape, steps, dtype), steps)
+        self._field(table, name)
+        return column_of(table, name)
+
+    def stored(self, split: str, layers: Iterable[str] = ()) -> StoredRows:
+        """All that the store holds of a split's rows; of inner layers only those that are named."""
+        tables = {"": self.table(split)}
+        for name in layers:
+            tables[name] = self._layer(name, split).table(split)
+        return StoredRows(tables)
 
     def layer(self, name: str) -> "Store":
         """The finished store of an inner layer's signal. StoreError if it is another store's."""
@@ -184,9 +153,7 @@ class Store:
 
     def logits(self, split: str) -> StoredLogits:
         """The teacher's answers of one split, still encoded."""
-        table = self.table(split)
-        codec, layout = codec_of(table.schema.field("logits").metadata)
-        return StoredLogits(table.column("logits"), table.column("steps").to_numpy(), codec, layout)
+        return logits_of(self.table(split))
 
     def _from_shards(self, name: str, split: str) -> pa.Table:
         """A column, and the one that counts its steps, of every shard."""

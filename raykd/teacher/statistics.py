@@ -9,7 +9,8 @@ from raykd.data import Dataset
 from raykd.data.vocabulary import table_digest
 from raykd.losses import valence
 from raykd.recipe.recipe import Recipe
-from raykd.store.reader import Store, stored_steps
+from raykd.store.reader import Store
+from raykd.store.stored_rows import stored_steps
 
 QUANTILES = [0, 0.25, 0.5, 0.75, 1]
 

@@ -9,10 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd.data import Rows
+from raykd.data.order import Order, shuffled
 from raykd.errors import StoreError
+from raykd.recipe.tables import Optim
 from raykd.signals import Batch, Signals, as_tensor
+from raykd.store.layer_signals import is_signal
 from raykd.store.logits import StoredLogits
-from raykd.store.reader import Store, stored_steps
+from raykd.store.reader import Store
+from raykd.store.stored_rows import StoredRows
 from raykd.targets import UNLABELLED
 
 
@@ -42,6 +46,23 @@ class DeviceRows:
     @property
     def device(self) -> torch.device:
         return self.label.device
+
+    @property
+    def row_shape(self) -> torch.Size:
+        """The shape of one row's inputs, (T, K)."""
+        return self.inputs.shape[1:]
+
+    @property
+    def readers(self) -> int:
+        """Threads that make batches ahead; 0 where a batch is at hand at once."""
+        return int(self.mapped)
+
+    def order(self, optim: Optim, seed: int) -> Order:
+        """The rows of every global batch."""
+        return shuffled(self.labelled.cpu().numpy(), optim, seed)
+
+    def expect(self, order: Order, step: int, share: slice) -> None:
+        """Nothing is fetched ahead: all rows are here."""
 
     @property
     def teaches_logits(self) -> bool:
@@ -116,39 +137,52 @@ def to_device(
 
     `head` is the teacher's, for a store of its inputs. StoreError if the store holds other rows.
     """
+    if store is None:
+        return beside(rows, None, needs, device, head)
+    place = None
+    is_stored = _stored_rows(store, split, rows)
+    if not is_stored.all():  # inputs stay whole: they may be a memory map
+        place = torch.from_numpy(np.flatnonzero(is_stored)).to(device)
+        stored_values: dict[str, Any] = {
+            name: values[is_stored]
+            for name, values in vars(rows).items()
+            if name != "inputs" and values is not None
+        }
+        rows = replace(rows, **stored_values)
+    stored = store.stored(split, filter(is_signal, needs))
+    return replace(beside(rows, stored, needs, device, head), place=place)
+
+
+def beside(
+    rows: Rows,
+    stored: StoredRows | None,
+    needs: frozenset[str],
+    device: torch.device,
+    head: tuple[Tensor, Tensor | None] | None = None,
+) -> DeviceRows:
+    """The tensors of some rows beside what a store holds of just these rows, in their order."""
     teacher: dict[str, Tensor] = {}
     mask = None
-    stored = None
+    encoded = None
     saliency = None
     answer = None
-    place = None
-    mapped = isinstance(rows.inputs, np.memmap)
-    if store is not None:
-        is_stored = _stored_rows(store, split, rows)
-        if not is_stored.all():  # inputs stay whole: they may be a memory map
-            place = torch.from_numpy(np.flatnonzero(is_stored)).to(device)
-            stored_values: dict[str, Any] = {
-                name: values[is_stored]
-                for name, values in vars(rows).items()
-                if name != "inputs" and values is not None
-            }
-            rows = replace(rows, **stored_values)
-        stored = store.logits(split)
-        mask = as_tensor(stored_steps(stored.steps, rows.mask, is_text=rows.is_text))
-        if stored.codec.name == "dense":
-            flat = stored.decode()
+    if stored is not None:
+        encoded = stored.logits()
+        mask = as_tensor(stored.steps(rows.mask, is_text=rows.is_text))
+        if encoded.codec.name == "dense":
+            flat = encoded.decode()
             assert isinstance(flat, Tensor)
             padded = flat.new_zeros((*mask.shape, flat.shape[1])).index_put((mask,), flat)
             teacher["logits"] = padded.to(device)
-            stored = None
-        saliency = _of_rows(store, split, "saliency", device)
-        answer = None if rows.is_text else _of_rows(store, split, "answer", device)
+            encoded = None
+        saliency = _sent(stored.value("saliency"), device)
+        answer = None if rows.is_text else _sent(stored.value("answer"), device)
         for name in sorted(needs - {"logits"}):
-            padded = store.column(name, split).padded(rows.mask)
-            teacher[name] = torch.from_numpy(padded).to(device)
+            teacher[name] = torch.from_numpy(stored.padded(name, rows.mask)).to(device)
     if head is not None:
         weight, bias = head
         head = (weight.to(device), None if bias is None else bias.to(device))
+    mapped = isinstance(rows.inputs, np.memmap)
     return DeviceRows(
         row_id=as_tensor(rows.row_id).to(device),
         inputs=as_tensor(rows.inputs).to("cpu" if mapped else device),
@@ -157,20 +191,18 @@ def to_device(
         valence=None if rows.valence is None else as_tensor(rows.valence).to(device),
         teacher=teacher,
         teacher_mask=None if mask is None else mask.to(device),
-        stored=stored,
+        stored=encoded,
         head=head,
-        place=place,
         saliency=saliency,
         answer=answer,
-        mapped=mapped or stored is not None,
+        mapped=mapped or encoded is not None,
     )
 
 
-def _of_rows(store: Store, split: str, name: str, device: torch.device) -> Tensor | None:
-    """(N,): a signal of one value a row; None in a store that was written without it."""
-    if name not in store.table(split).column_names:
+def _sent(values: NDArray[Any] | None, device: torch.device) -> Tensor | None:
+    """(N,): a value a row on the device; None where there is none."""
+    if values is None:
         return None
-    values = store.column(name, split).values
     return as_tensor(values.astype(np.int64) if values.dtype == np.int32 else values).to(device)
 
 

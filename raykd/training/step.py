@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raykd.data.order import Order, input_noise, mixed
+from raykd.data.order import input_noise, mixed
 from raykd.errors import Diverged
 from raykd.generation.draft_log import DraftLog, DraftLogSpec
 from raykd.generation.own_rows import LiveTeacher, OwnRows, replay_rows, write_rows
@@ -52,14 +52,15 @@ class TrainStep:
         self.num_own = arm.source.rows(optim.batch) if arm.source else 0
         self.device = rows.device
         self.share = world.share(optim.batch - self.num_own)
-        self.order = Order(rows.labelled.cpu().numpy(), optim, arm.seed)
-        self.weights = RowWeights.of(rows.saliency, arm.weighting)
+        self.places = slice(self.num_own + self.share.start, self.num_own + self.share.stop)
+        self.order = rows.order(optim, arm.seed)
+        self.weights = RowWeights.of(rows.saliency, arm.weighting) if arm.weighting else None
         self.spreads: list[Spread] = []  # of the row weights since the last report
         self.lags: list[int] = []  # of the student's text since then
         self.is_live = isinstance(live, LiveTeacher)
         self.temperatures: tuple[float, ...] = ()  # at which the terms read sparse targets
-        reads_maps = rows.mapped and self.num_own < optim.batch
-        self.ahead = Ahead(self._decoded, optim.steps) if reads_maps else None
+        reads = rows.readers and self.num_own < optim.batch
+        self.ahead = Ahead(self._decoded, optim.steps, rows.readers) if reads else None
         assert live or not arm.source, "text of the student's own needs a live teacher, or a log"
         self.own_rows = self._own_rows(arm.source, live, kept) if arm.source and live else None
 
@@ -152,7 +153,7 @@ class TrainStep:
         schedule = Schedule(source.passes, source.ahead, self.optim.evaluate_every, begins)
 
         def draw(group: int) -> LaterBatch:
-            index = torch.from_numpy(self.order.rows(group)[: self.num_own][share])
+            index = torch.from_numpy(self.order.rows(group, share))
             rows = self.rows.batch(index.to(self.device))
             student = self.state.learner.student.module
             return write_rows(
@@ -185,8 +186,9 @@ class TrainStep:
         return replace(batch, weight=torch.from_numpy(weight).to(self.device))
 
     def _batch(self, number: int, seed: int) -> Batch:
-        index = torch.from_numpy(self.order.rows(number)[self.num_own :][self.share])
-        noise = input_noise(self.optim, self.rows.inputs.shape[1:], seed)
+        self.rows.expect(self.order, number, self.places)
+        index = torch.from_numpy(self.order.rows(number, self.places))
+        noise = input_noise(self.optim, self.rows.row_shape, seed)
         if noise is not None:
             noise = noise[self.share].to(self.device)
         return self.rows.batch(index.to(self.device), noise)

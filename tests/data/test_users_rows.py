@@ -19,7 +19,7 @@ from raykd import data
 from raykd.console import show, stdout_for_results
 from raykd.data import SPLITS, Dataset
 from raykd.data import room as room_of_rows
-from raykd.data.order import Order
+from raykd.data.order import shuffled
 from raykd.errors import DataError, RaykdError, RecipeError
 from raykd.files.digests import file_sha256
 from raykd.recipe.recipe import Recipe
@@ -357,7 +357,7 @@ def test_rows_without_any_label_are_learnt_from_the_teacher_alone(tmp_path):
         row["label"] = None if row["split"] == "train" else row["label"]
     dataset = load(write(tmp_path / "a.parquet", rows))
     assert not dataset.splits["train"].labelled.any()
-    order = Order(dataset.splits["train"].labelled, Optim(batch=4, steps=2), seed=0)
+    order = shuffled(dataset.splits["train"].labelled, Optim(batch=4, steps=2), seed=0)
     assert sorted([*order.rows(0), *order.rows(1)]) == list(range(8))
     taught = {"source": "watch_gestures"}
     raw = {

@@ -30,7 +30,6 @@ from raykd.store.logits import codec_of
 from raykd.store.reader import Store
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
-from raykd.training.prefetch import Ahead
 from raykd.training.run_arms import ArmRunner
 
 
@@ -210,21 +209,6 @@ def test_a_batch_made_ahead_is_the_batch_made_in_turn_bit_for_bit(scored, cache)
     ours, theirs = (run.learner.student.module.state_dict() for run in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [h["loss"] for h in runs[0].history] == [h["loss"] for h in runs[1].history]
-
-
-def test_ahead_makes_each_number_once_up_to_the_end_and_hands_on_what_was_raised():
-    made: list[int] = []
-    ahead = Ahead(lambda n: made.append(n) or 10 // (5 - n), end=9)
-    assert [ahead(n) for n in range(3, 5)] == [5, 10]
-    with pytest.raises(ZeroDivisionError):
-        ahead(5)
-    assert ahead(6) == -10
-    ahead.close()
-    assert made == [3, 4, 5, 6]
-    last = Ahead(lambda n: made.append(n), end=8)
-    last(7)
-    last.close()
-    assert made[4:] == [7]
 
 
 def mapped_rows(folder: Path, dataset: Dataset, mode: str = "r") -> Dataset:

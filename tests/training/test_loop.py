@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from random_rows import rows_for
 from safetensors.torch import load_file, save_file
 
-from raykd.data.order import Order
+from raykd.data.order import shuffled
 from raykd.errors import DataError, StoreError
 from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
@@ -110,14 +110,14 @@ def hidden_labels(size: int, labelled: int) -> np.ndarray:
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
 def test_an_epoch_sees_each_row_once(size, batch, seed):
-    order = Order(np.ones(size, bool), Optim(batch=batch), seed)
+    order = shuffled(np.ones(size, bool), Optim(batch=batch), seed)
     seen = np.concatenate([order.rows(step) for step in range(3 * size // batch + 1)])
     for epoch in range(len(seen) // size):
         assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_each_epoch_has_its_own_order():
-    order = Order(np.ones(30, bool), Optim(batch=10), 0)
+    order = shuffled(np.ones(30, bool), Optim(batch=10), 0)
     epochs = np.concatenate([order.rows(step) for step in range(12)]).reshape(4, 30)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
@@ -127,12 +127,12 @@ def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_a
     size = 48
     labelled = 6
     batch = 16
-    order = Order(
+    order = shuffled(
         hidden_labels(size, labelled) != UNLABELLED, Optim(batch=batch, labelled_share=share), 0
     )
     drawn = [order.rows(step) for step in range(12)]
     count = round(share * batch)
-    streams = {len(stream.pool): stream for stream, _ in order.streams}
+    streams = {len(stream.pool): stream for stream in order.streams}
     for step, rows in enumerate(drawn):
         expected = streams[labelled].take(step * count, count).tolist()
         if share < 1:
@@ -148,12 +148,12 @@ def test_a_fixed_share_of_each_batch_has_labels_and_every_row_still_comes_once_a
 def test_the_order_is_a_function_of_seed_and_step_alone():
     label = hidden_labels(50, 10) != UNLABELLED
     optim = Optim(batch=8)
-    straight = [Order(label, optim, 0).rows(step).tolist() for step in range(20)]
-    used = Order(label, optim, 0)
+    straight = [shuffled(label, optim, 0).rows(step).tolist() for step in range(20)]
+    used = shuffled(label, optim, 0)
     backwards = [used.rows(step).tolist() for step in reversed(range(20))]
     assert straight == backwards[::-1]
     assert len({tuple(rows) for rows in straight}) == 20
-    assert straight != [Order(label, optim, 1).rows(step).tolist() for step in range(20)]
+    assert straight != [shuffled(label, optim, 1).rows(step).tolist() for step in range(20)]
 
 
 @settings(deadline=None)
@@ -172,9 +172,9 @@ def test_any_number_of_workers_sees_the_same_global_batches(size):
     rows = tiny_rows()
     optim = OPTIM
     for step in range(12):
-        alone = Order(rows.labelled.numpy(), optim, 0).rows(step)
+        alone = shuffled(rows.labelled.numpy(), optim, 0).rows(step)
         parts = [
-            Order(rows.labelled.numpy(), optim, 0).rows(step)[World(r, size).share(optim.batch)]
+            shuffled(rows.labelled.numpy(), optim, 0).rows(step)[World(r, size).share(optim.batch)]
             for r in range(size)
         ]
         ids = torch.cat([rows.batch(torch.from_numpy(part)).row_id for part in parts])
@@ -183,7 +183,7 @@ def test_any_number_of_workers_sees_the_same_global_batches(size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_each_worker_gets_its_part_of_the_labels(size):
-    order = Order(hidden_labels(4000, 100) != UNLABELLED, Optim(batch=16, labelled_share=0.5), 0)
+    order = shuffled(hidden_labels(4000, 100) != UNLABELLED, Optim(batch=16, labelled_share=0.5), 0)
     for step in range(20):
         rows = order.rows(step)
         counts = [(rows[World(rank, size).share(16)] < 100).sum() for rank in range(size)]
@@ -515,7 +515,7 @@ def test_history_holds_the_mean_of_each_term_since_the_last_report():
     often = tiny_run(OPTIM.model_copy(update={"evaluate_every": 1}))
     seldom = tiny_run()
     rows = tiny_rows()
-    order = Order(rows.labelled.numpy(), OPTIM, ARM.seed)
+    order = shuffled(rows.labelled.numpy(), OPTIM, ARM.seed)
     counts = np.array([rows.mask[order.rows(step)].sum() for step in range(OPTIM.steps)])
     kd = np.array([h["terms"]["kd"] for h in often.history])
     assert [h["step"] for h in seldom.history] == list(range(5, 41, 5))
