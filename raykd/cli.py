@@ -316,7 +316,7 @@ def _compare(paths: tuple[Path, ...], out: Path, **options: Any) -> tuple[Any, s
     if misplaced := [OPTIONS.get(name, f"--{name}") for name, value in options.items() if value]:
         applies = "applies to a recipe; run folders are compared as they are. Remove it."
         raise RecipeError(f"{', '.join(misplaced)} {applies}")
-    cluster.check_out(out)
+    cluster.check_stays("--out", out)
     comparison = compare(paths, out)
     return comparison, comparison_text.table(comparison)
 

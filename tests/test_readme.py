@@ -28,7 +28,7 @@ SMOKE = re.compile(r"raykd (run|train) ")
 # Commands that no test here runs, and why: a pattern of "FILE: COMMAND", and the reason.
 NOT_RUN = {
     r" -m pytest": "the tests themselves",
-    r"cluster/local\.sh": "needs a Ray head; tests/orchestration/test_jobs.py has one",
+    r"cluster/(local\.sh|README\.md: )": "needs a head; tests/orchestration/test_jobs.py has one",
     r"pipelines\.bench\.": "a bench measures for minutes",
     r"qat_progressive": "trains for ten minutes; tests/training/test_phases.py has small phases",
     r"(run|train) examples/own/(teacher|recipe)": "trains as own/reverse.toml does, which is run",

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 
 from raykd.errors import InfraError, Problem, RecipeError
-from raykd.files.address import Address
+from raykd.files.address import Address, is_url
 from raykd.models.device import device_of, on_device
 from raykd.orchestration.session import connect, last_line, named_cluster
 from raykd.recipe.recipe import Recipe
 
+SHARE = (
+    "nodes must share --out: name a folder of a shared disk, or, to score only, put scale.store in "
+    "a bucket"
+)
 SEEN_S = 60  # for a node to look into a folder
 UNPACKED = "runtime_resources/working_dir_files"  # where Ray unpacks a job's working directory
 
@@ -27,7 +31,7 @@ def begin(recipe: Recipe, address: str | None, stores: Address, run: Path | None
     """
     connect(address)
     check_device(recipe)
-    folders = [folder for folder in (stores, run) if isinstance(folder, Path)]
+    folders = [Path(folder) for folder in (stores, run) if folder and not is_url(folder)]
     if run:
         check_room(recipe)
     check_shared(folders)
@@ -179,10 +183,16 @@ def check_shared(folders: list[Path]) -> None:
 
 def _unseen(node: str, files: list[str]) -> str:
     folders = ", ".join(str(Path(file).parent) for file in files)
-    return (
-        f"node {node} does not see what is written to {folders}; nodes must share --out: name a "
-        "folder of a shared disk, or, to score only, put scale.store in a bucket"
-    )
+    return f"node {node} does not see what is written to {folders}; {SHARE}"
+
+
+def check_seen(folder: Path) -> None:
+    """InfraError where this node does not see a folder that the command has made.
+
+    A node may have joined after all were asked.
+    """
+    if not folder.is_dir():
+        raise InfraError(f"{folder} is not seen here; {SHARE}")
 
 
 def _at(node: str) -> Any:
@@ -211,11 +221,13 @@ def _reads(file: Path, word: str) -> bool:
         return False
 
 
-def check_out(out: Path) -> None:
-    """RecipeError where results would lie in a folder that Ray unpacks a job into, and deletes."""
-    whole = out.absolute()
-    if UNPACKED in whole.as_posix():
+def check_stays(name: str, folder: Path) -> None:
+    """RecipeError where results would lie in a folder that Ray unpacks a job into, and deletes.
+
+    `name` is what names the folder: an option, or a key of the recipe.
+    """
+    if UNPACKED in folder.absolute().as_posix():
         raise RecipeError(
-            f"--out {out}: lies in the folder that Ray unpacked this job's working directory into "
-            "and will delete; name a folder that stays, such as --out /shared/runs"
+            f"{name} {folder}: lies in the folder that Ray unpacked this job's working directory "
+            "into and will delete; name a folder that stays, such as --out /shared/runs"
         )

@@ -12,7 +12,7 @@ from raykd.errors import DataError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.open import address_below, open_place
-from raykd.orchestration.cluster import placed
+from raykd.orchestration.cluster import check_seen, placed
 from raykd.orchestration.session import at_node, plain_error
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
@@ -36,6 +36,9 @@ class ShardActor:
         self.fault: RaykdError | None = None
         try:
             imports.permit(recipe.packages)
+            store = open_place(folder).address
+            if isinstance(store, Path):
+                check_seen(store)
             self.scorer = Scorer(recipe)
             self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
         except RaykdError as fault:  # an actor whose start fails is started again

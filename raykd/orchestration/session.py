@@ -67,7 +67,7 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     if address:
-        _knock(address)
+        knock(address)
     _settle_authentication()
     terminate = signal.getsignal(signal.SIGTERM)
     loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
@@ -122,22 +122,30 @@ def _settle_authentication() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """InfraError if no Ray head answers at `address`; Ray itself would try for minutes."""
-    parts = urlsplit(address if "//" in address else f"//{address}")
-    if parts.scheme or parts.hostname is None or parts.port is None:
-        return  # "auto", or a kind of address that Ray looks up
     from ray._private import services
 
-    asked = parts.hostname
-    host: str = services.resolve_ip_for_localhost(asked)
     try:
-        _say_hello(host, parts.port)
+        is_auto = address == "auto"
+        found = (services.canonicalize_bootstrap_address(address) or "") if is_auto else address
+        parts = urlsplit(found if "//" in found else f"//{found}")
+        asked = parts.hostname
+        port = parts.port
+    except (ValueError, ConnectionError) as error:
+        raise InfraError(f"{address} names no Ray head: {error}; name HOST:PORT") from None
+    if parts.scheme not in ("", "ray"):
+        return  # a kind of address that Ray looks up elsewhere
+    if asked is None or port is None:
+        raise InfraError(f"{address} names no Ray head; name HOST:PORT")
+    host: str = asked if parts.scheme else services.resolve_ip_for_localhost(asked)
+    try:
+        _say_hello(host, port)
     except OSError as error:
         advice = 'cluster/local.sh start && eval "$(cluster/local.sh env)", or unset RAY_ADDRESS'
-        where = f"at {address}"
+        where = f"at {found}"
         if host not in (asked, *LOOPBACK):
-            where += f", which Ray reads as {host}:{parts.port}"
+            where += f", which Ray reads as {host}:{port}"
             advice = f"export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 for a head on {asked}; {advice}"
         raise InfraError(f"no Ray head answers {where}: {error}; {advice}") from None
 

@@ -15,7 +15,7 @@ from raykd.console import Progress, say
 from raykd.errors import Diverged, InfraError, RaykdError
 from raykd.files.address import Address
 from raykd.models.device import device_of
-from raykd.orchestration.cluster import described, placed, trains_elsewhere
+from raykd.orchestration.cluster import check_seen, described, placed, trains_elsewhere
 from raykd.orchestration.session import at_node, own_fault, plain_error
 from raykd.orchestration.teachers import ServedTeacher, teacher_actors
 from raykd.recipe import imports
@@ -169,9 +169,10 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
             _append_progress(folder, arm, step=step, metrics=metrics)
         ray.train.report({"arm": arm, **metrics})
 
-    if world.rank == 0:
-        _append_progress(folder, arms_of(recipe)[0].key, step=0, metrics={})
     try:
+        check_seen(folder)
+        if world.rank == 0:
+            _append_progress(folder, arms_of(recipe)[0].key, step=0, metrics={})
         device = device_of(recipe)
         if device.type == "cuda":
             device = ray.train.torch.get_device()

@@ -20,7 +20,7 @@ from raykd.errors import InfraError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.models.device import device_of, on_device
-from raykd.orchestration.cluster import fitting, placed
+from raykd.orchestration.cluster import check_seen, fitting, placed
 from raykd.orchestration.session import own_fault, plain_error
 from raykd.orchestration.training import worker_group
 from raykd.recipe import imports
@@ -173,6 +173,7 @@ def _train_trial(
     recipe = _recipe_of(config, shared)
     folder = _folder_of(shared)
     metric = metric_of(recipe)
+    check_seen(Path(shared["folder"]))
     runner = ArmRunner(recipe, shared["store"], device_of(recipe))
     arm = student_arm(recipe, recipe.seeds[0])
     student = runner.student(arm)

@@ -7,9 +7,12 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
+
+from raykd.errors import InfraError
+from raykd.orchestration.session import knock, named_cluster
 
 FREE_BYTES = 2 * 2**30
 
@@ -67,10 +70,10 @@ def _memory() -> dict[str, Any]:
 
 def _auth() -> dict[str, Any]:
     mode = os.environ.get("RAY_AUTH_MODE")
-    address = os.environ.get("RAY_ADDRESS")
+    address = named_cluster()
     if address is None:
         return _row("ray auth", True, "embedded cluster, with a token of its own")
-    host = _parts(address).hostname
+    host = urlsplit(address if "//" in address else f"//{address}").hostname
     local = host in ("127.0.0.1", "localhost", "auto")
     do = (
         "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH: a cluster without a token runs "
@@ -80,21 +83,17 @@ def _auth() -> dict[str, Any]:
     return _row("ray auth", ok, f"RAY_AUTH_MODE={mode}", do)
 
 
-def _parts(address: str) -> SplitResult:
-    """A Ray address in parts; it may lack a scheme."""
-    return urlsplit(address if "//" in address else f"//{address}")
-
-
 def _cluster() -> dict[str, Any]:
-    address = os.environ.get("RAY_ADDRESS")
+    address = named_cluster()
     if address is None:
         text = "none named; one is started inside each command that needs it"
         return _row("ray cluster", True, text)
-    parts = _parts(address)
     do = 'cluster/local.sh start && eval "$(cluster/local.sh env)", or unset RAY_ADDRESS'
-    if parts.hostname is None or parts.port is None:
-        return _row("ray cluster", address == "auto", f"RAY_ADDRESS={address}", do)
-    return _row("ray cluster", _answers(parts.hostname, parts.port), f"RAY_ADDRESS={address}", do)
+    try:
+        knock(address)
+    except InfraError:
+        return _row("ray cluster", False, f"RAY_ADDRESS={address}", do)
+    return _row("ray cluster", True, f"RAY_ADDRESS={address}")
 
 
 def _mlflow(uri: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from raykd.data import Dataset
 from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.files import links
-from raykd.files.address import Address
+from raykd.files.address import Address, is_url
 from raykd.losses.terms import needs_of
 from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
@@ -51,7 +51,10 @@ class RunFolder:
                 f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or name a "
                 "folder in plain letters"
             )
-        cluster.check_out(self.out)
+        cluster.check_stays("--out", self.out)
+        store = self.recipe.scale.store
+        if store and not is_url(store):
+            cluster.check_stays("scale.store", Path(store))
 
     @cached_property
     def path(self) -> Path:

@@ -19,12 +19,14 @@ from command import ROOT
 
 from raykd.errors import DataError, Diverged, InfraError, Problem, RecipeError
 from raykd.models.device import device_of
-from raykd.orchestration import cluster, session
+from raykd.orchestration import cluster, session, training, tuning
 from raykd.orchestration.scoring import ShardActor
 from raykd.recipe.recipe import Recipe
+from raykd.stages import doctor
 from raykd.stages.load import load
 from raykd.stages.run_folder import RunFolder
 from raykd.teacher.scorer import Scorer
+from raykd.training.arm import ONE_PROCESS
 
 LIMIT_S = 20
 
@@ -55,10 +57,51 @@ def test_an_address_where_no_head_answers_is_told_at_once(speaks, monkeypatch):
         else:
             answering.start()
         with pytest.raises(InfraError, match=rf"no Ray head answers at 127\.0\.0\.1:{port}"):
-            session._knock(f"127.0.0.1:{port}")
+            session.knock(f"127.0.0.1:{port}")
         if answering.ident:
             answering.join(LIMIT_S)
     assert time.monotonic() - started < LIMIT_S
+
+
+@pytest.mark.usefixtures("loopback")
+def test_the_last_cluster_of_the_machine_is_knocked_at_too(monkeypatch, tmp_path):
+    """`auto` is the last that began here, or one that runs; Ray tried the dead for minutes."""
+    import ray._private.services as services
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    with pytest.raises(InfraError, match=r"auto names no Ray head: Could not find any"):
+        session.knock("auto")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    with pytest.raises(InfraError, match=rf"no Ray head answers at 127\.0\.0\.1:{port}"):
+        session.knock("auto")
+    with pytest.raises(InfraError, match=rf"no Ray head answers at ray://127\.0\.0\.1:{port}"):
+        session.knock(f"ray://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", "127.0.0.1:x", "//"])
+def test_what_is_no_address_is_told(address, monkeypatch):
+    with pytest.raises(InfraError, match=r"names no Ray head.*name HOST:PORT"):
+        session.knock(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert not doctor._cluster()["ok"]
+
+
+def test_the_doctor_knocks_as_commands_do(monkeypatch):
+    """It took RAY_ADDRESS=local for a cluster, and any open port for a head."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert doctor._cluster()["ok"]
+    assert doctor._auth()["ok"]
+    monkeypatch.setattr(session, "KNOCK_S", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        found = doctor._cluster()
+    assert not found["ok"]
+    assert "cluster/local.sh start" in found["do"]
 
 
 def answer(server: socket.socket, words: bytes) -> None:
@@ -135,6 +178,21 @@ def test_results_are_not_put_where_ray_deletes_them(monkeypatch, tmp_path):
     with pytest.raises(RecipeError, match=r"--out runs: .*name a folder that stays"):
         RunFolder(recipe_of(), Path("runs"))
     assert RunFolder(recipe_of(), tmp_path / "runs").out == tmp_path / "runs"
+    with pytest.raises(RecipeError, match=r"scale\.store .*/deep/stores: .*folder that stays"):
+        RunFolder(recipe_of(store=str(unpacked / "stores")), tmp_path / "runs")
+    RunFolder(recipe_of(store="s3://bucket/stores"), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("store", ["stores", Path("stores"), "s3://bucket/stores"])
+def test_what_nodes_must_share_is_asked_of_every_folder(store, monkeypatch, tmp_path):
+    """A folder of `scale.store` is a string, which was taken for a bucket."""
+    asked: list[Path] = []
+    for name in ("connect", "check_device", "check_room"):
+        monkeypatch.setattr(cluster, name, lambda _: None)
+    monkeypatch.setattr(cluster, "check_shared", asked.extend)
+    cluster.begin(recipe_of(), None, store, tmp_path)
+    folders = [] if "s3" in str(store) else [Path("stores")]
+    assert asked == [*folders, tmp_path]
 
 
 # devices
@@ -200,8 +258,6 @@ def test_the_clusters_gpus_decide_not_this_process(pretend):
 
 
 def test_one_worker_goes_where_the_gpu_is(pretend):
-    from raykd.orchestration import training
-
     pretend({"CPU": 4}, {"CPU": 4, "GPU": 1})
     assert training._workers(cluster.placed(recipe_of())) == 1
     assert not cluster.is_here(recipe_of(), "10.0.0.1:6379")
@@ -262,10 +318,30 @@ def test_a_fault_says_its_node_and_survives_ray(fault, monkeypatch):
 
 def test_a_scorer_that_cannot_start_tells_why_once(tiny, monkeypatch, tmp_path):
     """Its start succeeds, because Ray would start it anew; its first shard ends the job."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(session, "node_name", lambda: "n2, 10.0.0.2")
     actor = ShardActor(load(tiny, ("scale.device=cuda",)), str(tmp_path), {})
     with pytest.raises(RecipeError, match=r"scale\.device: .*on node n2"):
         actor({})
+
+
+def test_a_node_that_came_late_and_does_not_see_the_folders_says_so(tiny, monkeypatch, tmp_path):
+    """It wrote a store of its own that nobody read, and lacked progress.jsonl four times."""
+    import ray.train
+
+    monkeypatch.setattr(session, "node_name", lambda: "n2, 10.0.0.2")
+    absent = tmp_path / "absent"
+    actor = ShardActor(load(tiny), str(absent), {})
+    with pytest.raises(InfraError, match=r"absent is not seen here; .*--out.*on node n2"):
+        actor({})
+    here = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2)
+    monkeypatch.setattr(ray.train, "get_context", lambda: here)
+    config = {"recipe": load(tiny).model_dump(mode="json"), "folder": str(absent)}
+    with pytest.raises(InfraError, match="absent is not seen here"):
+        training.train_worker(config)
+    with pytest.raises(InfraError, match="absent is not seen here"):
+        tuning._train_trial({}, config | {"trial": "t1"}, ONE_PROCESS, lambda _: None)
+    assert not absent.exists()
 
 
 def test_workers_that_never_start_are_told_by_the_recipes_key():
