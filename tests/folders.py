@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import by_hand
 import numpy as np
 import texts
 import torch
@@ -14,8 +15,6 @@ from raykd.models.llama import Llama
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
 from raykd.stages import load as checks
-from raykd.store.commit import Shard
-from raykd.teacher.scorer import Scorer
 
 PADDING = 20  # columns
 
@@ -58,7 +57,8 @@ def load(home: Path, *sets: str) -> Recipe:
 
 def stored(recipe: Recipe) -> dict[str, np.ndarray]:
     """Every column of what a recipe's store holds of 20 rows, as one array."""
-    found = Scorer(recipe).table(Shard(0, "test", 0, 20)).to_pydict()
+    scorer, dataset = by_hand.scorer_of(recipe)
+    found = scorer.table(dataset.splits["test"].take(slice(20))).to_pydict()
     halves = {
         k: [np.frombuffer(x, "<f2") if isinstance(x, bytes) else x for x in v]
         for k, v in found.items()

@@ -19,7 +19,7 @@ from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, record_of, to_parquet
-from raykd.teacher.scorer import Scorer
+from raykd.teacher.scorer import Header, Scorer
 
 SHARDS_A_ROUND = 4
 ROUNDS = 15
@@ -30,12 +30,12 @@ class Paired(scoring.ShardActor):
     into one file.
     """
 
-    def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
-        super().__init__(recipe, folder, wanted)
+    def __init__(self, recipe: Recipe, header: Header, folder: str, wanted: dict[str, Any]):
+        super().__init__(recipe, header, folder, wanted)
         self.size = recipe.store.batch
         self.bare_path = Path(folder) / "bare.parquet"
         self.bare_file: pq.ParquetWriter | None = None
-        self.round: list[Shard] = []
+        self.round: list[dict[str, Any]] = []
         self.warm = False
         self.gap = 0.0
         self.idle = 0.0
@@ -47,7 +47,7 @@ class Paired(scoring.ShardActor):
         self.gap = self.gap + wall
         self.idle = self.idle + max(wall - cpu, 0.0)
         out = super().__call__(batch)
-        self.round.append(Shard(*(batch[k].item() for k in ("number", "split", "first", "last"))))
+        self.round.append(batch)
         spent = [np.nan] * 6
         if not self.warm or len(self.round) == SHARDS_A_ROUND:
             raykd = self.clock.read()
@@ -64,15 +64,14 @@ class Paired(scoring.ShardActor):
     @torch.inference_mode()
     def bare(self) -> tuple[float, float]:
         """CPU and wall seconds of a plain pass over the round's rows."""
-        for shard in self.round:
-            rows = self.scorer.dataset.splits[shard.split]
+        for block in self.round:
             parts = []
-            for i in range(shard.first, shard.last, self.size):
-                x = torch.from_numpy(rows.inputs[i : min(i + self.size, shard.last)])
+            for i in range(0, len(block["row_id"]), self.size):
+                x = torch.from_numpy(block["inputs"][i : i + self.size])
                 parts.append(self.scorer.teacher.module(x)["logits"].half())
             z = torch.cat(parts).flatten(1).numpy()
             logits = pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), z.shape[1])
-            table = pa.table({"row_id": rows.row_id[shard.first : shard.last], "logits": logits})
+            table = pa.table({"row_id": block["row_id"], "logits": logits})
             self.bare_file = self.bare_file or pq.ParquetWriter(
                 self.bare_path, table.schema, compression="zstd"
             )
@@ -91,21 +90,21 @@ def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
     writer = StoreWriter(folder / "paired", wanted)
     shards = plan_shards({"train": len(dataset.splits["train"])}, recipe.store.rows_per_shard)
     taken = shards[: 1 + SHARDS_A_ROUND * ROUNDS]
-    spent = np.stack(
-        [row["spent"] for row in scoring.shard_results(recipe, writer, taken, Paired).iter_rows()]
-    )
+    results = scoring.shard_results(recipe, dataset, writer, taken, Paired)
+    spent = np.stack([row["spent"] for row in results.iter_rows()])
     return spent[np.isfinite(spent).all(1)]
 
 
 def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
     """Median CPU seconds of each part of one shard's scoring."""
-    scorer = Scorer(recipe)
+    dataset = data.load(recipe.data)
+    scorer = Scorer(recipe, Header.of(recipe, dataset))
     fresh = itertools.count()
     shard = Shard(0, "train", 0, recipe.store.rows_per_shard)
     size = recipe.store.batch
-    rows = scorer.dataset.splits["train"].take(slice(shard.first, shard.last))
+    rows = dataset.splits["train"].take(slice(shard.first, shard.last))
     batches = [rows.take(slice(i, i + size)) for i in range(0, len(rows), size)]
-    table = scorer.table(shard)
+    table = scorer.table(rows)
     content = to_parquet(table)
 
     def forward() -> list[Signals]:

@@ -1,13 +1,21 @@
-"""Ray Data: shards of rows stream through teachers into the store."""
+"""Ray Data: shards of rows stream through teachers into the store.
+
+The rows lie once in the object store of a node. Tasks cut shards out of them, and the blocks flow
+to the teachers' actors as fast as those take them. An actor gets a header, never the data set.
+"""
 
 import logging
 import time
 import warnings
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raykd.console import Progress, say
-from raykd.data import Dataset
+from raykd.data import Dataset, Rows
 from raykd.errors import DataError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
@@ -20,58 +28,82 @@ from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.manifest import seconds_of
 from raykd.store.reader import Store
-from raykd.teacher.identity import check_rows, signals_of, store_identity
-from raykd.teacher.scorer import Scorer, bad_rows
+from raykd.teacher.identity import signals_of, store_identity
+from raykd.teacher.scorer import Header, Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics
+
+
+def block_of(rows: Rows, shard: Shard) -> dict[str, Any]:
+    """A line for each row of a shard: the arrays of `Rows`, and of which shard the row is."""
+    arrays: dict[str, Any] = {name: v for name, v in vars(rows).items() if v is not None}
+    for name, value in vars(shard).items():
+        arrays[name] = np.repeat(np.array([value]), len(rows))
+    return arrays
+
+
+class ShardRows:
+    """A task that cuts shards out of the rows of the object store."""
+
+    def __init__(self, splits: Mapping[str, Any]):
+        self.splits = splits  # references to the Rows of each split
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One shard's descriptor in, its block out."""
+        import ray
+
+        shard = _shard_of(batch)
+        rows = ray.get(self.splits[shard.split]).take(slice(shard.first, shard.last))
+        return block_of(rows, shard)
 
 
 class ShardActor:
     """One actor of the pool: a teacher, loaded once, that scores and commits shards."""
 
-    def __init__(self, recipe: Recipe, folder: str, wanted: dict[str, Any]):
+    def __init__(self, recipe: Recipe, header: Header, folder: str, wanted: dict[str, Any]):
         import torch
 
         torch.set_num_threads(1)
-        self.wanted = wanted
         self.fault: RaykdError | None = None
         try:
             imports.permit(recipe.packages)
             store = open_place(folder).address
             if isinstance(store, Path):
                 check_seen(store)
-            self.scorer = Scorer(recipe)
+            self.scorer = Scorer(recipe, header)
             self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
         except RaykdError as fault:  # an actor whose start fails is started again
             self.fault = at_node(fault)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of shard descriptors in; of each shard the rows scored, those that cannot be
-        scored, and the CPU seconds spent out.
+        """The block of a shard in.
+
+        Out come how many were scored, how many cannot be, and the CPU seconds spent.
         """
         if self.fault:
             raise self.fault
         try:
-            check_rows(self.scorer.dataset, self.wanted)  # here, where an error keeps its kind
             return self._score(batch)
         except RaykdError as fault:
             raise at_node(fault) from None
 
     def _score(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows: list[int] = []
-        bad: list[int] = []
-        seconds: list[float] = []
-        columns = [batch[key] for key in ("number", "split", "first", "last")]
-        for number, split, first, last in zip(*columns, strict=True):
-            started = time.process_time()
-            shard = Shard(int(number), str(split), int(first), int(last))
-            table, unfit = self.scorer.score(shard)
-            for name, columns_of_layer in layer_signals.split(table).items():
-                if not self.writers[name].is_sound(shard):
-                    self.writers[name].commit(shard, columns_of_layer, unfit)
-            rows.append(table.num_rows)
-            bad.append(len(unfit))
-            seconds.append(time.process_time() - started)
-        return {"rows": rows, "bad": bad, "seconds": seconds}
+        started = time.process_time()
+        shard = _shard_of(batch)
+        names = [field.name for field in fields(Rows)]
+        rows = Rows(**{name: batch[name] for name in names if name in batch})
+        assert len(rows) == shard.last - shard.first, "a block is a shard"
+        table, unfit = self.scorer.score(rows)
+        for name, columns_of_layer in layer_signals.split(table).items():
+            if not self.writers[name].is_sound(shard):
+                self.writers[name].commit(shard, columns_of_layer, unfit)
+        seconds = time.process_time() - started
+        return {"rows": [table.num_rows], "bad": [len(unfit)], "seconds": [seconds]}
+
+
+def _shard_of(batch: Mapping[str, Any]) -> Shard:
+    """The shard that a batch is of."""
+    first = {name: batch[name][0] for name in ("number", "split", "first", "last")}
+    return Shard(int(first["number"]), str(first["split"]), int(first["first"]), int(first["last"]))
 
 
 def stores_address(recipe: Recipe, out: Path) -> Address:
@@ -121,7 +153,7 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
         missing.update(layer_writer.missing(shards))
     if missing:
         in_order = sorted(missing, key=lambda shard: shard.number)
-        _score_missing(recipe, writer, shards, missing=in_order)
+        _score_missing(recipe, dataset, writer, shards, missing=in_order)
     # the statistics read the shards, so a provisional view serves until the manifest exists
     provisional = Store.of_shards(address, writer.records(shards))
     writer.finish(shards, store_statistics(recipe, dataset, provisional))
@@ -131,7 +163,12 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
 
 
 def _score_missing(
-    recipe: Recipe, writer: StoreWriter, shards: list[Shard], *, missing: list[Shard]
+    recipe: Recipe,
+    dataset: Dataset,
+    writer: StoreWriter,
+    shards: list[Shard],
+    *,
+    missing: list[Shard],
 ) -> None:
     """Score the missing ones of all shards of a store."""
     import ray.exceptions
@@ -145,7 +182,7 @@ def _score_missing(
             # Ray Data warns of its own defaults, and of the only way to bound retries
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            for row in shard_results(recipe, writer, missing).iter_rows():
+            for row in shard_results(recipe, dataset, writer, missing).iter_rows():
                 done += int(row["rows"])
                 seconds += float(row["seconds"])
                 progress.advance(done)
@@ -161,7 +198,11 @@ def _score_missing(
 
 
 def shard_results(
-    recipe: Recipe, writer: StoreWriter, shards: list[Shard], actor: type[ShardActor] = ShardActor
+    recipe: Recipe,
+    dataset: Dataset,
+    writer: StoreWriter,
+    shards: list[Shard],
+    actor: type[ShardActor] = ShardActor,
 ) -> Any:
     """The Ray Data set of what `actor` gives of each shard; reading it scores the shards."""
     import ray.data
@@ -170,17 +211,23 @@ def shard_results(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None
+    context.target_max_block_size = None  # a block is a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    header = Header.of(recipe, dataset)
     recipe = placed(recipe)
     _send_arguments_inline()
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
-    # a task costs Ray some 8 ms of the actor's CPU
-    tasks = max(min(len(shards), 8 * high), -(-len(shards) // 4))
-    descriptors = ray.data.from_items([vars(shard) for shard in shards], override_num_blocks=tasks)
-    return descriptors.map_batches(
+    splits = {split: ray.put(dataset.splits[split]) for split in {shard.split for shard in shards}}
+    descriptors = ray.data.from_items(
+        [vars(shard) for shard in shards], override_num_blocks=len(shards)
+    )
+    blocks = descriptors.map_batches(
+        ShardRows(splits).__call__, batch_size=1, num_cpus=0, concurrency=2 * high
+    )
+    return blocks.map_batches(
         actor,
-        fn_constructor_args=(recipe, str(writer.folder), writer.identity),
-        batch_size=1,
+        fn_constructor_args=(recipe, header, str(writer.folder), writer.identity),
+        batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
         num_cpus=1,
         num_gpus=1 if recipe.scale.device == "cuda" else 0,

@@ -27,7 +27,7 @@ from raykd.stages import run_digests
 from raykd.stages.check import check_with_data
 from raykd.stages.run_folder import OUT, RunFolder
 from raykd.store.reader import Store
-from raykd.teacher.scorer import Scorer
+from raykd.teacher.scorer import Header, Scorer
 from raykd.techniques import register
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.training import post_training, run_files
@@ -198,7 +198,7 @@ def _score(run_folder: RunFolder) -> Address | None:
         say("score", f"done before: {run_folder.store}")
     else:
         cluster.check_here(run_folder.recipe, run_folder.address)
-        Scorer.check(run_folder.recipe)
+        Scorer.check(run_folder.recipe, Header.of(run_folder.recipe, run_folder.dataset))
         _connect(run_folder)
         scoring.score(run_folder.recipe, run_folder.dataset, run_folder.out.resolve())
     warning = teacher_check.warning(Store(run_folder.store), run_folder.dataset)

@@ -1,9 +1,10 @@
 """Scoring: a teacher's signals for one shard of rows, as a table.
 
-Plain torch; Ray only schedules it.
+Plain torch; Ray only schedules it. A scorer never has the data set: it gets the rows of one shard
+at a time, and a header that says what all rows have in common.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raykd import data, models
-from raykd.data import Rows
+from raykd import models
+from raykd.data import Dataset, Rows
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of
 from raykd.losses import valence
@@ -24,7 +25,6 @@ from raykd.signals import Signals, as_tensor, log_softmax
 from raykd.store import columns, layer_signals
 from raykd.store.codecs import Codec
 from raykd.store.codecs.hidden import Hidden, head_digest
-from raykd.store.commit import Shard
 from raykd.store.logits import codec_for, codec_metadata
 from raykd.teacher.identity import signals_of, store_identity, store_table
 from raykd.techniques import register
@@ -34,49 +34,68 @@ SHOWN = 10  # bad rows that a message lists
 FAR = 0.02  # of the largest logit: above what bfloat16 rounds
 
 
-class Scorer:
-    """A teacher loaded once, ready for any shard."""
+@dataclass(frozen=True)
+class Header:
+    """What a teacher must know of rows that it has not seen yet.
 
-    def __init__(self, recipe: Recipe):
+    `shape` has the sizes that a model is built for, and `key` keys the codec's draws.
+    """
+
+    shape: dict[str, int]  # channels, classes and steps
+    is_text: bool
+    key: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, dataset: Dataset) -> "Header":
+        """The header of a recipe's rows."""
+        key = int(digest_of(store_identity(recipe, dataset))[:15], 16)
+        return cls(dataset.shape, dataset.is_text, key)
+
+    @property
+    def classes(self) -> int:
+        return self.shape["classes"]
+
+
+class Scorer:
+    """A teacher loaded once, ready for the rows of any shard."""
+
+    def __init__(self, recipe: Recipe, header: Header):
         assert recipe.teacher is not None
         self.recipe = recipe
+        self.header = header
         self.device = device_of(recipe)
-        self.dataset = data.load(recipe.data)
         register(recipe.technique)
-        module = models.build_model(recipe.teacher, **self.dataset.shape, key="teacher")
+        module = models.build_model(recipe.teacher, **header.shape, key="teacher")
         want = frozenset(signals_of(recipe))
-        classes = len(self.dataset.classes)
-        self.settings = store_table(recipe, classes)
-        self.key = int(digest_of(store_identity(recipe, self.dataset))[:15], 16)
+        self.settings = store_table(recipe, header.classes)
         self.head_inputs: list[Tensor] | None = None
         if self.settings["codec"] == "hidden":
             self.head_inputs = _watch_head(module, recipe.store.head)
             self.codec: Codec = _hidden_codec(module, recipe.store.head)
         else:
-            self.codec = codec_for(self.settings, classes)
+            self.codec = codec_for(self.settings, header.classes)
         self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
+    def check(cls, recipe: Recipe, header: Header) -> None:
         """RecipeError if the recipe's teacher cannot be loaded or does not fit its data.
 
         Call it before Ray is started, where the error would be wrapped and come late.
         """
-        cls(on_device(recipe, "cpu"))
+        cls(on_device(recipe, "cpu"), header)
 
-    def table(self, shard: Shard) -> pa.Table:
-        """One row of signals for each row of the shard.
+    def table(self, rows: Rows) -> pa.Table:
+        """One row of signals for each row of a shard.
 
         DataError names rows that cannot be scored.
         """
-        table, bad = self.score(shard)
+        table, bad = self.score(rows)
         if bad:
             raise DataError(bad_rows(bad, 0))
         return table
 
-    def score(self, shard: Shard) -> tuple[pa.Table, dict[int, str]]:
+    def score(self, rows: Rows) -> tuple[pa.Table, dict[int, str]]:
         """(a row of signals for each row that can be scored, {row id: reason} of the others)."""
-        rows = self.dataset.splits[shard.split].take(slice(shard.first, shard.last))
         size = self.recipe.store.batch
         bad: dict[int, str] = {}
         batches = [
@@ -110,14 +129,16 @@ class Scorer:
             arrays = {name: array[fit] for name, array in arrays.items()}
             stored = stored[fit]
             mask = mask[fit]
-        return arrays | {"logits": self.codec.encode(stored, mask, rows.row_id[fit], self.key)}
+        return arrays | {
+            "logits": self.codec.encode(stored, mask, rows.row_id[fit], self.header.key)
+        }
 
     def _forward(self, rows: Rows, mask: Tensor) -> Signals:
         """The teacher's signals, with a column for each class: columns beyond them are padding."""
         if self.head_inputs is not None:
             self.head_inputs.clear()
         signals = self.teacher(as_tensor(rows.inputs).to(self.device), mask)
-        classes = len(self.dataset.classes)
+        classes = self.header.classes
         if signals.logits.shape[-1] < classes:
             raise RecipeError(
                 f"teacher: answers with {signals.logits.shape[-1]} classes, and the data have "

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import by_hand
 import folders
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from digests import recipe_digest
 from folders import load, split, stored
 from safetensors.torch import load_file
 
-from raykd import models
+from raykd import data, models
 from raykd.errors import RecipeError
 from raykd.models import transformers_lm
 from raykd.models.build import MODELS
@@ -25,9 +26,7 @@ from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
 from raykd.reports import gather
 from raykd.reports.compare.changes import changes
 from raykd.stages.load import resolve
-from raykd.store.commit import Shard
 from raykd.teacher.identity import store_identity
-from raykd.teacher.scorer import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +75,9 @@ def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refuse
     ):
         recipe = load(home, f"store.codec={codec}", 'store.head="lm_head"')
         teacher = ModelRef(model=name)
-        scorer = Scorer(recipe.model_copy(update={"teacher": teacher}))
+        scorer, dataset = by_hand.scorer_of(recipe.model_copy(update={"teacher": teacher}))
         with pytest.raises(RecipeError, match=words):
-            scorer.table(Shard(0, "test", 0, 4))
+            scorer.table(dataset.splits["test"].take(slice(4)))
 
 
 def test_what_lies_in_a_folder_decides_the_result_and_where_it_lies_does_not(home, tmp_path):
@@ -86,7 +85,7 @@ def test_what_lies_in_a_folder_decides_the_result_and_where_it_lies_does_not(hom
     (tmp_path / "moved" / "README.md").write_text("about it")
     first = load(home)
     moved = load(home, f"teacher.weights={tmp_path / 'moved'}")
-    dataset = Scorer(first).dataset
+    dataset = data.load(first.data)
     assert recipe_digest(first) == recipe_digest(moved)
     assert store_identity(first, dataset) == store_identity(moved, dataset)
     assert changes(first, moved) == []

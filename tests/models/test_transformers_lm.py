@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raykd import models
+from raykd import data, models
 from raykd.errors import DataError, RecipeError
 from raykd.generation.sampling import FrozenTeacher, on_policy
 from raykd.models import transformers_lm
@@ -29,7 +29,6 @@ from raykd.models.llama import Llama
 from raykd.models.transformers_lm import TransformersLM, documents_by_length
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.weight_files import CONFIG, WEIGHTS
-from raykd.teacher.scorer import Scorer
 
 CLASSES = 50
 STEPS = 24
@@ -170,7 +169,7 @@ def test_a_llama_is_the_same_model_read_by_either(files, home, tmp_path):
     if files == 2:
         split(where, tmp_path / "two")
         where = tmp_path / "two"
-    rows = Scorer(load(home)).dataset.splits["train"].inputs[:4]
+    rows = data.load(load(home).data).splits["train"].inputs[:4]
     shape = {"channels": 2, "classes": 300, "steps": texts.STEPS}
     refs = ("llama", "transformers")
     both = [

@@ -17,6 +17,7 @@ import pytest
 import torch
 from command import ROOT
 
+from raykd import data
 from raykd.errors import DataError, Diverged, InfraError, Problem, RecipeError
 from raykd.models.device import device_of
 from raykd.orchestration import cluster, session, training, tuning
@@ -25,7 +26,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.stages import doctor
 from raykd.stages.load import load
 from raykd.stages.run_folder import RunFolder
-from raykd.teacher.scorer import Scorer
+from raykd.teacher.scorer import Header, Scorer
 from raykd.training.arm import ONE_PROCESS
 
 LIMIT_S = 20
@@ -207,7 +208,8 @@ def test_cuda_where_there_is_none_is_refused_by_its_key(monkeypatch, tiny):
     with pytest.raises(RecipeError, match=r"scale\.device"):
         cluster.check_here(recipe, None)
     cluster.check_here(recipe, "10.0.0.1:6379")  # the cluster may have one
-    Scorer.check(recipe)  # and this process then only reads the teacher
+    header = Header.of(recipe, data.load(recipe.data))
+    Scorer.check(recipe, header)  # and this process then only reads the teacher
 
 
 class FakeRay(SimpleNamespace):
@@ -320,7 +322,9 @@ def test_a_scorer_that_cannot_start_tells_why_once(tiny, monkeypatch, tmp_path):
     """Its start succeeds, because Ray would start it anew; its first shard ends the job."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(session, "node_name", lambda: "n2, 10.0.0.2")
-    actor = ShardActor(load(tiny, ("scale.device=cuda",)), str(tmp_path), {})
+    recipe = load(tiny, ("scale.device=cuda",))
+    header = Header.of(recipe, data.load(recipe.data))
+    actor = ShardActor(recipe, header, str(tmp_path), {})
     with pytest.raises(RecipeError, match=r"scale\.device: .*on node n2"):
         actor({})
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from raykd import data
 from raykd.errors import StoreError
 from raykd.losses.terms import TERMS, TermValues, term
 from raykd.stages.load import resolve
 from raykd.store import care, layer_signals
 from raykd.store.reader import Store
-from raykd.teacher.scorer import Scorer
 from raykd.training.device_rows import to_device
 
 LAYER = "hidden.blocks.0"
@@ -59,8 +59,8 @@ def test_an_extended_store_keeps_every_byte_and_gains_the_layer(recipes):
     assert {path: after[path] for path in before} == before
     assert {path.parts[0] for path in after.keys() - before.keys()} == {layer_signals.FOLDER}
 
-    scorer = Scorer(reading)
-    rows = scorer.dataset.splits["val"]
+    scorer, dataset = by_hand.scorer_of(reading)
+    rows = dataset.splits["val"]
     with torch.inference_mode():
         live = scorer.teacher(torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)).layers[
             "hidden.blocks.0"
@@ -92,5 +92,5 @@ def test_an_extended_store_is_cared_for_as_a_whole(recipes):
     by_hand.score(reading, folder / "cared")
     assert path.read_bytes() == whole
     assert np.array_equal(
-        Store(store).row_id("test"), Scorer(reading).dataset.splits["test"].row_id
+        Store(store).row_id("test"), data.load(reading.data).splits["test"].row_id
     )

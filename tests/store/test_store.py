@@ -31,11 +31,10 @@ from raykd.losses.terms import needs_of
 from raykd.models.adapter import Adapter
 from raykd.stages.load import resolve
 from raykd.store import columns
-from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
+from raykd.store.commit import StoreWriter, plan_shards, store_id
 from raykd.store.reader import Store
 from raykd.targets import UNLABELLED
 from raykd.teacher.identity import store_identity
-from raykd.teacher.scorer import Scorer
 from raykd.training.device_rows import to_device
 
 
@@ -375,21 +374,18 @@ def test_what_is_read_is_what_the_teacher_said(raw, tmp_path):
 
 def test_the_stored_signals_do_not_know_a_hidden_label(raw):
     """Training rows whose labels are hidden are stored alike, whatever the labels were."""
-    scorer = Scorer(resolve(raw))
-    rows = scorer.dataset.splits["train"]
+    scorer, dataset = by_hand.scorer_of(resolve(raw))
+    rows = dataset.splits["train"]
     hidden = np.flatnonzero(rows.label == UNLABELLED)
     assert 0 < len(hidden) < len(rows)
-    shard = Shard(0, "train", 0, len(rows))
-    before = scorer.table(shard)
+    before = scorer.table(rows)
     full = (
         data.load(scorer.recipe.data.model_copy(update={"label_fraction": 1.0}))
         .splits["train"]
         .label
     )
-    scorer.dataset.splits["train"].label[:] = np.where(
-        np.isin(np.arange(len(rows)), hidden), rows.label, (full + 1) % 7
-    )
-    after = scorer.table(shard)
+    rows.label[:] = np.where(np.isin(np.arange(len(rows)), hidden), rows.label, (full + 1) % 7)
+    after = scorer.table(rows)
     for name in before.column_names:
         assert before.column(name).take(hidden).equals(after.column(name).take(hidden))
     assert not before.column("valence").equals(after.column("valence"))

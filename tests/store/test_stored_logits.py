@@ -16,6 +16,7 @@ import stored
 import torch
 from stored import CLASSES, CODECS, scored
 
+from raykd import data
 from raykd.errors import RecipeError
 from raykd.losses.shared_terms import kd
 from raykd.models.adapter import Adapter
@@ -23,7 +24,6 @@ from raykd.signals import Signals
 from raykd.store.logits import take_rows
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
-from raykd.teacher.scorer import Scorer
 from raykd.techniques import register
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
@@ -45,9 +45,9 @@ def made(request, folder):
 
 def batch_of(recipe, store: Store, split: str = "train", rows: int = 50):
     """(a batch of shuffled rows, the teacher's live signals of each row alone, padded alike)."""
-    scorer = Scorer(recipe)
-    head = teacher_head(recipe, store, scorer.dataset)
-    kept = to_device(scorer.dataset.splits[split], split, store, frozenset({"logits"}), CPU, head)
+    scorer, dataset = by_hand.scorer_of(recipe)
+    head = teacher_head(recipe, store, dataset)
+    kept = to_device(dataset.splits[split], split, store, frozenset({"logits"}), CPU, head)
     index = torch.from_numpy(np.random.default_rng(1).permutation(len(kept.label))[:rows])
     batch = kept.batch(index)
     live = torch.zeros(*batch.mask.shape, CLASSES)
@@ -106,8 +106,8 @@ def test_a_student_learns_from_any_codec(made):
 
 def test_the_teachers_decisions_are_stored_whatever_the_codec(made):
     _, recipe, store = made
-    scorer = Scorer(recipe)
-    rows = scorer.dataset.splits["test"]
+    scorer, dataset = by_hand.scorer_of(recipe)
+    rows = dataset.splits["test"]
     with torch.inference_mode():
         live = scorer.teacher(
             torch.from_numpy(rows.inputs), torch.from_numpy(rows.mask)
@@ -142,7 +142,7 @@ def test_another_teachers_head_is_refused(folder, tmp_path):
         update={"teacher": recipe.teacher.model_copy(update={"weights": other["weights"]})}
     )
     with pytest.raises(Exception, match="belong to the output head"):
-        teacher_head(changed, store, Scorer(recipe).dataset)
+        teacher_head(changed, store, data.load(recipe.data))
 
 
 def test_rows_are_taken_in_any_order_from_any_chunks():
@@ -200,15 +200,15 @@ def test_valid_steps_may_stand_anywhere(folder, monkeypatch, codec, padding):
     recipe, store = scored(
         folder, codec, data={"source": "shaped:rows", "settings": {"padding": padding}}
     )
-    scorer = Scorer(recipe)
-    train = scorer.dataset.splits["train"]
+    scorer, dataset = by_hand.scorer_of(recipe)
+    train = dataset.splits["train"]
     kept = to_device(
         train,
         "train",
         store,
         frozenset({"logits"}),
         CPU,
-        teacher_head(recipe, store, scorer.dataset),
+        teacher_head(recipe, store, dataset),
     )
     batch = kept.batch(torch.arange(len(train)).flip(0))
     with torch.inference_mode():

@@ -8,18 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
 import stored
 import torch
 
+from raykd import data
 from raykd.errors import DataError
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
 from raykd.store import care
 from raykd.store.commit import StoreWriter, plan_shards
 from raykd.store.reader import Store
-from raykd.teacher.scorer import Scorer, bad_rows
+from raykd.teacher.scorer import Header, Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
@@ -40,8 +42,8 @@ class Poisoned(Scorer):
     nan: tuple[int, ...] = ()
     large: tuple[int, ...] = ()
 
-    def __init__(self, recipe: Recipe):
-        super().__init__(recipe)
+    def __init__(self, recipe: Recipe, header: Header):
+        super().__init__(recipe, header)
         # type: ignore[assignment]
         self.sound = self.teacher
         self.teacher = self._answer
@@ -62,25 +64,24 @@ def poisoned(
     recipe: Recipe, out: Path, nan: tuple[int, ...], large: tuple[int, ...] = ()
 ) -> tuple[Path, Any, Any]:
     """(the store of a teacher that cannot score some rows, its writer, its shards)."""
-    scorer = Poisoned(recipe)
+    scorer, dataset = by_hand.scorer_of(recipe, Poisoned)
     scorer.nan = nan
     scorer.large = large
-    where, wanted = scoring.locate(recipe, scorer.dataset, out)
+    where, wanted = scoring.locate(recipe, dataset, out)
     writer = StoreWriter(where, wanted)
-    shards = plan_shards(
-        {n: len(r) for n, r in scorer.dataset.splits.items()}, recipe.store.rows_per_shard
-    )
+    sizes = {name: len(rows) for name, rows in dataset.splits.items()}
+    shards = plan_shards(sizes, recipe.store.rows_per_shard)
     for shard in shards:
-        writer.commit(shard, *scorer.score(shard))
+        writer.commit(shard, *scorer.score(by_hand.rows_of(dataset, shard)))
     kept = Store.of_shards(where, writer.records(shards))
-    writer.finish(shards, store_statistics(recipe, scorer.dataset, kept))
+    writer.finish(shards, store_statistics(recipe, dataset, kept))
     return where, writer, shards
 
 
 @pytest.mark.parametrize("codec", ["fp16", "comb"])
 def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder, tmp_path):
     recipe, whole = stored.scored(folder, codec)
-    splits = Scorer(recipe).dataset.splits
+    splits = data.load(recipe.data).splits
     train = splits["train"].row_id
     test = splits["test"].row_id
     lost = {int(train[3]), int(train[70]), int(test[5])}
@@ -116,7 +117,7 @@ def test_rows_that_can_not_be_scored_are_left_out_with_the_reason(codec, folder,
 
 def test_a_shard_whose_reasons_are_lost_is_scored_again(folder, tmp_path):
     recipe, _ = stored.scored(folder, "fp16")
-    first = int(Scorer(recipe).dataset.splits["train"].row_id[0])
+    first = int(data.load(recipe.data).splits["train"].row_id[0])
     where, writer, shards = poisoned(recipe, tmp_path, (first,))
     (where / "_quarantine/00000.json").unlink()
     assert "without a reason" in care.verify(where)["damaged"][0]["fault"]
@@ -126,7 +127,7 @@ def test_a_shard_whose_reasons_are_lost_is_scored_again(folder, tmp_path):
 
 def test_a_shard_without_any_row_that_can_be_scored_is_sound(folder, tmp_path):
     recipe, _ = stored.scored(folder, "comb")
-    every = Scorer(recipe).dataset.splits["train"].row_id
+    every = data.load(recipe.data).splits["train"].row_id
     size = recipe.store.rows_per_shard
     where, writer, shards = poisoned(recipe, tmp_path, tuple(every[:size].tolist()))
     assert Store(where).table("train").num_rows == len(every) - size
@@ -135,31 +136,34 @@ def test_a_shard_without_any_row_that_can_be_scored_is_sound(folder, tmp_path):
 
 def test_a_row_that_can_not_be_scored_is_an_error_unless_it_is_allowed(folder):
     recipe, _ = stored.scored(folder, "fp16")
-    scorer = Poisoned(recipe)
-    ids = scorer.dataset.splits["val"].row_id
+    scorer, dataset = by_hand.scorer_of(recipe, Poisoned)
+    rows = dataset.splits["val"]
+    ids = rows.row_id
     scorer.nan = (int(ids[1]),)
-    shard = plan_shards({"val": len(ids)}, 1000)[0]
     with pytest.raises(DataError, match=rf"row {ids[1]}: NaN or infinite logits"):
-        scorer.table(shard)
+        scorer.table(rows)
 
 
 class OneProcess:
     """Ray's data set of scored shards, its only actor in this process."""
 
-    def __init__(self, recipe, writer, shards):
-        self.actor = scoring.ShardActor(recipe, str(writer.folder), writer.identity)
+    def __init__(self, recipe, dataset, writer, shards):
+        header = Header.of(recipe, dataset)
+        self.actor = scoring.ShardActor(recipe, header, str(writer.folder), writer.identity)
+        self.dataset = dataset
         self.shards = shards
 
     def iter_rows(self):
         for shard in self.shards:
-            yield {k: v[0] for k, v in self.actor({k: [v] for k, v in vars(shard).items()}).items()}
+            block = scoring.block_of(by_hand.rows_of(self.dataset, shard), shard)
+            yield {name: values[0] for name, values in self.actor(block).items()}
 
 
 def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
     folder, tmp_path, monkeypatch
 ):
     recipe, whole = stored.scored(folder, "fp16")
-    dataset = Scorer(recipe).dataset
+    dataset = data.load(recipe.data)
     ids = dataset.splits["train"].row_id
     monkeypatch.setattr(scoring, "shard_results", OneProcess)
     monkeypatch.setattr(scoring, "Scorer", Poisoned)

@@ -7,11 +7,9 @@ import pytest
 import stored
 import torch
 
-from raykd import data
 from raykd.errors import DataError, RecipeError
-from raykd.orchestration.scoring import ShardActor
 from raykd.recipe.tables import StoreSettings
-from raykd.teacher.identity import store_identity, store_table
+from raykd.teacher.identity import store_table
 from raykd.training.run_arms import ArmRunner
 
 
@@ -38,18 +36,6 @@ def test_training_refuses_rows_that_the_store_was_not_made_from(scored):
     finally:
         path.write_bytes(whole)
     assert caught.value.exit_code == 3
-
-
-def test_scoring_refuses_rows_that_are_not_those_it_was_asked_for(scored, tmp_path):
-    _, recipe, _ = scored
-    dataset = data.load(recipe.data)
-    wanted = store_identity(recipe, dataset)
-    batch = {"number": [0], "split": ["train"], "first": [0], "last": [8]}
-    assert ShardActor(recipe, str(tmp_path / "same"), wanted)(batch)["rows"] == [8]
-    other = wanted | {"data": wanted["data"] | {"sha256": "0" * 64}}
-    with pytest.raises(DataError, match=r"data\.source: rows has other rows here than"):
-        ShardActor(recipe, str(tmp_path / "other"), other)(batch)
-    assert not list((tmp_path / "other").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize("classes", [2, stored.CLASSES])

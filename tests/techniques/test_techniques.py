@@ -33,9 +33,7 @@ from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.stages.load import resolve
 from raykd.store import layer_signals
-from raykd.store.commit import Shard
 from raykd.targets import UNLABELLED
-from raykd.teacher.scorer import Scorer
 from raykd.techniques import register
 from raykd.training.arm import Arm, World
 from raykd.training.device_rows import DeviceRows
@@ -515,7 +513,9 @@ def test_a_techniques_recipe_resolves_and_is_its_json(name, teacher):
 @pytest.mark.parametrize("name", list(TECHNIQUES))
 def test_a_technique_needs_only_what_scoring_stores(name, teacher):
     found = resolved(name, teacher)
-    assert needs_of(found.terms) <= set(Scorer(found).table(Shard(0, "val", 0, 3)).column_names)
+    scorer, dataset = by_hand.scorer_of(found)
+    table = scorer.table(dataset.splits["val"].take(slice(3)))
+    assert needs_of(found.terms) <= set(table.column_names)
 
 
 @pytest.mark.parametrize("terms", DATA)
