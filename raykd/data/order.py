@@ -3,7 +3,7 @@
 Both are pure functions of (seed, step), so any number of workers, stopped or resumed, see the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -79,13 +79,18 @@ class Order:
         The rows of a stream are dealt out evenly, so that each worker's contiguous share has its
         part of them.
         """
+        rows = np.empty(len(self.deal[share]), np.int64)
+        for stream, here, which in self.dealt(share):
+            rows[here] = stream.rows(step, which)
+        return rows
+
+    def dealt(self, share: slice) -> Iterator[tuple[Stream, NDArray[np.bool_], NDArray[np.int64]]]:
+        """Each stream, the places (n,) of a share that it fills, and its rows that fill them."""
         dealt = self.deal[share]
         of_stream = np.searchsorted(self.first, dealt, side="right") - 1
-        rows = np.empty(len(dealt), np.int64)
         for number in np.unique(of_stream):
             here = of_stream == number
-            rows[here] = self.streams[number].rows(step, dealt[here] - self.first[number])
-        return rows
+            yield self.streams[number], here, dealt[here] - self.first[number]
 
 
 def shuffled(is_labelled: NDArray[np.bool_], optim: Optim, seed: int) -> Order:

@@ -67,7 +67,8 @@ class Rows:
     @property
     def labelled(self) -> NDArray[np.bool_]:
         """(N,): the rows with a label at any step."""
-        return (self.label != UNLABELLED).reshape(len(self), -1).any(1)
+        known = self.label != UNLABELLED
+        return known.any(1) if self.is_text else known
 
     def take(self, index: Any) -> "Rows":
         """The rows at `index` (a slice, mask or integer array)."""
@@ -114,12 +115,17 @@ class Dataset:
     @property
     def shape(self) -> dict[str, int]:
         """The sizes that a model is built for: `channels`, `classes` and `steps`."""
-        _, steps, channels = self.splits["train"].inputs.shape
+        _, steps, channels = self._any.inputs.shape
         return {"channels": channels, "classes": len(self.classes), "steps": steps}
 
     @property
     def is_text(self) -> bool:
-        return self.splits["train"].is_text
+        return self._any.is_text
+
+    @property
+    def _any(self) -> Rows:
+        """The rows of some split: all are of one shape."""
+        return next(iter(self.splits.values()))
 
     @cached_property
     def digest(self) -> str:

@@ -114,6 +114,15 @@ class Held:
         )
 
 
+def in_memory(source: Source) -> Dataset:
+    """What of a source is in memory: all of it, or the splits that are measured on."""
+    if isinstance(source, Held):
+        return source.dataset
+    table = source.table()
+    splits = {split: read_split(source, split) for split in ("val", "test")}
+    return Dataset(table.name, table.classes, splits, table.notes)
+
+
 def joined(pieces: Sequence[Rows]) -> Rows:
     """The rows of several parts of one split, in the order given."""
     if len(pieces) == 1:

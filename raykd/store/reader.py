@@ -14,6 +14,7 @@ from raykd.files.address import Address
 from raykd.files.open import open_place
 from raykd.files.place import Place
 from raykd.store import bounds, layer_signals, node_copy
+from raykd.store.codecs import Codec
 from raykd.store.logits import StoredLogits, in_plain_layout
 from raykd.store.manifest import PART, read_manifest
 from raykd.store.stored_rows import Column, StoredRows, column_of, logits_of
@@ -113,7 +114,6 @@ class Store:
             return self._layer(name, split).column(name, split)
         has_manifest = "sha256" in self.manifest
         table = self.table(split) if has_manifest else self._from_shards(name, split)
-        self._field(table, name)
         return column_of(table, name)
 
     def stored(self, split: str, layers: Iterable[str] = ()) -> StoredRows:
@@ -154,6 +154,10 @@ class Store:
     def logits(self, split: str) -> StoredLogits:
         """The teacher's answers of one split, still encoded."""
         return logits_of(self.table(split))
+
+    def codec(self, split: str) -> Codec:
+        """The codec of a split's answers, by its first shard."""
+        return logits_of(next(self.shards(split))).codec
 
     def _from_shards(self, name: str, split: str) -> pa.Table:
         """A column, and the one that counts its steps, of every shard."""

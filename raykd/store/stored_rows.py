@@ -54,14 +54,24 @@ def stored_steps(
 
 
 def column_of(table: pa.Table, name: str) -> Column:
-    """One signal of the rows of a store's table."""
+    """One signal of the rows of a store's table. StoreError if it is not there."""
+    if name not in table.column_names:
+        raise StoreError(f"the store holds no {name!r}; it has {', '.join(table.column_names)}")
     entry = table.schema.field(name)
     if entry.type != pa.binary():
         return Column(table.column(name).to_numpy(), np.ones(table.num_rows, np.int32))
     shape = json.loads(entry.metadata[b"shape"])
-    steps = table.column(entry.metadata[b"steps"].decode()).to_numpy()
+    steps = steps_of(table, name)
     dtype = entry.metadata.get(b"dtype", b"float16").decode()
     return Column(columns.decode(table.column(name), shape, steps, dtype), steps)
+
+
+def steps_of(table: pa.Table, name: str) -> NDArray[np.int32]:
+    """(N,): how many steps of a signal each row of a store's table has; 1 of one value a row."""
+    metadata = table.schema.field(name).metadata or {}
+    if b"steps" not in metadata:
+        return np.ones(table.num_rows, np.int32)
+    return table.column(metadata[b"steps"].decode()).to_numpy()
 
 
 def logits_of(table: pa.Table) -> StoredLogits:

@@ -17,9 +17,10 @@ def teacher_head(
     Only the columns of the data's classes; None for a store of any other codec. StoreError if the
     store was written with another head.
     """
-    codec = store.logits("train").codec
-    if not isinstance(codec, Hidden):
+    if store.manifest["identity"]["store"]["codec"] != Hidden.name:
         return None
+    codec = store.codec("train")
+    assert isinstance(codec, Hidden)
     assert recipe.teacher is not None
     teacher = models.build_model(recipe.teacher, **dataset.shape, key="teacher")
     head = teacher.get_submodule(recipe.store.head)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raykd.data import Dataset
+from raykd.data.table import Table
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of, file_sha256
 from raykd.losses.terms import TERMS, needs_of
@@ -96,7 +97,7 @@ def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:
     return table
 
 
-def check_rows(dataset: Dataset, identity: Mapping[str, Any]) -> None:
+def check_rows(dataset: Dataset | Table, identity: Mapping[str, Any]) -> None:
     """DataError where the rows are others than those that a store was made from.
 
     `identity` is the store's.

@@ -64,6 +64,9 @@ class DeviceRows:
     def expect(self, order: Order, step: int, share: slice) -> None:
         """Nothing is fetched ahead: all rows are here."""
 
+    def close(self) -> None:
+        """Nothing is to be ended."""
+
     @property
     def teaches_logits(self) -> bool:
         """Whether the teacher's distribution at temperature 1 is known."""

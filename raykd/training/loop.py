@@ -30,10 +30,10 @@ from raykd.signals import Signals
 from raykd.training import phases
 from raykd.training.arm import ONE_PROCESS, Arm, World
 from raykd.training.checkpoints import Checkpoints, Choice, Kept
-from raykd.training.device_rows import DeviceRows
 from raykd.training.phases import Span
 from raykd.training.state import Learner, State
 from raykd.training.step import TrainStep
+from raykd.training.train_rows import TrainRows
 
 TERMINATED = 143  # how a process ends that was told to by SIGTERM
 
@@ -44,7 +44,7 @@ def train(
     arm: Arm,
     optim: Optim,
     student: Adapter,
-    rows: DeviceRows,
+    rows: TrainRows,
     evaluate: Callable[[nn.Module], dict[str, float]],
     *,
     world: World = ONE_PROCESS,
@@ -162,7 +162,7 @@ def _terminated_between_steps() -> Iterator[Callable[[], bool]]:
             signal.raise_signal(signal.SIGTERM)
 
 
-def objective_of(arm: Arm, student: Adapter, rows: DeviceRows) -> Objective:
+def objective_of(arm: Arm, student: Adapter, rows: TrainRows) -> Objective:
     """The arm's objective; terms that learn are built from what the student says of one row, drawn
     by the seed.
     """

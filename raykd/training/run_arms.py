@@ -20,6 +20,7 @@ from torch import nn
 
 from raykd import data, models
 from raykd.data import Dataset
+from raykd.data.table import Held, Source, in_memory
 from raykd.files.address import Address
 from raykd.files.atomic import write_bytes
 from raykd.generation import judge_drafter
@@ -41,8 +42,10 @@ from raykd.training.arms import UNROUNDED, arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import to_device
 from raykd.training.loop import train
+from raykd.training.part_rows import PartRows
 from raykd.training.predictions import Predictions
 from raykd.training.state import State
+from raykd.training.train_rows import TrainRows
 
 DRAFTERS = ("student", "control")
 ArmReport = Callable[[str, int, dict[str, Any]], None]  # (arm key, step, metrics)
@@ -83,23 +86,31 @@ class ArmRunner:
         store: Address | None,
         device: torch.device,
         teacher: Teacher | None = None,
+        source: Source | None = None,
     ):
         torch.set_num_threads(1)
         register(recipe.technique)
         self.recipe = recipe
         self.device = device
         self.teacher = teacher
-        self.dataset: Dataset = data.load(recipe.data)
+        self.source = source or Held(data.load(recipe.data))
+        self.dataset = in_memory(self.source)
         self.store = Store(store) if store else None
         if self.store:
-            check_rows(self.dataset, self.store.manifest["identity"])
-        needs = needs_of(recipe.terms)
+            check_rows(self.source.table(), self.store.manifest["identity"])
         self.head = teacher_head(recipe, self.store, self.dataset) if self.store else None
-        taught = self.store if needs else None
-        self.train = to_device(
-            self.dataset.splits["train"], "train", taught, needs, device, self.head
-        )
+        self.train = self._training_rows()
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
+
+    def _training_rows(self) -> TrainRows:
+        """The training split, held on the device or read in parts."""
+        needs = needs_of(self.recipe.terms)
+        taught = self.store if needs else None
+        if isinstance(self.source, Held) and self.recipe.optim.order != "blocks":
+            rows = self.dataset.splits["train"]
+            return to_device(rows, "train", taught, needs, self.device, self.head)
+        scale = self.recipe.scale
+        return PartRows(self.source, "train", taught, needs, self.device, self.head, scale)
 
     def student(self, arm: Arm) -> Adapter:
         """A fresh student, initialised by the arm's seed alone.
@@ -218,6 +229,7 @@ def run_arms(
             saved.clear()
         if world.size > 1:
             dist.barrier()
+    runner.train.close()
 
 
 def _agreed(world: World, value: bool, device: torch.device) -> bool:

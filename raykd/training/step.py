@@ -24,10 +24,10 @@ from raykd.signals import Batch
 from raykd.store.logits import Targets
 from raykd.training import phases
 from raykd.training.arm import Arm, World
-from raykd.training.device_rows import DeviceRows
 from raykd.training.phases import Span
 from raykd.training.prefetch import Ahead
 from raykd.training.state import State
+from raykd.training.train_rows import TrainRows
 
 
 class TrainStep:
@@ -37,7 +37,7 @@ class TrainStep:
         self,
         arm: Arm,
         optim: Optim,
-        rows: DeviceRows,
+        rows: TrainRows,
         world: World,
         state: State,
         live: LiveTeacher | Replay | None = None,
