@@ -335,7 +335,9 @@ def test_a_node_that_came_late_and_does_not_see_the_folders_says_so(tiny, monkey
 
     monkeypatch.setattr(session, "node_name", lambda: "n2, 10.0.0.2")
     absent = tmp_path / "absent"
-    actor = ShardActor(load(tiny), str(absent), {})
+    recipe = load(tiny)
+    header = Header.of(recipe, data.load(recipe.data))
+    actor = ShardActor(recipe, header, str(absent), {})
     with pytest.raises(InfraError, match=r"absent is not seen here; .*--out.*on node n2"):
         actor({})
     here = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2)
