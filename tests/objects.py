@@ -3,12 +3,14 @@ PUT is one step.
 
 moto looks for an object and then writes it; answered on threads, two creators of one name might
 both win. Names ask for faults: a bucket `forgetful` drops If-None-Match, and the first creation of
-an object named *collided* answers 409.
+an object named *collided* answers 409. Reading an object named *denied* answers 403, of one named
+*broken* 500, and of one named *slow* comes after eight seconds.
 """
 
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +58,13 @@ def faulty(app: Any) -> Any:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("409 Conflict", [("Content-Length", "0")])
             return [b""]
+        if environ["REQUEST_METHOD"] == "GET":
+            if "slow" in path.name:
+                time.sleep(8)
+            for word, status in (("denied", "403 Forbidden"), ("broken", "500 Internal Error")):
+                if word in path.name:
+                    start_response(status, [("Content-Length", "0")])
+                    return [b""]
         return app(environ, start_response)
 
     return answer

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from raykd.errors import DataError
@@ -10,15 +11,18 @@ EXACT = 2**53  # whole floats up to here are the numbers that they seem
 WRITE = "write text, a whole number, or null where a row has no label"
 
 
-def class_names(labels: Sequence[Any], name: str) -> list[str | None]:
-    """The class of each row as text; None where the label is missing: null or NaN.
+def class_names(
+    labels: Sequence[Any], name: str, rows: Iterable[int] | None = None
+) -> list[str | None]:
+    """The class of each label as text; None where it is missing: null or NaN.
 
     Whole floats are integers, and bytes are text in UTF-8. DataError names a row whose label is
-    neither text, a whole number nor a truth value, or of another kind than those before it.
+    neither text, a whole number nor a truth value, or of another kind than those before it. `rows`
+    are the numbers of the rows, from 0 on without it.
     """
     names: list[str | None] = []
     first: tuple[type, int] | None = None  # the kind of the labels, and the row that has it
-    for row, label in enumerate(labels):
+    for row, label in zip(count() if rows is None else rows, labels, strict=False):
         try:
             value = plain(label)
             if value is None:

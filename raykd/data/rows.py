@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,14 @@ class Rows:
         return Rows(**arrays)
 
 
+class Unfit(NamedTuple):
+    """A row that nothing can be learnt from, and why."""
+
+    row: int  # its number in the source
+    why: str
+    place: str = ""  # its file, and its number there
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Rows in their splits, and the class names that labels index: for text, the tokens.
@@ -99,11 +107,19 @@ class Dataset:
     classes: tuple[str, ...]
     splits: dict[str, Rows]
     notes: tuple[str, ...] = ()  # what a reader of results must know of these rows
+    unfit: tuple[Unfit, ...] = ()  # the rows that were left out
 
     @property
     def cautions(self) -> list[str]:
-        """The notes, and the classes that a split has no row of."""
+        """The notes, how many rows were left out, and the classes that a split has no row of."""
         found = list(self.notes)
+        if self.unfit:
+            total = len(self.unfit) + sum(map(len, self.splits.values()))
+            first = self.unfit[0]
+            found.append(
+                f"{len(self.unfit)} of {total} rows left out as unfit, such as row {first.row}: "
+                f"{first.why}"
+            )
         for name, rows in self.splits.items():
             present = set(np.unique(rows.label).tolist())
             absent = [c for number, c in enumerate(self.classes) if number not in present]
@@ -167,15 +183,15 @@ def check_dataset(dataset: Dataset) -> None:
     for name in SPLITS:
         rows = dataset.splits.get(name)
         if rows is None or len(rows) == 0:
-            raise DataError(
-                f"{dataset.name}: split {name!r} has 0 rows; each of {', '.join(SPLITS)} needs some"
-            )
-        _check_split(dataset, name, rows)
+            check_counts(dataset.name, name, 0, 0)
+        else:
+            check_rows(f"{dataset.name}, split {name!r}", rows, len(dataset.classes))
+            labelled = len(rows) if rows.is_text else int(rows.labelled.sum())
+            check_counts(dataset.name, name, len(rows), labelled)
 
 
-def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
-    where = f"{dataset.name}, split {name!r}"
-    count = len(dataset.classes)
+def check_rows(where: str, rows: Rows, count: int) -> None:
+    """DataError that names the rows that cannot be used, of `count` classes or tokens."""
     _check_arrays(where, rows)
     if rows.is_text:
         outside = _by_chunks(lambda part: _outside(part[..., 0], count).any(1), rows.inputs)
@@ -191,10 +207,18 @@ def _check_split(dataset: Dataset, name: str, rows: Rows) -> None:
     if bad := _ids(rows, outside.reshape(len(rows), -1).any(1)):
         raise DataError(f"{where}: labels outside the {count} classes in rows {bad}")
     _check_valence(where, rows)
-    if rows.is_text:
-        return
-    if name != "train" and not rows.labelled.any():
-        raise DataError(f"{where}: no row has a label, so nothing can be measured there")
+
+
+def check_counts(name: str, split: str, rows: int, labelled: int) -> None:
+    """DataError where a split has no row, or nothing that can be measured."""
+    if rows == 0:
+        raise DataError(
+            f"{name}: split {split!r} has 0 rows; each of {', '.join(SPLITS)} needs some"
+        )
+    if split != "train" and labelled == 0:
+        raise DataError(
+            f"{name}, split {split!r}: no row has a label, so nothing can be measured there"
+        )
 
 
 def _outside(values: NDArray[Any], count: int) -> NDArray[np.bool_]:

@@ -5,8 +5,12 @@ from dataclasses import replace
 import numpy as np
 
 from raykd.data import python_library, tables, watch_gestures
+from raykd.data.file_rows import FileRows
+from raykd.data.parquet_parts import ParquetParts
 from raykd.data.rows import Dataset, Rows, check_dataset, hide_labels
+from raykd.data.table import Held, Source
 from raykd.errors import DataError
+from raykd.files.data_files import open_files
 from raykd.recipe.tables import DataRef
 from raykd.recipe.toml import is_path
 from raykd.recipe.validation import suggestion
@@ -34,9 +38,31 @@ def load(ref: DataRef) -> Dataset:
     return replace(dataset, splits=dataset.splits | {"train": train})
 
 
+def open_source(ref: DataRef, order: str = "auto") -> Source:
+    """The source of a recipe's rows: in memory, or read in parts where there are many.
+
+    `order` is the recipe's: "rows" holds all of them in memory, "blocks" none, and "auto" those of
+    at most MOST_ROWS rows and MOST_BYTES.
+
+    Example:
+        >>> from raykd.recipe.recipe import DataRef
+        >>> open_source(DataRef(window=32)).table().rows("train")
+        4298
+    """
+    if is_path(ref.source) and not ref.tokenizer and order != "rows":
+        rows = FileRows(open_files(ref.source), ref)
+        if order == "blocks" or tables.is_large(rows):
+            return ParquetParts(rows)
+    elif order == "blocks":
+        raise DataError(
+            'optim.order = "blocks": only series in Parquet files are read in parts; leave it out'
+        )
+    return Held(load(ref))
+
+
 def _read(ref: DataRef) -> Dataset:
     if is_path(ref.source):
-        return tables.load_parquet(ref)
+        return tables.load_files(ref)
     if ":" in ref.source:
         return tables.load_function(ref)
     if ref.tokenizer and ref.source == "watch_gestures":

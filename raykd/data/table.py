@@ -8,7 +8,7 @@ rows that are in memory already.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -127,7 +127,7 @@ def joined(pieces: Sequence[Rows]) -> Rows:
     """The rows of several parts of one split, in the order given."""
     if len(pieces) == 1:
         return pieces[0]
-    arrays = {
+    arrays: dict[str, Any] = {
         key: None if value is None else np.concatenate([getattr(rows, key) for rows in pieces])
         for key, value in vars(pieces[0]).items()
     }

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raykd.data import labels
-from raykd.data.rows import SPLITS, Dataset, Rows
+from raykd.data.blocks import check_unfit
+from raykd.data.column_names import PROMPTS
+from raykd.data.rows import SPLITS, Dataset, Rows, Unfit
 from raykd.errors import DataError, RecipeError
 from raykd.recipe.tables import DataRef
 from raykd.recipe.validation import suggestion
 from raykd.targets import UNLABELLED
-
-PARTS = ("prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,46 @@ class Piece:
 def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
     """The data set of records {split, group, text} or {split, group, prompt, completion}.
 
-    `data.tokenizer` turns them into tokens. DataError names a record that cannot be a row: one
-    without a completion, or with a prompt that fills the window.
+    `data.tokenizer` turns them into tokens. A record without a completion, or with a prompt that
+    fills the window, is unfit, of which DataError names the first where there are too many.
     """
     rows = list(records)
-    split = split_names([row["split"] for row in rows], name, ref)
+    split = np.array(split_names([row["split"] for row in rows], name, ref))
     has_prompts = bool(rows) and "prompt" in rows[0]
-    for key in PARTS if has_prompts else ("text",):
+    for key in PROMPTS if has_prompts else ("text",):
         for number, row in enumerate(rows):
             _check_text(row[key], f"{name}: {key} of row {number}")
     tokenizer = read_tokenizer(ref)
     end = _end_of_text(tokenizer, ref)
+    unfit: list[Unfit] = []
     if has_prompts:
-        documents = _of_prompts(rows, tokenizer, end, name=name, ref=ref)
-        cut = sum(len(document.tokens) - 1 > ref.window for document in documents)
+        documents = _of_prompts(rows, tokenizer, end, ref.window)
+        unfit = [document for document in documents if isinstance(document, Unfit)]
+        check_unfit(unfit, len(rows), ref.max_unfit, name)
+        fitting = [document for document in documents if isinstance(document, Document)]
+        cut = sum(len(document.tokens) - 1 > ref.window for document in fitting)
         name = f"{name}, {cut} completions cut" if cut else name
+        split = split[[isinstance(document, Document) for document in documents]]
     else:
-        documents = _of_text(rows, tokenizer, end)
+        fitting = _of_text(rows, tokenizer, end)
     splits = {}
     count = 0
     for part in SPLITS:
-        of_split = [documents[number] for number in np.flatnonzero(split == part)]
+        of_split = [fitting[number] for number in np.flatnonzero(split == part)]
         splits[part] = laid_out(
             of_split, ref.window, shared=part == "train", whole=has_prompts, first_id=count
         )
         count += len(splits[part])
-    return Dataset(name, tokens_of(tokenizer), splits)
+    return Dataset(name, tokens_of(tokenizer), splits, unfit=tuple(unfit))
 
 
-def split_names(values: Sequence[Any], name: str, ref: DataRef) -> NDArray[np.str_]:
-    """(N,): the split of each row. DataError if one is none."""
-    split = np.array(
-        [
-            value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-            for value in values
-        ]
-    )
-    if unknown := sorted(set(split.tolist()) - set(SPLITS)):
+def split_names(values: Sequence[Any], name: str, ref: DataRef) -> list[str]:
+    """The split of each value. DataError if one is none."""
+    split = [
+        value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+        for value in values
+    ]
+    if unknown := sorted(set(split) - set(SPLITS)):
         raise DataError(
             f"{name}: column {ref.columns.split!r} holds {unknown[:5]}; write train, val or test"
         )
@@ -223,28 +226,27 @@ def _of_text(rows: list[dict[str, Any]], tokenizer: Any, end: int) -> list[Docum
 
 
 def _of_prompts(
-    rows: list[dict[str, Any]], tokenizer: Any, end: int, *, name: str, ref: DataRef
-) -> list[Document]:
-    """A document of each row's prompt and completion; its labels begin with the completion."""
-    prompts, completions = (_encoded(rows, key, tokenizer) for key in PARTS)
-    documents = []
+    rows: list[dict[str, Any]], tokenizer: Any, end: int, window: int
+) -> list[Document | Unfit]:
+    """A document of each row's prompt and completion, whose labels begin with the completion.
+
+    A row that teaches nothing is unfit.
+    """
+    prompts, completions = (_encoded(rows, key, tokenizer) for key in PROMPTS)
+    documents: list[Document | Unfit] = []
     for number, group in enumerate(_numbered(rows)):
         prompt = prompts[number]
         completion = completions[number]
+        why = ""
         if not completion:
-            raise DataError(
-                f"{name}: row {number} has an empty completion, which teaches nothing; drop it"
-            )
-        if not prompt:
-            raise DataError(
-                f"{name}: row {number} has an empty prompt; name the column as data.columns.text "
-                "instead"
-            )
-        if len(prompt) > ref.window:
-            raise DataError(
-                f"{name}: the prompt of row {number} has {len(prompt)} tokens, and a row "
-                f"{ref.window}: raise data.window, or shorten it"
-            )
+            why = "has an empty completion"
+        elif not prompt:
+            why = "has an empty prompt (data.columns.text names a column of whole documents)"
+        elif len(prompt) > window:
+            why = f"has a prompt of {len(prompt)} tokens (raise data.window, which is {window})"
+        if why:
+            documents.append(Unfit(number, why))
+            continue
         tokens = np.array([*prompt, *completion, end], np.int32)
         documents.append(Document(tokens, first_label=len(prompt), group=group))
     return documents

@@ -102,6 +102,20 @@ class Bucket:
                 _no_bucket(self, error)
                 return None
 
+    def range_of(self, name: str, first: int, count: int) -> tuple[bytes, str] | None:
+        """(`count` bytes of an object from the byte `first` on, its ETag); None if it is gone.
+
+        Fewer bytes, where the object ends before.
+        """
+        with self._requests(name) as (api, client):
+            try:
+                options = {"range": (first, first + count)} if count else {"head": True}
+                answer = api.get(client, name, options=options)
+                return bytes(answer.bytes()), answer.meta["e_tag"] or ""
+            except FileNotFoundError as error:
+                _no_bucket(self, error)
+                return None
+
     def delete(self, name: str) -> None:
         with self._requests(name) as (api, client):
             api.delete(client, name)
@@ -109,7 +123,10 @@ class Bucket:
     def listed(self, below: str = "") -> dict[str, Listed]:
         with self._requests(below) as (api, client):
             objects = api.list(client, below or None).collect()
-        files = {o["path"]: Listed(o["size"], o["last_modified"].timestamp()) for o in objects}
+        files = {
+            o["path"]: Listed(o["size"], o["last_modified"].timestamp(), o["e_tag"] or "")
+            for o in objects
+        }
         return dict(sorted(files.items()))
 
     def folders(self, below: str = "") -> list[str]:

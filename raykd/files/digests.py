@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,33 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_sha256(folder: Path, files: Sequence[Path]) -> str:
-    """Hex sha256 of files, by their names in the folder and their content."""
-    parts = [f"{p.relative_to(folder)}:{file_sha256(p)}" for p in files]
+def files_sha256(
+    folder: Path, files: Sequence[Path], sha256: Callable[[Path], str] | None = None
+) -> str:
+    """Hex sha256 of files, by their names in the folder and their content.
+
+    `sha256` gives that of one file, where it may be known.
+    """
+    sha256 = sha256 or file_sha256
+    parts = [f"{p.relative_to(folder)}:{sha256(p)}" for p in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def parquet_below(folder: Path) -> list[Path]:
     """The Parquet files of a folder in the order of their paths.
 
-    A name that begins with a dot or an underscore, of a file or of a folder below this one, is no
-    data: notebooks, Spark and file systems keep copies under such names.
+    Hidden names, of files or of folders below this one, are no data: notebooks, Spark and file
+    systems keep copies under them.
     """
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() == ".parquet"
-        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+        and not is_hidden(path.relative_to(folder).as_posix())
         and not path.is_dir()
     )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a path begins with a dot or an underscore."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))

@@ -5,7 +5,7 @@ aborted in a quarter of all cases.
 """
 
 from collections.abc import Sequence
-from io import BytesIO
+from io import BytesIO, RawIOBase
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +21,12 @@ def read(source: Path | bytes, columns: Sequence[str] | None = None) -> pa.Table
     return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
-def opened(source: Path | bytes) -> pq.ParquetFile:
-    """A file of which only the footer is read yet; `read` it with `use_threads = False`."""
+def opened(
+    source: Path | bytes | RawIOBase, footer: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
+    """A file of which only the footer is read yet, unless it is given.
+
+    `read` it with `use_threads = False`.
+    """
     where = BytesIO(source) if isinstance(source, bytes) else source
-    return pq.ParquetFile(where, page_checksum_verification=True, pre_buffer=False)
+    return pq.ParquetFile(where, metadata=footer, page_checksum_verification=True, pre_buffer=False)

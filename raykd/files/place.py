@@ -19,6 +19,7 @@ class Listed:
 
     bytes: int
     written_s: float  # since the epoch
+    tag: str = ""  # of a bucket: the ETag, which changes with the content
 
 
 class Place(Protocol):

@@ -1,18 +1,20 @@
-"""Waits that end: for a server that may be dead or slow, and for another process."""
+"""Waits that end, for a dead or slow server or another process; several waits at a time."""
 
 import fcntl
 import os
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 
@@ -31,6 +33,28 @@ def bounded(work: Callable[[], T], limit_s: float) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return result.result(timeout=max(limit_s, 0))
+
+
+def in_turn(work: Callable[[Item], T], items: Iterable[Item], at_a_time: int) -> Iterator[T]:
+    """What `work` gives for each item, in their order, by several threads where there are many.
+
+    A few results are ahead at most.
+    """
+    if at_a_time == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(at_a_time) as threads:
+        ahead: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                ahead.append(threads.submit(work, item))
+                if len(ahead) > at_a_time:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def knock(uri: str, limit_s: float) -> None:

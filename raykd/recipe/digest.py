@@ -7,11 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raykd.files.digests import file_sha256, files_sha256
+from raykd.files.address import is_url
+from raykd.files.cache import sha256_kept
+from raykd.files.digests import file_sha256, files_sha256, parquet_below
 from raykd.files.open import open_place
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.source import Source
-from raykd.recipe.tables import ModelRef
+from raykd.recipe.tables import DataRef, ModelRef
 from raykd.recipe.toml import is_path
 from raykd.recipe.weight_files import hashed_files
 
@@ -21,7 +23,9 @@ NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 LATER: dict[str, tuple[str, ...]] = {
     "": ("select",),
     "optim": ("order", "lanes", "window"),
+    "data": ("splits", "steps", "max_unfit"),
 }
+BY_ROWS = "rows"  # of a data source whose files are no part of the recipe's identity
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -35,11 +39,30 @@ def weights_sha256(path: str | Path) -> str:
 def content_of(table: BaseModel) -> dict[str, Any]:
     """A table's values, with every path replaced by the digest of what lies there."""
     values = table.model_dump(mode="json")
-    for key in ("weights", "source", "tokenizer"):
+    for key in ("weights", "tokenizer"):
         value = values.get(key)
         if isinstance(value, str) and is_path(value):
             digest = weights_sha256(value) if key == "weights" else file_sha256(value)
             values[key] = f"sha256:{digest}"
+    if is_path(values.get("source") or ""):
+        values["source"] = _files_of(values["source"])
+    return values
+
+
+def _files_of(source: str) -> str:
+    """What stands for the files of a data source.
+
+    It is their digest where they are Parquet of a folder. Others are told by the rows in them, of
+    which nothing is known here.
+    """
+    files = [] if is_url(source) else parquet_below(Path(source))
+    return f"sha256:{files_sha256(Path(source), files, sha256_kept)}" if files else BY_ROWS
+
+
+def data_identity(ref: DataRef) -> dict[str, Any]:
+    """What decides the rows besides the files that they are read from."""
+    values = content_of(ref.model_copy(update={"source": ""}))
+    _leave_out_defaults(values, ref, LATER["data"])
     return values
 
 

@@ -53,7 +53,7 @@ class Columns(Table):
 
 
 class DataRef(Table):
-    """`source`: a built-in name, a folder of Parquet files, or `module:function` returning rows.
+    """`source`: a built-in name, a folder or bucket of files, or `module:function` returning rows.
 
     With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each. The label at each
     position is the next token. At most `limit` rows of every split are kept, spread evenly over it.
@@ -64,15 +64,19 @@ class DataRef(Table):
     """
 
     source: str = "watch_gestures"
-    """A built-in name, a folder of Parquet files, or `module:function`."""
+    """A built-in name, a folder of files, `s3://bucket/prefix`, or `module:function`."""
     tokenizer: str | None = None
     """A tokenizer.json: rows are then text."""
     end: str = "<|endoftext|>"
     """The token after every document."""
+    splits: dict[Literal["train", "val", "test"], str] | None = None
+    """The files of each split, as `{ train = "train/*.parquet", ... }`, in place of a column."""
     split: Literal["time", "subject"] = "time"
     """How the gestures are split: by time, or by subject."""
     window: Positive = 16
     """Steps, or tokens, of a row."""
+    steps: Positive | None = None
+    """Of series: the most steps of a row; without it those of the longest."""
     stride: Positive = 8
     """Steps from the start of a row to that of the next."""
     classes: list[str] | None = None
@@ -83,6 +87,8 @@ class DataRef(Table):
     """Keyword arguments of the function."""
     limit: Positive | None = None
     """At most so many rows of each split, spread evenly over it."""
+    max_unfit: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The share of rows that may be left out as unfit, such as an empty completion."""
     label_fraction: Share = 1.0
     """The share of training labels that stay."""
     label_seed: Annotated[int, Field(ge=0)] = 0

@@ -7,6 +7,7 @@ from typing import Any
 from raykd import techniques
 from raykd.data.sources import BUILT_IN
 from raykd.errors import Problem, RecipeError
+from raykd.files.address import checked_address, is_url
 from raykd.losses import terms
 from raykd.models.build import MODELS
 from raykd.recipe import imports, weight_files
@@ -218,7 +219,12 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
         dotted = f"{table}.{key}"
         if name is None or name in known:
             continue
-        if table == "data" and is_path(name):
+        if table == "data" and is_url(name):
+            try:
+                checked_address(name)
+            except ValueError as error:
+                problems.append(Problem(dotted, str(error)))
+        elif table == "data" and is_path(name):
             if not Path(name).is_dir():
                 problems.append(Problem(dotted, f"no folder {name}"))
         elif name == weight_files.TRANSFORMERS:

@@ -57,6 +57,7 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
         "run": str(run_folder.path),
         "data": data.describe(),
         "rows": {name: len(rows) for name, rows in data.splits.items()},
+        "unfit": [unfit._asdict() for unfit in data.unfit],
         "parameters": sizes,
         "workers": list(recipe.scale.workers),
         "memory_bytes_a_worker": _memory(run_folder, is_one_a_row),
@@ -170,6 +171,12 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         f"{'done' if s['done'] else 'to do':<12}{s['stage']:<8}{s['what']}" for s in found["stages"]
     ]
+    if found["unfit"]:
+        lines += ["left out    rows that teach nothing:"]
+        lines += [
+            f"{'':<14}row {one['row']} {one['why']} ({one['place'] or 'of the function'})"
+            for one in found["unfit"]
+        ]
     if near := found["nearest_store"]:
         lines += [f"{'':<12}this recipe has no store; {near['store']} is nearest:"]
         lines += [f"{'':<14}{difference}" for difference in near["differences"]]

@@ -5,6 +5,7 @@ stage is found and not done again, and a changed input is a new folder. Teacher 
 it, in `<out>/stores/`, or where `scale.store` says.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     )
     run_folder.path.mkdir(parents=True, exist_ok=True)
     write_json(run_folder.path / run_files.RECIPE, run_folder.recipe.model_dump(mode="json"))
+    _name_unfit(run_folder)
     try:
         with waiting.locked(run_files.checkpoints(run_folder.path)):
             _begin(run_folder, stages)
@@ -167,6 +169,15 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     run_log.ended(run_folder.path, "FINISHED")
     _sync(run_folder)
     return result
+
+
+def _name_unfit(run_folder: RunFolder) -> None:
+    """Write the rows that were left out of the data, one a line, and tell how many there are."""
+    unfit = run_folder.dataset.unfit
+    if unfit:
+        path = run_folder.path / run_files.UNFIT
+        write_bytes(path, b"".join(json.dumps(one._asdict()).encode() + b"\n" for one in unfit))
+        say("data", f"{len(unfit)} rows are left out as unfit: {path}")
 
 
 def _begin(run_folder: RunFolder, stages: tuple[Stage, ...]) -> None:

@@ -4,14 +4,12 @@
         train.arrow    one record batch a shard, not compressed, ids in the plain layout
         train.json     what it is a copy of, and its sha256; written last
 
-The cache is $RAYKD_CACHE, or `raykd-<uid>` in the temporary folder. One process writes the copy
-while others wait; all workers and trials of the node map the same pages. A copy that does not fit
-its record is written again.
+The cache is `raykd.files.cache`'s. One process writes the copy while others wait; all workers and
+trials of the node map the same pages. A copy that does not fit its record is written again.
 """
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,22 +19,9 @@ import pyarrow as pa
 from raykd.errors import InfraError, StoreError
 from raykd.files import waiting
 from raykd.files.atomic import read_json, write_json
+from raykd.files.cache import cache_folder
 
 FORM = 1  # version of the copy; one of another version is written again
-
-
-def cache_folder() -> Path:
-    """This user's folder of copies on this node. InfraError if others can write there."""
-    default = Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}"
-    folder = Path(os.environ.get("RAYKD_CACHE") or default)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise InfraError(
-            f"{folder} can be written by others, so no copy in it is trusted; set RAYKD_CACHE to "
-            "your own"
-        )
-    return folder
 
 
 def mapped(manifest: str, split: str, shards: Iterable[pa.Table]) -> pa.Table:

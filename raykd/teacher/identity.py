@@ -10,7 +10,7 @@ from raykd.data.table import Table
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of, file_sha256
 from raykd.losses.terms import TERMS, needs_of
-from raykd.recipe.digest import content_of, recipe_identity
+from raykd.recipe.digest import BY_ROWS, content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.recipe.user_code import current_directory_last
@@ -44,7 +44,7 @@ def run_digest(recipe: Recipe, dataset: Dataset) -> str:
     """Hex sha256 of everything a run's result depends on; eight digits of it name its folder.
 
     It covers the file of every model's and function's code. The files that a data function reads
-    are unknown, so its rows are covered instead.
+    are unknown, so its rows are covered instead, as are those of a bucket.
     """
     names = {"data": recipe.data.source, "student": recipe.student.model}
     if recipe.teacher:
@@ -57,9 +57,9 @@ def run_digest(recipe: Recipe, dataset: Dataset) -> str:
         if digest:
             code[key] = digest
     has_free_files = recipe.data.settings.get("pinned", True) is False  # those of this Python
-    if "data" in code or has_free_files:
-        code["rows"] = dataset.digest
     identity = recipe_identity(recipe)
+    if "data" in code or has_free_files or identity["data"]["source"] == BY_ROWS:
+        code["rows"] = dataset.digest
     if code:
         identity |= {"code": code}
     return digest_of(identity)

@@ -3,6 +3,7 @@
 A run folder holds
 
     recipe.json                     the recipe, resolved
+    unfit.jsonl                     the rows of the data that were left out, where there are any
     journal.jsonl                   what MLflow is brought up to (its name is tracking/journal's)
     checkpoints/<arm>/              states of arms that are not done
     drafts/<arm>/                   the log of an arm's drafts, where it keeps them
@@ -26,6 +27,7 @@ from raykd.errors import StoreError
 from raykd.files.atomic import read_json
 
 RECIPE = "recipe.json"
+UNFIT = "unfit.jsonl"
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
 ANSWERS = "answers.parquet"

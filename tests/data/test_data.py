@@ -368,8 +368,8 @@ def test_parquet_files_of_different_types_are_refused(tmp_path):
         data.load(DataRef(source=str(tmp_path)))
 
 
-def test_a_folder_without_parquet_is_refused(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b\n")
+def test_a_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "rows.txt").write_text("a,b\n")
     with pytest.raises(DataError, match=rf"{tmp_path}: no \*\.parquet file there"):
         data.load(DataRef(source=str(tmp_path)))
 

@@ -222,19 +222,6 @@ def test_a_flat_list_is_told_as_one(tmp_path):
         load(write(tmp_path / "a.parquet", rows))
 
 
-def test_a_column_of_tensors_is_told_as_one(tmp_path):
-    kind = pa.fixed_shape_tensor(pa.float32(), [3, 2])
-    storage = pa.array([[0.0] * 6] * 2, pa.list_(pa.float32(), 6))
-    columns = {
-        "inputs": pa.ExtensionArray.from_storage(kind, storage),
-        "label": ["a", "b"],
-        "split": ["train", "val"],
-    }
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"column 'inputs' is extension<arrow.fixed_shape_tensor"):
-        load(tmp_path)
-
-
 def test_a_row_far_longer_than_the_others_is_named_before_memory_is_asked(monkeypatch):
     lengths = np.full(2000, 30)
     lengths[17] = 2_000_000

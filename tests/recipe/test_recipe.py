@@ -365,6 +365,8 @@ def other(value: Any, annotation: Any) -> Any:
     match value:
         case bool():
             return not value
+        case None if "dict" in str(annotation):
+            return {"train": "x"}
         case None:
             one = 0.5 if "float" in str(annotation) else 3 if "int" in str(annotation) else "x"
             return [one] if "list" in str(annotation) else one

@@ -1,0 +1,69 @@
+"""One pass over the labels of all parts: the classes, and how many rows keep a label."""
+
+from collections.abc import Iterable, Iterator
+from tempfile import TemporaryFile
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raykd.data import label_draw
+from raykd.data.blocks import MISSING, Encoded
+from raykd.data.held import classes_of
+from raykd.data.table import PLACE_BITS
+from raykd.recipe.tables import DataRef
+
+
+class Labels(NamedTuple):
+    """What is known of the labels of all parts, by the number of the part."""
+
+    classes: tuple[str, ...]
+    labelled: list[int]
+    cutoffs: NDArray[np.uint64] | None  # of each class, where labels of training rows are hidden
+
+
+def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Labels:
+    """What the labels of all parts say; `columns` gives the split of each, and the labels.
+
+    Where labels are hidden, those of training rows wait in a temporary file, 4 bytes a row, until
+    all are counted.
+    """
+    seen: dict[str, int] = {}
+    labelled = []
+    hides = ref.label_fraction < 1
+    with TemporaryFile() as file:
+        written: dict[int, int] = {}  # the rows of each part in the file
+        for number, (split, column) in enumerate(columns):
+            for value in column.values:
+                seen.setdefault(value, len(seen))
+            labelled.append(int((column.index != MISSING).sum()))
+            if hides and split == "train":
+                file.write(column.mapped(seen, MISSING).astype(np.int32).tobytes())
+                written[number] = len(column.index)
+        classes = classes_of(seen, name, ref)
+        if not hides:
+            return Labels(classes, labelled, None)
+        numbers = np.array([classes.index(value) for value in seen], np.int64)
+        counts = np.zeros(len(classes), np.int64)
+        for _, _, label in _written(file, written, numbers):
+            counts += np.bincount(label, minlength=len(classes))
+        cutoffs = label_draw.cutoffs(
+            lambda: ((row_id, label) for _, row_id, label in _written(file, written, numbers)),
+            counts,
+            ref.label_fraction,
+            ref.label_seed,
+        )
+        for number, row_id, label in _written(file, written, numbers):
+            labelled[number] = int(label_draw.stays(row_id, label, cutoffs, ref.label_seed).sum())
+    return Labels(classes, labelled, cutoffs)
+
+
+def _written(
+    file: BinaryIO, written: dict[int, int], numbers: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """(the part, the ids of its labelled rows, their classes) of every part in the file."""
+    file.seek(0)
+    for number, count in written.items():
+        index = np.frombuffer(file.read(4 * count), np.int32)
+        place = np.flatnonzero(index != MISSING)
+        yield number, (number << PLACE_BITS) + place, numbers[index[place]]
