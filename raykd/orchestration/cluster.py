@@ -12,6 +12,7 @@ import torch
 from raykd.errors import InfraError, Problem, RecipeError
 from raykd.files.address import Address, is_url
 from raykd.models.device import device_of, on_device
+from raykd.orchestration import session
 from raykd.orchestration.session import connect, last_line, named_cluster
 from raykd.recipe.recipe import Recipe
 
@@ -137,13 +138,11 @@ def _greatest() -> dict[str, Any]:
 def _has_gpus() -> bool:
     """Whether workers can have a GPU."""
     import ray
-    from ray._private.worker import _global_node
 
     if not ray.is_initialized():
         return torch.cuda.is_available()
-    is_embedded = _global_node is not None and _global_node.is_head()
     has_any = ray.cluster_resources().get("GPU", 0) > 0
-    return has_any and (torch.cuda.is_available() or not is_embedded)
+    return has_any and (torch.cuda.is_available() or not session.is_embedded())
 
 
 def check_shared(folders: list[Path]) -> None:

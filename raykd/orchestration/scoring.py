@@ -215,7 +215,6 @@ def shard_results(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     header = Header.of(recipe, dataset)
     recipe = placed(recipe)
-    _send_arguments_inline()
     low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
     splits = {split: ray.put(dataset.splits[split]) for split in {shard.split for shard in shards}}
     descriptors = ray.data.from_items(
@@ -236,23 +235,3 @@ def shard_results(
         # are then started elsewhere, and how often that may be is bounded above.
         max_task_retries=-1,
     )
-
-
-def _send_arguments_inline() -> None:
-    """Let Ray Data's actors get their arguments, some 10 kB, with the call that starts them.
-
-    From the object store an actor that is restarted could find them lost, of which Ray warns with
-    an error at the start of each scoring.
-    """
-    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
-
-    start = ActorPoolMapOperator.start
-    if start.__name__ == "start_inline":
-        return
-
-    def start_inline(self: Any, *args: Any, **keywords: Any) -> None:
-        self._data_context_ref = self.data_context
-        self._map_transformer_ref = self._map_transformer
-        start(self, *args, **keywords)
-
-    ActorPoolMapOperator.start = start_inline

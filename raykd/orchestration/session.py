@@ -16,6 +16,8 @@ from raykd.errors import InfraError, RaykdError
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # else each scoring begins with an error about the arguments of actors that may be restarted
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -27,6 +29,7 @@ QUIET = {
 WRAPPED = ("cause", "controller_failure", "_base_exc")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KNOCK_S = 10
+_embedded = False  # whether `connect` has started the cluster that is connected
 SOCKET_BYTES = 107  # that a Linux kernel takes in the name of a unix socket
 LONGEST_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 # What a gRPC server answers with settings of its own: HTTP/2's opening words and empty settings.
@@ -60,6 +63,7 @@ def connect(address: str | None = None) -> None:
     The embedded cluster listens on loopback, asks for a token that only this process's children
     know, and ends with this process. InfraError if a named cluster does not answer.
     """
+    global _embedded
     prepare(address)
     address = named_cluster(address)
     import ray
@@ -83,9 +87,15 @@ def connect(address: str | None = None) -> None:
         raise InfraError(
             f"Ray cannot be reached {where}: {last_line(error)}; try `raykd doctor`"
         ) from None
+    _embedded = address is None
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         # Ray's own handler prints a stack, and aborts a process that takes three seconds to end
         signal.signal(signal.SIGTERM, terminate)
+
+
+def is_embedded() -> bool:
+    """Whether Ray runs as a cluster of this process's own."""
+    return _embedded
 
 
 def _prepare_embedded() -> None:

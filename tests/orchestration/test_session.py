@@ -241,7 +241,7 @@ def pretend(monkeypatch) -> Any:
         for name in ("nodes", "cluster_resources", "available_resources"):
             monkeypatch.setattr(ray, name, getattr(fake, name))
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
-        monkeypatch.setattr(ray._private.worker, "_global_node", None)
+        monkeypatch.setattr(session, "_embedded", False)
         monkeypatch.setattr(cluster, "_greatest", dict)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
