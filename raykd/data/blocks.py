@@ -108,9 +108,13 @@ class Padding:
         length = block.inputs.length
         at = slice(self.filled, self.filled + len(length))
         self.filled = at.stop
-        mask = np.arange(self.rows.mask.shape[1]) < length[:, None]
+        steps = self.rows.mask.shape[1]
+        mask = np.arange(steps) < length[:, None]
         self.rows.mask[at] = mask
-        self.rows.inputs[at][mask] = block.inputs.values
+        if mask.all():  # as most rows of one length are, and this is far quicker
+            self.rows.inputs[at] = block.inputs.values.reshape(len(length), steps, -1)
+        else:
+            self.rows.inputs[at][mask] = block.inputs.values
         self.rows.row_id[at] = row_id
         self.rows.label[at] = label
         self.rows.group[at] = group

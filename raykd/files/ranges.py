@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from raykd.files.data_files import DataFile, DataFiles
 
@@ -44,15 +45,15 @@ class RangeFile(io.RawIOBase):
         self.at = base + offset
         return self.at
 
-    def read(self, count: int | None = -1) -> bytes:
+    def read(self, count: int | None = -1) -> Any:
         left = max(self.file.bytes - self.at, 0)
         count = left if count is None or count < 0 else min(count, left)
         data = self._range(self.at, count) if count else b""
         self.at += count
         return data
 
-    def _range(self, first: int, count: int) -> bytes:
+    def _range(self, first: int, count: int) -> bytes | memoryview:
         for start, data in self.fetched:
             if start <= first and first + count <= start + len(data):
-                return data[first - start : first - start + count]
+                return memoryview(data)[first - start : first - start + count]
         return self.files.read(self.file, first, count)
