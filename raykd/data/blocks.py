@@ -108,11 +108,10 @@ class Padding:
         length = block.inputs.length
         at = slice(self.filled, self.filled + len(length))
         self.filled = at.stop
-        steps = self.rows.mask.shape[1]
-        mask = np.arange(steps) < length[:, None]
+        mask = np.arange(self.rows.mask.shape[1]) < length[:, None]
         self.rows.mask[at] = mask
         if mask.all():  # as most rows of one length are, and this is far quicker
-            self.rows.inputs[at] = block.inputs.values.reshape(len(length), steps, -1)
+            self.rows.inputs[at] = block.inputs.values.reshape(self.rows.inputs[at].shape)
         else:
             self.rows.inputs[at][mask] = block.inputs.values
         self.rows.row_id[at] = row_id

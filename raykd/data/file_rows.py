@@ -12,6 +12,7 @@ import pyarrow as pa
 from raykd.data import arrow_columns, labels
 from raykd.data.blocks import MISSING, Block
 from raykd.data.column_names import check_no_labels, column_names
+from raykd.data.datasets_folder import is_class_label, without_missing
 from raykd.data.formats import TableFile, open_table
 from raykd.data.layout import LaidFile, data_files
 from raykd.errors import DataError
@@ -112,6 +113,8 @@ class FileRows:
             for key, name in names.items():
                 if name in batch.schema.names:
                     column = batch.column(name)
+                    if key == "label" and is_class_label(table.schema, name):
+                        column = without_missing(column)
                     if name in given:
                         self._check_agrees(laid, column, name, given[name], first)
                 else:

@@ -1,7 +1,7 @@
 """One pass over the labels of all parts: the classes, and how many rows keep a label."""
 
 from collections.abc import Iterable, Iterator
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from raykd.data import label_draw
 from raykd.data.blocks import MISSING, Encoded
 from raykd.data.held import classes_of
 from raykd.data.table import PLACE_BITS
+from raykd.errors import InfraError
 from raykd.recipe.tables import DataRef
 
 
@@ -38,7 +39,7 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
                 seen.setdefault(value, len(seen))
             labelled.append(int((column.index != MISSING).sum()))
             if hides and split == "train":
-                file.write(column.mapped(seen, MISSING).astype(np.int32).tobytes())
+                _write(file, column.mapped(seen, MISSING).astype(np.int32))
                 written[number] = len(column.index)
         classes = classes_of(seen, name, ref)
         if not hides:
@@ -56,6 +57,17 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
         for number, row_id, label in _written(file, written, numbers):
             labelled[number] = int(label_draw.stays(row_id, label, cutoffs, ref.label_seed).sum())
     return Labels(classes, labelled, cutoffs)
+
+
+def _write(file: BinaryIO, index: NDArray[np.int32]) -> None:
+    try:
+        file.write(index.tobytes())
+        file.flush()
+    except OSError as error:
+        raise InfraError(
+            f"{gettempdir()}: {error.strerror}, while labels were written there; free that disk, "
+            "or set TMPDIR to a folder with more room"
+        ) from None
 
 
 def _written(

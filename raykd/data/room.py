@@ -31,6 +31,19 @@ def check_room(length: NDArray[Any], channels: int, name: str) -> None:
     )
 
 
+def check_memory(values: int, name: str) -> None:
+    """DataError if rows of so many float32 values cannot be held in memory; they are there twice
+    while they are padded.
+    """
+    needed = 2 * 4 * values
+    there = memory_bytes()
+    if needed > there:
+        raise DataError(
+            f"{name}: to read all rows takes {needed / 2**30:,.1f} GiB of memory, and this machine "
+            f'has {there / 2**30:,.1f} GiB; set optim.order = "blocks", which reads them in parts'
+        )
+
+
 def memory_bytes() -> int:
     """The memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

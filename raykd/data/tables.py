@@ -15,6 +15,7 @@ from raykd.data.column_names import check_no_labels, column_names
 from raykd.data.file_rows import Batch, FileRows, block_of
 from raykd.data.formats import ParquetTable, TableFile
 from raykd.data.layout import PARQUET
+from raykd.data.room import check_memory
 from raykd.data.rows import Dataset, Unfit
 from raykd.errors import DataError
 from raykd.files.data_files import open_files
@@ -39,6 +40,7 @@ def load_files(ref: DataRef) -> Dataset:
     if ref.tokenizer:
         loaded = text.load(_records(batches), name, ref)
     else:
+        check_memory(_input_values(rows, opened), name)
         loaded = held.dataset([block_of(batch, name) for batch in batches], name, ref)
     starts = list(accumulate((sum(table.groups) for table in opened), initial=0))
     unfit = []
@@ -64,14 +66,19 @@ def is_large(rows: FileRows) -> bool:
                 '"rows" to hold it in memory'
             )
         return False
-    tables = [table for table in rows.open_all() if isinstance(table, ParquetTable)]
-    count = sum(sum(table.groups) for table in tables)
-    values = sum(
+    opened = rows.open_all()
+    count = sum(sum(table.groups) for table in opened)
+    return count > MOST_ROWS or 4 * _input_values(rows, opened) > MOST_BYTES
+
+
+def _input_values(rows: FileRows, opened: Sequence[TableFile]) -> int:
+    """How many values the inputs of all Parquet files hold, by their footers."""
+    return sum(
         table.values_of(group, rows.names["inputs"])
-        for table in tables
+        for table in opened
+        if isinstance(table, ParquetTable)
         for group in range(len(table.groups))
     )
-    return count > MOST_ROWS or 4 * values > MOST_BYTES
 
 
 def _batches(rows: FileRows, opened: Sequence[TableFile]) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """The right values of every type of column that a Parquet file may have."""
 
 import decimal
+import json
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,24 @@ def test_what_is_no_series_is_named_by_its_row(tmp_path, name):
 def test_a_tensor_that_is_turned_is_not_read(tmp_path):
     with pytest.raises(DataError, match=r"column 'inputs' is extension<arrow.fixed_shape_tensor"):
         load(tmp_path, tensor(pa.array(FLAT), [1, 0]))
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_minus_one_is_no_label_where_the_file_says_so(tmp_path, is_told):
+    """As Hugging Face `datasets` writes the labels of a test set; elsewhere it is a class."""
+    features = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
+    told = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    columns = {
+        "inputs": lists(pa.array(FLAT), "list"),
+        "label": pa.array([0, 1, -1] * 2),
+        "split": pa.array(SPLIT),
+    }
+    table = pa.table(columns).replace_schema_metadata(told if is_told else None)
+    pq.write_table(table, tmp_path / "a.parquet")
+    dataset = data.load(DataRef(source=str(tmp_path)))
+    assert dataset.classes == (("0", "1") if is_told else ("-1", "0", "1"))
+    labels = np.concatenate([dataset.splits[split].label for split in SPLITS])
+    assert labels.tolist() == ([0, 1, UNLABELLED] * 2 if is_told else [1, 2, 0] * 2)
 
 
 def test_lists_are_no_labels(tmp_path):

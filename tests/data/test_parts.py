@@ -2,7 +2,10 @@
 and what cannot be read is named with its file.
 """
 
+import errno
+import io
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -12,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from raykd import data
-from raykd.data import SPLITS, parquet_parts, sources, tables
+from raykd.data import SPLITS, label_scan, parquet_parts, room, sources, tables
 from raykd.data.parquet_parts import ParquetParts
 from raykd.data.rows import Rows
 from raykd.data.table import PLACE_BITS, Held, read_split
-from raykd.errors import DataError
+from raykd.errors import DataError, InfraError
 from raykd.recipe.tables import DataRef
 from raykd.targets import UNLABELLED
 
@@ -196,7 +199,26 @@ def test_the_digest_is_of_names_contents_and_settings(folder):
     assert parts_of(folder).table().digest != first
 
 
+def test_rows_that_no_memory_holds_are_refused_by_their_footers(folder, monkeypatch):
+    monkeypatch.setattr(room, "memory_bytes", lambda: 1000)
+    monkeypatch.setattr(tables, "block_of", None)
+    with pytest.raises(DataError, match=r'rows: to read all .* set optim\.order = "blocks"'):
+        held(folder)
+    assert read_split(parts_of(folder), "val").labelled.any()
+
+
 # what cannot be read in parts
+
+
+def test_a_disk_that_is_full_while_labels_are_counted_is_told(folder, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(label_scan, "TemporaryFile", Full)
+    with pytest.raises(InfraError, match=r"No space left on device, while labels.*TMPDIR"):
+        parts_of(folder, label_fraction=0.5).table()
+    assert parts_of(folder).table().rows("train") == SIZES["train"]
 
 
 def test_a_row_group_that_is_too_large_is_refused_by_its_footer(folder, monkeypatch):

@@ -190,6 +190,18 @@ def test_each_worker_gets_its_part_of_the_labels(size):
         assert min(counts) >= 8 // size
 
 
+def test_rows_without_any_label_are_learnt_from_their_teacher_alone():
+    """A term of labels has no place to count, and so changes nothing."""
+    rows = tiny_rows()
+    rows = replace(rows, label=torch.full_like(rows.label, UNLABELLED))
+    alone = replace(ARM, terms={name: ARM.terms[name] for name in ("kd", "future_valence")})
+    both, taught = (train(arm, OPTIM, tiny_student(), rows, lambda _: {}) for arm in (ARM, alone))
+    assert_equal_bits(weights_of(both), weights_of(taught))
+    first, *_, last = (report["terms"]["kd"] for report in both.history)
+    assert last < first
+    assert all(report["terms"]["ce"] == 0 for report in both.history)
+
+
 def train_on(rank: int, size: int, meeting: Path, out: Path, spoil: bool) -> None:
     """One worker of a group; it writes down its history, weights or error."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
