@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from raykd.data import label_draw
 from raykd.data.blocks import MISSING, Encoded
 from raykd.data.held import classes_of
+from raykd.data.rows import absent_classes
 from raykd.data.table import PLACE_BITS
 from raykd.errors import InfraError
 from raykd.recipe.tables import DataRef
@@ -20,6 +21,7 @@ class Labels(NamedTuple):
 
     classes: tuple[str, ...]
     labelled: list[int]
+    notes: tuple[str, ...]  # the classes that a split has no row of
     cutoffs: NDArray[np.uint64] | None  # of each class, where labels of training rows are hidden
 
 
@@ -30,6 +32,7 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
     all are counted.
     """
     seen: dict[str, int] = {}
+    present: dict[str, set[str]] = {}
     labelled = []
     hides = ref.label_fraction < 1
     with TemporaryFile() as file:
@@ -37,13 +40,18 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
         for number, (split, column) in enumerate(columns):
             for value in column.values:
                 seen.setdefault(value, len(seen))
+            used = np.unique(column.index[column.index != MISSING])
+            present.setdefault(split, set()).update(column.values[i] for i in used)
             labelled.append(int((column.index != MISSING).sum()))
             if hides and split == "train":
                 _write(file, column.mapped(seen, MISSING).astype(np.int32))
                 written[number] = len(column.index)
         classes = classes_of(seen, name, ref)
+        notes = []
+        for split, names in present.items():
+            notes += absent_classes(classes, map(classes.index, names), split)
         if not hides:
-            return Labels(classes, labelled, None)
+            return Labels(classes, labelled, tuple(notes), None)
         numbers = np.array([classes.index(value) for value in seen], np.int64)
         counts = np.zeros(len(classes), np.int64)
         for _, _, label in _written(file, written, numbers):
@@ -56,7 +64,7 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
         )
         for number, row_id, label in _written(file, written, numbers):
             labelled[number] = int(label_draw.stays(row_id, label, cutoffs, ref.label_seed).sum())
-    return Labels(classes, labelled, cutoffs)
+    return Labels(classes, labelled, tuple(notes), cutoffs)
 
 
 def _write(file: BinaryIO, index: NDArray[np.int32]) -> None:

@@ -125,6 +125,7 @@ class ParquetParts:
             shape={"channels": shape[1], "classes": len(labels.classes), "steps": shape[0]},
             digest=self._digest(),
             parts=tuple(parts),
+            notes=labels.notes,
         )
         for part in SPLITS:
             labelled = sum(one.labelled for one in table.of(part))

@@ -1,7 +1,7 @@
 """Rows: what every source of data becomes, and the checks that every source must pass."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -120,13 +120,10 @@ class Dataset:
                 f"{len(self.unfit)} of {total} rows left out as unfit, such as row {first.row}: "
                 f"{first.why}"
             )
-        for name, rows in self.splits.items():
-            present = set(np.unique(rows.label).tolist())
-            absent = [c for number, c in enumerate(self.classes) if number not in present]
-            if absent and not self.is_text:
-                more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
-                found.append(f"no row of class {', '.join(absent[:SHOWN])}{more} in {name}")
-        return found
+        if not self.is_text:
+            for name, rows in self.splits.items():
+                found += absent_classes(self.classes, np.unique(rows.label).tolist(), name)
+        return list(dict.fromkeys(found))
 
     @property
     def shape(self) -> dict[str, int]:
@@ -176,6 +173,17 @@ class Dataset:
             f"{self.name}: {counts} rows, {labelled} {labels}, {len(self.classes)} {classes}, "
             f"sha256 {self.digest[:12]}" + "".join(f"; {caution}" for caution in self.cautions)
         )
+
+
+def absent_classes(classes: Sequence[str], present: Iterable[int], split: str) -> list[str]:
+    """What a reader must know of the classes that no row of a split has; nothing if there is none.
+
+    `present` are the numbers of the others.
+    """
+    there = set(present)
+    absent = [name for number, name in enumerate(classes) if number not in there]
+    more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+    return [f"no row of class {', '.join(absent[:SHOWN])}{more} in {split}"] if absent else []
 
 
 def check_dataset(dataset: Dataset) -> None:

@@ -45,11 +45,11 @@ def content_of(table: BaseModel) -> dict[str, Any]:
             digest = weights_sha256(value) if key == "weights" else file_sha256(value)
             values[key] = f"sha256:{digest}"
     if is_path(values.get("source") or ""):
-        values["source"] = _files_of(values["source"])
+        values["source"] = files_of(values["source"])
     return values
 
 
-def _files_of(source: str) -> str:
+def files_of(source: str) -> str:
     """What stands for the files of a data source.
 
     It is their digest where they are Parquet of a folder. Others are told by the rows in them, of

@@ -13,7 +13,7 @@ from raykd.models.build import MODELS
 from raykd.recipe import imports, weight_files
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
-from raykd.recipe.tables import TermSpec
+from raykd.recipe.tables import DataRef, TermSpec
 from raykd.recipe.toml import is_path, merge, parse_set, read_toml, resolve_paths, set_key
 from raykd.recipe.validation import suggestion, validate
 
@@ -116,6 +116,7 @@ def resolve(
     if recipe and not problems:
         problems += _teacher_problems(recipe)
         problems += _source_problems(recipe)
+        problems += _data_problems(recipe.data)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -168,6 +169,18 @@ def _teacher_problems(recipe: Recipe) -> list[Problem]:
         text = 'model = "transformers" keeps no cache to verify drafts with; leave it out'
         return [Problem("drafter", text)]
     return []
+
+
+def _data_problems(ref: DataRef) -> list[Problem]:
+    """Keys that say nothing of these data, and would be passed over."""
+    problems = []
+    if ref.splits and not is_path(ref.source):
+        text = f"patterns of paths, and {ref.source} has no files; leave it out"
+        problems.append(Problem("data.splits", text))
+    if ref.steps and (ref.tokenizer or ref.source in BUILT_IN):
+        text = "of series in files or of a function; here data.window says it; leave it out"
+        problems.append(Problem("data.steps", text))
+    return problems
 
 
 def _source_problems(recipe: Recipe) -> list[Problem]:

@@ -13,6 +13,7 @@ from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import BY_ROWS, content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
+from raykd.recipe.toml import is_path
 from raykd.recipe.user_code import current_directory_last
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
@@ -46,7 +47,9 @@ def run_digest(recipe: Recipe, dataset: Dataset) -> str:
     It covers the file of every model's and function's code. The files that a data function reads
     are unknown, so its rows are covered instead, as are those of a bucket.
     """
-    names = {"data": recipe.data.source, "student": recipe.student.model}
+    names = {"student": recipe.student.model}
+    if not is_path(recipe.data.source):
+        names["data"] = recipe.data.source
     if recipe.teacher:
         names["teacher"] = recipe.teacher.model
     if "." in recipe.technique:

@@ -12,9 +12,12 @@ from texts import END, STEPS, sentence
 
 from raykd import data
 from raykd.data import SPLITS, layout
-from raykd.errors import DataError
+from raykd.errors import DataError, RecipeError
 from raykd.recipe.tables import DataRef
+from raykd.reports.compare.changes import changes
+from raykd.stages.load import resolve
 from raykd.targets import UNLABELLED
+from raykd.teacher.identity import run_digest
 
 COLUMNS = {"group": "group", "valence": "valence"}
 
@@ -203,3 +206,33 @@ def test_a_star_stands_for_a_part_of_a_name_and_two_for_folders(pattern, fits, o
     test = layout.pattern_test(pattern)
     assert all(map(test, fits))
     assert not any(map(test, others))
+
+
+def test_rows_of_csv_name_the_run_wherever_they_lie(tmp_path):
+    """A folder's digest is of Parquet alone."""
+    recipes = []
+    digests = []
+    for number, labels in enumerate(("ab", "ab", "ac")):
+        folder = tmp_path / str(number) / "rows"
+        folder.mkdir(parents=True)
+        for split in SPLITS:
+            rows = rows_of(split)
+            as_csv(folder, split, [row | {"label": labels[i % 2]} for i, row in enumerate(rows)])
+        recipe = resolve({"technique": "none", "data": {"source": str(folder)}})
+        recipes.append(recipe)
+        digests.append(run_digest(recipe, data.load(recipe.data)))
+    assert digests[0] == digests[1] != digests[2]
+    assert [change.key for change in changes(recipes[0], recipes[2])] == ["data.source"]
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ({"splits": {"train": "a"}}, "data.splits"),
+        ({"steps": 8}, "data.steps"),
+        ({"source": "./here", "tokenizer": __file__, "steps": 8}, "data.steps"),
+    ],
+)
+def test_keys_that_say_nothing_of_the_data_are_refused(table, key):
+    with pytest.raises(RecipeError, match=rf"{key}: .*; leave it out"):
+        resolve({"technique": "none", "data": table})

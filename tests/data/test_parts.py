@@ -90,6 +90,7 @@ def test_rows_in_parts_are_the_rows_in_memory(folder, settings):
     whole = held(folder, **settings)
     assert table.classes == whole.classes
     assert table.shape == whole.shape
+    assert list(table.notes) == whole.cautions
     numbers = [part.number for part in table.parts]
     assert numbers == sorted(set(numbers))
     for split in SPLITS:

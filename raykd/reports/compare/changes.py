@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd.files.digests import file_sha256
-from raykd.recipe.digest import NOT_HASHED, weights_sha256
+from raykd.recipe.digest import BY_ROWS, NOT_HASHED, files_of, weights_sha256
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import TermSpec
 from raykd.reports.compare.table import Change
@@ -43,5 +42,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _same_file(key: str, first: Any, here: Any) -> bool:
     if key not in PATHS or first is None or here is None:
         return False
-    sha256 = file_sha256 if key == "data.source" else weights_sha256
-    return all(Path(path).exists() for path in (first, here)) and sha256(first) == sha256(here)
+    if not all(Path(path).exists() for path in (first, here)):
+        return False
+    if key == "data.source":
+        return files_of(first) == files_of(here) != BY_ROWS
+    return weights_sha256(first) == weights_sha256(here)
