@@ -116,7 +116,8 @@ class ParquetTable:
         table = self.footer.row_group(group)
         for number in range(table.num_columns):
             chunk = table.column(number)
-            if chunk.path_in_schema.split(".")[0] in columns:
+            path = f"{chunk.path_in_schema}."
+            if any(path.startswith(f"{name}.") for name in columns):
                 yield chunk
 
 

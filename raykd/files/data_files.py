@@ -4,6 +4,7 @@ They are not raykd's, so they may vanish or change at any time. A listing says w
 file it saw, and a read of another version is refused.
 """
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,7 +24,7 @@ class DataFile(NamedTuple):
 
     name: str
     bytes: int
-    version: str  # of its content; a read finds the same or fails
+    version: str  # of its content; a read finds the same or fails. Empty where it is no file
 
 
 class DataFiles(Protocol):
@@ -93,10 +94,12 @@ class FolderFiles:
             try:
                 found.append(self._file(name))
             except FileNotFoundError:  # removed meanwhile, or a link to nothing
-                raise DataError(f"{path}: not a file; delete it, or put the file there") from None
+                found.append(DataFile(name, 0, ""))
         return sorted(found, key=_by_path)
 
     def read(self, file: DataFile, first: int, count: int) -> bytes:
+        if not file.version:
+            raise DataError(f"{self}/{file.name}: not a file; delete it, or put the file there")
         try:
             with (self.folder / file.name).open("rb") as opened:
                 opened.seek(first)
@@ -118,7 +121,9 @@ class FolderFiles:
 
     def _file(self, name: str) -> DataFile:
         status = (self.folder / name).stat()
-        return DataFile(name, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+        is_file = stat.S_ISREG(status.st_mode)  # no pipe or device, whose reading may never end
+        version = f"{status.st_size}-{status.st_mtime_ns}" if is_file else ""
+        return DataFile(name, status.st_size, version)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ class RangeFile(io.RawIOBase):
         self.file = file
         self.at = 0
         self.fetched: list[tuple[int, bytes]] = []  # (first byte, bytes)
+        if not file.bytes:
+            files.read(file, 0, 0)  # which says why, where it is no file at all
 
     def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Read (first, end) ranges, near ones as one, and let go of those from before."""
@@ -48,7 +50,7 @@ class RangeFile(io.RawIOBase):
     def read(self, count: int | None = -1) -> Any:
         left = max(self.file.bytes - self.at, 0)
         count = left if count is None or count < 0 else min(count, left)
-        data = self._range(self.at, count) if count else b""
+        data = self._range(self.at, count)
         self.at += count
         return data
 

@@ -81,6 +81,15 @@ def test_tensors_of_one_shape_are_read(tmp_path):
     assert np.array_equal(inputs_of(load(tmp_path, tensor(pa.array(FLAT)))), VALUES)
 
 
+def test_a_name_may_hold_dots(tmp_path):
+    columns = {"x.y": lists(pa.array(FLAT), "list"), "x": [1] * COUNT, "split": SPLIT}
+    table = pa.table(columns).append_column("a.label", [["a", "b"] * 3])
+    pq.write_table(table, tmp_path / "a.parquet")
+    named = {"inputs": "x.y", "label": "a.label"}
+    ref = DataRef.model_validate({"source": str(tmp_path), "columns": named})
+    assert np.array_equal(inputs_of(data.load(ref)), VALUES)
+
+
 LABELS = {
     "dictionary": (pa.array(["b", "a", None] * 2).dictionary_encode(), ("a", "b"), 1),
     "large text": (pa.array(["b", "a", None] * 2, pa.large_string()), ("a", "b"), 1),

@@ -1,6 +1,7 @@
 """JSON lines, CSV and folders of Hugging Face `datasets` give the rows that Parquet gives."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,18 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=words):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, name, kind):
+    path = tmp_path / name
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("nothing")
+    with pytest.raises(DataError, match=rf"{name}: not a file; delete it"):
+        load(tmp_path)
+    path.rename(tmp_path / "notes.txt")
+    written(tmp_path / "rows", "jsonl")
+    assert len(load(tmp_path).splits["val"]) == 14
 
 
 @pytest.mark.parametrize(
