@@ -30,9 +30,7 @@ def row_table(rows: Rows) -> pa.Table:
 def rows_of(table: pa.Table) -> Rows:
     """The rows of a table that `row_table` made, or of some of its rows."""
     records = np.concatenate([_records(table, chunk) for chunk in table.column(COLUMN).chunks])
-    arrays: dict[str, Any] = {
-        name: np.ascontiguousarray(records[name]) for name in records.dtype.names or ()
-    }
+    arrays: dict[str, Any] = {name: records[name].copy() for name in records.dtype.names or ()}
     return Rows(**arrays)
 
 
