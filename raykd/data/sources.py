@@ -47,7 +47,7 @@ def open_source(ref: DataRef, order: str = "auto") -> Source:
     Example:
         >>> from raykd.recipe.recipe import DataRef
         >>> open_source(DataRef(window=32)).table().rows("train")
-        4298
+        8666
     """
     if is_path(ref.source) and not ref.tokenizer and order != "rows":
         rows = FileRows(open_files(ref.source), ref)
