@@ -72,6 +72,8 @@ def _carried_out(words: list[str]) -> int:
         return 0
     except Exception as error:
         return _unforeseen(error)
+    except BaseException as error:  # no error of Python's or of a library
+        return _exit_code(error)
     return 0
 
 
@@ -145,6 +147,16 @@ def _end(code: int) -> NoReturn:
             sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _address(_context: click.Context, _option: click.Parameter, uri: str | None) -> str | None:
+    """A server's address that can be one."""
+    from raykd.files.address import checked_uri
+
+    try:
+        return uri and checked_uri(uri)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -359,7 +371,11 @@ def keys(table: str | None, as_json: bool) -> None:
     default=Path("runs"),
     help="The folder of all results.",
 )
-@click.option("--uri", help="The MLflow server to knock at; else the sqlite file under --out.")
+@click.option(
+    "--uri",
+    callback=_address,
+    help="The MLflow server to knock at; else the sqlite file under --out.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def doctor(out: Path, uri: str | None, as_json: bool) -> None:
     """Versions, Ray, memory, disk, MLflow: what is wrong and what to type.
@@ -387,24 +403,29 @@ def track() -> None:
 @click.argument(
     "folder", metavar="RUN", type=click.Path(path_type=Path, exists=True, file_okay=False)
 )
-@click.option("--uri", help="The MLflow server; else the one of the run's recipe.")
+@click.option(
+    "--uri", callback=_address, help="The MLflow server; else the one of the run's recipe."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout.")
 def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
     """Replay a run's journal into MLflow; what is there already is left alone."""
     from raykd.errors import InfraError, StoreError
     from raykd.files import links
     from raykd.files.atomic import read_json
-    from raykd.stages import run_digests
     from raykd.tracking import mlflow_mirror
-    from raykd.training import run_files
+    from raykd.training import run_digests, run_files
 
     links.check_tree(folder)
     run_digests.check(folder)
-    resolved = read_json(folder / run_files.RECIPE)
+    path = folder / run_files.RECIPE
+    resolved = read_json(path)
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
-    table = resolved["track"]
-    where = uri or table["uri"] or mlflow_mirror.default_uri(folder.resolve().parent)
+    table = resolved.get("track") if isinstance(resolved, dict) else None
+    is_table = isinstance(table, dict) and isinstance(table.get("experiment"), str)
+    if not is_table or not isinstance(table.get("uri"), str | None):
+        raise StoreError(f"{path} is damaged: no [track] in it; run its recipe again")
+    where = uri or table.get("uri") or mlflow_mirror.default_uri(folder.resolve().parent)
     synced = mlflow_mirror.sync(folder, uri=where, experiment=table["experiment"])
     if not synced.done:
         raise InfraError(f"{synced.reason}; {synced.pending} lines still wait")

@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
+from raykd.files.address import public_uri
+
 MOST_BYTES = 2000  # of one message
 # Controls but newline and tab, separators of lines, marks that turn the direction of text, and
 # halves of characters.
 UNSEEN = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
-CREDENTIALS = re.compile(r"//[^/@\s\"']*@")
 _results: list[TextIO] = []  # where `show` prints while stdout is its alone
 
 
 def clean(text: str) -> str:
     """`text` as it may stand on a terminal: nothing hidden in it acts, and no password is told."""
-    shown = CREDENTIALS.sub("//", text)
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), public_uri(text))
 
 
 def tell(text: str) -> None:

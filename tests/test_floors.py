@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "errors": set(),
     "targets": set(),
     "signals": {"targets"},
-    "console": {"errors"},
+    "console": {"errors", "files"},
     "files": {"errors"},
     "recipe": {"errors", "files"},
     "data": GROUND | {"targets"},

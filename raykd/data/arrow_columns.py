@@ -59,7 +59,9 @@ def series(column: pa.Array, name: str, first: int) -> tuple[Ragged, tuple[Unfit
     if values.null_count:
         step = values.is_null().to_numpy(zero_copy_only=False).argmax() // max(channels, 1)
         raise DataError(f"{name}: row {owner[step]}: {INPUTS}: a value is null")
-    return Ragged(numbers.reshape(-1, channels), length), _without_step(rows, first)
+    if not channels and length.any():
+        raise DataError(f"{name}: {INPUTS}: steps without a channel; give each some values")
+    return Ragged(numbers.reshape(-1, max(channels, 1)), length), _without_step(rows, first)
 
 
 def step_values(column: pa.Array, name: str, first: int) -> Ragged:

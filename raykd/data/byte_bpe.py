@@ -6,12 +6,12 @@ one that splits off every digit. Its merges are over bytes; a byte that is no to
 any text. Its special tokens are in no plain text.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raykd.errors import RecipeError
+from raykd.files.reading import MOST_JSON, json_of, read_bounded
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -44,7 +44,7 @@ def read(path: Path) -> Vocabulary:
     RecipeError names the first key under which it is of another kind.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json_of(read_bounded(path, MOST_JSON))
         model = content["model"]
         added = content.get("added_tokens") or []
         ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}

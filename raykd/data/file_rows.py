@@ -60,6 +60,10 @@ class FileRows:
         check_no_labels(there, self.ref)
         given = self.given(laid, there)
         for key, name in self.names.items():
+            if there.count(name) > 1:
+                raise DataError(
+                    f"{self.where(laid)}: two columns are called {name!r}; rename one of them"
+                )
             if name in there:
                 arrow_columns.check_type(table.schema.field(name).type, name, self.where(laid))
             elif name not in given:

@@ -30,6 +30,8 @@ def dataset(blocks: list[Block], name: str, ref: DataRef) -> Dataset:
     found = (label for block in blocks for label in block.label.values)
     classes = classes_of(found, name, ref)
     channels = _channels(blocks, name)
+    if not channels:
+        raise DataError(f"{name}: inputs are steps without a channel; give each some values")
     for block in blocks:
         check_valence(block, name)
     length = np.concatenate([block.inputs.length for block in blocks])

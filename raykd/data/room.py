@@ -1,15 +1,26 @@
 """Whether rows fit into memory once they are padded to the longest."""
 
-import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raykd.errors import DataError
+from raykd.files.memory import memory_bytes, taken_bytes
 
 SMALL_BYTES = 1 << 30  # so much may be padding, whatever the rows hold
+FULL = 0.8  # of the memory
 WASTE = 16  # times the rows' own values that padded rows may take
+
+
+def check_taken(what: str) -> None:
+    """DataError, which begins with `what`, when this process has taken most of its memory."""
+    taken = taken_bytes()
+    if taken > FULL * memory_bytes():
+        raise DataError(
+            f"{what} and this process has {taken / 2**30:,.1f} GiB of memory, of "
+            f"{memory_bytes() / 2**30:,.1f}; let the function end, or return fewer rows"
+        )
 
 
 def check_room(length: NDArray[Any], channels: int, name: str) -> None:
@@ -42,8 +53,3 @@ def check_memory(values: int, name: str) -> None:
             f"{name}: to read all rows takes {needed / 2**30:,.1f} GiB of memory, and this machine "
             f'has {there / 2**30:,.1f} GiB; set optim.order = "blocks", which reads them in parts'
         )
-
-
-def memory_bytes() -> int:
-    """The memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -190,12 +190,22 @@ def check_dataset(dataset: Dataset) -> None:
     """DataError that names the rows of the first split that cannot be used."""
     for name in SPLITS:
         rows = dataset.splits.get(name)
+        if rows is not None:
+            _check_kinds(f"{dataset.name}, split {name!r}", rows)
         if rows is None or len(rows) == 0:
             check_counts(dataset.name, name, 0, 0)
         else:
             check_rows(f"{dataset.name}, split {name!r}", rows, len(dataset.classes))
             labelled = len(rows) if rows.is_text else int(rows.labelled.sum())
             check_counts(dataset.name, name, len(rows), labelled)
+
+
+def _check_kinds(where: str, rows: Rows) -> None:
+    """DataError unless all is of arrays: a function may give anything."""
+    for key, values in vars(rows).items():
+        may_lack = key == "valence" and values is None
+        if not may_lack and not isinstance(values, np.ndarray):
+            raise DataError(f"{where}: {key} must be a numpy array, and is {type(values).__name__}")
 
 
 def check_rows(where: str, rows: Rows, count: int) -> None:

@@ -15,7 +15,7 @@ from raykd.data.column_names import check_no_labels, column_names
 from raykd.data.file_rows import Batch, FileRows, block_of
 from raykd.data.formats import ParquetTable, TableFile
 from raykd.data.layout import PARQUET
-from raykd.data.room import check_memory
+from raykd.data.room import check_memory, check_taken
 from raykd.data.rows import Dataset, Unfit
 from raykd.errors import DataError
 from raykd.files.data_files import open_files
@@ -23,6 +23,7 @@ from raykd.recipe import imports
 from raykd.recipe.tables import DataRef
 from raykd.recipe.user_code import user_code
 
+A_LOOK = 100  # rows, after which the memory is looked at
 GIB = 1 << 30
 MOST_ROWS = 1 << 22  # that are held in memory, unless a recipe asks for it
 MOST_BYTES = 2 * GIB  # of their inputs
@@ -118,12 +119,24 @@ def load_function(ref: DataRef) -> Dataset:
                 f"{type(given).__name__}; return a list of dicts, or yield dicts"
             )
         for row in given:
+            _check_count(len(rows), ref)
             rows.append(_checked_row(row, len(rows), names, ref))
     name = ref.source.partition(":")[2]
     if ref.tokenizer:
         return text.load(rows, name, ref)
     columns = {key: [row[key] for row in rows] for key in names}
     return from_columns(columns, name, ref)
+
+
+def _check_count(count: int, ref: DataRef) -> None:
+    """DataError where a function gives rows without end, or more than fit into memory."""
+    if count >= ref.max_rows:
+        raise DataError(
+            f"data.source {ref.source}: gives more than data.max_rows = {ref.max_rows:,} rows; let "
+            "it end, or raise data.max_rows"
+        )
+    if count and count % A_LOOK == 0:
+        check_taken(f"data.source {ref.source}: gave {count:,} rows,")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ splits holds one document or a part of one, so rows of different documents are i
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from raykd.data.blocks import check_unfit
 from raykd.data.column_names import PROMPTS
 from raykd.data.rows import SPLITS, Dataset, Rows, Unfit
 from raykd.errors import DataError, RecipeError
+from raykd.files.reading import MOST_JSON, json_of, read_bounded
 from raykd.recipe.tables import DataRef
 from raykd.recipe.validation import suggestion
 from raykd.targets import UNLABELLED
+
+MOST_TOKENS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,13 @@ def read_tokenizer(ref: DataRef) -> Any:
             "data.tokenizer needs the tokenizers library: pip install 'raykd[lm]'"
         ) from None
     try:
-        tokenizer = Tokenizer.from_file(str(ref.tokenizer))
-    except Exception as error:  # the library raises nothing more specific
+        content = read_bounded(Path(str(ref.tokenizer)), MOST_JSON)
+        json_of(content)
+        tokenizer = Tokenizer.from_buffer(content)
+        _check_ids(tokenizer)
+    except BaseException as error:  # the library raises nothing more specific, or panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise RecipeError(
             f"data.tokenizer {ref.tokenizer}: not a tokenizer.json: {error}"
         ) from None
@@ -141,6 +150,13 @@ def read_tokenizer(ref: DataRef) -> Any:
     tokenizer.no_truncation()  # some files ask for both; rows are cut and padded here
     tokenizer.no_padding()
     return tokenizer
+
+
+def _check_ids(tokenizer: Any) -> None:
+    """ValueError where the ids of a tokeniser need a table beyond all reason."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= highest < MOST_TOKENS:
+        raise ValueError(f"its highest id is {highest:,}, and {MOST_TOKENS - 1:,} is the most")
 
 
 def tokens_of(tokenizer: Any) -> tuple[str, ...]:

@@ -14,8 +14,7 @@ manifest.json         bytes and sha256 of each file, the measured parity, bytes 
 What the report says of the artefact is what its run.py answered on the test rows, as a process.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from raykd.deploy.manifest import is_complete, read_manifest
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.deploy.parity import EXACT, Bar, Parity, bar_of, compare, refusal
-from raykd.errors import GateError, RecipeError
-from raykd.files.atomic import whole_folder, write_bytes, write_json
+from raykd.errors import GateError, RecipeError, StoreError
+from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
 from raykd.files.digests import file_sha256
 from raykd.models.adapter import Adapter
 from raykd.quant import swap
+from raykd.recipe import imports
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, Recipe
 from raykd.recipe.tables import ModelRef
@@ -55,6 +55,13 @@ ALONE = 512  # test rows that the trained student reads one by one, too
 # Of float32 in another runtime. Where two logits are equal, either may be the larger one.
 SAME = Bar(EXACT.relative, EXACT.largest, 0.0)
 SHORTER = 0.05  # of the largest logit: more than rounding, less than another answer
+DESCRIBED: dict[str, type] = {  # what model.json has
+    "model": str,
+    "settings": dict,
+    "classes": list,
+    "channels": int,
+    "steps": int,
+}
 SCRIPTED = "answered_by"  # key of the manifest: the script whose answers were measured
 
 Logits = NDArray[np.float32]
@@ -291,12 +298,15 @@ def _takes_any(staged: Path) -> bool:
     return True
 
 
-def load_artefact(folder: Path) -> Adapter:
+def load_artefact(folder: Path, *, allow_import: Collection[str] = ()) -> Adapter:
     """The student of an artefact folder in full precision, in eval mode.
 
     Called with inputs (B, T, K) and a mask (B, T), it gives the `Signals` of its model. A rounded
     student is executed by onnxruntime: see run.py beside it, or `unpack_artefact`. StoreError if a
     file is not the one that the folder's manifest names.
+
+    A model of the user's own is imported from the current directory, or from the installed packages
+    that `allow_import` names; RecipeError for any other.
 
     Example:
         >>> import json, tempfile, torch
@@ -315,13 +325,15 @@ def load_artefact(folder: Path) -> Adapter:
         torch.Size([3, 2])
     """
     check_files(folder)
+    imports.permit(allow_import)
     return Adapter(_student(_described(folder), folder / WEIGHTS)).eval()
 
 
-def unpack_artefact(folder: Path) -> Adapter:
+def unpack_artefact(folder: Path, *, allow_import: Collection[str] = ()) -> Adapter:
     """The rounded student of an artefact folder with a packed file, in eval mode.
 
-    It answers as the trained student. StoreError if the file is damaged.
+    It answers as the trained student. StoreError if the file is damaged. `allow_import` is that of
+    `load_artefact`.
 
     Example:
         >>> import json, tempfile, torch
@@ -342,14 +354,26 @@ def unpack_artefact(folder: Path) -> Adapter:
         torch.Size([3, 2])
     """
     check_files(folder)
+    imports.permit(allow_import)
     module = _built(_described(folder))
     packed.read((folder / forms.FILES["packed"]).read_bytes(), module)
     return Adapter(module).eval()
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """The model.json of an artefact folder."""
-    return json.loads((folder / MODEL).read_bytes())
+    """The model.json of an artefact folder. StoreError if it describes no model."""
+    path = folder / MODEL
+    described = read_json(path)
+    wrong = ["all"] if not isinstance(described, dict) else []
+    wrong = wrong or [
+        name for name, kind in DESCRIBED.items() if not isinstance(described.get(name), kind)
+    ]
+    if wrong:
+        raise StoreError(
+            f"{path} is damaged: {', '.join(wrong)} missing or of another kind; put it back as it "
+            f"was, or delete {folder} and type: raykd export RECIPE"
+        )
+    return described
 
 
 def _built(described: Mapping[str, Any]) -> nn.Module:

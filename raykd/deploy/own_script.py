@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raykd.data.rows import Rows
 from raykd.errors import GateError
+from raykd.recipe import imports
 
 PART = 4096  # rows a process
 LEAST_S = 300.0  # for one process
@@ -64,7 +65,7 @@ def as_given(rows: Rows) -> dict[str, NDArray[Any]]:
 def run(folder: Path, *words: Path | str, limit_s: float) -> str:
     """What a folder's run.py prints for these words. GateError if it fails or takes too long."""
     # A script that needs raykd and the student's module finds them where this process does.
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | imports.environment()
     command = [sys.executable, str(folder / "run.py"), *map(str, words)]
     try:
         done = subprocess.run(

@@ -2,9 +2,25 @@
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
+CREDENTIALS = re.compile(r"//[^/?#\s\"']*@")
 Address = Path | str  # a folder, or s3://bucket/prefix
 URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[\w.=-]+)*/?", re.ASCII)
+
+
+def public_uri(uri: str) -> str:
+    """An address of any kind without the user and password that it may hold."""
+    return CREDENTIALS.sub("//", uri)
+
+
+def checked_uri(uri: str) -> str:
+    """A server's address as it is; ValueError if it cannot be one, such as with a port of 99999."""
+    try:
+        urlsplit(uri).port  # noqa: B018 - raises
+    except ValueError as error:
+        raise ValueError(f"{public_uri(uri)!r:.100} is no address: {error}") from None
+    return uri
 
 
 def is_url(address: Address) -> bool:

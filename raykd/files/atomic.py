@@ -12,6 +12,7 @@ from typing import Any
 
 from raykd.errors import InfraError, StoreError
 from raykd.files import faults
+from raykd.files.reading import MOST_JSON, json_of, read_bounded
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -72,14 +73,17 @@ def to_json(value: Any) -> bytes:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`, or None where there is no such file.
 
-    StoreError if it is not JSON.
+    StoreError if it is no regular file, too large, or not JSON.
     """
     try:
-        return from_json(path.read_bytes(), str(path))
+        data = read_bounded(path, MOST_JSON)
     except FileNotFoundError:
         return None
-    except (IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; delete what is there") from None
+    except ValueError as error:
+        raise StoreError(f"{path} cannot be read: {error}; delete what is there") from None
+    return from_json(data, str(path))
 
 
 def from_json(data: bytes | None, name: str) -> Any:
@@ -88,8 +92,8 @@ def from_json(data: bytes | None, name: str) -> Any:
     StoreError if they are not JSON.
     """
     try:
-        return None if data is None else json.loads(data, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        return None if data is None else json_of(data, parse_constant=_no_number)
+    except ValueError as error:
         raise StoreError(
             f"{name} is damaged: not JSON ({error}); delete it and run again"
         ) from None
@@ -108,7 +112,7 @@ def _stage(path: Path, data: bytes) -> Path:
             os.fsync(file.fileno())
     except OSError as error:
         staged.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             full = f"{path.parent}: {error.strerror}, {len(data):,} bytes could not be written"
             raise InfraError(
                 f"{full}; free that disk and give the same command, which continues from here"

@@ -13,6 +13,7 @@ from typing import Any
 from raykd.errors import StoreError
 from raykd.files import atomic, links
 from raykd.files.place import Listed
+from raykd.files.reading import opened
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class Folder:
 
     def get(self, name: str, *, last: int | None = None) -> bytes | None:
         try:
-            with self._path(name).open("rb") as file:
+            with opened(self._path(name)) as file:
                 if last is not None:
                     size = file.seek(0, os.SEEK_END)
                     file.seek(-min(last, size), os.SEEK_END)
                 return file.read()
         except FileNotFoundError:
             return None
-        except IsADirectoryError:
-            what = "is a folder where a file belongs; delete it"
+        except ValueError:
+            what = "is a folder or a pipe where a file belongs; delete it"
             raise StoreError(f"{self}/{name} {what}") from None
 
     def delete(self, name: str) -> None:
@@ -79,9 +80,9 @@ class Folder:
 
     def _sha256(self, name: str) -> str | None:
         try:
-            with self._path(name).open("rb") as file:
+            with opened(self._path(name)) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, ValueError):
             return None
 
     def _path(self, name: str) -> Path:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from raykd.errors import RecipeError
 from raykd.models import hf_folder, transformers_lm
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
+from raykd.models.size import check_size
 from raykd.models.weights import load_weights
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
@@ -51,15 +53,24 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
         return _read_folder(ref, classes=classes, steps=steps, key=key)
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
     shape = _accepted(factory, {"channels": channels, "classes": classes, "steps": steps})
+    settings = {**shape, **ref.settings}
     with user_code(f"{key}.model {ref.model}"):
         try:
-            module = factory(**{**shape, **ref.settings})
+            if factory in (SeriesEncoder, Llama):
+                check_size(lambda: factory(**settings))
+            module = factory(**settings)
         except (TypeError, ValueError) as error:
             refused = f"{key}.settings: {ref.model} refuses {ref.settings}: {error}"
             raise RecipeError(refused) from None
     if not isinstance(module, nn.Module):
         raise RecipeError(
             f"{key}.model: {ref.model} gives a {type(module).__name__}; return an nn.Module"
+        )
+    with user_code(f"{key}.model {ref.model}"):
+        lazy = [name for name, value in module.named_parameters() if is_lazy(value)]
+    if lazy:
+        raise RecipeError(
+            f"{key}.model: {ref.model} leaves the size of {lazy[0]} open; name all sizes"
         )
     if ref.weights:
         load_weights(module, Path(ref.weights), key)

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from raykd.errors import RecipeError
 from raykd.files.atomic import write_bytes, write_json
 from raykd.models.llama import Llama
+from raykd.models.size import check_size
 from raykd.models.weights import fill, read_tensors, weights_of
 from raykd.recipe.weight_files import CONFIG, WEIGHTS, config_of, tensor_files
 
@@ -30,6 +31,8 @@ KEYS = {  # ours: theirs
     "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }
+MOST = 10**9  # of anything that is counted
+LARGEST = 1e30  # of other numbers
 KINDS = {"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM"}
 DEFAULTS = {  # of keys that config.json may leave out
     "max_position_embeddings": 2048,
@@ -45,7 +48,12 @@ def read(folder: Path) -> Llama:
     RecipeError if it is of another kind, or if its tensors do not fit. Nothing in the folder is
     executed. The weights may be one file, or several with an index.
     """
-    module = Llama(**_settings(config_of(folder), folder / CONFIG))
+    settings = _settings(config_of(folder), folder / CONFIG)
+    try:
+        check_size(lambda: Llama(**settings))
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(f"{folder / CONFIG}: {error}") from None
+    module = Llama(**settings)
     tensors = {}
     for path in tensor_files(folder):
         tensors |= read_tensors(path, "weights")
@@ -84,16 +92,37 @@ def write(module: Llama, folder: Path) -> None:
     write_json(folder / CONFIG, config)
 
 
+def _check_numbers(known: Mapping[str, Any], path: Path) -> None:
+    """RecipeError names a key whose value is not of its kind, or beyond what a model can have."""
+    for key in KEYS.values():
+        value = known[key]
+        if key == "tie_word_embeddings":
+            is_right = isinstance(value, bool)
+            wanted = "true or false"
+        elif key in ("rope_theta", "rms_norm_eps"):
+            is_right = type(value) in (int, float) and 0 < value < LARGEST
+            wanted = "a number above 0"
+        else:
+            is_right = type(value) is int and 0 < value <= MOST
+            wanted = f"a whole number from 1 to {MOST:,}"
+        if not is_right:
+            raise RecipeError(f"{path}: {key} is {value!r:.40}; it must be {wanted}")
+
+
 def _settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A Llama's settings from a config.json. RecipeError names a key that a Llama cannot have."""
     kind = config.get("model_type")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(name) or {}
+    if not isinstance(rope, dict):
+        raise RecipeError(f"{path}: {name} is {rope!r:.40}, not a table")
     known: dict[str, Any] = {**DEFAULTS, "num_key_value_heads": config.get("num_attention_heads")}
     known |= config
     known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
     missing = sorted(set(KEYS.values()) - known.keys())
     if missing:
         raise RecipeError(f"{path}: no {', '.join(missing)} in it; name the folder of a Llama")
+    _check_numbers(known, path)
     width = known["hidden_size"] // known["num_attention_heads"]
     values = {  # key: (the file's value, the values that this Llama may have)
         "model_type": (kind, tuple(KINDS)),

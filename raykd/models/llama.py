@@ -4,6 +4,7 @@ RMSNorm (arXiv 1910.07467), rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2
 grouped-query attention (arXiv 2305.13245).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 from raykd.errors import DataError
 from raykd.models.kv_cache import Cache, Past
 
+MOST_LAYERS = 10_000
 DEVIATION = 0.02  # of initial weights
 
 Turn = tuple[Tensor, Tensor]
+
+
+def check_counts(counts: Mapping[str, Any], layers: int) -> None:
+    """ValueError if one of a model's whole numbers is below 1, or if it has too many layers."""
+    for name, value in counts.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"layers must be at most {MOST_LAYERS:,}, found {layers:,}")
 
 
 class Llama(nn.Module):
@@ -56,6 +67,7 @@ class Llama(nn.Module):
             "tied": tied,
             "sub_norm": sub_norm,
         }
+        check_counts(self.settings, layers)
         if width % heads or width // heads % 2 or heads % kv_heads:
             raise ValueError(
                 f"width {width}, heads {heads}, kv_heads {kv_heads}: heads must be a multiple of "

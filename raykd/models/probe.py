@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raykd.errors import Problem, RaykdError, RecipeError
 from raykd.models.adapter import MASKS, call, field, mask_name
+from raykd.recipe.user_code import is_a_signals
 from raykd.signals import masked_mean
 
 REPEATED = 1e-6  # of the largest answer: two calls on equal rows
@@ -81,7 +82,9 @@ def _ask(module: nn.Module, key: str, inputs: Tensor, mask: Tensor) -> Any:
         return call(module, inputs, mask)
     except RaykdError:
         raise
-    except Exception as error:  # of any kind: it is the user's code
+    except BaseException as error:  # of any kind: it is the user's code
+        if is_a_signals(error):
+            raise
         reason = next(iter(str(error).strip().splitlines()), "")
         shape = "x".join(map(str, inputs.shape))
         what = f"fails on {_short(inputs.dtype)} rows of {shape}: {type(error).__name__}: {reason}"

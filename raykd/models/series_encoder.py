@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raykd.models.kv_cache import Past
-from raykd.models.llama import visible
+from raykd.models.llama import check_counts, visible
 
 
 class SeriesPast(Past, Protocol):
@@ -38,6 +38,8 @@ class SeriesEncoder(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
+        counts = {"width": width, "heads": heads, "expansion": expansion, "kernel": kernel}
+        check_counts(counts | {"layers": layers}, layers)
         self.steps = steps
         self.kernel = kernel
         self.heads = heads

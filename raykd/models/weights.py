@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
+from raykd.files.reading import MIB, opened
 from raykd.quant.other_parameters import plain, plain_name
 
+MOST_HEADER = 16 * MIB  # some 200,000 tensors
 SHOWN = 8  # faults that an error lists
 PLAIN_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 STORED = {"F16", "BF16", "F32", "F64"}  # the same as safetensors names them
@@ -37,9 +39,18 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file. RecipeError, which starts with `key`, if it is none."""
     try:
+        _check_header(path)
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise RecipeError(f"{key} {path}: not a readable safetensors file: {error}") from None
+
+
+def _check_header(path: Path) -> None:
+    """ValueError if a safetensors file is no regular file, or lists tensors beyond all reason."""
+    with opened(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER:
+        raise ValueError(f"its header has {size:,} bytes, and {MOST_HEADER:,} are the most")
 
 
 def check_stored(files: Iterable[Path]) -> None:

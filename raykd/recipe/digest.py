@@ -17,6 +17,7 @@ from raykd.recipe.tables import DataRef, ModelRef
 from raykd.recipe.toml import is_path
 from raykd.recipe.weight_files import hashed_files
 
+REFUSING = {"max_rows"}  # keys of tables that refuse, and change nothing
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 # Keys that recipes had not from the beginning, by table; the recipe's own under "". At their
 # default they are left out, so runs from before there was a choice keep their folders.
@@ -38,7 +39,7 @@ def weights_sha256(path: str | Path) -> str:
 
 def content_of(table: BaseModel) -> dict[str, Any]:
     """A table's values, with every path replaced by the digest of what lies there."""
-    values = table.model_dump(mode="json")
+    values = table.model_dump(mode="json", exclude=REFUSING)
     for key in ("weights", "tokenizer"):
         value = values.get(key)
         if isinstance(value, str) and is_path(value):

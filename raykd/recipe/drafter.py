@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.recipe.tables import Positive, Table
+from raykd.recipe.tables import Count, Table
 
 
 class Drafter(Table):
@@ -14,13 +14,13 @@ class Drafter(Table):
     `count` tokens at `temperature`. `gamma` tokens are drafted for each call of the teacher.
     """
 
-    prompts: Positive = 64
+    prompts: Count = 64
     """Test rows that are continued."""
-    prompt: Positive = 32
+    prompt: Count = 32
     """Tokens of each row that are given, unless it has a prompt of its own."""
-    count: Positive = 64
+    count: Count = 64
     """Tokens written after each prompt."""
-    gamma: Positive = 4
+    gamma: Count = 4
     """Tokens drafted for each call of the teacher."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """The temperature of the drawn tokens; 0 is greedy."""

@@ -7,6 +7,7 @@ nothing: what it offers is named without a module. The checks run nothing.
 """
 
 import importlib
+import os
 import sysconfig
 from collections.abc import Collection
 from importlib.machinery import ModuleSpec
@@ -19,7 +20,8 @@ from raykd.recipe.user_code import current_directory_last, user_code
 
 OURS = "raykd"
 INSTALLED = {"site-packages", "dist-packages"}
-_permitted: set[str] = set()
+TRUSTED = "RAYKD_ALLOW_IMPORT"  # a variable of packages, for the processes of run.py
+_permitted = {package for package in os.environ.get(TRUSTED, "").split(",") if package}
 
 
 def permit(packages: Collection[str]) -> None:
@@ -28,6 +30,11 @@ def permit(packages: Collection[str]) -> None:
     A worker permits what its driver has asked about.
     """
     _permitted.update(packages)
+
+
+def environment() -> dict[str, str]:
+    """What lets another process import what this one may."""
+    return {TRUSTED: ",".join(sorted(_permitted))}
 
 
 def load(dotted: str, kind: str) -> Any:
@@ -71,8 +78,10 @@ def problems(key: str, dotted: str, allowed: Collection[str] = ()) -> list[Probl
     if package in allowed or _is_here(spec):
         return []
     origin = spec.origin or "many folders"
+    advice = f"add --allow-import {package} if you trust it"
+    in_python = f'in Python allow_import=["{package}"]'
     text = f"{dotted!r} is code from outside the current directory ({origin})"
-    return [Problem(key, f"{text}; add --allow-import {package} if you trust it")]
+    return [Problem(key, f"{text}; {advice} ({in_python})")]
 
 
 def source_of(dotted: str) -> Path | None:

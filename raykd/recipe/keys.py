@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from raykd.errors import RecipeError
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.tables import TermSpec
+from raykd.recipe.tables import MOST, TermSpec
 from raykd.recipe.validation import suggestion
 
 TABLE = "table"
@@ -25,6 +25,7 @@ NAME = "NAME"  # stands for the name that a recipe gives a table
 REQUIRED = ", required"
 WORDS = {bool: "boolean", int: "integer", float: "number", str: "string", JsonValue: "any value"}
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+UNTOLD = (MOST, 2**63)  # which nobody meets
 COLUMNS = 100
 
 # Models of what a recipe may set of each term, by the term's name.
@@ -218,7 +219,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
         f" {sign} {getattr(part, name)}"
         for part in metadata
         for name, sign in BOUNDS.items()
-        if hasattr(part, name)
+        if hasattr(part, name) and getattr(part, name) not in UNTOLD
     ]
     patterns = [part.pattern for part in metadata if getattr(part, "pattern", None)]
     bounds += [f" matching {pattern}" for pattern in patterns]

@@ -10,20 +10,24 @@ where, how fast and in which forms.
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
+from raykd.files.address import checked_uri, public_uri
 from raykd.recipe.drafter import Drafter
 from raykd.recipe.quant import Quant
 from raykd.recipe.search import Search
 from raykd.recipe.source import Source
 from raykd.recipe.tables import (
+    LONGEST,
+    Amount,
+    Count,
     DataRef,
     Home,
     ModelRef,
     Optim,
     Pair,
     Phase,
-    Positive,
+    Seed,
     StoreSettings,
     Table,
     TermSpec,
@@ -42,23 +46,23 @@ class Scale(Table):
     `workers = 1` trains in this process, N or [min, max] in a Ray group.
     """
 
-    workers: Pair[Positive] = (1, 1)
+    workers: Pair[Count] = (1, 1)
     """Processes that train an arm: N, or [least, most]; the batch stays global."""
-    scorers: Pair[Positive] = (1, 2)
+    scorers: Pair[Count] = (1, 2)
     """Actors that run the teacher: N, or [least, most]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; with `auto` CUDA where the cluster has it."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Amount = 3
     """How often a lost worker or actor is replaced."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    max_bad_rows: Amount = 0
     """Rows that the teacher may fail to score; they are left out."""
-    checkpoint_every: Positive = 500
+    checkpoint_every: Count = 500
     """Steps from checkpoint to checkpoint."""
-    start_timeout_s: Positive = 120
+    start_timeout_s: Count = 120
     """Seconds until all workers must have started."""
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Of rows read in parts: the gigabytes of them and their answers that a node's disk keeps."""
-    readers: Positive = 2
+    readers: Count = 2
     """Of rows read in parts: the threads of a worker that read them ahead."""
     store: Home | None = None
     """Where stores are, a folder or `s3://bucket/prefix`; without it `OUT/stores`."""
@@ -104,9 +108,19 @@ class Track(Table):
     """The MLflow server; by default a sqlite file under --out."""
 
     uri: str | None = None
-    """The MLflow server; without it a sqlite file under `--out`."""
+    """The MLflow server, by default a sqlite file under `--out`; its password is never written."""
     experiment: str = "raykd"
     """The name of the MLflow experiment."""
+
+    @field_validator("uri")
+    @classmethod
+    def _is_address(cls, uri: str | None) -> str | None:
+        return uri and checked_uri(uri)
+
+    @field_serializer("uri")
+    def _without_credentials(self, uri: str | None) -> str | None:
+        """A password stays out of every file that a recipe is written to."""
+        return uri and public_uri(uri)
 
 
 class Recipe(Table):
@@ -128,7 +142,7 @@ class Recipe(Table):
     """One sentence for the report: under which conditions the result holds."""
     technique: str = "vanilla"
     """A name of `raykd techniques`, or a module."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=LONGEST)] = [0]
     """One training of each arm for each seed."""
     control: bool = True
     """Train the same student on labels alone, too."""
@@ -150,7 +164,7 @@ class Recipe(Table):
     """Rows that the student writes; without it every row is the data's."""
     weighting: Weighting | None = None
     """How much each row counts; without it all count alike."""
-    phases: list[Phase] = []
+    phases: Annotated[list[Phase], Field(max_length=LONGEST)] = []
     """Parts of the student's training; without any all of it is in full precision."""
     drafter: Drafter | None = None
     """Student and control judged as the teacher's speculative drafters."""

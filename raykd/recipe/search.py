@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from raykd.recipe.tables import Pair, Positive, Table
+from raykd.recipe.tables import LONGEST, Count, Pair, Seed, Table
 from raykd.recipe.toml import set_key
 
 
@@ -18,7 +18,7 @@ class Range(Table):
     """The same with equally likely logarithms."""
     integer: Pair[int] | None = None
     """The least and the largest whole number, all equally likely."""
-    choice: list[JsonValue] | None = None
+    choice: Annotated[list[JsonValue], Field(max_length=LONGEST)] | None = None
     """The values themselves."""
 
     @model_validator(mode="after")
@@ -46,13 +46,13 @@ class Range(Table):
 class Search(Table):
     """Trials over dotted recipe keys: `"terms.kd.temperature" = { uniform = [1, 4] }`."""
 
-    trials: Positive = 4
+    trials: Count = 4
     """Trials in all."""
-    concurrent: Positive = 2
+    concurrent: Count = 2
     """Trials at once."""
-    grace: Positive = 500
+    grace: Count = 500
     """Steps before a trial may be stopped."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """The seed of the searcher."""
     searcher: Literal["optuna", "random"] = "optuna"
     """Who proposes values: optuna's sampler, or chance."""

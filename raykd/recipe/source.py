@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.recipe.tables import Positive, Share, Table
+from raykd.recipe.tables import Amount, Count, Share, Table
 
 
 class Source(Table):
@@ -25,17 +25,17 @@ class Source(Table):
     """Texts that the student continues, drafts that the teacher tests, or a log of them."""
     share: Share = 0.5
     """The share of a step's rows that the student writes."""
-    length: Positive = 32
+    length: Count = 32
     """Tokens written."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """The temperature of the drawn tokens."""
     mixed: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The teacher's share in the distribution that tokens are drawn from."""
-    passes: Positive = 1
+    passes: Count = 1
     """Steps that a text serves."""
-    ahead: Annotated[int, Field(ge=0)] = 0
+    ahead: Amount = 0
     """Steps from the drawing of a text to its first use."""
-    limit: Annotated[int, Field(ge=0)] = 16
+    limit: Amount = 16
     """Optimiser steps that a text may be old."""
     keep: bool = False
     """Store tested drafts in the run's `drafts/<arm>`."""

@@ -8,7 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 from raykd.files.address import checked_address
 from raykd.recipe.quant import Quant
 
-Positive = Annotated[int, Field(gt=0)]
+MOST = 10**9  # of anything that is counted
+LONGEST = 1000  # entries of a list that each take work
+Count = Annotated[int, Field(gt=0, le=MOST)]
+Amount = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # of torch and numpy
 Share = Annotated[float, Field(gt=0, le=1)]
 N = TypeVar("N")
 # TOML has no tuples, so a list is taken for one.
@@ -73,11 +77,11 @@ class DataRef(Table):
     """The files of each split, as `{ train = "train/*.parquet", ... }`, in place of a column."""
     split: Literal["time", "subject"] = "time"
     """How the gestures are split: by time, or by subject."""
-    window: Positive = 16
+    window: Count = 16
     """Steps, or tokens, of a row."""
-    steps: Positive | None = None
+    steps: Count | None = None
     """Of series: the most steps of a row; without it those of the longest."""
-    stride: Positive = 8
+    stride: Count = 8
     """Steps from the start of a row to that of the next."""
     classes: list[str] | None = None
     """The classes, in the order of their numbers."""
@@ -85,13 +89,15 @@ class DataRef(Table):
     """The names of the Parquet columns."""
     settings: dict[str, JsonValue] = {}
     """Keyword arguments of the function."""
-    limit: Positive | None = None
+    limit: Count | None = None
     """At most so many rows of each split, spread evenly over it."""
     max_unfit: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The share of rows that may be left out as unfit, such as an empty completion."""
+    max_rows: Count = 10_000_000
+    """More rows of a function are refused; one may never end."""
     label_fraction: Share = 1.0
     """The share of training labels that stay."""
-    label_seed: Annotated[int, Field(ge=0)] = 0
+    label_seed: Seed = 0
     """Which training labels stay."""
 
 
@@ -154,15 +160,20 @@ class StoreSettings(Table):
     """Of `dense`: the type of a stored logit."""
     points: Annotated[int, Field(ge=1, le=255)] = 50
     """Of `comb`: draws for each step."""
-    top: Positive = 50
+    top: Count = 50
     """Of `topk`: classes kept for each step."""
-    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    temperatures: (
+        Annotated[
+            list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(max_length=LONGEST)
+        ]
+        | None
+    ) = None
     """Of `comb` and `topk`; without it those at which the terms read."""
     head: str = "head"
     """Of `hidden`: the submodule whose input is stored."""
-    rows_per_shard: Positive = 1024
+    rows_per_shard: Count = 1024
     """Rows of a file."""
-    batch: Positive = 256
+    batch: Count = 256
     """Rows of a forward pass of the teacher."""
 
 
@@ -260,9 +271,9 @@ class Optim(Table):
         128
     """
 
-    steps: Positive = 2000
+    steps: Count = 2000
     """Steps of one training."""
-    batch: Positive = 128
+    batch: Count = 128
     """Rows of a global batch, for any number of workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """The learning rate of AdamW."""
@@ -276,13 +287,13 @@ class Optim(Table):
     """The standard deviation of noise on the inputs."""
     labelled_share: Share = 0.5
     """The share of labelled rows in a batch."""
-    evaluate_every: Positive = 250
+    evaluate_every: Count = 250
     """Steps from validation to validation."""
     order: Literal["auto", "rows", "blocks"] = "auto"
     """Rows shuffled as a whole, or in blocks of parts; `auto` takes blocks of many rows."""
-    lanes: Positive = 64
+    lanes: Count = 64
     """Of `blocks`: the stretches of the data that a batch is dealt from, at most one a row."""
-    window: Positive = 4
+    window: Count = 4
     """Of `blocks`: the parts of a lane whose rows are shuffled together."""
 
 

@@ -1,12 +1,13 @@
 """A recipe before it is checked: plain values read from TOML, merged, and set key by key."""
 
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raykd.errors import RecipeError
+from raykd.errors import Problem, RecipeError
 from raykd.files.address import is_url
-from raykd.files.reading import read_bounded
+from raykd.files.reading import DEEPEST, check_depth, read_bounded
 
 PATHS = (
     ("teacher", "weights"),
@@ -25,7 +26,9 @@ def is_path(source: str) -> bool:
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file; RecipeError if it cannot be read."""
     try:
-        return tomllib.loads(read_bounded(path).decode())
+        values = tomllib.loads(read_bounded(path).decode())
+        check_depth(values)
+        return values
     except OSError as error:
         raise RecipeError(
             f"recipe {path} cannot be read: {error.strerror}; name an existing TOML file"
@@ -60,8 +63,12 @@ def parse_set(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise RecipeError(f"--set {text!r}: write --set table.key=value")
+    if key.count(".") > DEEPEST:
+        raise RecipeError(f"--set {key[:40]!r}...: its key has too many parts")
     try:
-        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+        check_depth(parsed)
+        return key.strip(), parsed
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
     except (ValueError, RecursionError):  # a number too long for Python, or nested too deeply
@@ -71,15 +78,27 @@ def parse_set(text: str) -> tuple[str, Any]:
 def resolve_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`raw` with file paths, but not URLs, made absolute against the recipe's folder."""
 
-    def absolute(value: Any) -> Any:
-        if not isinstance(value, str) or is_url(value):
-            return value
-        return str((folder / value).resolve())
-
-    for table, key in PATHS:
-        if isinstance(raw.get(table), dict) and key in raw[table]:
-            raw = merge(raw, {table: {key: absolute(raw[table][key])}})
-    source = raw.get("data", {}).get("source") if isinstance(raw.get("data"), dict) else None
-    if isinstance(source, str) and is_path(source):
-        raw = merge(raw, {"data": {"source": absolute(source)}})
+    problems = []
+    for table, key in (*PATHS, ("data", "source")):
+        value = raw[table].get(key) if isinstance(raw.get(table), dict) else None
+        if not isinstance(value, str) or is_url(value) or (key == "source" and not is_path(value)):
+            continue
+        try:
+            raw = merge(raw, {table: {key: _absolute(folder / value)}})
+        except ValueError as error:
+            problems.append(Problem(f"{table}.{key}", f"{error}; name another file or folder"))
+    if problems:
+        raise RecipeError(problems)
     return raw
+
+
+def _absolute(path: Path) -> str:
+    """A path, which need not exist, with its links followed; ValueError if there can be none."""
+    try:
+        whole = path.resolve()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            whole.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a link to itself, a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)[:100]!r} is no path: {reason}") from None
+    return str(whole)

@@ -35,8 +35,8 @@ def user_code(what: object, error: type[RaykdError] = RecipeError) -> Iterator[N
             yield
     except (RaykdError, GeneratorExit):
         raise
-    except (Exception, SystemExit, KeyboardInterrupt) as raised:
-        if _is_a_signals(raised):
+    except BaseException as raised:
+        if is_a_signals(raised):
             raise
         raise _named(what, raised, error) from raised
     finally:
@@ -87,7 +87,7 @@ def _caught(owner: int, leave: Callable[[int], NoReturn]) -> Callable[[int], NoR
     return raise_exit
 
 
-def _is_a_signals(raised: BaseException) -> bool:
+def is_a_signals(raised: BaseException) -> bool:
     """Whether a handler raised it: one of ours, or of a Ray process."""
     if isinstance(raised, Exception):
         return False

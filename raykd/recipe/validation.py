@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,17 +14,22 @@ from pydantic import BaseModel, ValidationError
 from raykd.errors import Problem
 
 M = TypeVar("M", bound=BaseModel)
+SHOWN = 20  # errors of one table
+LONG = 80  # letters of a word that may be a misspelt one, and of a value that is shown
 
 
 def validate(model: type[M], raw: Any, *, key: str = "") -> tuple[M | None, list[Problem]]:
     """(`model` filled from raw values, no problems) or (None, every problem with its key)."""
-    problems = list(_not_json(raw, key))
+    problems = list(islice(_not_json(raw, key), SHOWN))
     try:
         table = model.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         reported = {problem.key for problem in problems}
-        faults = [_problem(model, fault, key) for fault in error.errors()]
-        return None, problems + [fault for fault in faults if fault.key not in reported]
+        faults = [_problem(model, fault, key) for fault in error.errors()[:SHOWN]]
+        problems += [fault for fault in faults if fault.key not in reported]
+        if error.error_count() > SHOWN:
+            problems.append(Problem(key, f"and {error.error_count() - SHOWN:,} errors more"))
+        return None, problems
     return (None if problems else table), problems
 
 
@@ -44,7 +50,8 @@ def _not_json(value: Any, key: str) -> Iterator[Problem]:
 def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
     loc = [str(part) for part in error["loc"]]
     whole = [key, *loc] if key else loc
-    dotted = ".".join(whole).replace("search.space.", "search.", 1)  # as users write it
+    written = ".".join(map(_short, whole))
+    dotted = written.replace("search.space.", "search.", 1)  # as users write it
     match error["type"]:
         case "extra_forbidden":
             return Problem(dotted, "unknown key." + suggestion(loc[-1], _fields(model, loc[:-1])))
@@ -53,12 +60,16 @@ def _problem(model: type[BaseModel], error: Any, key: str) -> Problem:
         case "value_error":
             return Problem(dotted, str(error["ctx"]["error"]))
         case _:
-            return Problem(dotted, f"{error['msg'].lower()}, found {error['input']!r}")
+            return Problem(dotted, f"{error['msg'].lower()}, found {_short(repr(error['input']))}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONG else f"{text[:LONG]}... ({len(text):,} letters)"
 
 
 def suggestion(word: str, known: Any) -> str:
     """A sentence for a misspelt word: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word, list(known), n=1) if len(word) <= LONG else []
     return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
 
 

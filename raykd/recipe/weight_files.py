@@ -4,12 +4,12 @@ A folder holds config.json and model.safetensors, or several files of tensors an
 a teacher is read from one. Nothing in it is executed, and whatever could be is refused.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from raykd.errors import Problem, RecipeError
+from raykd.files.reading import MOST_JSON, json_of, read_bounded
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -18,11 +18,17 @@ ADAPTER = "adapter_config.json"
 LLAMA = "llama"  # one of the two models that a folder is read as
 TRANSFORMERS = "transformers"  # the other
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+ATTENTION = (
+    "would choose the code of its attention, which may be fetched and is not run; delete the key"
+)
 REFUSED = {  # keys of config.json
     "auto_map": (
         "asks for code of its own, which is not run; only architectures of transformers itself "
         "are read"
     ),
+    "_attn_implementation": ATTENTION,
+    "attn_implementation": ATTENTION,
+    "_attn_implementation_internal": ATTENTION,
     "quantization_config": "says that its weights are rounded; name a folder of unrounded ones",
 }
 
@@ -32,9 +38,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise RecipeError(f"{folder}: no {CONFIG} in it; name the folder of a Hugging Face model")
     config = _json(folder / CONFIG)
-    for key, reason in REFUSED.items():
-        if config.get(key):
-            raise RecipeError(f"{folder / CONFIG}: {key} is {config[key]!r}: it {reason}")
+    for table in (config, *(inner for inner in config.values() if isinstance(inner, dict))):
+        for key, reason in REFUSED.items():
+            if table.get(key):
+                raise RecipeError(f"{folder / CONFIG}: {key} is {table[key]!r:.80}: it {reason}")
+    if not isinstance(config.get("model_type", ""), str):
+        raise RecipeError(f"{folder / CONFIG}: model_type is {config['model_type']!r:.80}, no text")
     if (folder / ADAPTER).exists():
         raise RecipeError(
             f"{folder}: this folder is a LoRA adapter ({ADAPTER}); merge it into its base model "
@@ -121,12 +130,11 @@ def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[
 def _indexed(folder: Path) -> list[Path]:
     """The tensor files that a folder's index names. RecipeError for any other kind of name."""
     file_of = _json(folder / INDEX).get("weight_map")
-    names = sorted(set(file_of.values())) if isinstance(file_of, dict) else []
-    if not names:
+    if not isinstance(file_of, dict) or not file_of:
         raise RecipeError(f"{folder / INDEX}: no weight_map in it")
+    names = sorted({name if isinstance(name, str) else repr(name) for name in file_of.values()})
     for name in names:
-        is_plain = isinstance(name, str) and Path(name).name == name
-        if not is_plain or Path(name).suffix != ".safetensors":
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise RecipeError(
                 f"{folder / INDEX}: names {name!r}, which is not a .safetensors file next to it"
             )
@@ -137,8 +145,8 @@ def _indexed(folder: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
+        value = json_of(read_bounded(path, MOST_JSON))
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: not an object of keys and values")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from raykd.data import Dataset
+from raykd.errors import StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import read_json
 from raykd.generation import acceptance
@@ -30,6 +31,7 @@ from raykd.training import predictions, run_files, trained_arm
 from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
+QUANTILES = 5  # of a split's saliency in a store's statistics
 LEAST_ESS = 0.1  # of a batch's rows; below, its gradient is that of a few
 VALENCE_SIGNALS = {"valence", "trajectory", "saliency"}
 PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
@@ -83,7 +85,7 @@ def gather(
         store=_store(found, opened),
         mlflow=mlflow,
         history=_history(records),
-        search=read_json(folder / run_files.TRIALS),
+        search=run_files.read_trials(folder),
         machine={
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -187,8 +189,27 @@ def _thriving(
     """The test rows at or above the training split's 75th percentile of saliency."""
     if store is None or saliency is None:
         return None
-    quantiles = store.manifest["statistics"]["saliency"]["quantiles"]
-    return None if quantiles is None else saliency >= quantiles[3]
+    quantiles = _statistic(store, "saliency", "quantiles")
+    if quantiles is None:
+        return None
+    if not isinstance(quantiles, list) or len(quantiles) != QUANTILES:
+        raise _damaged_statistics(store, "saliency")
+    return saliency >= quantiles[3]
+
+
+def _statistic(store: Store, table: str, key: str) -> Any:
+    """One value of a store's statistics. StoreError if they lack it."""
+    values = store.manifest["statistics"].get(table)
+    if not isinstance(values, dict) or key not in values:
+        raise _damaged_statistics(store, table)
+    return values[key]
+
+
+def _damaged_statistics(store: Store, table: str) -> StoreError:
+    return StoreError(
+        f"{store.place}/_MANIFEST.json: no statistics of {table} in it; delete it and type: raykd "
+        "score RECIPE"
+    )
 
 
 def _params(records: dict[str, Any], name: str) -> int | None:
@@ -293,7 +314,7 @@ def _warnings(
     hidden = int((~labelled).sum())
     if hidden:
         found.append(f"{hidden} of {len(labelled)} training rows were used without their label")
-    gate = store.manifest["statistics"]["value_head"]["val_correlation"] if store else None
+    gate = _statistic(store, "value_head", "val_correlation") if store else None
     if gate is not None and gate < 0.2 and _asks_valence(recipe):
         found.append(
             f"the teacher's value head follows the future valence at r = {gate:.2f}: "

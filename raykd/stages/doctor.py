@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 
 from raykd.errors import InfraError
+from raykd.files.address import public_uri
 from raykd.orchestration.session import knock, named_cluster
 
 FREE_BYTES = 2 * 2**30
@@ -73,7 +74,10 @@ def _auth() -> dict[str, Any]:
     address = named_cluster()
     if address is None:
         return _row("ray auth", True, "embedded cluster, with a token of its own")
-    host = urlsplit(address if "//" in address else f"//{address}").hostname
+    try:
+        host = urlsplit(address if "//" in address else f"//{address}").hostname
+    except ValueError:  # no address, as the next row says
+        host = None
     local = host in ("127.0.0.1", "localhost", "auto")
     do = (
         "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH: a cluster without a token runs "
@@ -92,8 +96,8 @@ def _cluster() -> dict[str, Any]:
     try:
         knock(address)
     except InfraError:
-        return _row("ray cluster", False, f"RAY_ADDRESS={address}", do)
-    return _row("ray cluster", True, f"RAY_ADDRESS={address}")
+        return _row("ray cluster", False, f"RAY_ADDRESS={public_uri(address)}", do)
+    return _row("ray cluster", True, f"RAY_ADDRESS={public_uri(address)}")
 
 
 def _mlflow(uri: str | None) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _mlflow(uri: str | None) -> dict[str, Any]:
     parts = urlsplit(uri)
     ok = parts.scheme == "sqlite" or _answers(parts.hostname or "", parts.port or 443)
     server = f"{parts.scheme}://{parts.hostname or parts.path}"
-    return _row("mlflow", ok, server, f"start the server at {parts.netloc}")
+    return _row("mlflow", ok, server, f"start the server at {public_uri(uri)}")
 
 
 def _answers(host: str, port: int) -> bool:

@@ -15,11 +15,10 @@ from raykd.files.address import Address, is_url
 from raykd.losses.terms import needs_of
 from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
-from raykd.stages import run_digests
 from raykd.teacher.identity import run_digest, signals_of
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
-from raykd.training import run_files, trained_arm
+from raykd.training import run_digests, run_files, trained_arm
 from raykd.training.arms import arms_of
 
 OUT = Path("runs")
@@ -58,9 +57,15 @@ class RunFolder:
 
     @cached_property
     def path(self) -> Path:
-        """The absolute path of the folder, which need not exist."""
+        """The absolute path of the folder, which need not exist.
+
+        StoreError where there is a link that leads out of `out`.
+        """
         digest = run_digest(self.recipe, self.dataset)
-        return (self.out / f"{self.recipe.name}-{digest[:8]}").resolve()
+        out = self.out.resolve()
+        path = out / f"{self.recipe.name}-{digest[:8]}"
+        links.check_inside(path, out)
+        return path
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -24,14 +24,13 @@ from raykd.orchestration.session import prepare
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
 from raykd.reports import answers, evidence, gather, page, teacher_check
-from raykd.stages import run_digests
 from raykd.stages.check import check_with_data
 from raykd.stages.run_folder import OUT, RunFolder
 from raykd.store.reader import Store
 from raykd.teacher.scorer import Header, Scorer
 from raykd.techniques import register
 from raykd.tracking import mlflow_mirror, run_log
-from raykd.training import post_training, run_files
+from raykd.training import post_training, run_digests, run_files
 from raykd.training.arms import arms_of
 
 Stage = Callable[[RunFolder], Any]

@@ -50,6 +50,8 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
         return [record for record in committed.values() if record], faults
     wanted = {_commit(record): record for record in known}
     faults = []
+    if committed and not known:
+        faults.append({"file": "_MANIFEST.json", "fault": "names no shard, and some are there"})
     if identity is None:
         faults.append({"file": "_RECIPE.json", "fault": "not the manifest's identity"})
     faults += [

@@ -22,7 +22,10 @@ class StorePath(click.Path):
         from raykd.files.address import checked_address, is_url
 
         if not is_url(value):
-            return super().convert(value, param, ctx)
+            path = super().convert(value, param, ctx)
+            if not Path(path).is_dir():
+                self.fail(f"{value!r} is no folder", param, ctx)
+            return path
         try:
             return checked_address(value)
         except ValueError as error:

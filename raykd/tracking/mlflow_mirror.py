@@ -9,7 +9,6 @@ journal keeps it.
 import json
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from raykd.files import links
+from raykd.files.address import public_uri
 from raykd.files.waiting import bounded, knock, locked
 from raykd.tracking import journal, sqlite_file, sync_plan
 from raykd.tracking.sync_plan import Cursor, Line, SyncStep, legal_name, legal_value
@@ -53,11 +53,6 @@ def default_uri(out: Path) -> str:
     """The store used where no server is named: one sqlite file for everything under `out`."""
     path = str(out.resolve() / "mlflow.db")
     return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")  # a URL's own signs
-
-
-def public_uri(uri: str) -> str:
-    """`uri` without the user and password it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def pending(folder: Path) -> int:

@@ -234,6 +234,17 @@ def test_a_row_far_longer_than_the_others_is_named_before_memory_is_asked(monkey
         room_of_rows.check_room(np.full(2000, 30), 2, "rows")
 
 
+def test_a_function_that_never_ends_is_stopped_by_its_rows_or_by_memory(load_function, monkeypatch):
+    endless = f"while True:\n    yield {rows_of(['a'])[0]!r}"
+    with pytest.raises(DataError, match=r"own_\d+:rows: gives more than data\.max_rows = 50 rows"):
+        load_function(endless, max_rows=50)
+    monkeypatch.setattr(room_of_rows, "memory_bytes", lambda: 1 << 20)
+    with pytest.raises(
+        DataError, match=r"own_\d+:rows: gave 100 rows, and this process has .* GiB"
+    ):
+        load_function(endless)
+
+
 def test_the_check_of_room_comes_before_rows_are_padded(load_function, monkeypatch):
     monkeypatch.setattr(room_of_rows, "SMALL_BYTES", 1 << 10)
     rows = rows_of(["a"] * 40)

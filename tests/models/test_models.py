@@ -25,6 +25,7 @@ from raykd.models.adapter import Adapter
 from raykd.models.build import MODELS
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.models.weights import check_stored
+from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
 
 B = 3
@@ -506,3 +507,23 @@ def test_an_artefacts_model_is_asked_about_like_a_recipes(tmp_path, name):
     (tmp_path / "model.json").write_text(json.dumps(described))
     with pytest.raises(RecipeError, match=r"artefact\.model: '.*' is (code from|raykd's own)"):
         load_artefact(tmp_path)
+
+
+def test_an_artefacts_model_of_a_package_is_loaded_on_purpose_only(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    net = "def net(classes, channels):\n    return nn.Linear(channels, classes)\n"
+    (tmp_path / "lib" / "packed_net.py").write_text(f"from torch import nn\n{net}")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    monkeypatch.setattr(imports, "_permitted", set())
+    described = {"model": "packed_net:net", "settings": {}, "classes": ["a", "b"]}
+    (tmp_path / "model.json").write_text(json.dumps(described | {"channels": 3, "steps": 2}))
+    trained = nn.Linear(3, 2)
+    save_file(trained.state_dict(), tmp_path / "student.safetensors")
+    with pytest.raises(RecipeError, match=r'in Python allow_import=\["packed_net"\]'):
+        load_artefact(tmp_path)
+    student = load_artefact(tmp_path, allow_import=["packed_net"])
+    rows = torch.randn(1, 2, 3)
+    answered = student(rows, torch.ones(1, 2, dtype=torch.bool)).logits
+    torch.testing.assert_close(answered, trained(rows))
+    assert imports.environment() == {"RAYKD_ALLOW_IMPORT": "packed_net"}
+    del sys.modules["packed_net"]

@@ -22,9 +22,9 @@ from raykd.files import records
 from raykd.files.atomic import read_json, write_json
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers
-from raykd.stages import plan, run_digests, walk
+from raykd.stages import plan, walk
 from raykd.stages.load import load
-from raykd.training import run_files
+from raykd.training import run_digests, run_files
 
 SETTINGS = (
     "control=false",

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd.recipe.digest import BY_ROWS, NOT_HASHED, files_of, weights_sha256
+from raykd.recipe.digest import BY_ROWS, NOT_HASHED, REFUSING, files_of, weights_sha256
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import TermSpec
 from raykd.reports.compare.table import Change
 
 UNSAID = {name: field.default for name, field in TermSpec.model_fields.items() if name != "weight"}
+UNTOLD = {f"data.{key}" for key in REFUSING}
 PATHS = ("data.source", "teacher.weights", "student.weights")
 
 
@@ -23,7 +24,9 @@ def changes(first: Recipe, here: Recipe) -> list[Change]:
     differing = [
         key
         for key in {**a, **b}
-        if a.get(key) != b.get(key) and not _same_file(key, a.get(key), b.get(key))
+        if key not in UNTOLD
+        and a.get(key) != b.get(key)
+        and not _same_file(key, a.get(key), b.get(key))
     ]
     return [Change(key=key, first=a.get(key), here=b.get(key)) for key in differing]
 

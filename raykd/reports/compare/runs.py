@@ -11,6 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from raykd.errors import DataError, RecipeError, StoreError
+from raykd.files import links
 from raykd.files.atomic import read_json
 from raykd.files.digests import digest_of, file_sha256
 from raykd.generation import acceptance
@@ -21,7 +22,7 @@ from raykd.reports.compare.changes import changes
 from raykd.reports.intervals import METRIC
 from raykd.reports.schema import Report
 from raykd.reports.text_measures import Measure
-from raykd.training import predictions, run_files
+from raykd.training import predictions, run_digests, run_files, trained_arm
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -120,6 +121,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run(name: str, folder: Path) -> Run:
+    """A run whose files are those that were written. StoreError if it is not finished."""
+    links.check_tree(folder)
+    run_digests.check(folder)
     resolved, made = (read_json(folder / file) for file in (run_files.RECIPE, run_files.REPORT))
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
@@ -133,6 +137,8 @@ def _run(name: str, folder: Path) -> Run:
     run = Run(
         name, folder, recipe, _valid(Report, made, folder / run_files.REPORT), answers.read(folder)
     )
+    for seed in run.answers.student:
+        trained_arm.read_record(folder, run_files.student(folder, seed).name)
     _check_metric(run)
     return run
 
