@@ -122,13 +122,13 @@ def own_cache() -> Iterator[None]:
 def bytes_read(parts: int) -> float:
     """What four workers read of narrow rows in an epoch, over what there is.
 
-    Each has a cache that holds its lanes' windows, and an eighth of the data at most.
+    Each has a cache that holds its lanes' windows, some sixth of the data.
     """
     optim = Optim(batch=64, lanes=64, window=4, steps=1 << 30)
     read = 0
     for rank in range(WORKERS):
         source = Made(parts, 128, 8, 16)
-        room = 128 * 700 * min(parts / 8, 6 * optim.lanes / WORKERS) / 1e9
+        room = 1.2 * 128 * 560 * (optim.window + 1) * optim.lanes / WORKERS / 1e9
         with own_cache():
             rows = part_rows(source, Scale(cache_gb=room, workers=(WORKERS, WORKERS)))
             order = rows.order(optim, 0)
