@@ -622,6 +622,31 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+def die_at_the_end(
+    rank: int, size: int, meeting: Path, distillation: tuple[Recipe, Path], folder: Path
+) -> None:
+    """One worker of a group whose last ends after its last step."""
+    found, store = distillation
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+
+    def report(_: str, step: int, __: dict[str, Any]) -> None:
+        if rank == size - 1 and step == found.optim.steps:
+            os._exit(9)
+
+    run_arms(found, store, folder, world=World(rank, size), device=CPU, report=report)
+
+
+def test_an_arm_is_done_only_when_every_worker_has_come_to_the_end(distillation, tmp_path):
+    """Rank 0 wrote that it was, and the group that was started again began the next arm."""
+    folder = tmp_path / "run"
+    meeting = tmp_path / "meeting"
+    workers = [start(die_at_the_end, rank, 2, meeting, distillation, folder) for rank in range(2)]
+    first, second = wait(workers)
+    assert first != 0
+    assert second == 9
+    assert not list(folder.rglob("arm.json"))
+
+
 def test_arms_that_are_done_are_not_trained_again(distillation, tmp_path):
     keys = ["control-0", "student-0", "control-5", "student-5"]
     assert run(*distillation, tmp_path) == [(key, step) for key in keys for step in (10, 20)]
