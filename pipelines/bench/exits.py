@@ -18,12 +18,14 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 from pipelines.bench.table import machine
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0
 SIGNALLED = 128
+OUT = "{out}"  # in a command, the folder that its process has for itself
 RECIPE = f"""
 name = "exits"
 [data]
@@ -72,8 +74,8 @@ def commands_in(place: Path) -> dict[str, tuple[list[str], int]]:
     recipe.write_text(RECIPE)
     raykd = [str(Path(sys.executable).with_name("raykd"))]
     module = [sys.executable, "-m", "raykd.cli"]
-    of_recipe = [str(recipe), "--out", str(place / "out")]
-    made = subprocess.run([*raykd, "run", *of_recipe], cwd=place, env=environment(), check=False)
+    first = [*raykd, "run", str(recipe), "--out", str(place / "out")]
+    made = subprocess.run(first, cwd=place, env=environment(), check=False)
     if made.returncode:
         sys.exit(f"raykd run ended with {made.returncode}")
     (store,) = place.glob("out/stores/*")
@@ -83,6 +85,7 @@ def commands_in(place: Path) -> dict[str, tuple[list[str], int]]:
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    of_recipe = [str(recipe), "--out", OUT]
     return {
         "raykd store verify": ([*raykd, "store", "verify", str(store)], 0),
         "raykd store verify, damaged": ([*raykd, "store", "verify", str(damaged)], 3),
@@ -96,13 +99,27 @@ def codes_of(command: list[str], place: Path, count: int) -> Counter[int]:
     """How often which exit code came, as a shell would tell it."""
 
     def code(_: int) -> int:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        out = free.get()
         done = subprocess.run(
-            command, cwd=place, env=environment(), timeout=LIMIT_S, check=False, **quiet
+            [word.replace(OUT, str(out)) for word in command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=place,
+            env=environment(),
+            timeout=LIMIT_S,
+            check=False,
         )
+        free.put(out)
         return done.returncode if done.returncode >= 0 else SIGNALLED - done.returncode
 
-    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+    free: Queue[Path] = Queue()  # a run folder is worked on by one process at a time
+    side_by_side = 2 * len(os.sched_getaffinity(0))
+    for number in range(side_by_side):
+        copy = place / f"out-{number}"
+        if not copy.exists():
+            shutil.copytree(place / "out", copy)
+        free.put(copy)
+    with ThreadPoolExecutor(side_by_side) as pool:
         return Counter(pool.map(code, range(count)))
 
 

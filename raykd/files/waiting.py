@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import threading
+import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +67,26 @@ def knock(uri: str, limit_s: float) -> None:
     proxied = scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     if port and not proxied:
         socket.create_connection((host, port), timeout=limit_s).close()
+
+
+def unseen_files(files: list[str], word: str, patience_s: float = 5.0) -> list[str]:
+    """Those of the files in which this node cannot read the word; a network's disk may be late.
+
+    It stands here, where nothing imports torch: a node that is asked starts a process for it.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        unseen = [file for file in files if not _reads(Path(file), word)]
+        if not unseen or time.monotonic() > end:
+            return unseen
+        time.sleep(0.2)
+
+
+def _reads(file: Path, word: str) -> bool:
+    try:
+        return file.read_text() == word
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from raykd.console import say
 from raykd.errors import InfraError, Problem, RecipeError
+from raykd.files import waiting
 from raykd.files.address import Address, is_url
 from raykd.models.device import device_of, on_device
 from raykd.orchestration import session
@@ -20,7 +22,8 @@ SHARE = (
     "nodes must share --out: name a folder of a shared disk, or, to score only, put scale.store in "
     "a bucket"
 )
-SEEN_S = 60  # for a node to look into a folder
+SEEN_S = 300  # for all nodes to look into a folder: a busy one starts a process in minutes
+WAITING_S = 30  # between words of what is waited for
 UNPACKED = "runtime_resources/working_dir_files"  # where Ray unpacks a job's working directory
 
 
@@ -163,10 +166,11 @@ def check_shared(folders: list[Path]) -> None:
             file.write_text(word)
         for node in others:
             calls[node["NodeID"]] = _at(node["NodeID"]).remote([str(file) for file in files], word)
+        end = time.monotonic() + SEEN_S
         for node in others:
             where = f"{node['NodeName']} ({node['NodeManagerAddress']})"
             try:
-                unseen = ray.get(calls[node["NodeID"]], timeout=SEEN_S)
+                unseen = _answer(calls[node["NodeID"]], where, end)
             except RayError as error:
                 if node["NodeID"] not in {other["NodeID"] for other in nodes()}:
                     continue  # it was lost just before, and is not worked with
@@ -178,6 +182,21 @@ def check_shared(folders: list[Path]) -> None:
     finally:
         for file in files:
             file.unlink(missing_ok=True)
+
+
+def _answer(call: Any, node: str, end: float) -> list[str]:
+    """What a node says; that it is waited for is said every half minute."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    while True:
+        left = end - time.monotonic()
+        try:
+            return ray.get(call, timeout=max(0, min(left, WAITING_S)))
+        except GetTimeoutError:
+            if left <= WAITING_S:
+                raise
+            say("nodes", f"waits for node {node} to look into shared folders: {described()}")
 
 
 def _unseen(node: str, files: list[str]) -> str:
@@ -200,24 +219,8 @@ def _at(node: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=1)(unseen_files).options(scheduling_strategy=there)
-
-
-def unseen_files(files: list[str], word: str, patience_s: float = 5.0) -> list[str]:
-    """Those of the files in which this node cannot read the word; a network's disk may be late."""
-    end = time.monotonic() + patience_s
-    while True:
-        unseen = [file for file in files if not _reads(Path(file), word)]
-        if not unseen or time.monotonic() > end:
-            return unseen
-        time.sleep(0.2)
-
-
-def _reads(file: Path, word: str) -> bool:
-    try:
-        return file.read_text() == word
-    except OSError:
-        return False
+    task = ray.remote(num_cpus=0, max_retries=1)(waiting.unseen_files)
+    return task.options(scheduling_strategy=there)
 
 
 def check_stays(name: str, folder: Path) -> None:

@@ -126,10 +126,11 @@ def _check_temp_folder() -> None:
 
 def _settle_authentication() -> None:
     """Let Ray read the environment again, in case something has imported it before us."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet  # compiled, of which a type checker sees no names
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet: Any = _raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def knock(address: str) -> None:
@@ -187,7 +188,7 @@ def own_fault(error: BaseException) -> RaykdError | None:
     """What a repetition would meet again, among the causes of an error: a RaykdError that is no
     InfraError.
     """
-    faults = [link for link in _causes(error) if _is_ours(link)]
+    faults = [link for link in _causes(error) if isinstance(link, RaykdError) and _is_ours(link)]
     return next((fault for fault in faults if not isinstance(fault, InfraError)), None)
 
 

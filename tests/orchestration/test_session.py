@@ -19,6 +19,7 @@ from command import ROOT
 
 from raykd import data
 from raykd.errors import DataError, Diverged, InfraError, Problem, RecipeError
+from raykd.files import waiting
 from raykd.models.device import device_of
 from raykd.orchestration import cluster, session, training, tuning
 from raykd.orchestration.scoring import ShardActor
@@ -291,6 +292,31 @@ def test_an_autoscaler_may_still_bring_room(pretend, monkeypatch):
 # folders and faults of nodes
 
 
+def test_a_busy_node_is_waited_for_aloud_and_not_for_ever(monkeypatch, capsys):
+    """A node under load took more than the minute that it had."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    asked: list[float] = []
+
+    def get(call: list[str], timeout: float) -> list[str]:
+        asked.append(timeout)
+        if call:
+            return call.pop()
+        raise GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(cluster, "described", lambda: "3 nodes")
+    monkeypatch.setattr(cluster, "WAITING_S", 0.0)
+    end = time.monotonic() + 0.2
+    with pytest.raises(GetTimeoutError):
+        cluster._answer([], "n2 (10.0.0.2)", end)
+    assert time.monotonic() >= end
+    assert "waits for node n2 (10.0.0.2)" in capsys.readouterr().err
+    assert cluster._answer([["absent"]], "n2", end) == ["absent"]
+    assert min(asked) >= 0
+
+
 def test_a_node_reads_what_another_has_written(tmp_path):
     seen = tmp_path / "seen"
     seen.write_text("word")
@@ -298,7 +324,7 @@ def test_a_node_reads_what_another_has_written(tmp_path):
     stale.write_text("another")
     absent = tmp_path / "absent"
     files = [str(file) for file in (seen, stale, absent)]
-    assert cluster.unseen_files(files, "word", 0) == [str(stale), str(absent)]
+    assert waiting.unseen_files(files, "word", 0) == [str(stale), str(absent)]
 
 
 @pytest.mark.parametrize(
