@@ -422,8 +422,10 @@ def track_sync(folder: Path, uri: str | None, as_json: bool) -> None:
     if resolved is None:
         raise StoreError(f"{folder} is not a run folder: it has no recipe.json")
     table = resolved.get("track") if isinstance(resolved, dict) else None
-    is_table = isinstance(table, dict) and isinstance(table.get("experiment"), str)
-    if not is_table or not isinstance(table.get("uri"), str | None):
+    if not isinstance(table, dict):
+        table = {}
+    has_names = isinstance(table.get("experiment"), str)
+    if not has_names or not isinstance(table.get("uri"), str | None):
         raise StoreError(f"{path} is damaged: no [track] in it; run its recipe again")
     where = uri or table.get("uri") or mlflow_mirror.default_uri(folder.resolve().parent)
     synced = mlflow_mirror.sync(folder, uri=where, experiment=table["experiment"])

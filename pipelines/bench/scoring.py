@@ -125,7 +125,7 @@ def parts(recipe: Recipe, folder: Path, times: int = 9) -> dict[str, float]:
                 scorer._valence(b, s) for b, s in zip(batches, signals, strict=True)
             ],
             "codec": lambda: [
-                scorer.codec.encode(s.logits, s.mask, b.row_id, scorer.key)
+                scorer.codec.encode(s.logits, s.mask, b.row_id, scorer.header.key)
                 for b, s in zip(batches, signals, strict=True)
             ],
             "Parquet": lambda: to_parquet(table),

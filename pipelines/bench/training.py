@@ -109,6 +109,7 @@ class Alternating(ArmRunner):
     def __init__(self, recipe: Recipe, store: Address):
         super().__init__(recipe, store, torch.device("cpu"))
         self.arm = next(a for a in arms_of(recipe) if a.name == "student")
+        assert isinstance(self.train, DeviceRows)
         self.plain = Plain(recipe.optim, self.arm, self.student(self.arm).module, self.train)
         self.raykd: list[tuple[float, float]] = []
         self.by_hand: list[tuple[float, float]] = []

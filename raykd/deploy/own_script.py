@@ -36,7 +36,8 @@ def row_logits(folder: Path, rows: Rows) -> NDArray[np.float32]:
         with tempfile.TemporaryDirectory(prefix="raykd-") as place:
             given = Path(place, "rows.npz")
             written = Path(place, "logits.npy")
-            np.savez(given, **as_given(part))
+            arrays: Any = as_given(part)
+            np.savez(given, **arrays)
             limit = LEAST_S + ROW_S * len(part)
             printed = run(folder, given, "--logits", written, limit_s=limit)
             logits = np.load(written, allow_pickle=False)

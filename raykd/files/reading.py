@@ -3,15 +3,16 @@
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MIB = 1 << 20
 MOST_JSON = 64 * MIB
 DEEPEST = 64  # lists and tables in each other
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BufferedReader:
     """A regular file, opened to be read; ValueError says what it is instead.
 
     A pipe or a device is refused without waiting for it. OSError if it cannot be opened.

@@ -86,7 +86,8 @@ def write_rows(
 
 def replay_rows(replay: Replay, own: int, seed: int, group: int, *, share: slice) -> LaterBatch:
     """This worker's `share` of the `own` drafts of a log that a step reads; the seed shuffles."""
-    index = ShuffledStream(np.arange(len(replay)), seed, REPLAYED).take(group * own, own)[share]
+    stream = ShuffledStream(np.arange(len(replay)), own, seed, REPLAYED)
+    index = stream.take(group * own, own)[share]
     return lambda: replay.batch(index)
 
 

@@ -42,7 +42,11 @@ def block_of(rows: Rows, shard: Shard) -> dict[str, Any]:
 
 
 class ShardRows:
-    """A task that cuts shards out of the rows of the object store."""
+    """An actor that cuts shards out of the rows of the object store.
+
+    It takes no CPU for itself. Tasks would, in effect: where teachers have all CPUs of a node, Ray
+    ends idle processes, and starts a new one for the next task.
+    """
 
     def __init__(self, splits: Mapping[str, Any]):
         self.splits = splits  # references to the Rows of each split
@@ -52,8 +56,8 @@ class ShardRows:
         import ray
 
         shard = _shard_of(batch)
-        rows = ray.get(self.splits[shard.split]).take(slice(shard.first, shard.last))
-        return block_of(rows, shard)
+        rows: Any = ray.get(self.splits[shard.split])
+        return block_of(rows.take(slice(shard.first, shard.last)), shard)
 
 
 class ShardActor:
@@ -221,7 +225,13 @@ def shard_results(
         [vars(shard) for shard in shards], override_num_blocks=len(shards)
     )
     blocks = descriptors.map_batches(
-        ShardRows(splits).__call__, batch_size=1, num_cpus=0, concurrency=2 * high
+        ShardRows,
+        fn_constructor_args=(splits,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
     )
     return blocks.map_batches(
         actor,

@@ -55,8 +55,10 @@ def recipe_keys(terms: TermTables | None = None) -> list[Key]:
     """
     keys = []
     for name, field in Recipe.model_fields.items():
-        of_terms = name == "terms" and terms is not None
-        keys += [_key(name, field), *_of_terms(terms)] if of_terms else _of_field(name, field)
+        if name == "terms" and terms is not None:
+            keys += [_key(name, field), *_of_terms(terms)]
+        else:
+            keys += _of_field(name, field)
     return keys
 
 

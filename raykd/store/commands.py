@@ -1,5 +1,6 @@
 """The command line's verbs for one store: verify, show, repair, gc."""
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -23,7 +24,7 @@ class StorePath(click.Path):
 
         if not is_url(value):
             path = super().convert(value, param, ctx)
-            if not Path(path).is_dir():
+            if not Path(os.fsdecode(path)).is_dir():
                 self.fail(f"{value!r} is no folder", param, ctx)
             return path
         try:

@@ -46,9 +46,8 @@ def best_seed(recipe: Recipe, folder: Path) -> int:
     """The student's seed with the highest validation accuracy, or what else `select` names; the
     first of equals.
     """
-    records = [
-        trained_arm.read_record(folder, arm.key) for arm in arms_of(recipe) if arm.name == "student"
-    ]
+    students = [arm for arm in arms_of(recipe) if arm.name == "student"]
+    records = [record for arm in students if (record := trained_arm.read_record(folder, arm.key))]
     return max(records, key=lambda record: record["val"][f"val_{recipe.select}"])["seed"]
 
 

@@ -82,9 +82,13 @@ class PartRows:
         """Whether the teacher's distribution at temperature 1 is known."""
         return self._example.teaches_logits
 
-    @cached_property
+    @property
     def saliency(self) -> Tensor | None:
         """(N,): of all rows, read part by part; None in a store that was written without it."""
+        return self._saliency
+
+    @cached_property
+    def _saliency(self) -> Tensor | None:
         if not self.signals:
             return None
         volume = self.signals[""]

@@ -94,13 +94,12 @@ def read_trials(run: Path) -> dict[str, Any] | None:
     table = read_json(path)
     if table is None:
         return None
-    rows = table.get("trials") if isinstance(table, dict) else None
-    best = table.get("best") if isinstance(table, dict) else None
+    content = table if isinstance(table, dict) else {}
+    trials = content.get("trials")
+    rows = [content.get("best"), *trials] if isinstance(trials, list) else []
     keys = {"id", "number", "params", "state"}
-    is_table = isinstance(rows, list) and isinstance(table.get("metric"), str)
-    if not is_table or not all(
-        isinstance(row, dict) and keys <= row.keys() for row in [best, *rows]
-    ):
+    are_rows = all(isinstance(row, dict) and keys <= row.keys() for row in rows)
+    if not rows or not are_rows or not isinstance(content.get("metric"), str):
         raise StoreError(
             f"{path} is damaged: no table of trials; delete it and give the same command, which "
             "searches again"

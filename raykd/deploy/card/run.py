@@ -63,7 +63,7 @@ def onnx_student(path):
 
     def answer(row, mask):
         feed = {"inputs": row[None], "mask": mask[None]}
-        return session.run([output], {name: feed[name] for name in asked})[0][0]
+        return session.run([output], {name: feed[name] for name in asked})[0][0]  # type: ignore
 
     return answer
 
@@ -90,7 +90,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     model = json.loads((HERE / "model.json").read_bytes())
     student = onnx_student(HERE / "student.onnx") if (HERE / "student.onnx").exists() else torch_student()
-    sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore
     logits = []
     for number, (row, mask) in enumerate(rows_in(sys.argv[1])):
         z = student(*checked(number, row, mask, model["rows"])).astype(np.float32)
