@@ -21,10 +21,14 @@ Turn = tuple[Tensor, Tensor]
 
 
 def check_counts(counts: Mapping[str, Any], layers: int) -> None:
-    """ValueError if one of a model's whole numbers is below 1, or if it has too many layers."""
+    """ValueError if one of a model's whole numbers is below 1, or if it has too many layers, or
+    fewer than none.
+    """
     for name, value in counts.items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
+    if layers < 0:
+        raise ValueError(f"layers must be at least 0, found {layers}")
     if layers > MOST_LAYERS:
         raise ValueError(f"layers must be at most {MOST_LAYERS:,}, found {layers:,}")
 

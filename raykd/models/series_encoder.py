@@ -39,7 +39,7 @@ class SeriesEncoder(nn.Module):
     ):
         super().__init__()
         counts = {"width": width, "heads": heads, "expansion": expansion, "kernel": kernel}
-        check_counts(counts | {"layers": layers}, layers)
+        check_counts(counts, layers)
         self.steps = steps
         self.kernel = kernel
         self.heads = heads
