@@ -106,7 +106,8 @@ def _mlflow(uri: str | None) -> dict[str, Any]:
     parts = urlsplit(uri)
     ok = parts.scheme == "sqlite" or _answers(parts.hostname or "", parts.port or 443)
     server = f"{parts.scheme}://{parts.hostname or parts.path}"
-    return _row("mlflow", ok, server, f"start the server at {public_uri(uri)}")
+    shown = public_uri(uri)
+    return _row("mlflow", ok, server, f"start the server at {urlsplit(shown).netloc or shown}")
 
 
 def _answers(host: str, port: int) -> bool:
