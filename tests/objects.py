@@ -4,7 +4,7 @@ PUT is one step.
 moto looks for an object and then writes it; answered on threads, two creators of one name might
 both win. Names ask for faults: a bucket `forgetful` drops If-None-Match, and the first creation of
 an object named *collided* answers 409. Reading an object named *denied* answers 403, of one named
-*broken* 500, and of one named *slow* comes after eight seconds.
+*broken* 500, and of one named *slow* comes after fifteen seconds.
 """
 
 import os
@@ -60,7 +60,7 @@ def faulty(app: Any) -> Any:
             return [b""]
         if environ["REQUEST_METHOD"] == "GET":
             if "slow" in path.name:
-                time.sleep(8)
+                time.sleep(15)
             for word, status in (("denied", "403 Forbidden"), ("broken", "500 Internal Error")):
                 if word in path.name:
                     start_response(status, [("Content-Length", "0")])

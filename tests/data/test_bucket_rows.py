@@ -119,10 +119,10 @@ def test_an_object_that_changes_or_vanishes_after_the_listing_is_named(folder, s
 
 @pytest.mark.parametrize("fault", ["denied", "broken", "slow"])
 def test_what_a_server_refuses_is_told_with_the_file(folder, server, fault, monkeypatch):
-    monkeypatch.setattr(bucket, "CLIENT", bucket.CLIENT | {"timeout": "5s"})
+    url = upload(folder, fault, val=f"val/{fault}.parquet")
+    monkeypatch.setattr(bucket, "CLIENT", bucket.CLIENT | {"timeout": "10s"})
     monkeypatch.setattr(bucket, "RETRY", bucket.RETRY | {"max_retries": 0})
     bucket._client.cache_clear()
-    url = upload(folder, fault, val=f"val/{fault}.parquet")
     with pytest.raises(InfraError, match=rf"s3://bucket/{fault}/val/{fault}\.parquet") as caught:
         data.load(ref(url))
     assert caught.value.exit_code == 5
