@@ -95,12 +95,8 @@ class ParquetTable:
         size = sum(chunk.total_uncompressed_size for chunk in chunks)
         with named(self.files, self.file, PARQUET):
             self.ranges.fetch([_range(chunk) for chunk in chunks])
-            yield from self.opened.iter_batches(
-                batch_size=max(1, min(rows, rows * BATCH_BYTES // max(size, 1))),
-                row_groups=[group],
-                columns=wanted,
-                use_threads=False,
-            )
+            at_once = max(1, min(rows, rows * BATCH_BYTES // max(size, 1)))
+            yield from parquet.batches(self.opened, group, wanted, at_once)
         self.ranges.fetch([])
 
     def bytes_of(self, group: int) -> int:

@@ -4,7 +4,7 @@ Arrow's threads must not outlive a command: beside torch, a process that ends wh
 aborted in a quarter of all cases.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO, RawIOBase
 from pathlib import Path
 
@@ -26,7 +26,16 @@ def opened(
 ) -> pq.ParquetFile:
     """A file of which only the footer is read yet, unless it is given.
 
-    `read` it with `use_threads = False`.
+    `read` it with `use_threads = False`, or in `batches`.
     """
     where = BytesIO(source) if isinstance(source, bytes) else source
     return pq.ParquetFile(where, metadata=footer, page_checksum_verification=True, pre_buffer=False)
+
+
+def batches(
+    file: pq.ParquetFile, group: int, columns: Sequence[str], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of one row group, at most `rows` at a time."""
+    return file.iter_batches(
+        batch_size=rows, row_groups=[group], columns=list(columns), use_threads=False
+    )
