@@ -1,7 +1,8 @@
 """Ray Data: shards of rows stream through teachers into the store.
 
-The rows lie once in the object store of a node. Tasks cut shards out of them, and the blocks flow
-to the teachers' actors as fast as those take them. An actor gets a header, never the data set.
+The rows lie once in the object store of a node. One actor cuts shards out of them, and the blocks
+flow to the teachers' actors as fast as those take them. A teacher's actor gets a header, never the
+data set.
 """
 
 import logging
