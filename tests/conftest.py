@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import venv
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -114,6 +115,17 @@ def _own_environment(tmp_path_factory) -> None:
 def _one_registry() -> None:
     """One registry of ONNX operators for all exports of this process."""
     importlib.import_module("exporter")
+
+
+@pytest.fixture(autouse=True)
+def _no_left_modules(tmp_path_factory) -> Iterator[None]:
+    """No module that a test imports from a temporary folder answers to its name in a later test."""
+    before = set(sys.modules)
+    yield
+    temporary = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(temporary):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
