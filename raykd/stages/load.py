@@ -18,6 +18,8 @@ from raykd.recipe.toml import is_path, merge, parse_set, read_toml, resolve_path
 from raykd.recipe.validation import suggestion, validate
 
 SEARCHABLE = ("terms", "source", "weighting", "optim", "student")
+# Keys of [optim] by which trials are compared, stopped and known to have ended.
+SHARED_BY_TRIALS = ("steps", "evaluate_every")
 SMOKE: dict[str, dict[str, Any]] = {
     "optim": {"steps": 40, "evaluate_every": 20},
     "search": {"trials": 2, "grace": 20},
@@ -184,7 +186,7 @@ def _data_problems(ref: DataRef) -> list[Problem]:
 
 
 def _source_problems(recipe: Recipe) -> list[Problem]:
-    """Terms that no row of a step would reach, and rows that no term reads."""
+    """Terms that no row of a step would reach, and rows and steps that no term reads."""
     if recipe.data.tokenizer and recipe.optim.input_noise:
         return [Problem("optim.input_noise", "has no meaning for tokens; leave it out")]
     counting = [name for name, spec in recipe.terms.items() if spec.weight > 0]
@@ -193,7 +195,7 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
     source = recipe.source
     if source is None:
         if not on_student:
-            return []
+            return _idle_problems(recipe, on_data)
         names = ", ".join(on_student)
         text = f"missing, but the terms {names} read what the student writes; add [source]"
         return [Problem("source", text)]
@@ -209,7 +211,18 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
         text = f"{source.share} leaves rows to the data that no term reads; set it to 1"
     elif source.share == 1 and not _always(recipe.terms[name] for name in on_student):
         text = "1 leaves steps in which no term counts; lower it, or let since and until meet"
-    return [Problem("source.share", text)] if text else []
+    return [Problem("source.share", text)] if text else _idle_problems(recipe, counting)
+
+
+def _idle_problems(recipe: Recipe, names: list[str]) -> list[Problem]:
+    """Steps at which none of the terms counts, so that the student would learn from nothing."""
+    if not names:
+        return [Problem("terms", "each has weight 0, so nothing would be learnt; raise one")]
+    if _always(recipe.terms[name] for name in names):
+        return []
+    spans = (f"{n} from {recipe.terms[n].since} to {recipe.terms[n].until}" for n in names)
+    text = f"at some steps no term counts ({', '.join(spans)}); let since and until meet"
+    return [Problem("terms", f"{text}, from 0 to 1")]
 
 
 def _always(specs: Iterable[TermSpec]) -> bool:
@@ -301,7 +314,8 @@ def _search_problems(
             continue
         for value in span.ends():
             trial = apply_trial(merged, {key: value})
-            faults = [f for f in _trial_problems(trial, allow_import) if str(f) not in known]
+            faults = _trial_problems(trial, allow_import) or _incomparable(trial, recipe)
+            faults = [fault for fault in faults if str(fault) not in known]
             if faults:
                 where = f"search.{key}"
                 problems += [Problem(where, f"{value!r} leads to {fault}") for fault in faults]
@@ -313,5 +327,18 @@ def _trial_problems(raw: dict[str, Any], allow_import: Collection[str]) -> list[
     """What is wrong with the raw recipe of one trial, of the first kind of fault that it has."""
     recipe, faults = validate(Recipe, raw)
     if recipe is not None:
-        faults = faults or _source_problems(recipe) or terms.term_problems(recipe.terms)
+        faults = faults or terms.term_problems(recipe.terms)
+        faults = faults or _teacher_problems(recipe) or _source_problems(recipe)
     return faults or _name_problems(raw, allow_import)
+
+
+def _incomparable(raw: dict[str, Any], recipe: Recipe) -> list[Problem]:
+    """Why a trial, sound by itself, cannot be held against the others of a recipe."""
+    trial, _ = validate(Recipe, raw)
+    assert trial is not None
+    text = "another than the recipe's; trials are compared at equal steps, so leave it out"
+    return [
+        Problem(f"optim.{key}", text)
+        for key in SHARED_BY_TRIALS
+        if getattr(trial.optim, key) != getattr(recipe.optim, key)
+    ]

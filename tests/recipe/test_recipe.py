@@ -490,13 +490,47 @@ def test_a_range_has_one_of_four_forms(write, span, ends):
             "only terms, source, weighting, optim, student can be searched",
         ),
         ("store.batch", "{ integer = [8, 16] }", "trials share one store"),
+        ("optim.steps", "{ integer = [100, 4000] }", "trials are compared at equal steps"),
+        ("optim.steps", "{ choice = [2000, 4000] }", "4000 leads to optim.steps: another than"),
+        ("optim.evaluate_every", "{ choice = [100, 250] }", "100 leads to optim.evaluate_every"),
+        ("optim", "{ choice = [{ steps = 100 }] }", "leads to optim.steps: another than"),
+        ("terms.ce.since", "{ uniform = [0, 0.5] }", "0.5 leads to terms: at some steps"),
     ],
 )
 def test_a_bad_range_is_named_at_its_key(write, key, span, words):
-    found = faults(write(f'[scale]\nworkers = 2\n[search]\n"{key}" = {span}'))
+    late = "[terms.kd]\nsince = 0.4\n" if key == "terms.ce.since" else ""
+    table = "[search]" if "." in key else "[search.space]"
+    found = faults(write(f'{late}[scale]\nworkers = 2\n{table}\n"{key}" = {span}'))
     [(named, message)] = found.items()
     assert named.startswith(f"search.{key}")
     assert words in message
+
+
+def test_trials_that_need_a_teacher_are_told_that_there_is_none(write):
+    space = '[search]\n"terms.kd.weight" = { uniform = [0, 1] }'
+    found = faults(write(f'technique = "none"\n{space}', teacher=False))
+    assert "1.0 leads to teacher: missing, but the terms kd" in found["search.terms.kd.weight"]
+    assert load(write(f'technique = "none"\n{space}')).search
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("[terms.ce]\nsince = 0.5", "no term counts (ce from 0.5 to 1.0)"),
+        ("[terms.ce]\nuntil = 0.3", "no term counts (ce from 0.0 to 0.3)"),
+        ("[terms.ce]\nuntil = 0.3\n[terms.kd]\nsince = 0.5", "kd from 0.5 to 1.0"),
+        ("[terms.ce]\nsince = 0.5\n[terms.kd]\nweight = 0", "(ce from 0.5 to 1.0)"),
+        ("[terms.ce]\nweight = 0", "each has weight 0"),
+    ],
+)
+def test_a_step_from_which_nothing_would_be_learnt_is_refused(write, lines, words):
+    assert words in faults(write(f'technique = "none"\n{lines}'))["terms"]
+
+
+def test_terms_may_follow_each_other_and_overlap(write):
+    lines = "[terms.ce]\nsince = 0.3\n[terms.kd]\nuntil = 0.3\n"
+    assert load(write(f'technique = "none"\n{lines}')).terms["ce"].since == 0.3
+    assert load(write(f'technique = "none"\n{lines}'), ("terms.kd.until=0.5",))
 
 
 def test_a_search_needs_a_key(write):

@@ -314,6 +314,14 @@ LINES = {
         {"technique": "ghost", "terms": {"ghost": {"since": 0.6}, "distilspec": {"since": 0.6}}},
         "source.share: 1 leaves steps in which no term counts",
     ),
+    "no term between": (
+        {
+            "technique": "gkd",
+            "source": {"share": 0.5},
+            "terms": {"ce": {"until": 0.2}, "kd": {"until": 0.2}, "gkd": {"since": 0.3}},
+        },
+        "terms: at some steps no term counts",
+    ),
     "a searched share": (
         {"technique": "gkd", "search": {"source.share": {"choice": [1.0]}}},
         "leaves no row of the data",
