@@ -35,7 +35,7 @@ class RunAnswers:
     row_id: NDArray[np.integer]  # (n,)
     label: NDArray[np.integer]  # (n,)
     group: NDArray[np.integer]  # (n,) the recording of each row
-    thriving: NDArray[np.bool_] | None  # (n,)
+    thriving: NDArray[np.int8] | None  # (n,) 1, 0, and -1 where it is unknown
     student: Mapping[int, NDArray[np.integer]]  # by seed, ascending
 
     @property
@@ -60,12 +60,17 @@ def write(evidence: Evidence, folder: Path) -> None:
     for name, values in columns.items():
         if values is None:
             continue
-        known[name] = values
+        known[name] = _truth(values) if name == "thriving" else values
         if name not in NO_CLASSES:
             known[f"{name}{NAMES}"] = _named(np.asarray(values), evidence.classes)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(known), sink)
     write_bytes(folder / run_files.ANSWERS, sink.getvalue().to_pybytes())
+
+
+def _truth(values: NDArray[np.int8]) -> pa.Array:
+    """Whether each row thrives; null where it is unknown."""
+    return pa.array(np.asarray(values) == 1, pa.bool_(), mask=np.asarray(values) < 0)
 
 
 def _named(values: NDArray[np.integer], classes: Sequence[str]) -> pa.DictionaryArray:
@@ -101,5 +106,8 @@ def read(folder: Path) -> RunAnswers:
 def _columns(path: Path) -> dict[str, NDArray[Any]]:
     table = parquet.read(path)
     numbers = [name for name in table.column_names if not name.endswith(NAMES)]
-    kinds = {name: pa.bool_() if name == "thriving" else pa.int64() for name in numbers}
-    return {name: table.column(name).cast(kind).to_numpy() for name, kind in kinds.items()}
+    found = {name: table.column(name) for name in numbers}
+    if "thriving" in found:
+        found["thriving"] = found["thriving"].cast(pa.bool_()).cast(pa.int8()).fill_null(-1)
+    kinds = {name: pa.int8() if name == "thriving" else pa.int64() for name in numbers}
+    return {name: found[name].cast(kind).to_numpy() for name, kind in kinds.items()}

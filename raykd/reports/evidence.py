@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ class Evidence:
     """Everything a report is made of. Arrays follow the test split; rows with a negative label are
     left out.
 
+    Rows without an answer of the teacher are left out of what is compared with it.
+
     `best_seed` names the student that was exported, chosen on validation rows; the confusion table
     is of it.
     """
@@ -31,6 +33,7 @@ class Evidence:
     seeds: Sequence[int]
     data_name: str
     data_rows: Mapping[str, int]  # train, val, test
+    tested: int | None = None  # of the test rows, how many have a label
     test_digest: str = ""
     classes: Sequence[str]
     row_id: NDArray[np.integer] | None = None  # (n,) counted from 0 where rows have none
@@ -41,12 +44,12 @@ class Evidence:
     beside: Mapping[str, Mapping[int, Predicted]] = field(
         default_factory=dict
     )  # other trainings, by name and seed
-    teacher: Predicted | None = None
+    teacher: Predicted | None = None  # -1 where it has no answer
     artefact: Predicted | None = None
     measures: Mapping[str, Measure] = field(
         default_factory=dict
     )  # beside accuracy, by name; of labelled places alone
-    thriving: NDArray[np.bool_] | None = None  # (n,)
+    thriving: NDArray[np.int8] | None = None  # (n,) 1, 0, and -1 where it is unknown
     saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
     best_seed: int | None = None
     student_params: int | None = None
@@ -73,7 +76,9 @@ class Evidence:
 def build(evidence: Evidence) -> dict[str, Any]:
     """The report as plain JSON values, checked against its schema."""
     e = _labelled(evidence)
-    report = schema.Report(**_described(e), **_measured(e))
+    taught = _taught(e)
+    alone = replace(e, teacher=None) if taught is not e else e
+    report = schema.Report(**_described(e), **_measured(alone, taught))
     return report.model_dump(mode="json", by_alias=True)
 
 
@@ -100,28 +105,31 @@ def _described(e: Evidence) -> dict[str, Any]:
     }
 
 
-def _measured(e: Evidence) -> dict[str, Any]:
-    """The parts that are computed from predictions."""
-    sample = bootstrap.resample(_hits(e))
+def _measured(e: Evidence, taught: Evidence) -> dict[str, Any]:
+    """The parts that are computed from predictions: of the models alone, and of the rows that the
+    teacher answers, which all is over that compares with it.
+    """
+    sample, others = _samples(e)
+    paired, paired_others = (sample, others) if taught is e else _samples(taught)
     seed = _exported(e)
-    others = {name: measure.sample() for name, measure in e.measures.items()}
-    by_class = _by_class(e)
-    others |= by_class
-    per_class = _per_class(e) if _tells_classes(e) else []
-    closed = ratio(bootstrap.gap_closed(sample))
+    per_class = _per_class(e, taught) if _tells_classes(e) else []
+    closed = ratio(bootstrap.gap_closed(paired))
     gain = ratio(bootstrap.difference(sample))
-    no_better = chance_words(e.label, e.classes, sample.teacher, "test")
-    judged = replace(sample, teacher=None) if no_better else sample
+    by_class = {name: each for name, each in paired_others.items() if name in class_rates.NAMES}
+    no_better = chance_words(taught.label, e.classes, paired.teacher, "test")
+    judged = replace(paired, teacher=None) if no_better else paired
     if no_better:  # what is kept of an accuracy that guessing has, too, means nothing
         by_class = {name: replace(found, teacher=None) for name, found in by_class.items()}
     why = no_better or sentences.gap_words(
-        _first(sample.teacher), _first(sample.control), closed.value
+        _first(paired.teacher), _first(paired.control), closed.value
     )
     verdict = sentences.verdict(closed.model_dump(), gain.model_dump())
-    lost = sentences.lost_classes([row.model_dump() for row in per_class])
+    lost = sentences.lost_classes(
+        [row.model_dump() for row in _per_class(taught, taught)] if per_class else []
+    )
     return {
         "teacher": schema.ReportTeacher(
-            **plain(e.teacher_info), metrics=_metrics("teacher", sample, others)
+            **plain(e.teacher_info), metrics=_metrics("teacher", paired, paired_others)
         ),
         "control": schema.ReportModel(
             params=e.control_params, metrics=_metrics("control", sample, others)
@@ -134,19 +142,25 @@ def _measured(e: Evidence) -> dict[str, Any]:
         },
         "artefact": _artefact(e, sample, others, seed)
         | {"retention": ratio(bootstrap.retention(judged, "artefact"))},
-        "retention": _retentions(e, judged),
+        "retention": _retentions(taught, judged),
         "kept": {name: ratio(bootstrap.retention(found)) for name, found in by_class.items()},
         "gap_closed": closed,
         "gap_words": why,
         "gain": gain,
         "gains": {name: ratio(bootstrap.difference(found)) for name, found in others.items()},
-        "warnings": [w for w in (why, verdict, *_cautions(e), *lost, *e.warnings) if w],
+        "warnings": [w for w in (why, verdict, *_cautions(e, taught), *lost, *e.warnings) if w],
         "per_class": per_class,
         "confusion": _confusion(e.label, e.student[seed], len(e.classes))
         if _tells_classes(e)
         else [],
         "confusion_seed": seed,
     }
+
+
+def _samples(e: Evidence) -> tuple[Sample, dict[str, Sample]]:
+    """The accuracies over the resamples of these rows, and what else was measured by name."""
+    others = {name: measure.sample() for name, measure in e.measures.items()}
+    return bootstrap.resample(_hits(e)), others | _by_class(e)
 
 
 def chance_words(
@@ -190,9 +204,12 @@ def _metrics(model: str, sample: Sample, others: Mapping[str, Sample]) -> schema
 
 
 def _data(e: Evidence) -> schema.ReportData:
-    groups = len(np.unique(e.group))
     return schema.ReportData(
-        name=e.data_name, rows=plain(e.data_rows), groups=groups, test_sha256=e.test_digest
+        name=e.data_name,
+        rows=plain(e.data_rows),
+        tested=e.tested,
+        groups=len(np.unique(e.group)),
+        test_sha256=e.test_digest,
     )
 
 
@@ -205,6 +222,23 @@ def _labelled(e: Evidence) -> Evidence:
     known = e.label >= 0
     assert known.any(), "a report needs labelled test rows"
     assert e.student, "a report needs a student"
+    return _only(e, known)
+
+
+def _taught(e: Evidence) -> Evidence:
+    """`e` without the test rows that the teacher has no answer to; without the teacher if it has
+    none at all.
+    """
+    if e.teacher is None:
+        return e
+    answered = e.teacher >= 0
+    if answered.all():
+        return e
+    return _only(e, answered) if answered.any() else replace(e, teacher=None)
+
+
+def _only(e: Evidence, known: NDArray[np.bool_]) -> Evidence:
+    """`e` with these of its test rows alone; its measures stay as they are."""
     arrays = {
         k: getattr(e, k) for k in ("row_id", "label", "group", "teacher", "artefact", "thriving")
     }
@@ -248,20 +282,28 @@ def _retentions(e: Evidence, sample: Sample) -> schema.Retentions:
     return schema.Retentions(**parts)
 
 
-def parts_of(thriving: NDArray[np.bool_] | None) -> dict[str, NDArray[np.bool_]]:
+def thrives(thriving: NDArray[np.int8] | None) -> TypeGuard[NDArray[np.int8]]:
+    """Whether any row is known to thrive."""
+    return thriving is not None and bool((thriving == 1).any())
+
+
+def parts_of(thriving: NDArray[np.int8] | None) -> dict[str, NDArray[np.bool_]]:
     """The test rows by part, none of them empty: thriving, the rest, and as many as thrive drawn at
-    random.
+    random. A row of which it is unknown is in no part.
 
     What holds on thriving rows and on the random ones alike is no effect of thriving, but of how
     few rows they are.
     """
-    if thriving is None or not thriving.any():
+    if not thrives(thriving):
         return {}
-    random = np.zeros_like(thriving)
-    random[np.random.default_rng(0).permutation(len(thriving))[: int(thriving.sum())]] = True
+    high = thriving == 1
+    known = np.flatnonzero(thriving >= 0)
+    drawn = np.random.default_rng(0).permutation(len(known))[: int(high.sum())]
+    random = np.zeros(len(thriving), bool)
+    random[known[drawn]] = True
     return {
         name: rows
-        for name, rows in (("thriving", thriving), ("rest", ~thriving), ("random", random))
+        for name, rows in (("thriving", high), ("rest", thriving == 0), ("random", random))
         if rows.any()
     }
 
@@ -298,31 +340,40 @@ def _compression(
     return schema.Compression(ratio=whole, architecture=shape, bits=bits)
 
 
-def _cautions(e: Evidence) -> list[str]:
+def _cautions(e: Evidence, taught: Evidence) -> list[str]:
     missing = {
-        "teacher": e.teacher is None,
+        "teacher": taught.teacher is None,
         "control": e.asks_control and not e.control,
         "artefact": e.artefact is None,
         "store": not e.store,
-        "thriving": e.asks_valence and (e.thriving is None or not e.thriving.any()),
+        "thriving": e.asks_valence and not thrives(e.thriving),
     }
     named = enumerate(e.classes) if _tells_classes(e) else ()
     absent = [name for i, name in named if not (e.label == i).any()]
-    return sentences.cautions(
+    found = sentences.cautions(
         seeds=len(e.student), groups=len(np.unique(e.group)), absent=absent, missing=missing
     )
+    unanswered = len(e.label) - len(taught.label)
+    return found + ([sentences.unanswered(unanswered, len(e.label))] if unanswered else [])
 
 
-def _per_class(e: Evidence) -> list[schema.ClassRow]:
+def _per_class(e: Evidence, taught: Evidence) -> list[schema.ClassRow]:
+    """Each class's rows and recalls; the teacher's is over the rows that it answers."""
     hits = _hits(e)
-    found = []
-    arms = {name: getattr(hits, name) for name in ("teacher", "control", "student", "artefact")}
-    for i, name in enumerate(e.classes):
-        rows = e.label == i
-        known = {k: v[..., rows].mean() for k, v in arms.items() if v is not None and rows.any()}
-        share = {k: float(known[k]) if k in known else None for k in arms}
-        found.append(schema.ClassRow(name=name, rows=int(rows.sum()), **share))
-    return found
+    arms = {name: (getattr(hits, name), e.label) for name in ("control", "student", "artefact")}
+    arms |= {"teacher": (_hits(taught).teacher, taught.label)}
+    return [
+        schema.ClassRow(
+            name=name,
+            rows=int((e.label == i).sum()),
+            **{arm: _recall(right, label == i) for arm, (right, label) in arms.items()},
+        )
+        for i, name in enumerate(e.classes)
+    ]
+
+
+def _recall(hits: NDArray[np.bool_] | None, rows: NDArray[np.bool_]) -> float | None:
+    return None if hits is None or not rows.any() else float(hits[..., rows].mean())
 
 
 def _confusion(label: NDArray, predicted: Predicted, classes: int) -> list[list[int]]:

@@ -60,6 +60,7 @@ def gather(
         seeds=found.seeds,
         data_name=dataset.name,
         data_rows={name: len(rows) for name, rows in dataset.splits.items()},
+        tested=int(dataset.splits["test"].labelled.sum()),
         test_digest=dataset.test_digest,
         classes=dataset.classes,
         row_id=test.place,
@@ -185,8 +186,10 @@ def _answer_of(arm: dict[int, Predictions]) -> dict[int, NDArray[np.int64]]:
 
 def _thriving(
     store: Store | None, saliency: NDArray[np.floating] | None
-) -> NDArray[np.bool_] | None:
-    """The test rows at or above the training split's 75th percentile of saliency."""
+) -> NDArray[np.int8] | None:
+    """Which test rows are at or above the training split's 75th percentile of saliency; -1 where
+    theirs is unknown.
+    """
     if store is None or saliency is None:
         return None
     quantiles = _statistic(store, "saliency", "quantiles")
@@ -194,7 +197,7 @@ def _thriving(
         return None
     if not isinstance(quantiles, list) or len(quantiles) != QUANTILES:
         raise _damaged_statistics(store, "saliency")
-    return saliency >= quantiles[3]
+    return np.where(np.isnan(saliency), -1, saliency >= quantiles[3]).astype(np.int8)
 
 
 def _statistic(store: Store, table: str, key: str) -> Any:

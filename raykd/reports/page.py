@@ -57,6 +57,7 @@ def fill(template: str, **values: Any) -> str:
     env.filters |= {
         "percent": sentences.percent,
         "count": sentences.count,
+        "tested": sentences.tested,
         "figure": _figure,
         "firm": _firm,
     }
@@ -90,13 +91,19 @@ def _figure(value: Any) -> str:
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of everything needed to find or repeat the run; what is unknown is left out."""
     rows = report["data"]["rows"]
+    known = report["data"].get("tested")
     store = report["store"]
     artefact = report["artefact"]
     mlflow = report["mlflow"]
     found = {
         "recipe digest": report["recipe_digest"],
         "data": f"{report['data']['name']}: "
-        + ", ".join(f"{k} {sentences.count(v)}" for k, v in rows.items()),
+        + ", ".join(f"{k} {sentences.count(v)}" for k, v in rows.items())
+        + (
+            ""
+            if known in (None, rows["test"])
+            else f", of which {sentences.count(known)} have a label"
+        ),
         "seeds": ", ".join(map(str, report["seeds"])),
         "teacher weights": report["teacher"]["dtype"],
         "artefact": artefact["path"],

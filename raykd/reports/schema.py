@@ -157,11 +157,12 @@ class ReportArtefact(Part):
 
 class ReportData(Part):
     """`groups` counts the test recordings, the units that the bootstrap resamples; `test_sha256` is
-    of their rows.
+    of their rows, of which `tested` have a label.
     """
 
     name: str
     rows: dict[Literal["train", "val", "test"], int]
+    tested: int | None = None
     groups: int
     test_sha256: str = ""
 

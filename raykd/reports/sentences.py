@@ -51,6 +51,17 @@ def count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
+def tested(data: Mapping[str, Any]) -> str:
+    """The test rows that a report is over, as "640 labelled of 700 test rows" where some have no
+    label.
+    """
+    rows = data["rows"]["test"]
+    known = data.get("tested")
+    if known is None or known == rows:
+        return f"{count(rows)} test rows"
+    return f"{count(known)} labelled of {count(rows)} test rows"
+
+
 def rows_of(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """(model, params, bytes, accuracy, interval) of each model that was measured."""
     found = []
@@ -171,6 +182,14 @@ def cautions(
     return found + [MISSING[name] for name, is_missing in missing.items() if is_missing]
 
 
+def unanswered(rows: int, whole: int) -> str:
+    """How many test rows are left out of what is compared with the teacher."""
+    return (
+        f"the teacher has no answer to {rows:,} of {whole:,} test rows; what is compared with it, "
+        f"or is of it, is over the other {whole - rows:,}"
+    )
+
+
 MISSING = {
     "teacher": "no teacher: retention, gap closed and compression are not defined",
     "control": "no control: what the teacher added is unknown; set control = true",
@@ -185,7 +204,7 @@ def table(report: Mapping[str, Any]) -> str:
     data = report["data"]
     head = ("model", "params", "bytes", "accuracy", "95 % interval")
     lines = [
-        f"{report['technique']} on {data['name']}: {count(data['rows']['test'])} test rows of"
+        f"{report['technique']} on {data['name']}: {tested(data)} of"
         f" {count(data['groups'])} recordings, seeds {', '.join(map(str, report['seeds']))}",
         "",
     ]

@@ -165,7 +165,7 @@ def test_the_differences_are_those_of_the_predictions(first, second):
     made = build(first, second)
     found = runs.read([first, second])
     gains = found[1].answers.hits.mean(0) - found[0].answers.hits.mean(0)
-    thriving = found[0].answers.thriving
+    thriving = found[0].answers.thriving == 1
     assert made["runs"][1]["accuracy"]["value"] == pytest.approx(gains.mean())
     assert made["runs"][1]["thriving"]["value"] == pytest.approx(gains[thriving].mean())
     assert made["runs"][1]["thriving"]["n"] == made["thriving_rows"] == thriving.sum()
@@ -347,6 +347,22 @@ def test_answers_survive_a_round_trip_without_unlabelled_rows(tmp_path):
         np.testing.assert_array_equal(said, found.student[seed][5:])
     kept = set(pq.read_table(tmp_path / run_files.ANSWERS).column_names)
     assert {"teacher", "artefact", "control-2", "student-0"} <= kept
+
+
+def test_rows_of_which_it_is_unknown_whether_they_thrive_are_in_no_part(tmp_path):
+    found = world(RATES)
+    thriving = found.thriving.astype(np.int8)
+    thriving[:40] = -1
+    found = replace(found, thriving=thriving)
+    folders = [write(tmp_path / name / "few-11111111", found) for name in ("a", "b")]
+    assert pq.read_table(folders[0] / run_files.ANSWERS).column("thriving").null_count == 40
+    np.testing.assert_array_equal(answers.read(folders[0]).thriving, thriving)
+    made = build(*folders)
+    other = made["runs"][1]
+    high = int((thriving == 1).sum())
+    assert made["thriving_rows"] == other["thriving"]["n"] == other["random"]["n"] == high == 50
+    assert other["rest"]["n"] == 150
+    assert other["accuracy"]["n"] == 240
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,96 @@ def test_rows_without_a_label_change_nothing(evidence, full):
     assert build(replace(evidence, label=label, **arrays, **arms)) == full
 
 
+@pytest.fixture(scope="module")
+def unanswered(evidence) -> tuple[Evidence, np.ndarray]:
+    """The teacher has no answer to 140 rows, most of them of class 0; the students are wrong there,
+    and whether those rows thrive is unknown.
+    """
+    known = np.ones(len(evidence.label), bool)
+    known[np.flatnonzero(evidence.label == 0)[20:]] = False
+    known[np.flatnonzero(evidence.label == 1)[-60:]] = False
+    thriving = np.where(known, evidence.thriving, -1).astype(np.int8)
+    found = replace(
+        evidence,
+        teacher=np.where(known, evidence.teacher, -1),
+        thriving=thriving,
+        student={s: np.where(known, p, p * 0 + 6) for s, p in evidence.student.items()},
+    )
+    return found, known
+
+
+def test_rows_without_an_answer_of_the_teacher_are_not_its_mistakes(unanswered):
+    found, known = unanswered
+    made = build(found)
+    right = {
+        name: np.stack([p == found.label for p in getattr(found, name).values()]).mean(0)
+        for name in ("student", "control")
+    }
+    teacher = (found.teacher == found.label)[known].mean()
+    told = {name: made[name]["metrics"]["accuracy"] for name in ("teacher", "student", "control")}
+    assert told["teacher"]["value"] == pytest.approx(teacher)
+    assert told["teacher"]["n"] == known.sum() == 560
+    for name, each in right.items():
+        assert told[name]["value"] == pytest.approx(each.mean())
+        assert told[name]["n"] == 700
+    kept = right["student"][known].mean() / teacher
+    assert made["retention"]["all"]["value"] == pytest.approx(kept)
+    assert made["retention"]["all"]["n"] == 560
+    artefact = (found.artefact == found.label)[known].mean() / teacher
+    assert made["artefact"]["retention"]["value"] == pytest.approx(artefact)
+    control = right["control"][known].mean()
+    closed = (right["student"][known].mean() - control) / (teacher - control)
+    assert made["gap_closed"]["value"] == pytest.approx(closed)
+    gain = right["student"].mean() - right["control"].mean()
+    assert made["gain"]["value"] == pytest.approx(gain)
+    assert any("no answer to 140 of 700 test rows" in text for text in made["warnings"])
+    assert not any("less than 80 %" in text for text in made["warnings"])
+    alone = build(evidence_of(found, known))
+    for key in ("retention", "kept", "gap_closed"):
+        assert made[key] == alone[key], key
+    assert made["teacher"]["metrics"] == alone["teacher"]["metrics"]
+
+
+def evidence_of(found: Evidence, rows: np.ndarray) -> Evidence:
+    """The evidence of these rows alone: the others have no label."""
+    return replace(found, label=np.where(rows, found.label, -100))
+
+
+def test_recalls_of_the_teacher_are_over_the_rows_that_it_answers(unanswered):
+    found, known = unanswered
+    made = build(found)
+    for i, row in enumerate(made["per_class"]):
+        rows = found.label == i
+        assert row["rows"] == rows.sum() == 100
+        right = (found.teacher == i)[rows & known].mean()
+        assert row["teacher"] == pytest.approx(right)
+        student = np.mean([(p == i)[rows].mean() for p in found.student.values()])
+        assert row["student"] == pytest.approx(student)
+
+
+def test_rows_of_unknown_saliency_are_not_the_rest(unanswered):
+    found, known = unanswered
+    parts = build(found)["retention"]
+    thriving = int((found.thriving == 1).sum())
+    assert parts["thriving"]["n"] == parts["random"]["n"] == thriving
+    assert parts["rest"]["n"] == known.sum() - thriving
+
+
+def test_a_teacher_without_any_answer_is_none(evidence):
+    made = build(replace(evidence, teacher=np.full(700, -1)))
+    assert made["teacher"]["metrics"] == {}
+    assert made["retention"]["all"]["value"] is None
+    assert sentences.MISSING["teacher"] in made["warnings"]
+
+
+def test_the_first_line_counts_the_rows_with_a_label(evidence):
+    made = build(replace(evidence, tested=640))
+    assert " 640 labelled of 700 test rows of 140 recordings" in sentences.table(made)
+    assert "test 700, of which 640 have a label" in page.render(made)
+    whole = build(replace(evidence, tested=700))
+    assert ": 700 test rows of 140 recordings" in sentences.table(whole)
+
+
 def test_a_complete_report_has_no_warning(full):
     assert full["warnings"] == []
 

@@ -5,7 +5,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from raykd.reports.compare import comparison_page, comparison_text, runs
 from raykd.reports.compare.changes import changes
 from raykd.reports.compare.runs import Run
 from raykd.reports.compare.table import VERSION, ComparedRun, Comparison, Difference, Verdict
-from raykd.reports.evidence import parts_of
+from raykd.reports.evidence import parts_of, thrives
 from raykd.reports.intervals import METRIC
 from raykd.reports.sentences import LESS, MEASURES
 
@@ -42,7 +42,7 @@ def build(found: Sequence[Run]) -> dict[str, Any]:
     schema.
     """
     first = found[0]
-    masks = {run.name: rows for run in found if _any(rows := run.answers.thriving)}
+    masks = {run.name: rows for run in found if thrives(rows := run.answers.thriving)}
     thriving, rows = next(iter(masks.items()), (None, None))
     table = [_row(run, first, rows) for run in found]
     made = Comparison(
@@ -50,7 +50,7 @@ def build(found: Sequence[Run]) -> dict[str, Any]:
         metric=METRIC,
         data=first.report.data,
         thriving_of=thriving,
-        thriving_rows=0 if rows is None else int(rows.sum()),
+        thriving_rows=0 if rows is None else int((rows == 1).sum()),
         runs=table,
         warnings=comparison_text.cautions(table, first.report.data.groups)
         + _unlike(masks.values())
@@ -120,7 +120,7 @@ def _judged(sample: bootstrap.Sample, is_student: bool, *, less: bool = False) -
     return Difference(**vars(found), verdict=verdict)
 
 
-def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> ComparedRun:
+def _row(run: Run, first: Run, rows: NDArray[np.int8] | None) -> ComparedRun:
     report = run.report
     is_first = run is first
     parts = {"thriving": None, "rest": None, "random": None} | parts_of(rows)
@@ -152,11 +152,7 @@ def _row(run: Run, first: Run, rows: NDArray[np.bool_] | None) -> ComparedRun:
     )
 
 
-def _any(rows: NDArray[np.bool_] | None) -> TypeGuard[NDArray[np.bool_]]:
-    return rows is not None and bool(rows.any())
-
-
-def _unlike(masks: Iterable[NDArray[np.bool_]]) -> list[str]:
+def _unlike(masks: Iterable[NDArray[np.int8]]) -> list[str]:
     """A warning where the teachers of the runs call different rows thriving."""
     return [comparison_text.UNLIKE] if len({rows.tobytes() for rows in masks}) > 1 else []
 

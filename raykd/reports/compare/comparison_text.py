@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from raykd.reports.compare.table import ComparedRun, Verdict
-from raykd.reports.sentences import MEASURES, count, percent, signed, span, times, wrapped
+from raykd.reports.sentences import MEASURES, count, percent, signed, span, tested, times, wrapped
 from raykd.reports.sentences import cautions as sparse
 
 MODELS = {"run": 27, "teacher, %": 23, "control, %": 23, "student, %": 23}
@@ -143,7 +143,7 @@ def table(made: Mapping[str, Any]) -> str:
     """The comparison for a terminal, at most 100 columns wide but for long names and values."""
     data = made["data"]
     lines = [
-        f"{len(made['runs'])} runs on {data['name']}: {count(data['rows']['test'])} test rows of"
+        f"{len(made['runs'])} runs on {data['name']}: {tested(data)} of"
         f" {count(data['groups'])} recordings; 95 % intervals",
         "",
         *_columns(MODELS, models_by_run(made)),
