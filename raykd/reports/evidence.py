@@ -109,8 +109,9 @@ def _measured(e: Evidence, taught: Evidence) -> dict[str, Any]:
     """The parts that are computed from predictions: of the models alone, and of the rows that the
     teacher answers, which all is over that compares with it.
     """
-    sample, others = _samples(e)
-    paired, paired_others = (sample, others) if taught is e else _samples(taught)
+    alone = _samples(e)
+    sample, others = alone
+    paired, paired_others = alone if taught is e else _samples(taught)
     seed = _exported(e)
     per_class = _per_class(e, taught) if _tells_classes(e) else []
     closed = ratio(bootstrap.gap_closed(paired))
