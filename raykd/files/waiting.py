@@ -90,12 +90,18 @@ def _reads(file: Path, word: str) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on `folder`. BlockingIOError if another process has it and `wait` is False."""
+def locked(folder: Path, *, wait: bool = False, limit_s: float = float("inf")) -> Iterator[None]:
+    """Hold a lock on `folder`.
+
+    BlockingIOError if another process has it and `wait` is False, or has it for `limit_s`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, folder, wait)
+        if wait and limit_s < float("inf"):
+            _lock_within(handle, folder, limit_s)
+        else:
+            _lock(handle, folder, wait)
         yield
     finally:
         os.close(handle)
@@ -106,3 +112,14 @@ def _lock(handle: int, folder: Path, wait: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise BlockingIOError(f"{folder} is in use by another process") from None
+
+
+def _lock_within(handle: int, folder: Path, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return _lock(handle, folder, wait=False)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(min(0.1, limit_s))

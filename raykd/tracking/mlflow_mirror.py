@@ -24,6 +24,7 @@ from raykd.files.address import public_uri
 from raykd.files.waiting import bounded, knock, locked
 from raykd.tracking import journal, sqlite_file, sync_plan
 from raykd.tracking.sync_plan import Cursor, Line, SyncStep, legal_name, legal_value
+from raykd.training import run_files
 
 KEY_TAG = "raykd.key"
 LEFT_OUT_TAG = "raykd.metrics_left_out"
@@ -36,7 +37,20 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Where a server may have artefacts put: nowhere on this machine, nor where keys of its user lead.
+REMOTE = ("mlflow-artifacts", "http", "https", "s3", "gs", "wasbs", "abfss", "dbfs", "r2", "b2")
+UPLOADED = (
+    run_files.RECIPE,
+    run_files.REPORT,
+    run_files.REPORT_PAGE,
+    run_files.BEST_RECIPE,
+    run_files.artefact(Path()).name,
+)
 T = TypeVar("T")
+
+
+class _RefusedArtefact(Exception):
+    """Why an artefact is not uploaded; the run's other lines are recorded."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +114,14 @@ def _attempt(mirror: "_Mirror", lines: list[Line], limit_s: float) -> str:
             return (
                 bounded(lambda: mirror.record(lines, left_s), left_s)
                 if remote
-                else mirror.record(lines)
+                else mirror.record(lines, lock_s=limit_s)
             )
     except OSError as error:
-        text = str(error).replace(uri, public_uri(uri)).split("\n")[0].split("(Caused by ")[-1]
-        return f"MLflow at {public_uri(uri)}: {text[:300] or 'no answer in time'}"
+        text = str(error)
+    except Exception as error:  # what a client of MLflow's makes of an odd answer
+        text = f"an answer that MLflow's client cannot read ({type(error).__name__}: {error})"
+    text = text.replace(uri, public_uri(uri)).split("\n")[0].split("(Caused by ")[-1]
+    return f"MLflow at {public_uri(uri)}: {text[:300] or 'no answer in time'}"
 
 
 @contextmanager
@@ -154,6 +171,7 @@ class _Mirror:
         self.uri = uri
         self.ids: dict[str, str] = {}
         self.gone: list[str] = []
+        self.refused: list[str] = []
 
     @property
     def client(self) -> Any:
@@ -165,25 +183,38 @@ class _Mirror:
             os.environ[TIMEOUT] = str(int(left_s))
         return self._client
 
-    def record(self, lines: list[Line], limit_s: float = float("inf")) -> str:
-        """Take every step that is left; a note on artefacts that are gone, or nothing."""
+    def record(
+        self, lines: list[Line], limit_s: float = float("inf"), *, lock_s: float = 10.0
+    ) -> str:
+        """Take every step that is left; a note on artefacts that are gone or refused, or nothing.
+
+        From the first artefact of a run that is refused, its lines are left to the next call too.
+        """
         self.deadline = time.monotonic() + limit_s
         with locked(self.folder):
-            self._open()
+            self._open(lock_s)
             try:
                 for declared, steps in sync_plan.steps(lines, self.cursor):
                     run_id = self.ids.get(declared["run"]) or self._create(declared)
+                    refused = len(self.refused)
                     for step in steps:
-                        self._take(step, run_id)
-                        self.cursor.runs[declared["run"]] = {"id": run_id, "seq": step.seq}
+                        try:
+                            self._take(step, run_id)
+                        except _RefusedArtefact as refusal:
+                            self.refused.append(str(refusal))
+                        if len(self.refused) == refused:
+                            self.cursor.runs[declared["run"]] = {"id": run_id, "seq": step.seq}
             finally:
                 self.cursor.save(self.folder)
-        return f"gone before they were recorded: {', '.join(self.gone)}" if self.gone else ""
+        gone = [f"gone before they were recorded: {', '.join(self.gone)}"] if self.gone else []
+        return "; ".join([*dict.fromkeys(self.refused), *gone])
 
-    def _open(self) -> None:
+    def _open(self, lock_s: float) -> None:
         file = _sqlite_file(self.uri)
         # MLflow builds its tables unguarded
-        with locked(file.parent, wait=True) if file else nullcontext():
+        with locked(file.parent, wait=True, limit_s=lock_s) if file else nullcontext():
+            if file and file.exists():
+                sqlite_file.check(file, *_own_tables())
             with _no_stray_folder(self.uri):
                 self._client = self._connected(file)
             self.experiment_id = self._experiment(
@@ -257,12 +288,62 @@ class _Mirror:
             self.client.log_batch(run_id, metrics=some, params=others)
 
     def _artefact(self, line: Line, run_id: str) -> None:
+        """Upload a file or folder, from where only a run's own are and to where only MLflow's are.
+
+        A journal and a tracker may both be a stranger's.
+        """
+        parts = Path(line["path"]).parts
+        names = [*parts, *Path(line["folder"]).parts]
+        if parts[:1] not in [(name,) for name in UPLOADED] or any(n.startswith(".") for n in names):
+            raise _RefusedArtefact(
+                f"{line['path']!r:.100} is nothing that a run uploads; remove that line of "
+                f"{journal.NAME}"
+            )
         path = journal.inside(self.folder, Path(line["path"]))
+        journal.inside(self.folder, Path(line["folder"]))
         links.check_tree(path)
-        if path.exists():
-            self.client.log_artifact(run_id, str(path), line["folder"] or None)
-        else:
+        if not path.exists():
             self.gone.append(line["path"])
+            return
+        artefacts = self._artefacts(run_id)
+        if path.is_dir():
+            artefacts.log_artifacts(str(path), f"{line['folder']}/{path.name}".lstrip("/"))
+        else:
+            artefacts.log_artifact(str(path), line["folder"] or None)
+
+    def _artefacts(self, run_id: str) -> Any:
+        """Where the tracker has a run's artefacts put, asked once, so that it is what was held
+        against the rule.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        uri = self.client.get_run(run_id).info.artifact_uri
+        file = _sqlite_file(self.uri)
+        if file is None:
+            if urlsplit(uri).scheme not in REMOTE:
+                raise _RefusedArtefact(
+                    f"its artefacts would go to {public_uri(uri)!r:.200}, and a server may name no "
+                    "folder of this machine; start it with --serve-artifacts"
+                )
+        else:
+            home = file.parent / "mlruns"
+            place = urlsplit(uri)
+            named = Path(unquote(place.path)) if place.scheme == "file" else None
+            is_ours = named and named.resolve().is_relative_to(home.resolve())
+            if place.netloc or not is_ours or home.is_symlink():
+                raise _RefusedArtefact(
+                    f"its artefacts would go to {public_uri(uri)!r:.200}, outside of {home}; move "
+                    f"{file} away"
+                )
+        return get_artifact_repository(uri, tracking_uri=self.uri)
+
+
+def _own_tables() -> tuple[set[str], dict[str, set[str]]]:
+    """(the names of MLflow's tables, the columns of those that it makes first)."""
+    from mlflow.store.db.utils import Base, InitialBase
+
+    first = InitialBase.metadata.tables
+    return set(Base.metadata.tables), {name: {*first[name].columns.keys()} for name in first}
 
 
 def _dataset(line: Line) -> Any:

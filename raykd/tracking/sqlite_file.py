@@ -1,11 +1,39 @@
-"""The sqlite file of MLflow, read without MLflow: whether anything was ever recorded in it."""
+"""The sqlite file of MLflow, read without MLflow: whether it is one, and whether anything was ever
+recorded in it.
+"""
 
 import sqlite3
+from collections.abc import Mapping, Set
 from contextlib import closing
 from pathlib import Path
 
 # what MLflow itself writes into a new file
 FILLED_BY_MLFLOW = {"alembic_version": 1, "experiments": 1, "workspaces": 1}
+
+VERSION = "alembic_version"
+
+
+def check(file: Path, tables: Set[str], first: Mapping[str, Set[str]]) -> None:
+    """OSError if a file holds what another program wrote, or is no data base. Nothing is changed.
+
+    `tables` names MLflow's; `first` has the columns of those that it makes before it writes its
+    version down.
+    """
+    try:
+        with closing(
+            sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
+        ) as connection:
+            found = {name for name in _tables(connection) if not name.startswith("_alembic_tmp_")}
+            foreign = found - tables - {VERSION}
+            if VERSION not in found:
+                foreign |= {n for n in found if _columns(connection, n) != first.get(n)}
+    except sqlite3.Error as error:
+        raise OSError(f"{file}: {error}") from error
+    if foreign:
+        names = ", ".join(sorted(foreign)[:3])
+        raise OSError(
+            f"{file} is no file of MLflow's: it holds {names}; name another, or move it away"
+        )
 
 
 def is_unused(file: Path) -> bool:
@@ -37,3 +65,9 @@ def drop_tables(file: Path) -> None:
 def _tables(connection: sqlite3.Connection) -> list[str]:
     kept = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
     return [name for (name,) in connection.execute(kept)]
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    return {
+        name for (name,) in connection.execute("SELECT name FROM pragma_table_info(?)", [table])
+    }

@@ -235,6 +235,7 @@ def test_an_artefact_that_is_gone_is_named_and_holds_nothing_up(store, folder):
 def half_made(file: Path) -> None:
     """A data base whose tables a full disk left half made: MLflow cannot go on from there."""
     with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
         connection.execute("CREATE TABLE datasets (dataset_uuid VARCHAR(36) NOT NULL)")
         connection.execute("CREATE TABLE experiments (experiment_id INTEGER NOT NULL)")
         connection.execute("INSERT INTO experiments VALUES (0)")
