@@ -68,5 +68,15 @@ def check(folder: Path) -> None:
         raise StoreError(f"{folder} lacks files that its manifest names; {_again(folder)}")
 
 
+def check_alone(folder: Path) -> None:
+    """StoreError if an artefact folder holds what its manifest does not name."""
+    manifest = read_manifest(folder) or {"files": {}}
+    known = {*manifest["files"], run_files.MANIFEST}
+    if more := sorted(path.name for path in folder.iterdir() if path.name not in known):
+        raise StoreError(
+            f"{folder / more[0]}: the artefact's manifest does not name it; move it away"
+        )
+
+
 def _again(folder: Path) -> str:
     return f"put the file back as it was, or delete {folder} and type: raykd export RECIPE"

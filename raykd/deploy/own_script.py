@@ -1,7 +1,7 @@
 """An artefact's own run.py, run as its user runs it: a process that is given rows in a file.
 
 What it answers is what a report says of the artefact. Rows go in as a device has them, each of its
-own length. The process is bounded in time.
+own length. The process is bounded in time, and imports nothing that lies beside the script.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raykd.data.rows import Rows
-from raykd.errors import GateError
+from raykd.errors import GateError, StoreError
 from raykd.recipe import imports
 
 PART = 4096  # rows a process
 LEAST_S = 300.0  # for one process
 ROW_S = 2.0  # more for each row
+CARDS = ("run.py", "run_lm.py")  # the scripts that raykd writes
+
+
+def check(folder: Path) -> None:
+    """StoreError if the run.py of an artefact folder is not one that raykd writes.
+
+    A manifest vouches for nothing here: who changes one file can write the other anew.
+    """
+    script = (folder / "run.py").read_bytes()
+    cards = [resources.files("raykd.deploy") / "card" / name for name in CARDS]
+    if script not in [card.read_bytes() for card in cards]:
+        raise StoreError(
+            f"{folder / 'run.py'} is not the script that this raykd writes, and is not run; delete "
+            f"{folder} and type: raykd export RECIPE"
+        )
 
 
 def row_logits(folder: Path, rows: Rows) -> NDArray[np.float32]:
@@ -67,7 +83,7 @@ def run(folder: Path, *words: Path | str, limit_s: float) -> str:
     """What a folder's run.py prints for these words. GateError if it fails or takes too long."""
     # A script that needs raykd and the student's module finds them where this process does.
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | imports.environment()
-    command = [sys.executable, str(folder / "run.py"), *map(str, words)]
+    command = [sys.executable, "-P", str(folder / "run.py"), *map(str, words)]
     try:
         done = subprocess.run(
             command,

@@ -6,7 +6,7 @@ from typing import Any
 
 from raykd import models
 from raykd.data import Dataset
-from raykd.deploy import artefact, forms, manifest, text_artefact
+from raykd.deploy import artefact, forms, manifest, own_script, text_artefact
 from raykd.recipe.recipe import Recipe
 from raykd.training import run_files
 
@@ -59,10 +59,16 @@ def check_files(exported: Path) -> None:
 
 
 def answer(dataset: Dataset, folder: Path) -> None:
-    """Write an artefact's answers on the test rows, if it was exported before they were kept."""
+    """Write an artefact's answers on the test rows, if it was exported before they were kept.
+
+    StoreError if the folder holds more than an export leaves there, or another script: whoever gave
+    it may have written it, and its manifest.
+    """
     target = folder / run_files.ARTEFACT_ANSWERS
     exported = run_files.artefact(folder)
     if target.exists() or not (exported / run_files.MANIFEST).exists():
         return
+    manifest.check_alone(exported)
+    own_script.check(exported)
     predict = text_artefact.predict if dataset.is_text else artefact.predict
     predict(exported, dataset).write(target)

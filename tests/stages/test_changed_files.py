@@ -182,6 +182,27 @@ def test_a_run_of_before_there_were_digests_is_taken_up(recipe, run, out, made):
     assert all(run_digests.holds(run, name) for name in run_files.REPORTED)
 
 
+@pytest.mark.parametrize("name", ["run.py", "numpy.py", "torch/__init__.py"])
+def test_what_a_forger_laid_into_an_artefact_is_not_run_by_a_report(name, recipe, run, out):
+    """Its manifest names it, and nothing is left that could tell the files of the export."""
+    as_before(run)
+    artefact = run / "artefact"
+    canary = out / "canary"
+    (artefact / name).parent.mkdir(exist_ok=True)
+    (artefact / name).write_text(f"open({str(canary)!r}, 'w').close()\n")
+    manifest = read_json(artefact / "manifest.json")
+    if "/" not in name:
+        manifest["files"] |= records.entries_of(artefact, [name])
+    write_json(artefact / "manifest.json", manifest)
+    (run / "report.json").unlink()
+    if name == "numpy.py":  # named by the manifest, so it may be there: nothing imports it
+        walk.report(recipe, out)
+    else:
+        with pytest.raises(StoreError, match=f"artefact/{name.partition('/')[0]}"):
+            walk.report(recipe, out)
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "change"), [("weights.safetensors", flip), ("predictions.parquet", cut)]
 )
