@@ -221,7 +221,7 @@ def accuracies(recipe: Recipe, source: Source) -> list[float]:
     with own_cache():
         shop = ArmRunner(recipe, None, CPU, source=source)
         arms = [arm for arm in arms_of(recipe) if arm.name == "control"]
-        last = [shop.train_arm(arm, shop.student(arm)).history[-1] for arm in arms]
+        last = [shop.train_arm(arm, shop.student(arm)).kept for arm in arms]
         shop.train.close()
     return [round(float(metrics["val_accuracy"]), 4) for metrics in last]
 

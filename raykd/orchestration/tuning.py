@@ -181,15 +181,18 @@ def _train_trial(
     def report_step(step: int, metrics: dict[str, Any]) -> None:
         if world.rank == 0:
             _append_history(folder, metrics)
-            # before the report: the scheduler may end this process there
-            if step == recipe.optim.steps:
-                _save(student.module, folder / run_files.WEIGHTS)
-        report({"step": step, metric: metrics[metric]})
+        if step < recipe.optim.steps:
+            report({"step": step, metric: metrics[metric]})
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / run_files.HISTORY).unlink(missing_ok=True)
     (folder / run_files.FAULT).unlink(missing_ok=True)
-    runner.train_arm(arm, student, world=world, report=report_step)
+    state = runner.train_arm(arm, student, world=world, report=report_step)
+    # before the last report, where the scheduler may end this process; and both of the weights
+    # that the student goes back to
+    if world.rank == 0:
+        _save(student.module, folder / run_files.WEIGHTS)
+    report({"step": state.step, metric: state.kept[metric]})
 
 
 def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:

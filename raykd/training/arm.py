@@ -17,7 +17,8 @@ LINE_BYTES = 256
 class Arm:
     """One training: the student under its terms, or the control under labels only.
 
-    `source` are rows of its own.
+    `source` are rows of its own. With `select`, a validation metric, each phase ends with the
+    weights that are best by it, else with its last ones.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Arm:
     weighting: Weighting | None = None
     phases: tuple[Phase, ...] = ()
     source: Source | None = None
+    select: str | None = None
 
     @property
     def key(self) -> str:

@@ -15,17 +15,19 @@ ROUNDED_CONTROL = "rounded_control"
 
 def arms_of(recipe: Recipe) -> list[Arm]:
     """The arms in the order they are trained: for each seed the control, what stands beside, then
-    the student.
+    the student. All of them end by one rule.
     """
     labels_only = {"ce": TermSpec(weight=1.0, **_ce_settings(recipe))}
+    select = _select(recipe)
     rounds = any(phase.quant for phase in recipe.phases)
     found = []
     for seed in recipe.seeds:
         student = student_arm(recipe, seed)
         if recipe.control:
-            found.append(Arm("control", seed, labels_only))
+            found.append(Arm("control", seed, labels_only, select=select))
         if rounds and recipe.rounded_control:
-            found.append(Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases))
+            rounded = Arm(ROUNDED_CONTROL, seed, labels_only, phases=student.phases, select=select)
+            found.append(rounded)
         if rounds and recipe.unrounded:
             found.append(replace(student, name=UNROUNDED, phases=()))
         found.append(student)
@@ -35,7 +37,22 @@ def arms_of(recipe: Recipe) -> list[Arm]:
 def student_arm(recipe: Recipe, seed: int) -> Arm:
     """The recipe's own terms, row weights and phases."""
     source = recipe.source and recipe.source.model_copy(update={"log": recipe.source.log_of(seed)})
-    return Arm("student", seed, dict(recipe.terms), recipe.weighting, tuple(recipe.phases), source)
+    return Arm(
+        "student",
+        seed,
+        dict(recipe.terms),
+        recipe.weighting,
+        tuple(recipe.phases),
+        source,
+        _select(recipe),
+    )
+
+
+def _select(recipe: Recipe) -> str | None:
+    """The metric by which every arm goes back to its best; None without phases, where all end with
+    their last weights. An arm without phases beside a student with some is one whole phase.
+    """
+    return recipe.select if recipe.phases else None
 
 
 def _ce_settings(recipe: Recipe) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def train(
                     )
                     seen.zero_()
                     report(state.step, state.history[-1])
-                    if arm.phases:
-                        state.judge(span)
+                    if arm.select:
+                        state.judge(span, arm.select)
                     if (
                         checkpoints
                         and world.rank == 0

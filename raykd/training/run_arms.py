@@ -259,6 +259,7 @@ def _write_arm(runner: ArmRunner, arm: Arm, state: State, folder: Path) -> None:
         "params": sum(p.numel() for p in student.module.parameters()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "history": state.history,
-        "val": {k: v for k, v in state.history[-1].items() if k.startswith("val_")},
+        "kept_step": state.kept["step"],
+        "val": {k: v for k, v in state.kept.items() if k.startswith("val_")},
     }
     trained_arm.write_record(target, record)

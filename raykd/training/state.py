@@ -2,6 +2,7 @@
 phase.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -40,9 +41,9 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Best:
-    """The student of a phase with the highest validation accuracy so far, as it was validated."""
+    """The best student of a phase so far, and the summary of the step at which it was validated."""
 
-    value: float
+    summary: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
@@ -68,7 +69,7 @@ class State:
         if self.best:
             tensors |= {f"best.{k}": v for k, v in self.best.tensors.items()}
         tensors["seen"] = seen
-        best = self.best.value if self.best else None
+        best = self.best.summary if self.best else None
         meta = {"seconds": self.seconds, "history": self.history, "best": best}
         meta["spreads"] = [asdict(spread) for spread in spreads]
         checkpoints.save(self.step, tensors, meta)
@@ -90,7 +91,18 @@ class State:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         if meta["best"] is not None:
             best = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
-            self.best = Best(meta["best"], best)
+            self.best = Best(self._summary_of(meta["best"]), best)
+
+    def _summary_of(self, best: dict[str, Any] | float) -> dict[str, Any]:
+        """The summary that a checkpoint names, of before there were such by its accuracy."""
+        if isinstance(best, dict):
+            return best
+        return next(point for point in self.history if point.get("val_accuracy") == best)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The summary of the weights that the student has once a phase has ended."""
+        return self.best.summary if self.best else self.history[-1]
 
     def begin(self, span: Span) -> None:
         """Enter a phase; scales that are learned join the optimiser, without weight decay."""
@@ -101,17 +113,16 @@ class State:
             self.optimizer.add_param_group({"params": scales, "weight_decay": 0.0})
         self.best = None
 
-    def judge(self, span: Span) -> None:
+    def judge(self, span: Span, select: str) -> None:
         """Keep the student if it is its phase's best, fully rounded, by the last validation."""
-        value = self.history[-1].get("val_accuracy")
-        if (
-            value is None
-            or span.blend(self.step - 1) < 1
-            or (self.best and value <= self.best.value)
-        ):
+        name = f"val_{select}"
+        value = self.history[-1].get(name, math.nan)
+        if math.isnan(value) or span.blend(self.step - 1) < 1:
+            return
+        if self.best and value <= self.best.summary[name]:
             return
         tensors = self.learner.student.module.state_dict()
-        self.best = Best(value, {k: v.detach().clone() for k, v in tensors.items()})
+        self.best = Best(self.history[-1], {k: v.detach().clone() for k, v in tensors.items()})
 
     def end(self) -> None:
         """Go back to the phase's best student."""

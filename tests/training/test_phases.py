@@ -4,6 +4,8 @@ middle changes.
 
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ import torch
 from onnx import numpy_helper
 from random_rows import rows_for
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raykd import data, models
@@ -27,15 +29,19 @@ from raykd.quant import other_parameters
 from raykd.quant.pack import pack, unpack
 from raykd.quant.swap import quantised
 from raykd.recipe.quant import Quant
+from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import Optim, Phase, TermSpec
 from raykd.stages.load import resolve
+from raykd.training import trained_arm
 from raykd.training.arm import Arm, World
+from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.loop import train
 from raykd.training.phases import enter, prepare, spans
-from raykd.training.run_arms import run_arms
+from raykd.training.run_arms import ArmRunner, run_arms
 from raykd.training.state import State
 
+ACCURATE_THEN_FAIR = [(0.9, 0.1)] * 3 + [(0.5, 0.8)] + [(0.9, 0.2)] * 4  # accuracy, macro-F1
 OPTIM = Optim(steps=40, batch=12, learning_rate=1e-2, evaluate_every=5)
 TERNARY = Quant(weights="ternary")
 PROGRESSIVE = (
@@ -47,7 +53,8 @@ PROGRESSIVE = (
 
 
 def arm_of(phases: tuple[Phase, ...]) -> Arm:
-    return Arm("student", 3, {"ce": TermSpec(), "kd": TermSpec()}, None, phases)
+    terms = {"ce": TermSpec(), "kd": TermSpec()}
+    return Arm("student", 3, terms, None, phases, select="accuracy" if phases else None)
 
 
 def student_of(phases: tuple[Phase, ...]) -> Adapter:
@@ -154,6 +161,7 @@ def test_a_run_killed_in_any_phase_ends_as_one_that_was_not(tmp_path):
             PROGRESSIVE, validated(rest), checkpoints=Checkpoints(folder), checkpoint_every=1
         )
         assert resumed.history == whole.history
+        assert resumed.kept == whole.kept == whole.history[6]
         for name, value in whole.learner.state_dict().items():
             assert torch.equal(resumed.learner.state_dict()[name], value), (death, name)
 
@@ -169,6 +177,102 @@ def test_a_phase_goes_on_from_its_best_student_and_ends_with_it(tmp_path):
     state = trained((Phase(until=0.5), Phase(until=1.0, quant=TERNARY)), validated)
     final = state.learner.student.module.state_dict()
     assert all(torch.equal(final[k], v) for k, v in kept[35].items())
+    assert state.kept == state.history[6]
+    assert state.kept["val_accuracy"] == 0.9
+
+
+def test_the_best_of_a_phase_is_that_of_the_selected_metric():
+    told = iter([{"val_accuracy": a, "val_macro_f1": f} for a, f in ACCURATE_THEN_FAIR])
+    arm = replace(arm_of((Phase(until=1.0),)), select="macro_f1")
+    state = train(arm, OPTIM, student_of(arm.phases), rows_for(arm_of(())), lambda _: next(told))
+    assert state.kept == state.history[3]
+
+
+def test_a_checkpoint_that_names_its_best_by_accuracy_alone_is_gone_on_from(tmp_path):
+    """As they were written before a phase's best had a summary."""
+    state = trained((Phase(until=1.0),), lambda _: {"val_accuracy": 0.5})
+    state.save(Checkpoints(tmp_path), torch.zeros(2, 2))
+    kept = Checkpoints(tmp_path).newest()
+    assert kept is not None
+    state.restore(replace(kept, meta=kept.meta | {"best": 0.5}))
+    assert state.kept == state.history[0]
+
+
+def test_all_arms_of_a_recipe_end_by_one_rule():
+    raw = {"technique": "none", "control": True, "select": "macro_f1", "rounded_control": True}
+    phases = [{"until": 0.5}, {"until": 1.0, "quant": {"weights": "int8"}}]
+    arms = arms_of(resolve(raw | {"phases": phases}))
+    assert [arm.name for arm in arms] == ["control", "rounded_control", "unrounded", "student"]
+    assert {arm.select for arm in arms} == {"macro_f1"}
+    assert {arm.select for arm in arms_of(resolve(raw))} == {None}
+
+
+def worse_at_the_end(monkeypatch) -> None:
+    """Validation says 0.9 at step 6 of 8, and 0.1 elsewhere."""
+    told = iter([{"val_accuracy": value} for value in (0.1, 0.1, 0.9, 0.1)])
+    monkeypatch.setattr(ArmRunner, "validate", lambda *_: next(told))
+
+
+def eight_steps(**keys: Any) -> Recipe:
+    return resolve(
+        {
+            "technique": "none",
+            "data": {"stride": 128},
+            "optim": {"steps": 8, "batch": 16, "evaluate_every": 2},
+            "phases": [{"until": 0.5}, {"until": 1.0, "quant": {"weights": "int8"}, "blend": 0}],
+            **keys,
+        }
+    )
+
+
+def test_an_arms_record_is_of_the_weights_beside_it(monkeypatch, tmp_path):
+    worse_at_the_end(monkeypatch)
+    recipe = eight_steps(control=False, unrounded=False)
+    folder = tmp_path / "run"
+    run_arms(
+        recipe, None, folder, world=World(), device=torch.device("cpu"), report=lambda *_: None
+    )
+    record = trained_arm.read_record(folder, "student-0")
+    assert record is not None
+    assert record["val"] == {"val_accuracy": 0.9}
+    assert record["kept_step"] == 6
+    assert [point["val_accuracy"] for point in record["history"]] == [0.1, 0.1, 0.9, 0.1]
+
+
+def test_a_trials_last_report_is_of_the_weights_that_it_leaves(monkeypatch, tmp_path):
+    worse_at_the_end(monkeypatch)
+    trained_by: dict[str, State] = {}
+    train_arm = ArmRunner.train_arm
+
+    def kept(*args: Any, **keywords: Any) -> State:
+        trained_by["one"] = train_arm(*args, **keywords)
+        return trained_by["one"]
+
+    monkeypatch.setattr(ArmRunner, "train_arm", kept)
+    recipe = eight_steps()
+    shared = {
+        "recipe": recipe.model_dump(mode="json"),
+        "store": None,
+        "folder": str(tmp_path),
+        "trial": "one",
+    }
+    told: list[dict] = []
+    written: list[bool] = []
+
+    def report(metrics: dict) -> None:
+        told.append(metrics)
+        written.append(weights.exists())
+
+    weights = tmp_path / "trials" / "one" / "weights.safetensors"
+    tuning._train_trial({}, shared, World(), report)
+    assert told[-1] == {"step": 8, "val_accuracy": 0.9}
+    assert [point["step"] for point in told] == [2, 4, 6, 8]
+    assert written == [False, False, False, True]
+    state = trained_by["one"]
+    assert state.best is not None
+    best = models.weights_of(state.learner.student.module)
+    assert all(torch.equal(best[name], value) for name, value in load_file(weights).items())
+    assert state.kept == state.history[2]
 
 
 def test_learned_scales_join_the_optimiser_without_decay():
