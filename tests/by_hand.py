@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from raykd import data
 from raykd.cli import cli
 from raykd.data import Dataset, Rows
+from raykd.data.table import Held
 from raykd.errors import RaykdError
 from raykd.files.address import Address
 from raykd.files.open import address_below
@@ -64,7 +65,7 @@ def score(found: Recipe, out: Address, *, backwards: bool = False) -> Any:
             writers[name].commit(shard, part)
     for name, writer in writers.items():
         view = Store.of_shards(folder, writer.records(shards))
-        writer.finish(shards, {} if name else store_statistics(found, dataset, view))
+        writer.finish(shards, {} if name else store_statistics(found, Held(dataset), view))
     torch.set_num_threads(before)
     return folder
 

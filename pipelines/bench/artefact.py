@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from raykd import data
 from raykd.data import Dataset, Rows
+from raykd.data.table import Held
 from raykd.deploy import run_artefact
 from raykd.recipe.recipe import Recipe
 from raykd.stages.check import check_with_data
@@ -81,7 +82,7 @@ def agreement(kind: str, width: str, source: Path, folder: Path) -> tuple[float,
     """The share of decisions of run.py that are the report's, and how many there are."""
     recipe = recipe_of(kind, width, source)
     dataset = data.load(recipe.data)
-    check_with_data(recipe, dataset, folder)
+    check_with_data(recipe, Held(dataset), folder)
     quietly = {"report": lambda *_: None, "device": torch.device("cpu"), "world": World()}
     run_arms(recipe, None, folder, **quietly)
     run_artefact.write(recipe, dataset, folder)

@@ -36,7 +36,7 @@ def main() -> None:
         folder = Path(temporary)
         connect()
         scored = scoring.run(dense, folder)
-        store = stream.score(recipe, data.load(recipe.data), folder)
+        store = stream.score(recipe, data.open_source(recipe.data), folder)
         trained = training.run(recipe, store, folder)
         shard = scoring.parts(dense, folder)
     steps = np.array(trained["raykd"])[1:] / np.array(trained["by_hand"])[1:]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.bench.table import Clock
 from raykd import data
+from raykd.data.table import Held
 from raykd.files.atomic import put_once
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
@@ -90,7 +91,7 @@ def run(recipe: Recipe, folder: Path) -> NDArray[np.float64]:
     writer = StoreWriter(folder / "paired", wanted)
     shards = plan_shards({"train": len(dataset.splits["train"])}, recipe.store.rows_per_shard)
     taken = shards[: 1 + SHARDS_A_ROUND * ROUNDS]
-    results = scoring.shard_results(recipe, dataset, writer, taken, Paired)
+    results = scoring.shard_results(recipe, Held(dataset), writer, taken, Paired)
     spent = np.stack([row["spent"] for row in results.iter_rows()])
     return spent[np.isfinite(spent).all(1)]
 

@@ -1,5 +1,6 @@
 """One pass over the labels of all parts: the classes, and how many rows keep a label."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from tempfile import TemporaryFile, gettempdir
 from typing import BinaryIO, NamedTuple
@@ -22,6 +23,7 @@ class Labels(NamedTuple):
     classes: tuple[str, ...]
     labelled: list[int]
     notes: tuple[str, ...]  # the classes that a split has no row of
+    counts: tuple[int, ...]  # of each class, the training rows that keep their label
     cutoffs: NDArray[np.uint64] | None  # of each class, where labels of training rows are hidden
 
 
@@ -34,6 +36,7 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
     seen: dict[str, int] = {}
     present: dict[str, set[str]] = {}
     labelled = []
+    found: Counter[str] = Counter()  # labels of training rows
     hides = ref.label_fraction < 1
     with TemporaryFile() as file:
         written: dict[int, int] = {}  # the rows of each part in the file
@@ -43,6 +46,9 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
             used = np.unique(column.index[column.index != MISSING])
             present.setdefault(split, set()).update(column.values[i] for i in used)
             labelled.append(int((column.index != MISSING).sum()))
+            if split == "train":
+                counted = np.bincount(column.index[column.index != MISSING])
+                found.update(dict(zip(column.values, counted.tolist(), strict=False)))
             if hides and split == "train":
                 _write(file, column.mapped(seen, MISSING).astype(np.int32))
                 written[number] = len(column.index)
@@ -50,21 +56,22 @@ def scan(columns: Iterable[tuple[str, Encoded]], name: str, ref: DataRef) -> Lab
         notes = []
         for split, names in present.items():
             notes += absent_classes(classes, map(classes.index, names), split)
+        counts = np.array([found[name] for name in classes], np.int64)
         if not hides:
-            return Labels(classes, labelled, tuple(notes), None)
+            return Labels(classes, labelled, tuple(notes), tuple(counts.tolist()), None)
         numbers = np.array([classes.index(value) for value in seen], np.int64)
-        counts = np.zeros(len(classes), np.int64)
-        for _, _, label in _written(file, written, numbers):
-            counts += np.bincount(label, minlength=len(classes))
         cutoffs = label_draw.cutoffs(
             lambda: ((row_id, label) for _, row_id, label in _written(file, written, numbers)),
             counts,
             ref.label_fraction,
             ref.label_seed,
         )
+        counts[:] = 0
         for number, row_id, label in _written(file, written, numbers):
-            labelled[number] = int(label_draw.stays(row_id, label, cutoffs, ref.label_seed).sum())
-    return Labels(classes, labelled, tuple(notes), cutoffs)
+            stays = label_draw.stays(row_id, label, cutoffs, ref.label_seed)
+            labelled[number] = int(stays.sum())
+            counts += np.bincount(label[stays], minlength=len(classes))
+    return Labels(classes, labelled, tuple(notes), tuple(counts.tolist()), cutoffs)
 
 
 def _write(file: BinaryIO, index: NDArray[np.int32]) -> None:

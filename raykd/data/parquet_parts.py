@@ -126,6 +126,8 @@ class ParquetParts:
             digest=self._digest(),
             parts=tuple(parts),
             notes=labels.notes,
+            labels=sum(labels.counts),
+            class_counts=labels.counts,
         )
         for part in SPLITS:
             labelled = sum(one.labelled for one in table.of(part))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,9 +140,18 @@ class Dataset:
         """The rows of some split: all are of one shape."""
         return next(iter(self.splits.values()))
 
-    @cached_property
+    @property
+    def in_parts(self) -> bool:
+        """Whether training rows are read in parts, and not held in memory: they are not."""
+        return False
+
+    @property
     def digest(self) -> str:
         """Hex sha256 of everything that a result can depend on: every array, and the classes."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return self._digest_of(SPLITS)
 
     @property
@@ -163,16 +172,63 @@ class Dataset:
                     state.update(chunk.data)
         return state.hexdigest()
 
+    @property
+    def labels(self) -> int:
+        """The labels of training rows; for text, the tokens that are learned."""
+        return int((self.splits["train"].label != UNLABELLED).sum())
+
     def describe(self) -> str:
         """One line: rows, classes, splits and digest."""
-        counts = ", ".join(f"{name} {len(rows)}" for name, rows in self.splits.items())
-        labelled = int((self.splits["train"].label != UNLABELLED).sum())
-        labels = "training tokens" if self.is_text else "training labels"
-        classes = "tokens" if self.is_text else "classes"
-        return (
-            f"{self.name}: {counts} rows, {labelled} {labels}, {len(self.classes)} {classes}, "
-            f"sha256 {self.digest[:12]}" + "".join(f"; {caution}" for caution in self.cautions)
-        )
+        return described(self, {name: len(rows) for name, rows in self.splits.items()})
+
+
+class Facts(Protocol):
+    """What `Dataset` and `Table` both know of rows without reading any."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes that a model is built for: `channels`, `classes` and `steps`."""
+        ...
+
+    @property
+    def is_text(self) -> bool: ...
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether training rows are read in parts, and not held in memory."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of everything that a result can depend on."""
+        ...
+
+    @property
+    def labels(self) -> int:
+        """The labels of training rows; for text, the tokens that are learned."""
+        ...
+
+    @property
+    def cautions(self) -> list[str]:
+        """What a reader of results must know of these rows."""
+        ...
+
+
+def described(facts: Facts, rows: dict[str, int]) -> str:
+    """One line: rows of each split, classes and digest."""
+    counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+    labels = "training tokens" if facts.is_text else "training labels"
+    classes = "tokens" if facts.is_text else "classes"
+    return (
+        f"{facts.name}: {counts} rows, {facts.labels} {labels}, {len(facts.classes)} {classes}, "
+        f"sha256 {facts.digest[:12]}" + "".join(f"; {caution}" for caution in facts.cautions)
+    )
 
 
 def absent_classes(classes: Sequence[str], present: Iterable[int], split: str) -> list[str]:

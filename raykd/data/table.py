@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from raykd.data.rows import SPLITS, Dataset, Rows
+from raykd.data.rows import SPLITS, Dataset, Rows, described
+from raykd.targets import UNLABELLED
 
 PLACE_BITS = 24  # of a row id; those above are the part's number
 MOST_ROWS = 1 << PLACE_BITS  # of a part
@@ -55,10 +56,21 @@ class Table:
     digest: str  # hex sha256 of everything that a result can depend on
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()  # what a reader of results must know of these rows
+    labels: int = 0  # of training rows; for tokens, those that are learned
+    class_counts: tuple[int, ...] = ()  # training rows with a label, by class; empty for tokens
 
     @property
     def is_text(self) -> bool:
         return self.kind == "tokens"
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether training rows are read in parts, and not held in memory."""
+        return any(part.file for part in self.parts)
+
+    @property
+    def cautions(self) -> list[str]:
+        return list(self.notes)
 
     def of(self, split: str) -> tuple[Part, ...]:
         """The parts of a split, in their order."""
@@ -67,6 +79,24 @@ class Table:
     def rows(self, split: str) -> int:
         """How many rows a split has."""
         return sum(part.rows for part in self.of(split))
+
+    @property
+    def rows_of_splits(self) -> dict[str, int]:
+        """How many rows each split has."""
+        return {split: self.rows(split) for split in SPLITS if self.of(split)}
+
+    @property
+    def rows_of_parts(self) -> dict[str, list[int]]:
+        """How many rows each part has, by its split."""
+        return {split: [part.rows for part in self.of(split)] for split in self.rows_of_splits}
+
+    def labelled(self, split: str) -> int:
+        """How many rows of a split have a label."""
+        return sum(part.labelled for part in self.of(split))
+
+    def describe(self) -> str:
+        """One line: rows, classes, splits and digest."""
+        return described(self, self.rows_of_splits)
 
 
 class Source(Protocol):
@@ -111,11 +141,25 @@ class Held:
             digest=self.dataset.digest,
             parts=tuple(parts),
             notes=tuple(self.dataset.cautions),
+            labels=self.dataset.labels,
+            class_counts=_class_counts(self.dataset),
         )
 
 
+def _class_counts(dataset: Dataset) -> tuple[int, ...]:
+    """(C,): training rows with a label of each class; empty for text."""
+    if dataset.is_text:
+        return ()
+    label = dataset.splits["train"].label
+    counts = np.bincount(label[label != UNLABELLED], minlength=len(dataset.classes))
+    return tuple(counts.tolist())
+
+
 def in_memory(source: Source) -> Dataset:
-    """What of a source is in memory: all of it, or the splits that are measured on."""
+    """What of a source is in memory: all of it, or the splits that are measured on.
+
+    Of a source in parts there is no training split, and so no digest; its table has it.
+    """
     if isinstance(source, Held):
         return source.dataset
     table = source.table()
@@ -132,6 +176,11 @@ def joined(pieces: Sequence[Rows]) -> Rows:
         for key, value in vars(pieces[0]).items()
     }
     return Rows(**arrays)
+
+
+def first_rows(source: Source, split: str) -> Rows:
+    """The rows of a split's first part, as a sample of all."""
+    return source.read(source.table().of(split)[0])
 
 
 def read_split(source: Source, split: str) -> Rows:

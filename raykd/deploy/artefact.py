@@ -241,6 +241,7 @@ def _why(error: RecipeError | GateError) -> str:
 def _describe_rows(staged: Path, dataset: Dataset) -> None:
     """Say in model.json how a row must look."""
     described = _described(staged)
+    # of rows that are read in parts, those of validation and test
     length = np.concatenate([rows.mask.sum(1) for rows in dataset.splits.values()])
     longest = dataset.shape["steps"]
     is_ragged = bool((length < longest).any())

@@ -1,22 +1,27 @@
 """Ray Data: shards of rows stream through teachers into the store.
 
-The rows lie once in the object store of a node. One actor cuts shards out of them, and the blocks
-flow to the teachers' actors as fast as those take them. A teacher's actor gets a header, never the
-data set.
+An actor reads shards of rows, and the blocks flow to the teachers' actors as fast as those take
+them. A block is a shard, or the shards of one part where rows are read in parts, so that a part is
+read once. Rows that are in memory lie once in the object store of a node. A teacher's actor gets a
+header, never the data set.
 """
 
 import logging
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raykd.console import Progress, say
-from raykd.data import Dataset, Rows
+from raykd.data import Part, Rows, Table
+from raykd.data.rows import Facts
+from raykd.data.table import Source
 from raykd.errors import DataError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
@@ -42,23 +47,58 @@ def block_of(rows: Rows, shard: Shard) -> dict[str, Any]:
     return arrays
 
 
+@dataclass(frozen=True)
+class Lent:
+    """Rows of the driver's memory as a source for actors: references to the object store."""
+
+    known: Table
+    splits: dict[str, Any]  # references to the Rows of each split
+
+    @classmethod
+    def of(cls, source: Source, splits: Iterable[str]) -> "Lent":
+        """Put the rows of some splits into the object store."""
+        import ray
+
+        table = source.table()
+        return cls(table, {split: ray.put(source.read(table.of(split)[0])) for split in splits})
+
+    def table(self) -> Table:
+        return self.known
+
+    def read(self, part: Part) -> Rows:
+        import ray
+
+        return ray.get(self.splits[part.split])
+
+
 class ShardRows:
-    """An actor that cuts shards out of the rows of the object store.
+    """An actor that reads shards of a source, or cuts them out of what is in memory.
 
     It takes no CPU for itself. Tasks would, in effect: where teachers have all CPUs of a node, Ray
     ends idle processes, and starts a new one for the next task.
     """
 
-    def __init__(self, splits: Mapping[str, Any]):
-        self.splits = splits  # references to the Rows of each split
+    def __init__(self, source: Source):
+        self.source = source
+        self.table = source.table()
+        counts = self.table.rows_of_parts
+        self.edges = {split: np.cumsum([0, *each]) for split, each in counts.items()}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One shard's descriptor in, its block out."""
-        import ray
-
-        shard = _shard_of(batch)
-        rows: Any = ray.get(self.splits[shard.split])
-        return block_of(rows.take(slice(shard.first, shard.last)), shard)
+        """The shards of one part in, their block out."""
+        shards = shards_in(batch)
+        try:
+            edges = self.edges[shards[0].split]
+            place = int(np.searchsorted(edges, shards[0].first, side="right")) - 1
+            start = int(edges[place])
+            rows = self.source.read(self.table.of(shards[0].split)[place])
+        except RaykdError as fault:
+            raise at_node(fault) from None
+        blocks = [
+            block_of(rows.take(slice(shard.first - start, shard.last - start)), shard)
+            for shard in shards
+        ]
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 class ShardActor:
@@ -80,35 +120,61 @@ class ShardActor:
             self.fault = at_node(fault)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The block of a shard in.
+        """The block of some shards in.
 
-        Out come how many were scored, how many cannot be, and the CPU seconds spent.
+        Out come, for each, how many rows were scored, how many cannot be, and the CPU seconds
+        spent.
         """
         if self.fault:
             raise self.fault
-        try:
-            return self._score(batch)
-        except RaykdError as fault:
-            raise at_node(fault) from None
-
-    def _score(self, batch: dict[str, Any]) -> dict[str, Any]:
-        started = time.process_time()
-        shard = _shard_of(batch)
         names = [field.name for field in fields(Rows)]
         rows = Rows(**{name: batch[name] for name in names if name in batch})
-        assert len(rows) == shard.last - shard.first, "a block is a shard"
+        try:
+            shards = shards_in(batch)
+            edges = np.cumsum([0, *(shard.last - shard.first for shard in shards)]).tolist()
+            assert edges[-1] == len(rows), "a block holds whole shards"
+            found = [
+                self._score(shard, rows.take(slice(start, end)))
+                for shard, (start, end) in zip(shards, pairwise(edges), strict=True)
+            ]
+        except RaykdError as fault:
+            raise at_node(fault) from None
+        return {name: [one[name] for one in found] for name in found[0]}
+
+    def _score(self, shard: Shard, rows: Rows) -> dict[str, Any]:
+        started = time.process_time()
         table, unfit = self.scorer.score(rows)
         for name, columns_of_layer in layer_signals.split(table).items():
             if not self.writers[name].is_sound(shard):
                 self.writers[name].commit(shard, columns_of_layer, unfit)
         seconds = time.process_time() - started
-        return {"rows": [table.num_rows], "bad": [len(unfit)], "seconds": [seconds]}
+        return {"rows": table.num_rows, "bad": len(unfit), "seconds": seconds}
 
 
-def _shard_of(batch: Mapping[str, Any]) -> Shard:
-    """The shard that a batch is of."""
-    first = {name: batch[name][0] for name in ("number", "split", "first", "last")}
-    return Shard(int(first["number"]), str(first["split"]), int(first["first"]), int(first["last"]))
+def read_together(table: Table, shards: Sequence[Shard]) -> list[list[Shard]]:
+    """The shards that are read as one: those of a part, or each where rows are in memory."""
+    if not table.in_parts:
+        return [[shard] for shard in shards]
+    edges = {split: np.cumsum(counts) for split, counts in table.rows_of_parts.items()}
+
+    def part_of(shard: Shard) -> tuple[str, int]:
+        return shard.split, int(np.searchsorted(edges[shard.split], shard.first, side="right"))
+
+    return [list(some) for _, some in groupby(shards, part_of)]
+
+
+def shards_in(batch: Mapping[str, Any]) -> list[Shard]:
+    """The shards that the lines of a batch are of, in their order."""
+    _, places = np.unique(batch["number"], return_index=True)
+    return [
+        Shard(
+            int(batch["number"][place]),
+            str(batch["split"][place]),
+            int(batch["first"][place]),
+            int(batch["last"][place]),
+        )
+        for place in places
+    ]
 
 
 def stores_address(recipe: Recipe, out: Path) -> Address:
@@ -116,9 +182,9 @@ def stores_address(recipe: Recipe, out: Path) -> Address:
     return recipe.scale.store or out / "stores"
 
 
-def locate(recipe: Recipe, dataset: Dataset, out: Path) -> tuple[Address, dict[str, Any]]:
+def locate(recipe: Recipe, rows: Facts, out: Path) -> tuple[Address, dict[str, Any]]:
     """(address, identity) of the store that belongs to a recipe, whether or not it exists."""
-    identity = store_identity(recipe, dataset)
+    identity = store_identity(recipe, rows)
     address = address_below(stores_address(recipe, out), store_id(identity))
     return address, identity
 
@@ -137,16 +203,16 @@ def is_complete(where: Address, signals: list[str]) -> bool:
     return all(each.place.holds(each.manifest["shards"]) for each in stores)
 
 
-def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
+def score(recipe: Recipe, source: Source, out: Path) -> Address:
     """Score every row that is not yet in the store, finish the store, and give its address.
 
     Needs a Ray session. DataError names the rows that cannot be scored if they are more than
     `scale.max_bad_rows`; the next call tries them again.
     """
-    say("score", dataset.describe())
-    address, identity = locate(recipe, dataset, out)
-    sizes = {name: len(rows) for name, rows in dataset.splits.items()}
-    shards = plan_shards(sizes, recipe.store.rows_per_shard)
+    table = source.table()
+    say("score", table.describe())
+    address, identity = locate(recipe, table, out)
+    shards = plan_shards(table.rows_of_parts, recipe.store.rows_per_shard)
     writers = layer_signals.writers(address, identity, signals_of(recipe))
     writer = writers[""]
     if len(writer.quarantined(shards)) > recipe.scale.max_bad_rows:
@@ -158,10 +224,10 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
         missing.update(layer_writer.missing(shards))
     if missing:
         in_order = sorted(missing, key=lambda shard: shard.number)
-        _score_missing(recipe, dataset, writer, shards, missing=in_order)
+        _score_missing(recipe, source, writer, shards, missing=in_order)
     # the statistics read the shards, so a provisional view serves until the manifest exists
     provisional = Store.of_shards(address, writer.records(shards))
-    writer.finish(shards, store_statistics(recipe, dataset, provisional))
+    writer.finish(shards, store_statistics(recipe, source, provisional))
     for name in signals_of(recipe):
         writers[name].finish(shards, {})
     return address
@@ -169,7 +235,7 @@ def score(recipe: Recipe, dataset: Dataset, out: Path) -> Address:
 
 def _score_missing(
     recipe: Recipe,
-    dataset: Dataset,
+    source: Source,
     writer: StoreWriter,
     shards: list[Shard],
     *,
@@ -187,7 +253,7 @@ def _score_missing(
             # Ray Data warns of its own defaults, and of the only way to bound retries
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            for row in shard_results(recipe, dataset, writer, missing).iter_rows():
+            for row in shard_results(recipe, source, writer, missing).iter_rows():
                 done += int(row["rows"])
                 seconds += float(row["seconds"])
                 progress.advance(done)
@@ -204,7 +270,7 @@ def _score_missing(
 
 def shard_results(
     recipe: Recipe,
-    dataset: Dataset,
+    source: Source,
     writer: StoreWriter,
     shards: list[Shard],
     actor: type[ShardActor] = ShardActor,
@@ -216,19 +282,20 @@ def shard_results(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None
-    context.target_max_block_size = None  # a block is a shard
+    context.target_max_block_size = None  # a block is what a reader gives at a time
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    header = Header.of(recipe, dataset)
+    table = source.table()
+    header = Header.of(recipe, table)
     recipe = placed(recipe)
-    low, high = (min(size, len(shards)) for size in recipe.scale.scorers)
-    splits = {split: ray.put(dataset.splits[split]) for split in {shard.split for shard in shards}}
-    descriptors = ray.data.from_items(
-        [vars(shard) for shard in shards], override_num_blocks=len(shards)
-    )
+    if not table.in_parts:
+        source = Lent.of(source, {shard.split for shard in shards})
+    together = [[vars(shard) for shard in some] for some in read_together(table, shards)]
+    low, high = (min(size, len(together)) for size in recipe.scale.scorers)
+    descriptors = ray.data.from_arrow([pa.Table.from_pylist(some) for some in together])
     blocks = descriptors.map_batches(
         ShardRows,
-        fn_constructor_args=(splits,),
-        batch_size=1,
+        fn_constructor_args=(source,),
+        batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0,
         max_restarts=-1,

@@ -87,7 +87,7 @@ def teacher_actors(recipe: Recipe) -> Iterator[list[str]]:
     """
     import ray
 
-    shape = data.load(recipe.data).shape
+    shape = data.open_source(recipe.data, recipe.optim.order).table().shape
     recipe = placed(recipe)
     actor = ray.remote(
         num_cpus=0,

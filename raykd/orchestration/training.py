@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.console import Progress, say
+from raykd.data.table import Source
 from raykd.errors import Diverged, InfraError, RaykdError
 from raykd.files.address import Address
 from raykd.models.device import device_of
@@ -30,8 +31,12 @@ LAST_BYTES = 4096  # of the file of progress, which hold its last line
 WAITING_S = 30  # between words of what is waited for
 
 
-def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[dict[str, Any]]:
+def train_all_arms(
+    recipe: Recipe, store: Address | None, folder: Path, source: Source | None = None
+) -> list[dict[str, Any]]:
     """Train all arms that are not done, and give every arm's record.
+
+    Workers are sent what `source` knows of parts; rows in memory they load by themselves.
 
     One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More
     are one worker group for all arms, because starting a group costs many seconds; it survives
@@ -42,6 +47,7 @@ def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[
         "recipe": recipe.model_dump(mode="json"),
         "store": str(store) if store else None,
         "folder": str(folder),
+        "source": to_send(source),
     }
     arms = arms_of(recipe)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -75,6 +81,11 @@ def train_all_arms(recipe: Recipe, store: Address | None, folder: Path) -> list[
                 f"delete {record} and train again to finish it",
             )
     return records
+
+
+def to_send(source: Source | None) -> Source | None:
+    """A source that workers can be sent: one of parts, which has no rows in it."""
+    return source if source and source.table().in_parts else None
 
 
 def worker_group(
@@ -187,6 +198,7 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
             report=report,
             tick=_Ticker(folder) if world.rank == 0 else lambda arm, step: None,
             teacher=teacher,
+            source=config["source"],
         )
     except Diverged as fault:
         return fault

@@ -16,13 +16,14 @@ from torch import nn
 
 from raykd import errors, models
 from raykd.console import Progress
+from raykd.data.table import Source
 from raykd.errors import InfraError, RaykdError
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.models.device import device_of, on_device
 from raykd.orchestration.cluster import check_seen, fitting, placed
 from raykd.orchestration.session import own_fault, plain_error
-from raykd.orchestration.training import worker_group
+from raykd.orchestration.training import to_send, worker_group
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import Range, apply_trial
@@ -36,7 +37,9 @@ TRIAL_CPU = 0.05
 WORKER_CPU = 0.9
 
 
-def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str, Any]:
+def run_trials(
+    recipe: Recipe, store: Address | None, folder: Path, source: Source | None = None
+) -> dict[str, Any]:
     """Run the recipe's trials, and give their table with the best by the metric of `select`.
 
     A trial of one worker runs the plain loop under Tune; one of several workers nests a Ray Train
@@ -54,6 +57,7 @@ def run_trials(recipe: Recipe, store: Address | None, folder: Path) -> dict[str,
         "recipe": recipe.model_dump(mode="json"),
         "store": str(address) if address else None,
         "folder": str(folder.resolve()),
+        "source": to_send(source),
     }
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
     # what fails a trial is reported once, by us
@@ -174,7 +178,7 @@ def _train_trial(
     folder = _folder_of(shared)
     metric = metric_of(recipe)
     check_seen(Path(shared["folder"]))
-    runner = ArmRunner(recipe, shared["store"], device_of(recipe))
+    runner = ArmRunner(recipe, shared["store"], device_of(recipe), source=shared["source"])
     arm = student_arm(recipe, recipe.seeds[0])
     student = runner.student(arm)
 

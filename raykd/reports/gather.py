@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from raykd.data import Dataset
+from raykd.data import Dataset, Table
+from raykd.data.table import Source
 from raykd.errors import StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import read_json
@@ -39,12 +40,17 @@ PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
 
 def gather(
     found: Recipe,
+    source: Source,
     dataset: Dataset,
     folder: Path,
     where: Address | None,
     mlflow: dict[str, Any],
 ) -> Evidence:
-    """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
+    """Everything measured so far about a run: predictions, sizes, times, curves, trials.
+
+    `dataset` is what is in memory of `source`.
+    """
+    table = source.table()
     records = {arm.key: trained_arm.read_record(folder, arm.key) for arm in arms_of(found)}
     test = TestPlaces.of(dataset.splits["test"])
     opened = Store(where) if where else None
@@ -54,12 +60,12 @@ def gather(
     deployed = answers_of(folder / run_files.ARTEFACT_ANSWERS, test) if manifest else None
     every = predicted | ({"artefact": {0: deployed}} if deployed else {})
     return Evidence(
-        recipe_digest=run_digest(found, dataset),
+        recipe_digest=run_digest(found, table),
         technique=found.technique,
         setting=found.setting,
         seeds=found.seeds,
         data_name=dataset.name,
-        data_rows={name: len(rows) for name, rows in dataset.splits.items()},
+        data_rows=table.rows_of_splits,
         tested=int(dataset.splits["test"].labelled.sum()),
         test_digest=dataset.test_digest,
         classes=dataset.classes,
@@ -93,7 +99,7 @@ def gather(
             "system": platform.system(),
         },
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        warnings=_warnings(found, dataset, opened, records),
+        warnings=_warnings(found, table, opened, records),
         asks_control=found.control,
         asks_valence=_asks_valence(found),
         phase_ends=ends_of(found.phases, found.optim.steps),
@@ -301,22 +307,22 @@ def _asks_valence(recipe: Recipe) -> bool:
 
 
 def _warnings(
-    recipe: Recipe, dataset: Dataset, store: Store | None, records: dict[str, Any]
+    recipe: Recipe, table: Table, store: Store | None, records: dict[str, Any]
 ) -> list[str]:
-    found = list(dataset.cautions)
-    labelled = dataset.splits["train"].labelled
+    found = list(table.cautions)
     if (
         store
-        and dataset.is_text
+        and table.is_text
         and not (store.logits("test").serves(1.0) and not store.unscored("test"))
     ):
         found.append(
             "no KL to the teacher: its store does not tell it at temperature 1, "
             "or not of every test row"
         )
-    hidden = int((~labelled).sum())
+    total = table.rows("train")
+    hidden = total - table.labelled("train")
     if hidden:
-        found.append(f"{hidden} of {len(labelled)} training rows were used without their label")
+        found.append(f"{hidden} of {total} training rows were used without their label")
     gate = _statistic(store, "value_head", "val_correlation") if store else None
     if gate is not None and gate < 0.2 and _asks_valence(recipe):
         found.append(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from raykd import models
-from raykd.data import Dataset
+from raykd.data import Dataset, Rows, Table
+from raykd.data.table import Source, first_rows, in_memory
 from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.generation import judge_drafter
@@ -26,24 +27,26 @@ FEW = 8  # tokens that a built-in model of text is asked
 
 
 def check_with_data(
-    recipe: Recipe, dataset: Dataset, folder: Path, *, with_export: bool = True
+    recipe: Recipe, source: Source, folder: Path, *, with_export: bool = True
 ) -> None:
     """RecipeError, StoreError or DataError if the run in `folder` would fail.
 
     `with_export` checks the student's export, too, in all forms of `[export]`.
     """
-    _check_labels(recipe, dataset)
-    _check_text_tables(recipe, dataset)
+    table = source.table()
+    _check_labels(recipe, table)
+    _check_text_tables(recipe, table)
+    dataset = in_memory(source)
     _check_drafts(recipe, dataset, folder)
     _check_drafter(recipe, dataset)
-    _check_models(recipe, dataset)
+    _check_models(recipe, table, first_rows(source, "train"))
     if with_export:
         run_artefact.check(recipe, dataset)
 
 
-def _check_labels(recipe: Recipe, dataset: Dataset) -> None:
+def _check_labels(recipe: Recipe, table: Table) -> None:
     """RecipeError where an arm would learn from labels, and no training row has one."""
-    if dataset.splits["train"].labelled.any():
+    if table.labelled("train"):
         return
     rows = "no training row has a label"
     if recipe.teacher is None or not needs_of(recipe.terms):
@@ -58,14 +61,14 @@ def _check_labels(recipe: Recipe, dataset: Dataset) -> None:
             )
 
 
-def _check_text_tables(recipe: Recipe, dataset: Dataset) -> None:
+def _check_text_tables(recipe: Recipe, table: Table) -> None:
     """RecipeError where a table is about text and the data are none, or the other way round."""
-    if recipe.select != "accuracy" and dataset.is_text:
+    if recipe.select != "accuracy" and table.is_text:
         raise RecipeError(
             f'select = "{recipe.select}": of classes, but the data are text; leave it out'
         )
     for key in ("source", "drafter"):
-        if getattr(recipe, key) and not dataset.is_text:
+        if getattr(recipe, key) and not table.is_text:
             raise RecipeError(
                 f"{key}: needs text rows, but this data set has none; set data.tokenizer, "
                 f"or remove [{key}]"
@@ -95,23 +98,26 @@ def _check_drafter(recipe: Recipe, dataset: Dataset) -> None:
             judge_drafter.check(module, key)
 
 
-def _check_models(recipe: Recipe, dataset: Dataset) -> None:
-    """RecipeError where student or teacher cannot do with rows as these data have them."""
+def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
+    """RecipeError where student or teacher cannot do with rows as these data have them.
+
+    `train` are some of the training rows.
+    """
     teacher = recipe.teacher
     probed = [("student", recipe.student.bare, check_student)]
     # A teacher in a folder is found out as it is read: its columns, its steps, that it is causal.
     if teacher is not None and teacher.model != TRANSFORMERS and not _is_folder(teacher):
         probed.append(("teacher", teacher, check_teacher))
-    every_row = _probe_rows(dataset)
+    every_row = _probe_rows(train, len(table.classes))
     for key, ref, check in probed:
-        rows = every_row._replace(may_have_more=key == "teacher" and dataset.is_text)
+        rows = every_row._replace(may_have_more=key == "teacher" and table.is_text)
         if ref.model == LLAMA:
             # Neither weights nor length matter to it: a few tokens show the shapes.
             ref = ref.bare
             rows = rows._replace(inputs=rows.inputs[:, :FEW], mask=rows.mask[:, :FEW])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = models.build_model(ref, **dataset.shape, key=key)
+            module = models.build_model(ref, **table.shape, key=key)
             with user_code(f"{key}.model {ref.model}"):
                 check(module, key, rows)
 
@@ -120,16 +126,15 @@ def _is_folder(ref: ModelRef) -> bool:
     return ref.weights is not None and Path(ref.weights).is_dir()
 
 
-def _probe_rows(dataset: Dataset) -> ProbeRows:
+def _probe_rows(train: Rows, classes: int) -> ProbeRows:
     """The shortest training row and the longest one."""
-    train = dataset.splits["train"]
     length = train.mask.sum(1)
     chosen = [int(length.argmin()), int(length.argmax())]
     if chosen[0] == chosen[1]:  # rows of one length
         chosen = [0, len(train) - 1]
     inputs = torch.from_numpy(np.array(train.inputs[chosen]))
     mask = torch.from_numpy(np.array(train.mask[chosen]))
-    mask[1] = True  # the longest row may lie in another split
-    if dataset.is_text:  # there a mask is of the loss, and says nothing of length
+    mask[1] = True  # the longest row may lie elsewhere
+    if train.is_text:  # there a mask is of the loss, and says nothing of length
         mask[0] = True
-    return ProbeRows(inputs, mask, len(dataset.classes))
+    return ProbeRows(inputs, mask, classes)

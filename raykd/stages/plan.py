@@ -10,6 +10,7 @@ from torch import nn
 
 from raykd import models
 from raykd.data import Rows
+from raykd.data.table import first_rows
 from raykd.deploy import forms
 from raykd.errors import DataError
 from raykd.files.open import open_place
@@ -35,8 +36,8 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
     """
     run_folder = RunFolder(recipe, out, address)
     run_folder.check_links()
-    data = run_folder.dataset
-    train = data.splits["train"]
+    data = run_folder.table
+    train = first_rows(run_folder.source, "train")
     students = [
         _parameters(recipe.student.of_seed(seed), data.shape, "student") for seed in recipe.seeds
     ]
@@ -45,7 +46,7 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
     if recipe.teacher:
         teacher = models.build_model(recipe.teacher, **data.shape, key="teacher")
         sizes["teacher"] = sum(p.numel() for p in teacher.parameters())
-    check_with_data(recipe, run_folder.dataset, run_folder.path)
+    check_with_data(recipe, run_folder.source, run_folder.path)
     if recipe.valence.source == "column" and train.valence is None:
         raise DataError(
             'valence.source = "column", but the data has none; name it in data.columns.valence'
@@ -56,8 +57,8 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
     return {
         "run": str(run_folder.path),
         "data": data.describe(),
-        "rows": {name: len(rows) for name, rows in data.splits.items()},
-        "unfit": [unfit._asdict() for unfit in data.unfit],
+        "rows": data.rows_of_splits,
+        "unfit": [unfit._asdict() for unfit in run_folder.dataset.unfit],
         "parameters": sizes,
         "workers": list(recipe.scale.workers),
         "memory_bytes_a_worker": _memory(run_folder, is_one_a_row),
@@ -85,12 +86,11 @@ def _stages(run_folder: RunFolder, is_one_a_row: bool) -> list[dict[str, Any]]:
     arms = arms_of(recipe)
     stages: list[dict[str, Any]] = []
     if run_folder.store is not None:
-        shards = plan_shards(
-            {n: len(r) for n, r in run_folder.dataset.splits.items()}, recipe.store.rows_per_shard
-        )
+        table = run_folder.table
+        shards = plan_shards(table.rows_of_parts, recipe.store.rows_per_shard)
         committed = open_place(run_folder.store).listed("_commits")
         done = [s for s in shards if f"_commits/{s.number:05d}.json" in committed]
-        rows = sum(map(len, run_folder.dataset.splits.values()))
+        rows = sum(table.rows_of_splits.values())
         size = _store_bytes(run_folder, is_one_a_row)
         what = (
             f"{rows} rows in {len(shards)} shards, {len(done)} scored; "
@@ -126,7 +126,7 @@ def _nearest(run_folder: RunFolder) -> dict[str, Any] | None:
         return None
     return care.nearest(
         scoring.stores_address(run_folder.recipe, run_folder.out.resolve()),
-        store_identity(run_folder.recipe, run_folder.dataset),
+        store_identity(run_folder.recipe, run_folder.table),
     )
 
 
@@ -135,24 +135,36 @@ def _store_bytes(run_folder: RunFolder, is_one_a_row: bool) -> int:
     how the teacher answers; 24 bytes a row beside; no other signals.
     """
     settings = run_folder.recipe.store
-    classes = len(run_folder.dataset.classes)
+    table = run_folder.table
+    classes = len(table.classes)
     sizes = {"comb": settings.points, "topk": 4 * settings.top}
     of_logits = sizes.get(codec_name(settings, classes), 2 * classes)
     width = of_logits + 2 * SIGNALS_A_STEP
     size = 0
-    for rows in run_folder.dataset.splits.values():
-        answers = len(rows) if is_one_a_row else int(rows.mask.sum())
-        size += answers * width + 24 * len(rows)
+    for split, count in table.rows_of_splits.items():
+        answers = count if is_one_a_row else _steps(run_folder, split)
+        size += answers * width + 24 * count
     return size
+
+
+def _steps(run_folder: RunFolder, split: str) -> int:
+    """The valid steps of a split; where it is read in parts, by those of the first."""
+    held = run_folder.dataset.splits.get(split)
+    if held is not None:
+        return int(held.mask.sum())
+    some = first_rows(run_folder.source, split)
+    return round(some.mask.sum() / len(some) * run_folder.table.rows(split))
 
 
 def _memory(run_folder: RunFolder, is_one_a_row: bool) -> int:
     """Bytes that every training worker holds: the training and validation rows, and the teacher's
-    logits.
+    logits. Where rows are read in parts, those of validation and test.
     """
     splits = run_folder.dataset.splits
-    rows = sum(splits[name].inputs.nbytes + splits[name].mask.nbytes for name in ("train", "val"))
-    reads = needs_of(run_folder.recipe.terms)
+    in_parts = run_folder.table.in_parts
+    held = ("val", "test") if in_parts else ("train", "val")
+    rows = sum(splits[name].inputs.nbytes + splits[name].mask.nbytes for name in held)
+    reads = needs_of(run_folder.recipe.terms) and not in_parts
     return rows + (_store_bytes(run_folder, is_one_a_row) if reads else 0)
 
 

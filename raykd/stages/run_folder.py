@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 from raykd import data
-from raykd.data import Dataset
+from raykd.data import Dataset, Table
+from raykd.data.table import Source, in_memory
 from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.files import links
@@ -61,23 +62,33 @@ class RunFolder:
 
         StoreError where there is a link that leads out of `out`.
         """
-        digest = run_digest(self.recipe, self.dataset)
+        digest = run_digest(self.recipe, self.table)
         out = self.out.resolve()
         path = out / f"{self.recipe.name}-{digest[:8]}"
         links.check_inside(path, out)
         return path
 
     @cached_property
+    def source(self) -> Source:
+        """The recipe's rows: in memory, or read in parts."""
+        return data.open_source(self.recipe.data, self.recipe.optim.order)
+
+    @property
+    def table(self) -> Table:
+        """What is known of the rows without reading them."""
+        return self.source.table()
+
+    @cached_property
     def dataset(self) -> Dataset:
-        """The recipe's data, loaded once."""
-        return data.load(self.recipe.data)
+        """The rows that are held in memory: all, or those of validation and test."""
+        return in_memory(self.source)
 
     @cached_property
     def store(self) -> Address | None:
         """The address of the recipe's teacher store, which need not exist; None without one."""
         if self.recipe.teacher is None or not needs_of(self.recipe.terms):
             return None
-        address, _ = scoring.locate(self.recipe, self.dataset, self.out.resolve())
+        address, _ = scoring.locate(self.recipe, self.table, self.out.resolve())
         return address
 
     @property
@@ -121,7 +132,7 @@ class RunFolder:
 
     def journal(self) -> Journal:
         """The run's journal, begun if it is new."""
-        return run_log.open_journal(self.recipe, self.dataset, self.path, self.store)
+        return run_log.open_journal(self.recipe, self.table, self.path, self.store)
 
     @property
     def uri(self) -> str:

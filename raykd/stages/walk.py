@@ -146,7 +146,7 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     run_folder.check_links()
     check_with_data(
         run_folder.recipe,
-        run_folder.dataset,
+        run_folder.source,
         run_folder.path,
         with_export=_export in stages,
     )
@@ -208,9 +208,9 @@ def _score(run_folder: RunFolder) -> Address | None:
         say("score", f"done before: {run_folder.store}")
     else:
         cluster.check_here(run_folder.recipe, run_folder.address)
-        Scorer.check(run_folder.recipe, Header.of(run_folder.recipe, run_folder.dataset))
+        Scorer.check(run_folder.recipe, Header.of(run_folder.recipe, run_folder.table))
         _connect(run_folder)
-        scoring.score(run_folder.recipe, run_folder.dataset, run_folder.out.resolve())
+        scoring.score(run_folder.recipe, run_folder.source, run_folder.out.resolve())
     warning = teacher_check.warning(Store(run_folder.store), run_folder.dataset)
     if warning:
         say("score", f"! {warning}")
@@ -221,7 +221,7 @@ def _train(run_folder: RunFolder) -> Path:
     from raykd.orchestration.training import train_all_arms
 
     if run_folder.untrained:
-        train_all_arms(run_folder.recipe, run_folder.store, run_folder.path)
+        train_all_arms(run_folder.recipe, run_folder.store, run_folder.path, run_folder.source)
         run_log.arms(run_folder.journal(), run_folder.recipe, run_folder.path)
     else:
         say("train", f"done before: {run_files.arms(run_folder.path)}")
@@ -235,7 +235,7 @@ def _tune(run_folder: RunFolder) -> dict[str, Any]:
     if run_folder.is_searched:
         say("tune", f"done before: {run_folder.path / run_files.TRIALS}")
     else:
-        table = run_trials(run_folder.recipe, run_folder.store, run_folder.path)
+        table = run_trials(run_folder.recipe, run_folder.store, run_folder.path, run_folder.source)
         raw = run_folder.recipe.model_dump(mode="json")
         best = Recipe.model_validate(apply_trial(raw, table["best"]["params"]))
         write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())
@@ -287,6 +287,7 @@ def _report(run_folder: RunFolder) -> dict[str, Any]:
     synced = _sync(run_folder)
     measured = gather.gather(
         run_folder.recipe,
+        run_folder.source,
         run_folder.dataset,
         folder=folder,
         where=run_folder.store,

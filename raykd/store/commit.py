@@ -13,6 +13,7 @@ readers open only what the manifest names.
 
 import hashlib
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,13 +42,20 @@ class Shard:
     last: int
 
 
-def plan_shards(rows: dict[str, int], rows_per_shard: int) -> list[Shard]:
-    """The shards of a data set, numbered across its splits; none spans two splits."""
-    shards = []
-    for split, count in rows.items():
-        for first in range(0, count, rows_per_shard):
-            last = min(first + rows_per_shard, count)
-            shards.append(Shard(number=len(shards), split=split, first=first, last=last))
+def plan_shards(rows: Mapping[str, int | Sequence[int]], rows_per_shard: int) -> list[Shard]:
+    """The shards of a data set, numbered across its splits; none spans two splits.
+
+    `rows` are those of each split, or of each of its parts; then none spans two parts.
+    """
+    shards: list[Shard] = []
+    for split, told in rows.items():
+        counts = [told] if isinstance(told, int) else told
+        start = 0
+        for count in counts:
+            for first in range(start, start + count, rows_per_shard):
+                last = min(first + rows_per_shard, start + count)
+                shards.append(Shard(number=len(shards), split=split, first=first, last=last))
+            start += count
     return shards
 
 

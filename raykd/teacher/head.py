@@ -3,15 +3,13 @@
 from torch import Tensor
 
 from raykd import models
-from raykd.data import Dataset
+from raykd.data.rows import Facts
 from raykd.recipe.recipe import Recipe
 from raykd.store.codecs.hidden import Hidden
 from raykd.store.reader import Store
 
 
-def teacher_head(
-    recipe: Recipe, store: Store, dataset: Dataset
-) -> tuple[Tensor, Tensor | None] | None:
+def teacher_head(recipe: Recipe, store: Store, rows: Facts) -> tuple[Tensor, Tensor | None] | None:
     """(weight (C, D), bias (C,) or None) of the head that a store of hidden states needs.
 
     Only the columns of the data's classes; None for a store of any other codec. StoreError if the
@@ -22,7 +20,7 @@ def teacher_head(
     codec = store.codec("train")
     assert isinstance(codec, Hidden)
     assert recipe.teacher is not None
-    teacher = models.build_model(recipe.teacher, **dataset.shape, key="teacher")
+    teacher = models.build_model(recipe.teacher, **rows.shape, key="teacher")
     head = teacher.get_submodule(recipe.store.head)
     assert isinstance(head.weight, Tensor)
     weight = head.weight.detach().float()
@@ -30,5 +28,5 @@ def teacher_head(
     if isinstance(head.bias, Tensor):
         bias = head.bias.detach().float()
     codec.check_head(weight, bias)
-    classes = len(dataset.classes)
+    classes = len(rows.classes)
     return weight[:classes], None if bias is None else bias[:classes]

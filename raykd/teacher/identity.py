@@ -5,8 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from raykd.data import Dataset
-from raykd.data.table import Table
+from raykd.data.rows import Facts
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of, file_sha256
 from raykd.losses.terms import TERMS, needs_of
@@ -28,24 +27,25 @@ CODEC_KEYS = {
 }
 
 
-def store_identity(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def store_identity(recipe: Recipe, rows: Facts) -> dict[str, Any]:
     """Everything the store's content depends on, and nothing else."""
     assert recipe.teacher is not None
     register(recipe.technique)
     return {
         "schema": SCHEMA,
         "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)},
-        "data": {"name": dataset.name, "sha256": dataset.digest},
+        "data": {"name": rows.name, "sha256": rows.digest},
         "valence": recipe.valence.model_dump(),
-        "store": store_table(recipe, len(dataset.classes)),
+        "store": store_table(recipe, len(rows.classes)),
     }
 
 
-def run_digest(recipe: Recipe, dataset: Dataset) -> str:
+def run_digest(recipe: Recipe, rows: Facts) -> str:
     """Hex sha256 of everything a run's result depends on; eight digits of it name its folder.
 
     It covers the file of every model's and function's code. The files that a data function reads
-    are unknown, so its rows are covered instead, as are those of a bucket.
+    are unknown, so its rows are covered instead, as are those of a bucket. The order that
+    `optim.order = "auto"` comes to is covered where it is "blocks".
     """
     names = {"student": recipe.student.model}
     if not is_path(recipe.data.source):
@@ -60,12 +60,19 @@ def run_digest(recipe: Recipe, dataset: Dataset) -> str:
         if digest:
             code[key] = digest
     has_free_files = recipe.data.settings.get("pinned", True) is False  # those of this Python
-    identity = recipe_identity(recipe)
+    identity = recipe_identity(_ordered(recipe, rows))
     if "data" in code or has_free_files or identity["data"]["source"] == BY_ROWS:
-        code["rows"] = dataset.digest
+        code["rows"] = rows.digest
     if code:
         identity |= {"code": code}
     return digest_of(identity)
+
+
+def _ordered(recipe: Recipe, rows: Facts) -> Recipe:
+    """The recipe with the order that "auto" comes to, where rows are read in parts."""
+    if not rows.in_parts:
+        return recipe
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"order": "blocks"})})
 
 
 def signals_of(recipe: Recipe) -> list[str]:
@@ -100,16 +107,16 @@ def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:
     return table
 
 
-def check_rows(dataset: Dataset | Table, identity: Mapping[str, Any]) -> None:
+def check_rows(rows: Facts, identity: Mapping[str, Any]) -> None:
     """DataError where the rows are others than those that a store was made from.
 
     `identity` is the store's.
     """
     stored = identity["data"]["sha256"]
-    if dataset.digest != stored:
+    if rows.digest != stored:
         raise DataError(
-            f"data.source: {dataset.name} has other rows here than where its store was made "
-            f"(sha256 {dataset.digest[:12]}, and {stored[:12]} there); let it give the same rows "
+            f"data.source: {rows.name} has other rows here than where its store was made "
+            f"(sha256 {rows.digest[:12]}, and {stored[:12]} there); let it give the same rows "
             "in the same order at every call, on every node"
         )
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raykd import models
-from raykd.data import Dataset, Rows
+from raykd.data import Rows
+from raykd.data.rows import Facts
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of
 from raykd.losses import valence
@@ -46,10 +47,10 @@ class Header:
     key: int
 
     @classmethod
-    def of(cls, recipe: Recipe, dataset: Dataset) -> "Header":
+    def of(cls, recipe: Recipe, rows: Facts) -> "Header":
         """The header of a recipe's rows."""
-        key = int(digest_of(store_identity(recipe, dataset))[:15], 16)
-        return cls(dataset.shape, dataset.is_text, key)
+        key = int(digest_of(store_identity(recipe, rows))[:15], 16)
+        return cls(rows.shape, rows.is_text, key)
 
     @property
     def classes(self) -> int:

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raykd.data import Dataset
+from raykd.data import Rows
+from raykd.data.table import Source, Table, read_split
 from raykd.data.vocabulary import table_digest
 from raykd.losses import valence
 from raykd.recipe.recipe import Recipe
@@ -15,40 +16,39 @@ from raykd.store.stored_rows import stored_steps
 QUANTILES = [0, 0.25, 0.5, 0.75, 1]
 
 
-def store_statistics(recipe: Recipe, dataset: Dataset, store: Store) -> dict[str, Any]:
+def store_statistics(recipe: Recipe, source: Source, store: Store) -> dict[str, Any]:
     """What the manifest says of the whole data set, so that row weights need no communication.
 
     `value_head.val_correlation` is the gate on the trajectory: its correlation with the realised
     future valence on validation rows.
     """
+    table = source.table()
     saliency = store.column("saliency", "train").values
     known = saliency[np.isfinite(saliency)]
+    correlation = _value_head_correlation(recipe, read_split(source, "val"), store)
     return {
-        "rows": {name: len(rows) for name, rows in dataset.splits.items()},
-        **(_vocabulary(dataset) if dataset.is_text else _class_prior(dataset)),
+        "rows": table.rows_of_splits,
+        **(_vocabulary(table) if table.is_text else _class_prior(table)),
         "saliency": {
             "mean": float(known.mean()) if len(known) else None,
             "std": float(known.std(ddof=1)) if len(known) > 1 else None,
             "quantiles": np.quantile(known, QUANTILES).tolist() if len(known) else None,
             "missing": int(len(saliency) - len(known)),
         },
-        "value_head": {"val_correlation": _value_head_correlation(recipe, dataset, store)},
+        "value_head": {"val_correlation": correlation},
     }
 
 
-def _class_prior(dataset: Dataset) -> dict[str, Any]:
-    label = dataset.splits["train"].label
-    count = np.bincount(label[label >= 0], minlength=len(dataset.classes))
-    return {"classes": list(dataset.classes), "class_prior": count.tolist()}
+def _class_prior(table: Table) -> dict[str, Any]:
+    return {"classes": list(table.classes), "class_prior": list(table.class_counts)}
 
 
-def _vocabulary(dataset: Dataset) -> dict[str, Any]:
+def _vocabulary(table: Table) -> dict[str, Any]:
     """Size and digest of the tokens, which `data.vocabulary.check_digest` compares with others."""
-    return {"vocabulary": {"size": len(dataset.classes), "sha256": table_digest(dataset.classes)}}
+    return {"vocabulary": {"size": len(table.classes), "sha256": table_digest(table.classes)}}
 
 
-def _value_head_correlation(recipe: Recipe, dataset: Dataset, store: Store) -> float | None:
-    rows = dataset.splits["val"]
+def _value_head_correlation(recipe: Recipe, rows: Rows, store: Store) -> float | None:
     rows = rows.take(store.places_of(rows.row_id, "val") >= 0)
     stored = store.column("valence", "val")
     mask = stored_steps(stored.steps, rows.mask)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd.data import Dataset
+from raykd.data import Table
 from raykd.files.address import Address
 from raykd.files.open import open_place
 from raykd.files.place import read_json_in
@@ -23,7 +23,7 @@ PARENT = "run"
 STATUS_OF = {"failed": "FAILED", "stopped": "KILLED"}  # of a trial's state; others finished
 
 
-def open_journal(recipe: Recipe, dataset: Dataset, folder: Path, where: Address | None) -> Journal:
+def open_journal(recipe: Recipe, table: Table, folder: Path, where: Address | None) -> Journal:
     """The run's journal.
 
     A new one starts with its parent run, the recipe's keys, and the data that the run reads.
@@ -31,7 +31,7 @@ def open_journal(recipe: Recipe, dataset: Dataset, folder: Path, where: Address 
     is_new = not (folder / NAME).exists()
     lines = Journal(folder / NAME)
     store = open_place(where) if where else None
-    tags = {"raykd.technique": recipe.technique, "raykd.recipe_digest": run_digest(recipe, dataset)}
+    tags = {"raykd.technique": recipe.technique, "raykd.recipe_digest": run_digest(recipe, table)}
     tags |= {"raykd.store_id": store.name} if store else {}
     commit = _commit()
     tags |= {"mlflow.source.git.commit": commit} if commit else {}
@@ -40,8 +40,8 @@ def open_journal(recipe: Recipe, dataset: Dataset, folder: Path, where: Address 
         lines.params(
             PARENT, dict(_flat(recipe.model_dump(mode="json", exclude={"scale", "track"})))
         )
-        rows = {name: len(split) for name, split in dataset.splits.items()}
-        lines.dataset(PARENT, dataset.name, dataset.digest, recipe.data.source, {"rows": rows})
+        rows = table.rows_of_splits
+        lines.dataset(PARENT, table.name, table.digest, recipe.data.source, {"rows": rows})
         manifest = read_json_in(store, "_MANIFEST.json") if store else None
         if store and manifest:
             lines.dataset(

@@ -93,12 +93,12 @@ class ArmRunner:
         self.recipe = recipe
         self.device = device
         self.teacher = teacher
-        self.source = source or Held(data.load(recipe.data))
+        self.source = source or data.open_source(recipe.data, recipe.optim.order)
         self.dataset = in_memory(self.source)
         self.store = Store(store) if store else None
         if self.store:
             check_rows(self.source.table(), self.store.manifest["identity"])
-        self.head = teacher_head(recipe, self.store, self.dataset) if self.store else None
+        self.head = teacher_head(recipe, self.store, self.source.table()) if self.store else None
         self.train = self._training_rows()
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
 
@@ -199,14 +199,15 @@ def run_arms(
     report: ArmReport,
     tick: Callable[[str, int], None] = lambda arm, step: None,
     teacher: Teacher | None = None,
+    source: Source | None = None,
 ) -> None:
     """Train every arm that is not done; safe to call again after any death.
 
     `report(arm key, step, metrics)` is called as training goes on, and `tick(arm key, step)` after
-    every step. `teacher` scores what students
-    write; without one, it is loaded here.
+    every step. `teacher` scores what students write, and `source` has the rows; each is loaded here
+    where it is not given.
     """
-    runner = ArmRunner(recipe, store, device, teacher)
+    runner = ArmRunner(recipe, store, device, teacher, source)
     for arm in arms_of(recipe):
         is_done = world.rank == 0 and trained_arm.read_record(folder, arm.key) is not None
         if _agreed(world, is_done, device):

@@ -284,7 +284,7 @@ def test_what_can_not_be_judged_is_refused_before_any_work(recipe, change, messa
     changed = Recipe.model_validate(found.model_dump(mode="json") | change)
     run_folder = RunFolder(changed, recipe.parent / "out")
     with pytest.raises((RecipeError, DataError), match=message):
-        check_with_data(changed, run_folder.dataset, run_folder.path, with_export=False)
+        check_with_data(changed, run_folder.source, run_folder.path, with_export=False)
 
 
 def test_series_draft_nothing(tmp_path):
@@ -292,4 +292,4 @@ def test_series_draft_nothing(tmp_path):
     path.write_text('technique = "none"\n[drafter]\n')
     found = load(path)
     with pytest.raises(RecipeError, match="drafter: needs text rows"):
-        check_with_data(found, data.load(found.data), tmp_path)
+        check_with_data(found, data.open_source(found.data), tmp_path)

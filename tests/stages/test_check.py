@@ -55,7 +55,7 @@ def told(tmp_path, monkeypatch):
         raw = {"technique": "none", "data": {"source": str(folder)}, "control": False}
         models = {key: ModelRef.model_validate(table) for key, table in tables.items()}
         recipe = resolve(raw).model_copy(update=models)
-        check_with_data(recipe, data.load(recipe.data), tmp_path / "run")
+        check_with_data(recipe, data.open_source(recipe.data), tmp_path / "run")
         assert not Path(tmp_path / "run").exists()
 
     monkeypatch.setattr(build, "MODELS", build.MODELS | MODELS)

@@ -15,6 +15,7 @@ import stored
 import torch
 
 from raykd import data
+from raykd.data.table import Held
 from raykd.errors import DataError
 from raykd.orchestration import scoring
 from raykd.recipe.recipe import Recipe
@@ -74,7 +75,7 @@ def poisoned(
     for shard in shards:
         writer.commit(shard, *scorer.score(by_hand.rows_of(dataset, shard)))
     kept = Store.of_shards(where, writer.records(shards))
-    writer.finish(shards, store_statistics(recipe, dataset, kept))
+    writer.finish(shards, store_statistics(recipe, Held(dataset), kept))
     return where, writer, shards
 
 
@@ -147,10 +148,10 @@ def test_a_row_that_can_not_be_scored_is_an_error_unless_it_is_allowed(folder):
 class OneProcess:
     """Ray's data set of scored shards, its only actor in this process."""
 
-    def __init__(self, recipe, dataset, writer, shards):
-        header = Header.of(recipe, dataset)
+    def __init__(self, recipe, source, writer, shards):
+        header = Header.of(recipe, source.table())
         self.actor = scoring.ShardActor(recipe, header, str(writer.folder), writer.identity)
-        self.dataset = dataset
+        self.dataset = source.dataset
         self.shards = shards
 
     def iter_rows(self):
@@ -171,21 +172,21 @@ def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
     with pytest.raises(
         DataError, match=rf"cannot score 1 rows, scale.max_bad_rows allows 0:\n  row {ids[2]}: NaN"
     ):
-        scoring.score(recipe, dataset, tmp_path)
+        scoring.score(recipe, Held(dataset), tmp_path)
     allowed = recipe.model_copy(
         update={"scale": recipe.scale.model_copy(update={"max_bad_rows": 1})}
     )
     with pytest.raises(
         DataError, match=rf"(?s)cannot score 2 rows.* row {ids[2]}: .* row {ids[80]}: "
     ):
-        scoring.score(allowed, dataset, tmp_path)
+        scoring.score(allowed, Held(dataset), tmp_path)
     where, _ = scoring.locate(recipe, dataset, tmp_path)
     assert not (where / "_MANIFEST.json").exists()
     monkeypatch.setattr(Poisoned, "nan", (int(ids[2]),))
-    scoring.score(allowed, dataset, tmp_path)
+    scoring.score(allowed, Held(dataset), tmp_path)
     assert Store(where).unscored("train") == 1
     assert scoring.is_complete(where, [])
     (where / "_MANIFEST.json").unlink()
     monkeypatch.setattr(Poisoned, "nan", ())
-    scoring.score(recipe, dataset, tmp_path)
+    scoring.score(recipe, Held(dataset), tmp_path)
     assert (where / "_MANIFEST.json").read_bytes() == (whole.folder / "_MANIFEST.json").read_bytes()
