@@ -20,6 +20,7 @@ from raykd.console import show, stdout_for_results
 from raykd.data import SPLITS, Dataset
 from raykd.data import room as room_of_rows
 from raykd.data.order import shuffled
+from raykd.data.table import Held
 from raykd.errors import DataError, RaykdError, RecipeError
 from raykd.files.digests import file_sha256
 from raykd.recipe.recipe import Recipe
@@ -366,7 +367,7 @@ def test_rows_without_any_label_are_learnt_from_the_teacher_alone(tmp_path):
     }
     recipe = Recipe.model_validate(raw)
     with pytest.raises(RecipeError, match="control: no training row has a label"):
-        check_with_data(recipe, dataset, tmp_path)
+        check_with_data(recipe, Held(dataset), tmp_path)
     alone = recipe.model_copy(update={"teacher": None})
     with pytest.raises(RecipeError, match="terms: no training row has a label, and no term"):
-        check_with_data(alone, dataset, tmp_path)
+        check_with_data(alone, Held(dataset), tmp_path)
