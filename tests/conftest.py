@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from recipes import TINY
 
 from raykd.orchestration.session import QUIET
+from raykd.recipe import imports
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the cores
 settings.register_profile("laws", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -118,10 +119,15 @@ def _one_registry() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_left_modules(tmp_path_factory) -> Iterator[None]:
-    """No module that a test imports from a temporary folder answers to its name in a later test."""
+def _no_left_imports(tmp_path_factory) -> Iterator[None]:
+    """No module that a test imports from a temporary folder answers to its name in a later test,
+    and no package that it permits stays permitted.
+    """
     before = set(sys.modules)
+    permitted = set(imports._permitted)
     yield
+    imports._permitted.clear()
+    imports._permitted.update(permitted)
     temporary = str(tmp_path_factory.getbasetemp())
     for name in set(sys.modules) - before:
         if (getattr(sys.modules[name], "__file__", None) or "").startswith(temporary):

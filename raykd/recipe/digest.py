@@ -7,9 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raykd.files.address import is_url
-from raykd.files.cache import sha256_kept
-from raykd.files.digests import file_sha256, files_sha256, parquet_below
+from raykd.files.digests import file_sha256, files_sha256
 from raykd.files.open import open_place
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.source import Source
@@ -26,7 +24,7 @@ LATER: dict[str, tuple[str, ...]] = {
     "optim": ("order", "lanes", "window"),
     "data": ("splits", "steps", "max_unfit"),
 }
-BY_ROWS = "rows"  # of a data source whose files are no part of the recipe's identity
+BY_ROWS = "rows"  # in place of a data source: its rows decide, wherever they come from
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -38,26 +36,20 @@ def weights_sha256(path: str | Path) -> str:
 
 
 def content_of(table: BaseModel) -> dict[str, Any]:
-    """A table's values, with every path replaced by the digest of what lies there."""
+    """A table's values, with every path replaced by the digest of what lies there.
+
+    A data source of one's own is replaced by BY_ROWS.
+    """
     values = table.model_dump(mode="json", exclude=REFUSING)
     for key in ("weights", "tokenizer"):
         value = values.get(key)
         if isinstance(value, str) and is_path(value):
             digest = weights_sha256(value) if key == "weights" else file_sha256(value)
             values[key] = f"sha256:{digest}"
-    if is_path(values.get("source") or ""):
-        values["source"] = files_of(values["source"])
+    source = values.get("source") or ""
+    if is_path(source) or ":" in source:
+        values["source"] = BY_ROWS
     return values
-
-
-def files_of(source: str) -> str:
-    """What stands for the files of a data source.
-
-    It is their digest where they are Parquet of a folder. Others are told by the rows in them, of
-    which nothing is known here.
-    """
-    files = [] if is_url(source) else parquet_below(Path(source))
-    return f"sha256:{files_sha256(Path(source), files, sha256_kept)}" if files else BY_ROWS
 
 
 def data_identity(ref: DataRef) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from raykd.losses.terms import TERMS, needs_of
 from raykd.recipe.digest import BY_ROWS, content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
-from raykd.recipe.toml import is_path
 from raykd.recipe.user_code import current_directory_last
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
@@ -43,13 +42,11 @@ def store_identity(recipe: Recipe, rows: Facts) -> dict[str, Any]:
 def run_digest(recipe: Recipe, rows: Facts) -> str:
     """Hex sha256 of everything a run's result depends on; eight digits of it name its folder.
 
-    It covers the file of every model's and function's code. The files that a data function reads
-    are unknown, so its rows are covered instead, as are those of a bucket. The order that
+    It covers the file of every model's code. Rows of one's own are covered themselves: a folder, a
+    bucket and a function that give the same rows give one digest. The order that
     `optim.order = "auto"` comes to is covered where it is "blocks".
     """
     names = {"student": recipe.student.model}
-    if not is_path(recipe.data.source):
-        names["data"] = recipe.data.source
     if recipe.teacher:
         names["teacher"] = recipe.teacher.model
     if "." in recipe.technique:
@@ -61,7 +58,7 @@ def run_digest(recipe: Recipe, rows: Facts) -> str:
             code[key] = digest
     has_free_files = recipe.data.settings.get("pinned", True) is False  # those of this Python
     identity = recipe_identity(_ordered(recipe, rows))
-    if "data" in code or has_free_files or identity["data"]["source"] == BY_ROWS:
+    if has_free_files or identity["data"]["source"] == BY_ROWS:
         code["rows"] = rows.digest
     if code:
         identity |= {"code": code}

@@ -20,6 +20,7 @@ from raykd.errors import RecipeError
 from raykd.recipe import imports, toml
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import Range, apply_trial
+from raykd.reports.compare.changes import changes
 from raykd.stages.load import SMOKE, load, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -438,17 +439,28 @@ def test_the_digest_reads_what_a_path_holds_and_not_where_it_lies(write, tmp_pat
     assert recipe_digest(load(write(""), (f"teacher.weights={there}",))) != first
 
 
-def test_the_digest_of_a_folder_reads_its_parquet_files_by_name_and_content(write, tmp_path):
-    def of(folder: str, name: str, data: bytes) -> str:
+def test_the_digest_of_a_recipe_leaves_ones_own_rows_to_what_they_are(write, tmp_path):
+    """A folder's name and files say nothing of a run: the rows do, which the recipe has not."""
+
+    def of(folder: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / name).write_bytes(data)
+        (tmp_path / folder / "1.parquet").write_bytes(folder.encode())
         return recipe_digest(load(write(""), (f"data.source=./{folder}",)))
 
+    assert of("a") == of("b") != recipe_digest(load(write("")))
+
+
+def test_folders_differ_where_their_parquet_files_do_by_name_or_content(write, tmp_path):
+    def of(folder: str, name: str, data: bytes) -> Recipe:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(data)
+        return load(write(""), (f"data.source=./{folder}",))
+
     first = of("a", "1.parquet", b"1")
-    assert of("b", "1.parquet", b"1") == first
-    assert of("b", "notes.txt", b"1") == first
-    assert of("c", "2.parquet", b"1") != first
-    assert of("d", "1.parquet", b"2") != first
+    assert changes(first, of("b", "1.parquet", b"1")) == []
+    assert changes(first, of("b", "notes.txt", b"1")) == []
+    for other in (of("c", "2.parquet", b"1"), of("d", "1.parquet", b"2")):
+        assert [change.key for change in changes(first, other)] == ["data.source"]
 
 
 @pytest.mark.parametrize(

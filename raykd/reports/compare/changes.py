@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raykd.recipe.digest import BY_ROWS, NOT_HASHED, REFUSING, files_of, weights_sha256
+from raykd.files.cache import sha256_kept
+from raykd.files.digests import files_sha256, parquet_below
+from raykd.recipe.digest import NOT_HASHED, REFUSING, weights_sha256
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import TermSpec
 from raykd.reports.compare.table import Change
@@ -48,5 +50,12 @@ def _same_file(key: str, first: Any, here: Any) -> bool:
     if not all(Path(path).exists() for path in (first, here)):
         return False
     if key == "data.source":
-        return files_of(first) == files_of(here) != BY_ROWS
+        digest = _parquet_sha256(Path(first))
+        return digest is not None and digest == _parquet_sha256(Path(here))
     return weights_sha256(first) == weights_sha256(here)
+
+
+def _parquet_sha256(folder: Path) -> str | None:
+    """Hex sha256 of a folder's Parquet files; None where it has none."""
+    files = parquet_below(folder)
+    return files_sha256(folder, files, sha256_kept) if files else None
