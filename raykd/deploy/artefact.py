@@ -27,8 +27,8 @@ from torch import nn
 from raykd import models
 from raykd.data import Dataset, Rows
 from raykd.deploy import forms, latency, own_script, packed, sizes
+from raykd.deploy.manifest import STUDENT, is_complete, read_manifest
 from raykd.deploy.manifest import check as check_files
-from raykd.deploy.manifest import is_complete, read_manifest
 from raykd.deploy.onnx import session as onnx_session
 from raykd.deploy.onnx import write as write_onnx
 from raykd.deploy.parity import EXACT, Bar, Parity, bar_of, compare, refusal
@@ -92,6 +92,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         manifest = _manifest(staged, seed, recipe.quant, parity)
         manifest |= measured
         manifest |= {"export": recipe.export.model_dump()}
+        manifest |= {STUDENT: file_sha256(arm / run_files.WEIGHTS)}
         for name, measures in form_parity.items():
             manifest["files"][name] |= {"parity": measures}
         write_json(staged / run_files.MANIFEST, manifest)

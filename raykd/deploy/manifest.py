@@ -13,6 +13,7 @@ from raykd.training import run_files
 
 SCHEMA = 1
 CARD = "README.md"
+STUDENT = "weights_sha256"  # key of the manifest: of the trained weights that it was made from
 KINDS: dict[str, type] = {"format": str, "seed": int, "bytes": int, "parity": dict, "files": dict}
 
 

@@ -7,8 +7,10 @@ from typing import Any
 from raykd import models
 from raykd.data import Dataset
 from raykd.deploy import artefact, forms, manifest, own_script, text_artefact
+from raykd.files.digests import file_sha256
 from raykd.recipe.recipe import Recipe
 from raykd.training import run_files
+from raykd.training.arms import best_student
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
@@ -44,13 +46,28 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def is_whole(recipe: Recipe, folder: Path) -> bool:
-    """Whether a run folder holds its artefact in just the forms of `[export]`, and its answers."""
+    """Whether a run folder holds the artefact of its best student in just the forms of `[export]`,
+    and its answers.
+    """
     names = [run_files.ARTEFACT_ANSWERS]
     if recipe.drafter:
         names.append(run_files.DRAFTS)
     if not all((folder / name).exists() for name in names):
         return False
-    return artefact.is_whole(run_files.artefact(folder), recipe.export)
+    return is_of_best(recipe, folder) and artefact.is_whole(
+        run_files.artefact(folder), recipe.export
+    )
+
+
+def is_of_best(recipe: Recipe, folder: Path) -> bool:
+    """Whether the artefact of a run folder is of the weights that its best student has now."""
+    described = manifest.read_manifest(run_files.artefact(folder))
+    best = best_student(recipe, folder)
+    if described is None or best is None:
+        return False
+    copied = folder / run_files.STUDENT  # is all that an older manifest has
+    taken = described.get(manifest.STUDENT) or (file_sha256(copied) if copied.exists() else None)
+    return taken == best["weights_sha256"]
 
 
 def check_files(exported: Path) -> None:

@@ -29,11 +29,13 @@ from raykd.deploy import own_script, sizes
 from raykd.deploy.artefact import ONNX, SCRIPTED, copy_cards, files_of, unrounded
 from raykd.deploy.forms import FILES
 from raykd.deploy.gguf import write as write_gguf
+from raykd.deploy.manifest import STUDENT
 from raykd.deploy.onnx import write_decoder
 from raykd.deploy.onnx.decoder import Decoder, OnnxReader
 from raykd.deploy.parity import bar_of, gate
 from raykd.errors import DataError, GateError, RecipeError
 from raykd.files.atomic import whole_folder, write_bytes, write_json
+from raykd.files.digests import file_sha256
 from raykd.generation import judge_drafter
 from raykd.generation.acceptance import Acceptance
 from raykd.generation.own_rows import TextShape
@@ -76,7 +78,11 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         tokenizer=Path(recipe.data.tokenizer) if recipe.data.tokenizer else None,
         gguf=recipe.export.gguf,
         end=recipe.data.end,
-        noted={"seed": seed, "export": recipe.export.model_dump()},
+        noted={
+            "seed": seed,
+            "export": recipe.export.model_dump(),
+            STUDENT: file_sha256(weights),
+        },
     )
     if recipe.drafter:
         acceptance = _acceptance(artefact, recipe, dataset, recipe.drafter)

@@ -81,7 +81,7 @@ def gather(
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
-        best_seed=best_seed(found, folder),
+        best_seed=(manifest or {}).get("seed", best_seed(found, folder)),
         student_params=_params(records, "student"),
         control_params=_params(records, "control"),
         teacher_info=_weights(found.teacher.weights)

@@ -14,7 +14,7 @@ import tomli_w
 
 from raykd.console import say
 from raykd.deploy import run_artefact
-from raykd.errors import InfraError, RecipeError
+from raykd.errors import InfraError, RecipeError, StoreError
 from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
@@ -238,10 +238,10 @@ def _tune(run_folder: RunFolder) -> dict[str, Any]:
         table = run_trials(run_folder.recipe, run_folder.store, run_folder.path, run_folder.source)
         raw = run_folder.recipe.model_dump(mode="json")
         best = Recipe.model_validate(apply_trial(raw, table["best"]["params"]))
-        write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())
         best_row = table["best"] | _tested(run_folder, best, table["best"])
-        write_json(run_folder.path / run_files.TRIALS, table | {"best": best_row})
-        run_digests.add(run_folder.path, run_files.SEARCHED)
+        with run_digests.renewed(run_folder.path, run_files.SEARCHED):
+            write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())
+            write_json(run_folder.path / run_files.TRIALS, table | {"best": best_row})
         run_log.trials(run_folder.journal(), run_folder.path, table)
     done = run_files.read_trials(run_folder.path)
     assert done is not None
@@ -266,8 +266,8 @@ def _export(run_folder: RunFolder) -> Path:
     if run_folder.is_exported:
         say("export", f"done before: {target}")
     else:
-        manifest = run_artefact.write(run_folder.recipe, run_folder.dataset, run_folder.path)
-        run_digests.add(run_folder.path, run_files.EXPORTED)
+        with run_digests.renewed(run_folder.path, run_files.EXPORTED):
+            manifest = run_artefact.write(run_folder.recipe, run_folder.dataset, run_folder.path)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
         for line in run_artefact.notes(manifest):
             say("export", line)
@@ -294,17 +294,18 @@ def _report(run_folder: RunFolder) -> dict[str, Any]:
         mlflow=synced,
     )
     report = evidence.build(measured) | {"inputs": inputs}
-    answers.write(measured, folder)
-    page.write_html(report, report_page)
-    write_json(folder / run_files.REPORT, report)
-    run_digests.add(folder, run_files.REPORTED)
+    with run_digests.renewed(folder, run_files.REPORTED):
+        answers.write(measured, folder)
+        page.write_html(report, report_page)
+        write_json(folder / run_files.REPORT, report)
     run_log.result(run_folder.journal(), report)
     say("report", str(report_page))
     return report
 
 
 def _check_artefact(run_folder: RunFolder) -> None:
-    """StoreError if an artefact was changed after its export. Its answers are made if they lack.
+    """StoreError if an artefact was changed after its export, or is of weights that were trained
+    anew since. Its answers are made if they lack.
 
     So are those of a run folder without digests, which nobody can hold against anything.
     """
@@ -313,10 +314,15 @@ def _check_artefact(run_folder: RunFolder) -> None:
     if not exported.exists():
         return
     run_artefact.check_files(exported)
+    if not run_artefact.is_of_best(run_folder.recipe, folder):
+        raise StoreError(
+            f"{exported} is of other weights than those of the best student, which was trained "
+            f"since; type: raykd export RECIPE, or delete {exported}"
+        )
     if not all(run_digests.is_recorded(folder, name) for name in run_files.EXPORTED[:2]):
-        (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
-        run_artefact.answer(run_folder.dataset, folder)
-        run_digests.add(folder, run_files.EXPORTED)
+        with run_digests.renewed(folder, run_files.EXPORTED):
+            (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
+            run_artefact.answer(run_folder.dataset, folder)
 
 
 def _inputs(run_folder: RunFolder) -> str:

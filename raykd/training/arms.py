@@ -59,13 +59,20 @@ def _ce_settings(recipe: Recipe) -> dict[str, Any]:
     return recipe.terms["ce"].settings if "ce" in recipe.terms else {}
 
 
-def best_seed(recipe: Recipe, folder: Path) -> int:
-    """The student's seed with the highest validation accuracy, or what else `select` names; the
-    first of equals.
+def best_student(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """The record of the student with the highest validation accuracy, or what else `select` names;
+    the first of equals, and None where no student is trained.
     """
     students = [arm for arm in arms_of(recipe) if arm.name == "student"]
     records = [record for arm in students if (record := trained_arm.read_record(folder, arm.key))]
-    return max(records, key=lambda record: record["val"][f"val_{recipe.select}"])["seed"]
+    return max(records, key=lambda each: each["val"][f"val_{recipe.select}"], default=None)
+
+
+def best_seed(recipe: Recipe, folder: Path) -> int:
+    """The seed of the best student."""
+    best = best_student(recipe, folder)
+    assert best is not None, "called when students are trained"
+    return best["seed"]
 
 
 def validation_accuracies(recipe: Recipe, folder: Path) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """digests.json of a run folder: the sha256 of what search, export and report left, held against
 the files before they are used again.
 
-A stage adds its files when it is done. Digests of trained arms stand in their own arm.json.
+A stage forgets its files before it writes them, and adds them when it is done. Digests of trained
+arms stand in their own arm.json.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from raykd.errors import StoreError
@@ -15,12 +17,24 @@ from raykd.training import run_files
 AGAIN = "put it back as it was, or move it away and give the same command, which makes it again"
 
 
-def add(run: Path, names: Iterable[str]) -> None:
-    """Record these files of a run as they are; those that are not there are forgotten."""
-    names = list(names)
-    kept = {name: entry for name, entry in _read(run).items() if name not in names}
-    files = dict(sorted((kept | records.entries_of(run, names)).items()))
-    write_json(run / run_files.DIGESTS, records.with_own_digest({"files": files}))
+@contextmanager
+def renewed(run: Path, names: Collection[str]) -> Iterator[None]:
+    """Write these files of a run in the block; they are recorded at its end, as they are then.
+
+    What was recorded of them is forgotten first: a process that is killed in the block leaves
+    files that nothing is known of, which are made again, and none that look changed.
+    """
+    known = _read(run)
+    kept = {name: entry for name, entry in known.items() if name not in names}
+    if kept != known:
+        _write(run, kept)
+    yield
+    _write(run, kept | records.entries_of(run, names))
+
+
+def _write(run: Path, files: Mapping[str, object]) -> None:
+    sealed = records.with_own_digest({"files": dict(sorted(files.items()))})
+    write_json(run / run_files.DIGESTS, sealed)
 
 
 def holds(run: Path, name: str) -> bool:

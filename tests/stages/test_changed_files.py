@@ -6,6 +6,7 @@ The reference is the report of the run before anything was changed.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from raykd.cli import cli
-from raykd.deploy import load_artefact
+from raykd.deploy import load_artefact, run_artefact
 from raykd.errors import StoreError
 from raykd.files import records
 from raykd.files.atomic import read_json, write_json
+from raykd.files.digests import file_sha256
+from raykd.orchestration import tuning
 from raykd.recipe.recipe import Recipe
 from raykd.reports import answers
 from raykd.stages import plan, walk
 from raykd.stages.load import load
+from raykd.stages.run_folder import RunFolder
 from raykd.training import run_digests, run_files
 
 SETTINGS = (
@@ -164,6 +168,106 @@ def test_a_missing_file_of_an_artefact_is_exported_again(recipe, run, out):
     (run / "artefact/run.py").unlink()
     walk.run(recipe, out)
     assert (run / "artefact/run.py").exists()
+
+
+@pytest.fixture(scope="module")
+def otherwise(recipe, tmp_path_factory) -> Path:
+    """The arm as another machine might have trained it: other weights, and their predictions."""
+    recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"batch": 7})})
+    return walk.train(recipe, tmp_path_factory.mktemp("otherwise")) / ARM
+
+
+@pytest.fixture
+def again(otherwise, run) -> Path:
+    """The run with its arm trained again, with other weights."""
+    shutil.rmtree(run / ARM)
+    shutil.copytree(otherwise, run / ARM)
+    record = read_json(run / ARM / "arm.json") | {"run": run.name[-8:]}
+    write_json(run / ARM / "arm.json", records.with_own_digest(record))
+    return run
+
+
+def test_an_artefact_of_weights_that_were_trained_anew_is_exported_again(recipe, again, out, made):
+    told = f"{again}/artefact is of other weights than those of the best student"
+    with pytest.raises(StoreError, match=re.escape(told)) as caught:
+        walk.report(recipe, out)
+    assert "type: raykd export RECIPE" in str(caught.value)
+    done = {stage["stage"]: stage["done"] for stage in plan.plan(recipe, out)["stages"]}
+    assert done["train"] is True
+    assert done["export"] is False
+    report = walk.run(recipe, out)
+    trained = read_json(again / ARM / "arm.json")["weights_sha256"]
+    manifest = read_json(again / "artefact/manifest.json")
+    assert manifest["weights_sha256"] == trained == file_sha256(again / "student.safetensors")
+    assert report["artefact"]["seed"] == report["confusion_seed"] == manifest["seed"] == 0
+    was = made[1]["artefact"]["metrics"]["accuracy"]
+    assert report["artefact"]["metrics"]["accuracy"] == report["student"]["metrics"]["accuracy"]
+    assert report["artefact"]["metrics"]["accuracy"] != was
+
+
+def test_a_manifest_that_names_no_weights_is_held_by_the_copy_beside_it(recipe, run):
+    path = run / "artefact/manifest.json"
+    manifest = read_json(path)
+    del manifest["weights_sha256"]
+    write_json(path, manifest)
+    assert run_artefact.is_of_best(recipe, run)
+    negate(run / "student.safetensors")
+    assert not run_artefact.is_of_best(recipe, run)
+
+
+class Killed(BaseException):
+    """What ends a process here."""
+
+
+def killed(after: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does its work, and is killed then."""
+
+    def both(*args: Any, **keywords: Any) -> None:
+        after(*args, **keywords)
+        raise Killed
+
+    return both
+
+
+def test_a_stage_killed_once_it_wrote_is_done_again(recipe, again, out, monkeypatch, made):
+    (again / "artefact/run.py").unlink()
+    for module in (walk.run_artefact, walk.answers):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write", killed(module.write))
+            with pytest.raises(Killed):
+                walk.run(recipe, out)
+        run_digests.check(again)  # as `raykd report RUN RUN` does
+    report = walk.run(recipe, out)
+    assert report["student"]["metrics"] != made[1]["student"]["metrics"]
+    for names in (run_files.EXPORTED, run_files.REPORTED):
+        there = [each for each in names if (again / each).exists()]
+        assert all(run_digests.holds(again, each) for each in there)
+
+
+def test_a_search_killed_once_it_wrote_its_recipe_is_done_again(tmp_path, monkeypatch):
+    path = tmp_path / "search.toml"
+    space = '"optim.learning_rate" = { uniform = [0.001, 0.01] }'
+    path.write_text(f'name = "small"\ntechnique = "none"\n[search]\n{space}\n')
+    run_folder = RunFolder(load(path, SETTINGS), tmp_path / "out")
+    rates = iter((0.002, 0.003, 0.004))
+
+    def trials(*_: Any) -> dict[str, Any]:
+        row = {"number": 0, "id": "a", "state": "finished", "val_accuracy": 0.5, "steps": 4}
+        row |= {"params": {"optim.learning_rate": next(rates)}}
+        return {"metric": "val_accuracy", "trials": [row], "best": row}
+
+    monkeypatch.setattr(tuning, "run_trials", trials)
+    monkeypatch.setattr(walk, "_tested", lambda *_: {})
+    walk._tune(run_folder)
+    (run_folder.path / run_files.TRIALS).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "write_bytes", killed(walk.write_bytes))
+        with pytest.raises(Killed):
+            walk._tune(run_folder)
+    assert not run_folder.is_searched
+    table = walk._tune(run_folder)
+    assert table["best"]["params"] == {"optim.learning_rate": 0.004}
+    assert "0.004" in (run_folder.path / run_files.BEST_RECIPE).read_text()
 
 
 def as_before(run: Path) -> None:
