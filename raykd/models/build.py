@@ -13,12 +13,12 @@ from raykd.models import hf_folder, transformers_lm
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.models.size import check_size
-from raykd.models.weights import load_weights
+from raykd.models.weights import load_weights, numbers_in
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.user_code import user_code
 from raykd.recipe.validation import suggestion
-from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
+from raykd.recipe.weight_files import LLAMA, TRANSFORMERS, tensor_files
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"series_encoder": SeriesEncoder, "llama": Llama}
 READERS = {LLAMA: hf_folder.read, TRANSFORMERS: transformers_lm.read}
@@ -75,6 +75,20 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
     if ref.weights:
         load_weights(module, Path(ref.weights), key)
     return module
+
+
+def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> int:
+    """How many parameters a model has: no buffer, and a tied one once. No weights are read.
+
+    Of a folder that transformers reads, the numbers in its files.
+    """
+    if ref.model == TRANSFORMERS:
+        return numbers_in(tensor_files(Path(str(ref.weights))))
+    if ref.weights and Path(ref.weights).is_dir():
+        module: nn.Module = hf_folder.unfilled(Path(ref.weights))
+    else:
+        module = build_model(ref.bare, channels=channels, classes=classes, steps=steps, key=key)
+    return sum(value.numel() for value in module.parameters())
 
 
 def _read_folder(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from raykd.errors import RecipeError
@@ -64,6 +65,13 @@ def read(folder: Path) -> Llama:
         tensors.pop(HEAD, None)
     fill(module, tensors, f"{folder}: its tensors")
     return module
+
+
+def unfilled(folder: Path) -> Llama:
+    """The model of a folder without its weights, which are not read: it takes no memory."""
+    settings = _settings(config_of(folder), folder / CONFIG)
+    with torch.device("meta"):
+        return Llama(**settings)
 
 
 def write(module: Llama, folder: Path) -> None:

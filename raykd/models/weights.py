@@ -1,5 +1,6 @@
 """Weights into and out of a module, by the names that its state dict gives them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RecipeError(f"{key} {path}: not a readable safetensors file: {error}") from None
+
+
+def numbers_in(files: Iterable[Path]) -> int:
+    """How many numbers these safetensors files hold, by their headers."""
+    count = 0
+    for path in files:
+        with safe_open(path, framework="np") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        count += sum(math.prod(shape) for shape in shapes)
+    return count
 
 
 def _check_header(path: Path) -> None:

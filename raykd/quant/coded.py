@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raykd.quant.linear import be_called
 from raykd.quant.rounding import as_multiplied
 from raykd.recipe.quant import Quant
 
@@ -26,13 +27,17 @@ class FixedLinear(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
+        self.register_forward_pre_hook(be_called)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K) float32: what is multiplied with, for owners that look at a layer's weights."""
+        return times(self.codes, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(
-            as_multiplied(x.float(), self.quant), times(self.codes, self.scales), bias
-        ).to(x.dtype)
+        return F.linear(as_multiplied(x.float(), self.quant), self.weight, bias).to(x.dtype)
 
 
 class FixedEmbedding(nn.Module):

@@ -18,8 +18,9 @@ from raykd.files.address import Address
 from raykd.files.atomic import read_json
 from raykd.generation import acceptance
 from raykd.losses.terms import needs_of
+from raykd.models.build import count_parameters
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.tables import Valence, ends_of
+from raykd.recipe.tables import ModelRef, Valence, ends_of
 from raykd.recipe.weight_files import tensor_files
 from raykd.reports import teacher_check, text_measures
 from raykd.reports.evidence import Evidence
@@ -84,7 +85,7 @@ def gather(
         best_seed=(manifest or {}).get("seed", best_seed(found, folder)),
         student_params=_params(records, "student"),
         control_params=_params(records, "control"),
-        teacher_info=_weights(found.teacher.weights)
+        teacher_info=_teacher(found.teacher, table.shape)
         if found.teacher and found.teacher.weights
         else {},
         artefact_info=_artefact_info(manifest),
@@ -225,19 +226,18 @@ def _params(records: dict[str, Any], name: str) -> int | None:
     return next((record["params"] for record in records.values() if record["arm"] == name), None)
 
 
-def _weights(path: str) -> dict[str, Any]:
-    """Parameters, bytes and dtypes of the safetensors files that are read of a path, from their
-    headers.
+def _teacher(ref: ModelRef, shape: dict[str, int]) -> dict[str, Any]:
+    """A teacher's parameters, and bytes and dtypes of the safetensors files that are read of it,
+    from their headers.
     """
-    params = 0
     size = 0
     dtypes = set()
-    for each in tensor_files(Path(path)):
+    for each in tensor_files(Path(str(ref.weights))):
         with safe_open(each, framework="np") as file:
-            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - not a dict
-            params += sum(int(np.prod(s.get_shape(), dtype=np.int64)) for s in slices)
-            dtypes |= {str(s.get_dtype()) for s in slices}
+            names = file.keys()
+            dtypes |= {str(file.get_slice(name).get_dtype()) for name in names}
         size += each.stat().st_size
+    params = count_parameters(ref, **shape, key="teacher")
     return {"params": params, "bytes": size, "dtype": ", ".join(sorted(dtypes))}
 
 

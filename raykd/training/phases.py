@@ -58,9 +58,14 @@ def prepare(module: nn.Module, phases: Iterable[Phase]) -> None:
 
 
 def enter(module: nn.Module, phase: Phase) -> None:
-    """Give every prepared layer the phase's Quant, or full precision where it is skipped."""
-    for name, layer in swap.roundable(module):
-        layer.set(None if phase.quant is None or phase.quant.skips(name) else phase.quant)
+    """Give every prepared layer the phase's Quant, or full precision where it is skipped.
+
+    A stored parameter takes every Quant: `rest` says how it is stored, and `skip` names layers.
+    """
+    for name, part in swap.roundable(module):
+        quant = phase.quant
+        is_skipped = isinstance(part, swap.QuantLayer) and quant is not None and quant.skips(name)
+        part.set(None if is_skipped else quant)
 
 
 def round_as(module: nn.Module, quant: Quant) -> None:

@@ -118,6 +118,28 @@ def test_what_is_read_answers_bit_for_bit_as_what_was_written(quant):
     assert found.again is found.inner
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [False, True])
+def test_torchs_encoder_in_a_file_answers_in_evaluation_as_the_one_that_was_written(nested):
+    """In evaluation it looks at the weights of its layers, and calls only those with a hook."""
+
+    def encoder() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+
+    torch.manual_seed(0)
+    module = encoder()
+    phases.round_as(module, Quant(weights="ternary", activations="none", skip=[]))
+    found = encoder()
+    packed_file.read(packed_file.write(module), found)
+    inputs = torch.randn(4, 8, 32)
+    padding = torch.zeros(4, 8, dtype=torch.bool)
+    padding[1, 5:] = True
+    for keywords in ({}, {"src_key_padding_mask": padding}):
+        with torch.inference_mode():
+            assert torch.equal(found(inputs, **keywords), module(inputs, **keywords))
+
+
 @EACH
 def test_writing_again_gives_the_same_bytes(quant):
     assert packed_file.write(speaker(quant)) == packed_file.write(speaker(quant))

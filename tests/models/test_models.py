@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from raykd.deploy import load_artefact
 from raykd.errors import RecipeError
-from raykd.models import build_model, load_weights, register_model
+from raykd.models import build_model, hf_folder, load_weights, register_model, weights_of
 from raykd.models.adapter import Adapter
-from raykd.models.build import MODELS
+from raykd.models.build import MODELS, count_parameters
+from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.models.weights import check_stored
+from raykd.models.weights import check_stored, numbers_in
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
+from raykd.reports import gather
 
 B = 3
 T = 7
@@ -209,6 +211,43 @@ ATTENTION = {
         channels=K, classes=C, steps=T, width=D, heads=H, layers=2
     ),
 }
+
+
+class Normed(nn.Module):
+    """A net with buffers that its weights file holds, and a parameter with two names."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.inner = nn.Linear(channels, channels)
+        self.norm = nn.BatchNorm1d(channels)
+        self.head = nn.Linear(channels, classes)
+        self.again = self.inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.norm(self.again(self.inner(inputs)).mT).mT)
+
+
+def test_buffers_are_no_parameters_and_a_tied_parameter_counts_once(monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "normed", Normed)
+    shape = {"channels": K, "classes": C, "steps": T}
+    module = Normed(K, C)
+    path = tmp_path / "normed.safetensors"
+    save_file(weights_of(module), path)
+    ref = ModelRef(model="normed", weights=str(path))
+    counted = count_parameters(ref, **shape, key="teacher")
+    assert counted == (K + 1) * K + 2 * K + (K + 1) * C
+    assert numbers_in([path]) > counted
+    told = gather._teacher(ref, shape)
+    assert told == {"params": counted, "bytes": path.stat().st_size, "dtype": "F32, I64"}
+
+
+def test_parameters_of_a_folder_are_counted_without_reading_them(tmp_path):
+    module = Llama(classes=20, steps=8, width=16, layers=1, heads=2, kv_heads=1, inner=24)
+    hf_folder.write(module, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    ref = ModelRef(model="llama", weights=str(tmp_path))
+    counted = count_parameters(ref, channels=1, classes=20, steps=8, key="teacher")
+    assert counted == sum(value.numel() for value in module.parameters())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -454,7 +493,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("raykd.models.build.MODELS", {**MODELS})
+    monkeypatch.setattr("raykd.models.MODELS", {**MODELS})
 
 
 @pytest.mark.usefixtures("registry")

@@ -25,9 +25,9 @@ from raykd.errors import GateError, RecipeError
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.orchestration import tuning
-from raykd.quant import other_parameters
+from raykd.quant import other_parameters, swap
 from raykd.quant.pack import pack, unpack
-from raykd.quant.swap import quantised
+from raykd.quant.swap import quantised, roundable
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import Optim, Phase, TermSpec
@@ -37,7 +37,7 @@ from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.loop import train
-from raykd.training.phases import enter, prepare, spans
+from raykd.training.phases import enter, prepare, round_as, spans
 from raykd.training.run_arms import ArmRunner, run_arms
 from raykd.training.state import State
 
@@ -300,6 +300,24 @@ def test_a_layer_that_a_phase_skips_stays_in_full_precision_there():
         "blocks.0.mlp.0": True,
         "blocks.0.mlp.2": True,
     }
+
+
+@pytest.mark.parametrize("skip", [["blocks.0.mlp*"], ["*.attention.*", "head"], ["[!b]*"]])
+def test_what_skip_names_is_stored_as_rest_says(skip):
+    """A pattern may match the inner name of a stored parameter; the manifest says int8 of each."""
+    module = SeriesEncoder(channels=3, classes=4, steps=8, width=16)
+    quant = Quant(skip=skip)
+    left = swap.left(module, quant)
+    matrices = {name for name, value in module.named_parameters() if value.dim() > 1}
+    told = artefact.unrounded(left, quant, module)
+    assert {row["stored"] for row in told} == {"int8"}
+    round_as(module, quant)
+    parts = dict(roundable(module))
+    stored = [name for name, part in parts.items() if isinstance(part, other_parameters.Stored)]
+    assert all(parts[name].quant is quant for name in stored)
+    rounded = {f"{n}.weight" for n, layer in quantised(module) if layer.quant is not None}
+    plain = {other_parameters.plain_name(f"{name.removesuffix('.0')}.original") for name in stored}
+    assert plain | rounded == matrices
 
 
 def test_weights_of_a_plain_student_open_a_quantised_one(tmp_path):
