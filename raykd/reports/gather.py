@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from raykd.data import Dataset, Table
 from raykd.data.table import Source
@@ -18,16 +17,15 @@ from raykd.files.address import Address
 from raykd.files.atomic import read_json
 from raykd.generation import acceptance
 from raykd.losses.terms import needs_of
-from raykd.models.build import count_parameters
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.tables import ModelRef, Valence, ends_of
-from raykd.recipe.weight_files import tensor_files
+from raykd.recipe.tables import Valence, ends_of
 from raykd.reports import teacher_check, text_measures
 from raykd.reports.evidence import Evidence
 from raykd.reports.text_measures import Measure
 from raykd.store import layer_signals
 from raykd.store.manifest import seconds_of
 from raykd.store.reader import Store
+from raykd.teacher import teacher_size
 from raykd.teacher.identity import run_digest
 from raykd.training import predictions, run_files, trained_arm
 from raykd.training.arms import ROUNDED_CONTROL, UNROUNDED, arms_of, best_seed
@@ -85,7 +83,7 @@ def gather(
         best_seed=(manifest or {}).get("seed", best_seed(found, folder)),
         student_params=_params(records, "student"),
         control_params=_params(records, "control"),
-        teacher_info=_teacher(found.teacher, table.shape)
+        teacher_info=teacher_size.told(found.teacher, table.shape)
         if found.teacher and found.teacher.weights
         else {},
         artefact_info=_artefact_info(manifest),
@@ -224,21 +222,6 @@ def _damaged_statistics(store: Store, table: str) -> StoreError:
 
 def _params(records: dict[str, Any], name: str) -> int | None:
     return next((record["params"] for record in records.values() if record["arm"] == name), None)
-
-
-def _teacher(ref: ModelRef, shape: dict[str, int]) -> dict[str, Any]:
-    """A teacher's parameters, and bytes and dtypes of the safetensors files that are read of it,
-    from their headers.
-    """
-    size = 0
-    dtypes = set()
-    for each in tensor_files(Path(str(ref.weights))):
-        with safe_open(each, framework="np") as file:
-            names = file.keys()
-            dtypes |= {str(file.get_slice(name).get_dtype()) for name in names}
-        size += each.stat().st_size
-    params = count_parameters(ref, **shape, key="teacher")
-    return {"params": params, "bytes": size, "dtype": ", ".join(sorted(dtypes))}
 
 
 def _artefact_info(manifest: dict[str, Any] | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from raykd.models.series_encoder import SeriesEncoder
 from raykd.models.weights import check_stored, numbers_in
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
-from raykd.reports import gather
+from raykd.teacher import teacher_size
 
 B = 3
 T = 7
@@ -237,7 +237,7 @@ def test_buffers_are_no_parameters_and_a_tied_parameter_counts_once(monkeypatch,
     counted = count_parameters(ref, **shape, key="teacher")
     assert counted == (K + 1) * K + 2 * K + (K + 1) * C
     assert numbers_in([path]) > counted
-    told = gather._teacher(ref, shape)
+    told = teacher_size.told(ref, shape)
     assert told == {"params": counted, "bytes": path.stat().st_size, "dtype": "F32, I64"}
 
 
@@ -493,7 +493,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("raykd.models.MODELS", {**MODELS})
+    monkeypatch.setattr("raykd.models.build.MODELS", {**MODELS})
 
 
 @pytest.mark.usefixtures("registry")
