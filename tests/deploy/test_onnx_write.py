@@ -257,6 +257,17 @@ def test_a_file_may_take_any_number_of_steps(name, tmp_path):
         assert alike(session.run(["logits"], {"inputs": inputs.numpy()})[0], expected, quant)
 
 
+def test_a_file_for_so_many_rows_answers_as_that_for_any(tmp_path):
+    """It is what a model is timed as."""
+    row = torch.randn(1, STEPS, CHANNELS)
+    module = encoder_of(None)
+    answers = []
+    for any_rows in (False, True):
+        file = write_onnx.to_onnx(copy_of(module, None), row, any_rows=any_rows)
+        answers += run(file, tmp_path).run(["logits"], {"inputs": row.numpy()})
+    assert apart(*answers) <= 1e-6
+
+
 def test_a_module_of_one_number_of_steps_can_not_take_any():
     module = nn.Sequential(nn.Flatten(), nn.Linear(STEPS * CHANNELS, CLASSES))
     with pytest.raises(RecipeError, match="width follows the number of steps"):

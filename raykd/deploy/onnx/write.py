@@ -102,14 +102,17 @@ def rows_to_onnx(module: nn.Module, example: Tensor, *, free_steps: bool) -> byt
     return compact(proto).SerializeToString()
 
 
-def to_onnx(module: nn.Module, example: Tensor, *, most_steps: int | None = None) -> bytes:
+def to_onnx(
+    module: nn.Module, example: Tensor, *, most_steps: int | None = None, any_rows: bool = True
+) -> bytes:
     """The file of a module with quantised layers, for inputs like `example` (B, T, K).
 
-    It takes any number of rows. With `most_steps` it takes any number of steps up to that, else as
+    It takes any number of rows, or with `any_rows` False as many as the example has, which is
+    written in half the time. With `most_steps` it takes any number of steps up to that, else as
     many as the example has. The module is changed: its layers become what the runtime executes.
     RecipeError if it cannot be exported.
     """
-    free = {0: torch.export.Dim("rows", min=1, max=65536)}
+    free = {0: torch.export.Dim("rows", min=1, max=65536)} if any_rows else {}
     if most_steps:
         free[1] = torch.export.Dim("steps", min=1, max=most_steps)
     names = {"input_names": ["inputs"], "output_names": ["logits", "valence"]}
