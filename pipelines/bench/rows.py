@@ -6,6 +6,10 @@
 * trainer_peak_ratio: peak anonymous memory of a training on 2 GB of wide rows, over 128 MB of them.
 * step_ratio_blocks: wall time of a training step on parts over one on rows in memory, in turns.
 * quality_blocks_minus_rows: validation accuracy on the gestures, blocks minus rows, of three seeds.
+* driver_peak_ratio, scorer_peak_ratio: peak anonymous memory while 2 GB of Parquet are scored, over
+  128 MB of it; start_seconds_ratio: the time to the first shard; digests_per_process: how often the
+  driver hashes all data, and digests_per_actor a scoring actor; score_ratio: rows a second over a
+  bare loop on the same Parquet.
 
 Wide rows are drawn anew from a part's number each time that the part is read.
 """
@@ -17,11 +21,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipelines.bench import part_scoring
 from pipelines.bench.stream import together
 from pipelines.bench.table import Clock, machine
 from raykd import data
@@ -238,6 +244,8 @@ def main() -> None:
     small, large = peaks(max(8 // share, 1), 1024 // share)
     print(f"peak of a trainer: {small:.1f} MB, with 16 times the rows {large:.1f} MB")
     figures["trainer_peak_ratio"] = large / small
+    with tempfile.TemporaryDirectory() as temporary:
+        figures |= part_scoring.measure(max(8 // share, 2), Path(temporary))
     mean, low, high = quality(2000 // share)
     figures |= {"quality_blocks_minus_rows": mean, "quality_low": low, "quality_high": high}
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
