@@ -3,9 +3,11 @@ import of it.
 
 A recipe, and the model.json of an artefact, can name any function of the machine. So only packages
 under the current directory and packages that the user allows are imported, and of raykd itself
-nothing: what it offers is named without a module. The checks run nothing.
+nothing: what it offers is named without a module. What a module only imports has another module's
+leave to be called, or none. The checks run nothing.
 """
 
+import functools
 import importlib
 import os
 import sysconfig
@@ -40,8 +42,9 @@ def environment() -> dict[str, str]:
 def load(dotted: str, kind: str) -> Any:
     """The function of `module:function`, or the module of a dotted name.
 
-    RecipeError, at the key `kind`, if it must not be imported or cannot be. A module of the current
-    directory is found, after all others, however Python was started.
+    RecipeError, at the key `kind`, if it must not be imported or cannot be, or if the function is
+    not the module's own and that of its own must not be imported. A module of the current directory
+    is found, after all others, however Python was started.
     """
     if refused := problems(kind, dotted, _permitted):
         raise RecipeError(refused)
@@ -56,7 +59,31 @@ def load(dotted: str, kind: str) -> Any:
         raise RecipeError(
             [Problem(kind, f"{dotted!r} cannot be imported: {name} has no function {function!r}")]
         )
+    if sign and (refused := _borrowed(kind, dotted, found)):
+        raise RecipeError(refused)
     return found
+
+
+def _borrowed(key: str, dotted: str, found: Any) -> list[Problem]:
+    """Why a function that a module has from elsewhere, such as shutil's rmtree, must not be called;
+    none if it may be.
+    """
+    home = _home_of(found)
+    if home.partition(".")[0] == dotted.partition(":")[0].partition(".")[0]:
+        return []
+    refused = problems(key, f"{home}:{dotted.partition(':')[2]}", _permitted)
+    return [
+        Problem(key, f"{dotted!r} is not that module's own: {problem.message}")
+        for problem in refused
+    ]
+
+
+def _home_of(found: Any) -> str:
+    """The name of the module that defines a function, a class, or the class of another callable."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    home = getattr(found, "__module__", None)
+    return home if isinstance(home, str) else type(found).__module__
 
 
 def problems(key: str, dotted: str, allowed: Collection[str] = ()) -> list[Problem]:

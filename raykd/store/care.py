@@ -1,4 +1,8 @@
-"""Care for an existing store: verify, show, repair, gc. None of them needs the teacher."""
+"""Care for an existing store: verify, show, repair, gc. None of them needs the teacher.
+
+Each verb looks at the store and at the stores of its layers, which have no layers themselves. A
+store of another schema, of which nothing is known here, is refused before anything is touched.
+"""
 
 import io
 import re
@@ -15,7 +19,7 @@ from raykd.files.open import open_place
 from raykd.files.place import Place, read_json_in
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, record_of, rows_left_out
-from raykd.store.manifest import PART, check_name
+from raykd.store.manifest import PART, check_name, check_schema
 from raykd.store.reader import Store, read_shard
 
 HOUR_S = 3600
@@ -33,6 +37,7 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
     The records are the manifest's; without a sound manifest, those commits that can be read.
     """
     place = open_place(where)
+    _check_schemas(place)
     identity = _identity(place)
     committed = {
         name: _record(place, name) for name in place.listed("_commits") if name.endswith(".json")
@@ -60,6 +65,16 @@ def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
         if committed.get(name) != record
     ]
     return known, faults
+
+
+def _check_schemas(place: Place) -> None:
+    """StoreError if a store, finished or not, is of another schema."""
+    for name in ("_RECIPE.json", "_MANIFEST.json"):
+        try:
+            content = read_json_in(place, name)
+        except StoreError:  # what is no JSON is damaged, and is told as such
+            continue
+        check_schema(place, content, name)
 
 
 def _identity(place: Place) -> dict[str, Any] | None:
@@ -115,37 +130,38 @@ def verify(where: Address | Place) -> dict[str, Any]:
 
     {"complete", "shards": how many, "damaged": [{"file", "fault"}]}.
     """
-    place = open_place(where)
-    known, damaged = shards(place)
-    damaged += [fault for record in known if (fault := _fault(place, record))]
-    complete = _is_finished(place) and not damaged
-    count = len(known)
-    for layer in _layers(place):
-        below = verify(layer)
-        complete &= below["complete"]
-        count += below["shards"]
-        damaged += [fault | {"file": _below(layer, fault["file"])} for fault in below["damaged"]]
+    complete = True
+    count = 0
+    damaged = []
+    for prefix, place in _stores(open_place(where)):
+        known, faults = shards(place)
+        faults += [fault for record in known if (fault := _fault(place, record))]
+        complete &= _is_finished(place) and not faults
+        count += len(known)
+        damaged += [fault | {"file": prefix + fault["file"]} for fault in faults]
     return {"complete": complete, "shards": count, "damaged": damaged}
 
 
-def _layers(place: Place) -> list[Place]:
-    """The stores of inner layers below a store. StoreError if one is of another store."""
+def _stores(place: Place) -> list[tuple[str, Place]]:
+    """A store and those of its inner layers, each with what its files' names begin with.
+
+    StoreError if one is no store, of another schema, or a layer of another store.
+    """
+    _check_schemas(place)
+    identity = _identity(place)
     layers = layer_signals.stores_below(place)
-    if not layers:
-        return []
-    identity = read_json_in(place, "_RECIPE.json")
+    if layers and identity is None:
+        identity = Store(place).manifest["identity"]
     for layer in layers:
+        _check_schemas(layer)
+        assert identity is not None
         if read_json_in(layer, "_RECIPE.json") != identity | {"signal": layer.name}:
             raise StoreError(
                 f"{layer} is a layer of another store; delete that folder, then type: raykd score "
                 "RECIPE"
             )
-    return layers
-
-
-def _below(layer: Place, name: str) -> str:
-    """The name of a layer's file from the store above it."""
-    return f"{layer_signals.FOLDER}/{layer.name}/{name}"
+    below = [(f"{layer_signals.FOLDER}/{layer.name}/", layer) for layer in layers]
+    return [("", place), *below]
 
 
 def _fault(place: Place, record: dict[str, Any]) -> Fault | None:
@@ -177,29 +193,26 @@ def _quarantine(record: dict[str, Any]) -> str:
 def show(where: Address | Place) -> dict[str, Any]:
     """What a store holds: its identity, rows and bytes by split, type and bytes of each column."""
     place = open_place(where)
-    known, _ = shards(place)
     splits: dict[str, dict[str, int]] = {}
     columns: dict[str, dict[str, Any]] = {}
     unreadable = []
-    for record in known:
-        split = splits.setdefault(record["split"], {"rows": 0, "bytes": 0})
-        split["rows"] += record["rows"]
-        split["bytes"] += record["bytes"]
-        try:
-            _add_columns(columns, _footer(place, record["file"]))
-        except (OSError, pa.ArrowException):
-            unreadable.append(record["file"])
-    rows = sum(split["rows"] for split in splits.values())
-    for column in columns.values():
-        column["bytes_per_row"] = round(column.pop("bytes") / max(rows, 1), 2)
+    for prefix, part in _stores(place):
+        rows = 0
+        held: dict[str, dict[str, Any]] = {}
+        for record in shards(part)[0]:
+            rows += record["rows"]
+            split = splits.setdefault(record["split"], {"rows": 0, "bytes": 0})
+            split["rows"] += 0 if prefix else record["rows"]
+            split["bytes"] += record["bytes"]
+            try:
+                _add_columns(held, _footer(part, record["file"]))
+            except (OSError, pa.ArrowException):
+                unreadable.append(prefix + record["file"])
+        for column in held.values():
+            column["bytes_per_row"] = round(column.pop("bytes") / max(rows, 1), 2)
+        columns |= {name: held[name] for name in held if not prefix or name == part.name}
+    known, _ = shards(place)
     complete = _is_finished(place)
-    for layer in _layers(place):
-        below = show(layer)
-        if layer.name in below["columns"]:
-            columns[layer.name] = below["columns"][layer.name]
-        for name, layer_split in below["splits"].items():
-            split = splits.setdefault(name, {"rows": layer_split["rows"], "bytes": 0})
-            split["bytes"] += layer_split["bytes"]
     return {
         "store": str(place),
         "complete": complete,
@@ -237,7 +250,13 @@ def repair(where: Address | Place) -> list[str]:
     Scoring then does just these shards again. In a complete store, a lost commit record and the
     store's identity are written again from the manifest.
     """
-    place = open_place(where)
+    removed = []
+    for prefix, place in _stores(open_place(where)):
+        removed += [prefix + name for name in _repair(place)]
+    return removed
+
+
+def _repair(place: Place) -> list[str]:
     known, faults = shards(place)
     for fault in faults:
         place.delete(fault["file"])
@@ -253,8 +272,6 @@ def repair(where: Address | Place) -> list[str]:
             removed.append(record["file"])
         elif place.get(_commit(record)) is None:
             place.put(_commit(record), to_json(record))
-    for layer in _layers(place):
-        removed += [_below(layer, name) for name in repair(layer)]
     return removed
 
 
@@ -280,16 +297,20 @@ def gc(where: Address | Place, *, older_than_s: float, force: bool = False) -> l
             f"--older-than: {older_than_s / HOUR_S:g} hours; shards younger than an hour may be a "
             "live writer's; give at least 1, or with --force at least 0"
         )
-    place = open_place(where)
+    removed = []
+    for prefix, place in _stores(open_place(where)):
+        removed += [prefix + name for name in _left_over(place, older_than_s)]
+    return removed
+
+
+def _left_over(place: Place, older_than_s: float) -> list[str]:
+    """Remove what writers left in one store; the names of these files."""
     known, _ = shards(place)
     named = {record["file"] for record in known}
     if not _is_finished(place):
         older_than_s = max(older_than_s, LIVE_S)
     now = time.time()
     removed = []
-    for layer in _layers(place):
-        below = gc(layer, older_than_s=older_than_s, force=force)
-        removed += [_below(layer, name) for name in below]
     for name, entry in place.listed().items():
         is_left = (PART.fullmatch(name) and name not in named) or HALF_WRITTEN.fullmatch(name)
         if is_left and now - entry.written_s >= older_than_s:

@@ -29,18 +29,27 @@ def read_manifest(place: Place) -> dict[str, Any]:
     again = f"type: raykd store repair {place}"
     if not isinstance(manifest, dict):
         raise StoreError(f"{path} is damaged: no object of keys and values; {again}")
+    check_schema(place, manifest, "_MANIFEST.json")
     body = {k: v for k, v in manifest.items() if k != "sha256"}
     if digest_of(body) != manifest.get("sha256"):
         raise StoreError(f"{path} is damaged: its digest does not match; {again}")
-    if manifest.get("schema") != SCHEMA:
-        raise StoreError(
-            f"{path} is of schema {manifest.get('schema')!r:.40}, and this raykd reads {SCHEMA}; "
-            "use the raykd that wrote it, or score again in another --out"
-        )
     if not _has_shape(manifest):
         raise StoreError(f"{path} is damaged: it lacks what a manifest holds; {again}")
     check_name(place, manifest["identity"])
     return manifest
+
+
+def check_schema(place: Place, content: Any, name: str) -> None:
+    """StoreError if a file of a store says that it is of another schema.
+
+    Of such a store nothing is known here: what looks damaged, or left over, may be sound.
+    """
+    schema = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
+    if schema != SCHEMA:
+        raise StoreError(
+            f"{place}/{name} is of schema {schema!r:.40}, and this raykd reads {SCHEMA}; "
+            "use the raykd that wrote it, or score again in another --out"
+        )
 
 
 def check_name(place: Place, identity: Any) -> None:
@@ -72,7 +81,8 @@ def seconds_of(place: Place) -> float | None:
 def _has_shape(manifest: dict[str, Any]) -> bool:
     records = manifest.get("shards")
     return (
-        isinstance(manifest.get("identity"), dict)
+        manifest.get("schema") == SCHEMA
+        and isinstance(manifest.get("identity"), dict)
         and isinstance(manifest.get("statistics"), dict)
         and isinstance(records, list)
         and all(map(_is_record, records))

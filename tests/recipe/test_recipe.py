@@ -667,13 +667,64 @@ def test_a_technique_that_can_not_be_read_is_one_problem_among_the_others(
 
 def test_loading_names_the_key_and_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine_loads.py").write_text("from json import loads")
+    (tmp_path / "mine_loads.py").write_text("from json import loads as lads\ndef loads(): pass")
     with pytest.raises(
         RecipeError,
         match=r"data\.source: 'mine_loads:lods' cannot be imported: mine_loads has no function",
     ):
         imports.load("mine_loads:lods", "data.source")
-    assert imports.load("mine_loads:loads", "data.source") is json.loads
+    assert imports.load("mine_loads:loads", "data.source").__module__ == "mine_loads"
+
+
+BORROWED = """
+import functools, os, shutil, subprocess
+from builtins import eval
+from raykd.models.llama import Llama
+from shutil import rmtree
+remove = os.remove
+popen = subprocess.Popen
+later = functools.partial(functools.partial(shutil.copytree, "a"), "b")
+grown = [].append
+from mine_other import rows
+@functools.lru_cache
+def cached(): pass
+@functools.wraps(rmtree)
+def own(): pass
+own.__module__ = __name__
+half = functools.partial(own)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "home"),
+    [
+        ("rmtree", "shutil"),
+        ("remove", "posix"),
+        ("popen", "subprocess"),
+        ("eval", "builtins"),
+        ("later", "shutil"),
+        ("grown", "builtins"),
+        ("Llama", "raykd"),
+        ("rows", None),
+        ("cached", None),
+        ("own", None),
+        ("half", None),
+    ],
+)
+def test_what_an_own_module_only_imports_is_not_callable_by_a_recipe(
+    function, home, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_borrows.py").write_text(BORROWED)
+    (tmp_path / "mine_other.py").write_text("def rows(): pass")
+    if home is None:
+        assert callable(imports.load(f"mine_borrows:{function}", "data.source"))
+        return
+    with pytest.raises(RecipeError, match=rf"^data\.source: 'mine_borrows:{function}' is not that"):
+        imports.load(f"mine_borrows:{function}", "data.source")
+    if home != "raykd":
+        monkeypatch.setattr(imports, "_permitted", {home})
+        assert callable(imports.load(f"mine_borrows:{function}", "data.source"))
 
 
 def test_loading_asks_by_itself_whether_code_may_be_imported(monkeypatch):

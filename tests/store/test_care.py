@@ -216,6 +216,63 @@ def test_a_layer_of_another_store_is_refused(store, other):
         scoring.is_complete(store, ["hidden.blocks.0"])
 
 
+VERBS = (
+    care.verify,
+    care.show,
+    care.repair,
+    lambda where: care.gc(where, older_than_s=0, force=True),
+)
+
+
+def layered(store: Path, name: str = "hidden.x") -> Path:
+    """The store of a layer below a store, not finished: the records and files of that store."""
+    layer = store / "signals" / name
+    for folder in ("data", "_commits"):
+        shutil.copytree(store / folder, layer / folder)
+    write_json(layer / "_RECIPE.json", read_json(store / "_RECIPE.json") | {"signal": name})
+    return layer
+
+
+def later(path: Path) -> None:
+    """Of another schema, by another rule of digests."""
+    write_json(path, read_json(path) | {"schema": 2, "sha256": "of another kind"})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "name", ["_MANIFEST.json", "_RECIPE.json", "unfinished", "signals/hidden.x/_RECIPE.json"]
+)
+def test_a_store_of_another_schema_is_left_as_it_is(verb, name, store, tmp_path):
+    """A later raykd may write other records and other names; here they look like leavings."""
+    store = store.rename(tmp_path / "named")  # under another name than an id
+    layered(store)
+    if name == "unfinished":
+        (store / "_MANIFEST.json").unlink()
+    later(store / ("_RECIPE.json" if name == "unfinished" else name))
+    for path in (store / "_commits").iterdir():
+        path.write_text('{"shards": "of another kind"}')
+    before = content(store)
+    with pytest.raises(StoreError, match=r"is of schema 2, and this raykd reads 1; use the raykd"):
+        verb(store)
+    assert content(store) == before
+
+
+def test_a_layer_has_no_layers_whatever_links_are_in_it(store):
+    shards = care.verify(store)["shards"]
+    layer = layered(store)
+    (layer / "signals").symlink_to(store / "signals")
+    assert care.verify(store) == {"complete": False, "shards": 2 * shards, "damaged": []}
+    spoil(part(layer, 1))
+    name = f"signals/hidden.x/data/{part(layer, 1).name}"
+    assert [fault["file"] for fault in care.verify(store)["damaged"]] == [name]
+    assert care.repair(store) == [name]
+    old = time.time() - 48 * 3600
+    (layer / "data/part-00000-0123456789abcdef.parquet").write_bytes(b"left behind")
+    os.utime(layer / "data/part-00000-0123456789abcdef.parquet", (old, old))
+    left = ["signals/hidden.x/data/part-00000-0123456789abcdef.parquet"]
+    assert care.gc(store, older_than_s=3600) == left
+
+
 def signed(store: Path, **changes: object) -> None:
     """Change keys of the manifest, whose digest is made to fit."""
     manifest = read_json(store / "_MANIFEST.json") | changes
