@@ -34,7 +34,7 @@ from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.manifest import seconds_of
 from raykd.store.reader import Store
-from raykd.teacher.identity import signals_of, store_identity
+from raykd.teacher.identity import check_teacher, signals_of, store_identity
 from raykd.teacher.scorer import Header, Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics
 
@@ -115,6 +115,7 @@ class ShardActor:
             if isinstance(store, Path):
                 check_seen(store)
             self.scorer = Scorer(recipe, header)
+            check_teacher(recipe, wanted["teacher"])
             self.writers = layer_signals.writers(folder, wanted, signals_of(recipe))
         except RaykdError as fault:  # an actor whose start fails is started again
             self.fault = at_node(fault)

@@ -19,18 +19,20 @@ from raykd.models.device import device_of
 from raykd.orchestration.cluster import placed
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
+from raykd.teacher.identity import check_teacher, teacher_identity
 
 
 class TeacherActor:
     """A teacher, loaded once, that scores the texts it is sent in turn."""
 
-    def __init__(self, recipe: Recipe, shape: dict[str, int]):
+    def __init__(self, recipe: Recipe, shape: dict[str, int], wanted: dict[str, Any]):
         assert recipe.teacher is not None
         imports.permit(recipe.packages)
         torch.set_num_threads(1)
         self.device = device_of(recipe)
         self.calls = 0
         module = models.build_model(recipe.teacher, **shape, key="teacher").to(self.device)
+        check_teacher(recipe, wanted)
         self.teacher = FrozenTeacher(module.requires_grad_(False))
 
     def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
@@ -88,6 +90,7 @@ def teacher_actors(recipe: Recipe) -> Iterator[list[str]]:
     import ray
 
     shape = data.open_source(recipe.data, recipe.optim.order).table().shape
+    wanted = teacher_identity(recipe)
     recipe = placed(recipe)
     actor = ray.remote(
         num_cpus=0,
@@ -96,7 +99,7 @@ def teacher_actors(recipe: Recipe) -> Iterator[list[str]]:
         max_task_retries=-1,  # calls to a lost node fail at once; how long is waited is bounded
     )(TeacherActor)
     names = [f"raykd-teacher-{uuid.uuid4().hex[:12]}" for _ in range(recipe.scale.scorers[0])]
-    started: list[Any] = [actor.options(name=name).remote(recipe, shape) for name in names]
+    started: list[Any] = [actor.options(name=name).remote(recipe, shape, wanted) for name in names]
     try:
         yield names
     finally:

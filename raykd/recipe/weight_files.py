@@ -4,7 +4,7 @@ A folder holds config.json and model.safetensors, or several files of tensors an
 a teacher is read from one. Nothing in it is executed, and whatever could be is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ REFUSED = {  # keys of config.json
     "_attn_implementation": ATTENTION,
     "attn_implementation": ATTENTION,
     "_attn_implementation_internal": ATTENTION,
+    "transformers_weights": (
+        "would have another file's weights read than those that are checked and digested; delete "
+        "the key"
+    ),
     "quantization_config": "says that its weights are rounded; name a folder of unrounded ones",
 }
 
@@ -38,7 +42,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise RecipeError(f"{folder}: no {CONFIG} in it; name the folder of a Hugging Face model")
     config = _json(folder / CONFIG)
-    for table in (config, *(inner for inner in config.values() if isinstance(inner, dict))):
+    for table in _tables(config):
         for key, reason in REFUSED.items():
             if table.get(key):
                 raise RecipeError(f"{folder / CONFIG}: {key} is {table[key]!r:.80}: it {reason}")
@@ -50,6 +54,15 @@ def config_of(folder: Path) -> dict[str, Any]:
             "and name the merged folder"
         )
     return config
+
+
+def _tables(value: Any) -> Iterator[dict[str, Any]]:
+    """Every table in a JSON value, however deep."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            yield from _tables(inner)
 
 
 def tensor_files(path: Path) -> list[Path]:

@@ -28,15 +28,44 @@ CODEC_KEYS = {
 
 def store_identity(recipe: Recipe, rows: Facts) -> dict[str, Any]:
     """Everything the store's content depends on, and nothing else."""
-    assert recipe.teacher is not None
     register(recipe.technique)
     return {
         "schema": SCHEMA,
-        "teacher": content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)},
+        "teacher": teacher_identity(recipe),
         "data": {"name": rows.name, "sha256": rows.digest},
         "valence": recipe.valence.model_dump(),
         "store": store_table(recipe, len(rows.classes)),
     }
+
+
+def teacher_identity(recipe: Recipe) -> dict[str, Any]:
+    """What a teacher's answers depend on: its weights, the file of its code, its settings."""
+    assert recipe.teacher is not None
+    return content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)}
+
+
+def check_teacher(recipe: Recipe, wanted: Mapping[str, Any]) -> None:
+    """DataError where the teacher here is not `wanted`, a `teacher_identity` taken elsewhere or
+    before.
+
+    Call it after the teacher was loaded: then what was loaded is what was digested, unless
+    somebody changed the file twice.
+    """
+    found = teacher_identity(recipe)
+    for key in ("weights", "code", *sorted(found.keys() | wanted.keys())):
+        if found.get(key) != wanted.get(key):
+            where = "teacher.model" if key == "code" else f"teacher.{key}"
+            raise DataError(
+                f"{where}: another one than this command began with ({_told(found.get(key))} here, "
+                f"{_told(wanted.get(key))} there): the file was changed meanwhile, or differs "
+                "between nodes; give the command again when it stays as it is"
+            )
+
+
+def _told(value: Any) -> str:
+    """A digest's first digits, or another value whole."""
+    text = value if isinstance(value, str) else repr(value)
+    return text[:19]
 
 
 def run_digest(recipe: Recipe, rows: Facts) -> str:

@@ -42,6 +42,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "an attention of its own": {"_attn_implementation": "sdpa"},
     "an attention under its other name": {"attn_implementation": "kernels-community/x"},
     "an attention inside": {"text_config": {"_attn_implementation": "kernels-community/x"}},
+    "weights of another name": {"transformers_weights": "other.safetensors"},
+    "such a key deep inside": {"a": [[{"b": {"transformers_weights": "../x.safetensors"}}]]},
     "a megabyte of a name": {"model_type": "x" * MIB},
 }
 for _name, _changes in CONFIGS.items():

@@ -6,10 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 import stored
 import torch
+from safetensors.torch import load_file, save_file
 
+from raykd import data
 from raykd.errors import DataError, RecipeError
+from raykd.orchestration.scoring import ShardActor
+from raykd.orchestration.teachers import TeacherActor
 from raykd.recipe.tables import StoreSettings
-from raykd.teacher.identity import store_table
+from raykd.teacher.identity import store_table, teacher_identity
+from raykd.teacher.scorer import Header
 from raykd.training.run_arms import ArmRunner
 
 
@@ -36,6 +41,32 @@ def test_training_refuses_rows_that_the_store_was_not_made_from(scored):
     finally:
         path.write_bytes(whole)
     assert caught.value.exit_code == 3
+
+
+def test_a_teacher_that_was_changed_after_its_digest_was_taken_scores_and_tells_nothing(scored):
+    """By whom the file is read last must be who says what was in it."""
+    folder, recipe, store = scored
+    identity = store.manifest["identity"]
+    dataset = data.load(recipe.data)
+    header = Header.of(recipe, dataset)
+    shape = dataset.shape
+    assert ShardActor(recipe, header, str(store.place), identity).fault is None
+    assert TeacherActor(recipe, shape, teacher_identity(recipe)).teacher
+    path = folder / "teacher.safetensors"
+    whole = path.read_bytes()
+    save_file({name: -value for name, value in load_file(path).items()}, path)
+    words = r"^teacher\.weights: another one than this command began with \(sha256:"
+    try:
+        with pytest.raises(DataError, match=words) as caught:
+            ShardActor(recipe, header, str(store.place), identity)({})
+        with pytest.raises(DataError, match=words):
+            TeacherActor(recipe, shape, identity["teacher"])
+    finally:
+        path.write_bytes(whole)
+    assert caught.value.exit_code == 3
+    other = identity | {"teacher": identity["teacher"] | {"code": "of another node"}}
+    with pytest.raises(DataError, match=r"^teacher\.model: .*None here, of another node there"):
+        ShardActor(recipe, header, str(store.place), other)({})
 
 
 @pytest.mark.parametrize("classes", [2, stored.CLASSES])
