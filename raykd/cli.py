@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from raykd import __version__
-from raykd.console import show, silence, stdout_for_results, tell
+from raykd.console import open_aside, show, silence, stdout_for_results, tell
 from raykd.errors import RaykdError
 from raykd.files import stopping
 from raykd.store.commands import store
@@ -134,7 +134,8 @@ def _open_closed_streams() -> None:
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
+    open_aside()
 
 
 def _end(code: int) -> NoReturn:

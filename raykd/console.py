@@ -2,9 +2,11 @@
 time left, which is one rewritten line on a terminal and plain lines elsewhere.
 """
 
+import io
 import json
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any, TextIO
 from raykd.files.address import public_uri
 
 MOST_BYTES = 2000  # of one message
+SLOW_S = 1.0  # that a reader of stderr is waited for
 # Controls but newline and tab, separators of lines, marks that turn the direction of text, and
 # halves of characters.
 UNSEEN = re.compile(
@@ -36,6 +39,32 @@ def tell(text: str) -> None:
     _print_aside(data.decode())
 
 
+class Aside(io.FileIO):
+    """stderr as a file that takes everything: what cannot be written there is lost, not raised.
+
+    A full disk, a closed terminal or a reader that has gone ends no training.
+    """
+
+    def write(self, data: Any) -> int:
+        """How many bytes are done with."""
+        with suppress(OSError, ValueError):
+            written = super().write(data)
+            if written is None:  # its reader is slow, and it would not block
+                select.select([], [self], [], SLOW_S)
+                written = super().write(data)
+            if written is not None:
+                return written
+        return memoryview(data).nbytes
+
+
+def open_aside() -> None:
+    """Let stderr take everything from now on, whoever writes to it; not where it is replaced."""
+    if sys.stderr is sys.__stderr__:
+        raw = io.BufferedWriter(Aside(2, "w", closefd=False))
+        encoding = sys.stderr.encoding
+        sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+
+
 def silence(stream: TextIO) -> None:
     """Let what a stream still holds, whose reader has gone, go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -44,8 +73,10 @@ def silence(stream: TextIO) -> None:
 
 
 def _print_aside(text: str, end: str = "\n") -> None:
-    """Print on stderr; nobody may be left to read it."""
-    with suppress(BrokenPipeError):
+    """Print on stderr, which may be closed, full or read by nobody."""
+    if sys.stderr is None:
+        return
+    with suppress(OSError, ValueError):
         try:
             print(text, end=end, file=sys.stderr, flush=True)
         except UnicodeEncodeError:  # a terminal of few characters
@@ -59,7 +90,7 @@ class Progress:
         self.stage = stage
         self.total = total
         self.unit = unit
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.every_s = every_s if every_s is not None else (0.2 if self.terminal else 5.0)
         self.done = 0
         self.started = self.printed = time.monotonic()
@@ -131,7 +162,11 @@ def stdout_for_results() -> Iterator[None]:
             with redirect_stdout(sys.stderr):
                 yield
         finally:
-            sys.stdout.flush()  # what was written to it behind our back
+            try:
+                sys.stdout.flush()  # what was written to it behind our back
+            except OSError:  # stderr takes nothing
+                silence(sys.stdout)
+                sys.stdout.flush()
             _results.pop()
             stream.flush()
             os.dup2(kept, 1)

@@ -68,6 +68,50 @@ def test_what_is_closed_changes_no_exit_code_and_is_quiet(shell):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("shell", ["2>/dev/full", "2</dev/null"])
+def test_what_stderr_does_not_take_is_lost_and_changes_no_exit_code(shell):
+    """A full disk below a log; before, training ended and every code was 1."""
+    assert command("nonsense", shell=shell).returncode == 2
+    noisy = """
+from raykd.recipe.user_code import user_code
+def listed():
+    with user_code("mine"):
+        print("noise")
+        print("noise" * 9999, file=sys.stderr, flush=True)
+    with console.stdout_for_results():
+        sys.__stdout__.write("behind our back")
+    console.Progress("train", 3, "steps", every_s=0).advance(1)
+    return []
+import sys
+from raykd import console, techniques
+techniques.all_techniques = listed
+"""
+    done = command("techniques", "--json", before=noisy, shell=shell, PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+def test_progress_needs_no_stderr(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    console.Progress("train", 3, "steps", every_s=0).advance(1)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        console.Progress("train", 3, "steps", every_s=0).advance(1)
+        console.say("train", "noise" * 9999)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+def test_a_reader_that_is_slow_is_waited_for_once(monkeypatch):
+    monkeypatch.setattr(console, "SLOW_S", 0.01)
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    with console.Aside(theirs, "w") as aside:
+        for _ in range(40):
+            assert aside.write(b"x" * 4096) == 4096
+        assert len(os.read(ours, 1 << 20)) == 1 << 16
+        os.close(ours)
+        assert aside.write(b"gone") == 4
+
+
 def test_a_usage_error_is_escaped_and_cut():
     done = command("\x1b[2J\u202e" + "x" * 100_000)
     assert done.returncode == 2

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -286,11 +286,19 @@ class _ProgressWatch:
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole line, as JSON; None while there is none."""
+    """The last whole line of progress; None while there is none.
+
+    A process that was ended while it wrote leaves a torn line, which the next one continues.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LAST_BYTES))
             lines = file.read().rpartition(b"\n")[0].splitlines()
     except FileNotFoundError:
         return None
-    return json.loads(lines[-1]) if lines else None
+    for line in reversed(lines):
+        with suppress(ValueError):
+            told = json.loads(line)
+            if isinstance(told, dict) and told.keys() >= {"arm", "step", "val_accuracy"}:
+                return told
+    return None

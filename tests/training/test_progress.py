@@ -79,3 +79,14 @@ def test_a_slow_rate_is_told(rate, words, capsys):
 
 def test_no_file_is_no_progress(tmp_path):
     assert training._last_line(Path(tmp_path / "none")) is None
+
+
+def test_a_line_that_was_torn_is_passed_over(tmp_path):
+    training._append_progress(tmp_path, "a-0", step=1, metrics={})
+    path = tmp_path / "progress.jsonl"
+    whole = path.read_bytes()
+    for torn in (whole[:-9] + whole, b"[]\n", b"7\n", b"{}\n", b"\xff\n"):
+        path.write_bytes(whole + torn)
+        assert training._last_line(path) == {"arm": "a-0", "step": 1, "val_accuracy": None}
+    path.write_bytes(b"[]\n")
+    assert training._last_line(path) is None
