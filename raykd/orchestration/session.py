@@ -99,14 +99,16 @@ def is_embedded() -> bool:
 
 
 def _prepare_embedded() -> None:
-    """The environment that the embedded cluster's processes inherit: a token.
+    """The environment that the embedded cluster's processes inherit: a token, whatever mode was
+    inherited. A cluster without one runs the code of any user of this machine.
 
     Ray itself lets them find modules of the current directory; PYTHONPATH would put those before
     Python's own.
     """
     _check_temp_folder()
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if not os.environ.get("RAY_AUTH_TOKEN"):  # it goes before that of a file
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _check_temp_folder() -> None:

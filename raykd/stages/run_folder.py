@@ -13,9 +13,11 @@ from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.files import links
 from raykd.files.address import Address, is_url
+from raykd.files.digests import is_hidden
 from raykd.losses.terms import needs_of
 from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
+from raykd.recipe.toml import is_path
 from raykd.teacher.identity import run_digest, signals_of
 from raykd.tracking import mlflow_mirror, run_log
 from raykd.tracking.journal import Journal
@@ -29,7 +31,7 @@ OUT = Path("runs")
 class RunFolder:
     """One recipe's folder `<out>/<name>-<digest8>/`; `address` is the Ray cluster's, if named.
 
-    RecipeError where it would lie in a folder that Ray deletes.
+    RecipeError where it would lie in a folder that Ray deletes, or among the rows.
     """
 
     recipe: Recipe
@@ -37,8 +39,8 @@ class RunFolder:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        """RecipeError if Ray deletes what is in the folder, or if MLflow and others would write its
-        name otherwise than Python.
+        """RecipeError if Ray deletes what is in the folder, if the next command would read it as
+        rows, or if MLflow and others would write its name otherwise than Python.
         """
         path = str(self.out.resolve())
         try:
@@ -52,9 +54,31 @@ class RunFolder:
                 "folder in plain letters"
             )
         cluster.check_stays("--out", self.out)
+        self._check_no_rows("--out", self.out)
         store = self.recipe.scale.store
         if store and not is_url(store):
             cluster.check_stays("scale.store", Path(store))
+        if store:
+            self._check_no_rows("scale.store", store)
+
+    def _check_no_rows(self, key: str, results: Address) -> None:
+        """RecipeError where results lie below `data.source`, whose files are the rows."""
+        source = self.recipe.data.source
+        if not is_path(source) or is_url(source) != is_url(results):
+            return
+        if is_url(source):
+            inner = f"{results}/".removeprefix(f"{source.rstrip('/')}/")
+            is_below = inner != f"{results}/"
+        else:
+            path = Path(results).resolve()
+            rows = Path(source).resolve()
+            is_below = path.is_relative_to(rows)
+            inner = "/".join(path.parts[len(rows.parts) :])
+        if is_below and not is_hidden(inner):
+            raise RecipeError(
+                f"{key}: {results} lies below data.source {source}, so the next command would read "
+                "what this one writes as rows; name a folder beside it"
+            )
 
     @cached_property
     def path(self) -> Path:

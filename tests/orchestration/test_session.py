@@ -144,6 +144,34 @@ def test_a_temporary_folder_too_long_for_sockets_is_named(variable, monkeypatch)
     session.prepare()
 
 
+@pytest.mark.parametrize(
+    "inherited",
+    [
+        {},
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "k8s", "RAY_AUTH_TOKEN": ""},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "one's own"},
+    ],
+)
+def test_an_embedded_cluster_has_a_token_whatever_was_inherited(inherited, monkeypatch):
+    """With RAY_AUTH_MODE=disabled any user of the machine could run code in it."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    tokens = []
+    for _ in range(2):
+        session.prepare()
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        tokens.append(os.environ["RAY_AUTH_TOKEN"])
+    assert tokens[0] == tokens[1]
+    assert tokens[0] == inherited.get("RAY_AUTH_TOKEN") or len(tokens[0]) == 64
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    session.prepare("127.0.0.1:6379")  # whose head decides
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
 def test_what_ray_was_imported_for_first_does_not_settle_its_token(tmp_path):
     """Training in this process imports Ray without a cluster; a search then starts one."""
     code = (

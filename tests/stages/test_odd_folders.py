@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raykd.errors import RecipeError
+from raykd.stages.load import load
+from raykd.stages.run_folder import RunFolder
 from raykd.tracking import mlflow_mirror
 from raykd.tracking.journal import Journal
 
@@ -43,6 +46,34 @@ def test_mlflows_one_file_is_inside_out(name, tmp_path):
         assert synced.done, synced.reason
     assert list(tmp_path.rglob("*.db")) == [out / "mlflow.db"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("out", "sets", "key"),
+    [
+        ("rows", (), "--out"),
+        ("rows/runs", (), "--out"),
+        ("link/runs", (), "--out"),
+        ("out", ("scale.store=rows/stores",), "scale.store"),
+        ("out", ("data.source=s3://bkt/rows", "scale.store=s3://bkt/rows/stores"), "scale.store"),
+        ("rows-of-another", (), None),
+        ("rows/.runs", (), None),  # hidden names are no rows
+        (".", (), None),
+        ("out", ("data.source=s3://bkt/rows", "scale.store=s3://bkt/rows2"), None),
+        ("rows", ("data.source=s3://bkt/rows",), None),
+    ],
+)
+def test_results_among_the_rows_are_refused_by_key(out, sets, key, folder, monkeypatch):
+    """The next command would read the teacher's answers as rows, or refuse them as such."""
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to("rows")
+    recipe = load("recipe.toml", sets)
+    if key is None:
+        assert RunFolder(recipe, Path(out)).out == Path(out)
+        return
+    with pytest.raises(RecipeError, match=rf"^{key}: .* lies below data\.source") as caught:
+        RunFolder(recipe, Path(out))
+    assert caught.value.exit_code == 2
 
 
 def in_ascii(folder: Path, verb: str, out: str) -> subprocess.CompletedProcess[bytes]:
