@@ -27,7 +27,20 @@ _results: list[TextIO] = []  # where `show` prints while stdout is its alone
 
 def clean(text: str) -> str:
     """`text` as it may stand on a terminal: nothing hidden in it acts, and no password is told."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), public_uri(text))
+    return _seen(public_uri(text))
+
+
+def _seen(text: str) -> str:
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _public(result: Any) -> Any:
+    """A JSON value without the passwords that its texts may hold."""
+    if isinstance(result, dict):
+        return {_public(key): _public(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [_public(value) for value in result]
+    return public_uri(result) if isinstance(result, str) else result
 
 
 def tell(text: str) -> None:
@@ -132,7 +145,7 @@ def say(stage: str, text: str) -> None:
 def show(result: Any, text: str, as_json: bool) -> None:
     """Print a result on stdout: as one line of JSON for a script, or as text for a person."""
     stream = _results[-1] if _results else sys.stdout
-    line = clean(json.dumps(result, sort_keys=True) if as_json else text)
+    line = _seen(json.dumps(_public(result), sort_keys=True)) if as_json else clean(text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     line = line.encode(encoding, "backslashreplace").decode(encoding)  # stdout may be ASCII's
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from raykd import console
+from raykd.files.address import checked_uri, public_uri
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "from raykd import cli\n{}\ncli.main()\n"
@@ -130,6 +131,43 @@ def test_a_library_in_the_current_directory_is_not_run(tmp_path):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
     done = command("techniques", before=f"import os; os.chdir({str(tmp_path)!r})")
     assert done.returncode == 0, done.stderr
+
+
+ADDRESSES = {
+    "http://me:secret@host/x": "http://host/x",
+    "http://me:se/cr?e#t'\"@host:80/x": "http://host:80/x",
+    "http://se@cret@host": "http://host",
+    "http://host:80/path@v1": "http://host:80/path@v1",
+    "http://host/path@v1?x=1": "http://host/path@v1?x=1",
+    "postgresql://h/db?sslmode=require&password=se'c\"r/e#t": (
+        "postgresql://h/db?sslmode=require&password=***"
+    ),
+    "http://h/?auth_token=secret&a=1;Api_Key=secret": "http://h/?auth_token=***&a=1;Api_Key=***",
+    "http://h?X-Amz-Signature=secret&X-Amz-Credential=secret": (
+        "http://h?X-Amz-Signature=***&X-Amz-Credential=***"
+    ),
+    "sqlite:////a%3Fb/mlflow.db": "sqlite:////a%3Fb/mlflow.db",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_told_without_its_secrets(address, capsys):
+    public = ADDRESSES[address]
+    assert public_uri(address) == public
+    console.tell(f"raykd: {address} is down")
+    assert capsys.readouterr().err == f"raykd: {public} is down\n"
+    console.show({"a": [{address: address}], "b": "x@y"}, "", as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": [{public: public}], "b": "x@y"}
+
+
+@pytest.mark.parametrize("address", ["http://me:se/cr@host", "http://me:secret@[::1"])
+def test_what_is_no_address_is_told_without_its_secrets(address):
+    with pytest.raises(ValueError, match="is no address") as caught:
+        checked_uri(address)
+    assert "se" not in str(caught.value).partition(" is no address: ")[0]
+    assert "cannot be read" in str(caught.value)
+    with pytest.raises(ValueError, match="is no address: Port out of range"):
+        checked_uri("http://localhost:99999")
 
 
 def test_results_hide_passwords_and_stay_json(capsys):

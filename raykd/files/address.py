@@ -4,14 +4,22 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-CREDENTIALS = re.compile(r"//[^/?#\s\"']*@")
+# A password may hold any sign. A colon begins it unless a port follows, up to the path.
+CREDENTIALS = re.compile(
+    r"""//(?:[^/?#\s"']*|[^/?#\s"'@:]*:(?!\d{1,5}[/?#])\S*)@""",
+)
+SECRETS = re.compile(
+    r"([?&;][^=&;\s]*(?:pass|pwd|token|secret|key|sig|auth|cred)[^=&;\s]*=)[^&\s]+", re.IGNORECASE
+)
 Address = Path | str  # a folder, or s3://bucket/prefix
 URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[\w.=-]+)*/?", re.ASCII)
 
 
 def public_uri(uri: str) -> str:
-    """An address of any kind without the user and password that it may hold."""
-    return CREDENTIALS.sub("//", uri)
+    """An address of any kind without the user, passwords and tokens that it may hold, be it before
+    its host or in its query.
+    """
+    return SECRETS.sub(r"\1***", CREDENTIALS.sub("//", uri))
 
 
 def checked_uri(uri: str) -> str:
@@ -19,7 +27,9 @@ def checked_uri(uri: str) -> str:
     try:
         urlsplit(uri).port  # noqa: B018 - raises
     except ValueError as error:
-        raise ValueError(f"{public_uri(uri)!r:.100} is no address: {error}") from None
+        # Of what follows a colon Python's words tell a part, which may be a password's.
+        why = "its host or port cannot be read" if "@" in uri else error
+        raise ValueError(f"{public_uri(uri)!r:.100} is no address: {why}") from None
     return uri
 
 

@@ -177,13 +177,13 @@ def weights_in_a_loop_of_links(home: Home) -> Asked:
 
 @hostile("recipe")
 def a_password_in_the_trackers_address(home: Home) -> Asked:
-    uri = "http://user:hunter2@127.0.0.1:9"
+    uri = "http://user:hunter2@127.0.0.1:9/?token=hunter2"
     return home.asked("check", "own.toml", f"track.uri={uri}", code=(0, 2), check=_no_password)
 
 
 @hostile("recipe")
 def a_password_in_the_trackers_address_as_json(home: Home) -> Asked:
-    uri = "http://user:hunter2@127.0.0.1:9"
+    uri = "http://user:hunter2@127.0.0.1:9/?token=hunter2"
     options = ("--json",)
     return home.asked(
         "check", "own.toml", f"track.uri={uri}", code=(0, 2), options=options, check=_no_password

@@ -314,7 +314,7 @@ for _uri in ("http://[::1", "http://localhost:99999"):
 @hostile("run")
 def a_password_stays_out_of_the_results(home: Home) -> Asked:
     home.run()
-    uri = "http://user:hunter2@127.0.0.1:9"
+    uri = "http://user:hunter2@127.0.0.1:9/?token=hunter2"
 
     def check(home: Home, done: Done) -> list[str]:
         told = "hunter2" in done.out + done.err
