@@ -8,6 +8,8 @@ import secrets
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +31,7 @@ QUIET = {
 WRAPPED = ("cause", "controller_failure", "_base_exc")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KNOCK_S = 10
+SAFE_PATH = "PYTHONSAFEPATH"  # of Python: its -P
 _embedded = False  # whether `connect` has started the cluster that is connected
 SOCKET_BYTES = 107  # that a Linux kernel takes in the name of a unix socket
 LONGEST_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
@@ -76,12 +79,13 @@ def connect(address: str | None = None) -> None:
     terminate = signal.getsignal(signal.SIGTERM)
     loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     try:
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({} if address else loopback),
-        )
+        with nullcontext() if address else _current_directory_not_first():
+            ray.init(
+                address=address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                **({} if address else loopback),
+            )
     except Exception as error:  # Ray raises bare ones, too, of a node that starts too slowly
         where = f"at {address}" if address else "as an embedded cluster"
         raise InfraError(
@@ -91,6 +95,23 @@ def connect(address: str | None = None) -> None:
     if callable(terminate) and threading.current_thread() is threading.main_thread():
         # Ray's own handler prints a stack, and aborts a process that takes three seconds to end
         signal.signal(signal.SIGTERM, terminate)
+
+
+@contextmanager
+def _current_directory_not_first() -> Iterator[None]:
+    """Processes that start within it do not begin to look for modules in the current directory.
+
+    Some of Ray's own would: a random.py beside a recipe was theirs. Workers look there once they
+    have a job.
+    """
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SAFE_PATH]
+        if before is not None:
+            os.environ[SAFE_PATH] = before
 
 
 def is_embedded() -> bool:

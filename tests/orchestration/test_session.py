@@ -173,17 +173,26 @@ def test_an_embedded_cluster_has_a_token_whatever_was_inherited(inherited, monke
 
 
 def test_what_ray_was_imported_for_first_does_not_settle_its_token(tmp_path):
-    """Training in this process imports Ray without a cluster; a search then starts one."""
+    """Training in this process imports Ray without a cluster; a search then starts one.
+
+    None of its processes runs what lies beside the recipe under a name of Python's library.
+    """
+    for name in ("random", "secrets", "queue", "platform", "packaging"):
+        (tmp_path / f"{name}.py").write_text("import sys\nopen('ran', 'a').write(__name__)\n")
+    (tmp_path / "mine.py").write_text("def seven(): return 7")
     code = (
         "import ray.train\n"
         "from raykd.orchestration.session import connect\n"
         "connect()\n"
         "import ray\n"
-        "assert ray.get(ray.remote(num_cpus=0)(lambda: 7).remote()) == 7\n"
+        "seven = ray.remote(num_cpus=0)(lambda: __import__('mine').seven())\n"
+        "assert ray.get(seven.remote()) == 7\n"
+        "import os\n"
+        "assert 'PYTHONSAFEPATH' not in os.environ\n"
     )
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         env=plain | {"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -191,6 +200,7 @@ def test_what_ray_was_imported_for_first_does_not_settle_its_token(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_embedded_cluster_is_nobody_elses(monkeypatch):
