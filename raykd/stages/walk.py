@@ -222,9 +222,9 @@ def _train(run_folder: RunFolder) -> Path:
 
     if run_folder.untrained:
         train_all_arms(run_folder.recipe, run_folder.store, run_folder.path, run_folder.source)
-        run_log.arms(run_folder.journal(), run_folder.recipe, run_folder.path)
     else:
         say("train", f"done before: {run_files.arms(run_folder.path)}")
+    run_log.arms(run_folder.journal, run_folder.recipe, run_folder.path)
     post_training.write_missing(run_folder.recipe, run_folder.dataset, run_folder.path)
     return run_folder.path
 
@@ -242,9 +242,9 @@ def _tune(run_folder: RunFolder) -> dict[str, Any]:
         with run_digests.renewed(run_folder.path, run_files.SEARCHED):
             write_bytes(run_folder.path / run_files.BEST_RECIPE, _toml(best).encode())
             write_json(run_folder.path / run_files.TRIALS, table | {"best": best_row})
-        run_log.trials(run_folder.journal(), run_folder.path, table)
     done = run_files.read_trials(run_folder.path)
     assert done is not None
+    run_log.trials(run_folder.journal, run_folder.path, done)
     return done
 
 
@@ -282,6 +282,8 @@ def _report(run_folder: RunFolder) -> dict[str, Any]:
         existing = read_json(folder / run_files.REPORT)
         if existing["inputs"] == inputs:
             say("report", f"done before: {report_page}")
+            if not run_log.has_result(folder, existing):  # the process was killed before it
+                run_log.result(run_folder.journal(), existing)
             return existing
     _check_artefact(run_folder)
     synced = _sync(run_folder)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, Validati
 from raykd.errors import StoreError
 
 NAME = "journal.jsonl"
+ID_TAG = "raykd.journal"  # of a run without a parent: tells this journal from others of its name
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 EMPTY: Mapping[str, Any] = {}
 Metric = tuple[str, float, int]  # name, value, step
@@ -96,25 +98,28 @@ class Journal:
     def run(
         self, key: str, name: str, parent: str | None = None, tags: Mapping[str, Any] = EMPTY
     ) -> None:
-        """Declare a run. A key that the journal already holds is resumed: nothing is written."""
+        """Declare a run. A key that the journal already holds is resumed: nothing is written.
+
+        A run without a parent gives the journal its id.
+        """
         assert re.fullmatch(r"[\w./:=+-]+", key), (
             f"run key {key!r}: letters, digits and ./:=+-_ only"
         )
-        self._append(
-            "run", key, name=name, parent=parent, tags={k: _text(v) for k, v in tags.items()}
-        )
+        told = {k: text(v) for k, v in tags.items()}
+        if parent is None:
+            told |= {ID_TAG: uuid.uuid4().hex}
+        self._append("run", key, name=name, parent=parent, tags=told)
 
     def params(self, key: str, values: Mapping[str, Any]) -> None:
         """Settings of a run; anything but a string is kept as JSON.
 
         The first value of a name stands.
         """
-        self._append("params", key, values={name: _text(value) for name, value in values.items()})
+        self._append("params", key, values={name: text(value) for name, value in values.items()})
 
     def metrics(self, key: str, values: Iterable[Metric]) -> None:
         """Measured values; NaN and infinities are kept as the strings nan, inf and -inf."""
-        rows = [[name, _number(value), int(step)] for name, value, step in values]
-        self._append("metrics", key, values=rows)
+        self._append("metrics", key, values=rows_of(values))
 
     def dataset(
         self, key: str, name: str, digest: str, source: str, profile: Mapping[str, Any]
@@ -220,7 +225,20 @@ def _damaged(path: Path, number: int, fault: str) -> StoreError:
     return StoreError(f"{path}: line {number} of those read {fault}; remove that line")
 
 
-def _text(value: Any) -> str:
+def id_of(lines: Iterable[Mapping[str, Any]]) -> str | None:
+    """The id of a journal of these lines; None of one that is older than ids."""
+    tags = next((line["tags"] for line in lines if line["kind"] == "run"), {})
+    found = tags.get(ID_TAG, "")
+    return found if re.fullmatch(r"[0-9a-f]{32}", found) else None
+
+
+def rows_of(values: Iterable[Metric]) -> list[list[Any]]:
+    """Metrics as a line has them."""
+    return [[name, _number(value), int(step)] for name, value, step in values]
+
+
+def text(value: Any) -> str:
+    """A param or tag as a line has it: anything but a string as JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 

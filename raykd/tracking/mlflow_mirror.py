@@ -1,9 +1,9 @@
 """MLflow, filled from the run's journal. The only file that knows MLflow.
 
-Replaying is idempotent. A run is found again by its tag `raykd.key`, so neither a lost cursor nor a
-crash halfway makes a second one; a metric replayed with the journal's own time is the row that is
-already there. A server that is dead or slow costs at most `limit_s`, and nothing is lost: the
-journal keeps it.
+Replaying is idempotent. A run is found again by its tags `raykd.journal` and `raykd.key`, so
+neither a lost cursor nor a crash halfway makes a second one; a metric replayed with the journal's
+own time is the row that is already there. A server that is dead or slow costs at most `limit_s`,
+and nothing is lost: the journal keeps it.
 """
 
 import json
@@ -191,6 +191,7 @@ class _Mirror:
         From the first artefact of a run that is refused, its lines are left to the next call too.
         """
         self.deadline = time.monotonic() + limit_s
+        self.journal_id = journal.id_of(lines)
         with locked(self.folder):
             self._open(lock_s)
             try:
@@ -221,8 +222,13 @@ class _Mirror:
                 (file.parent / "mlruns").as_uri() if file else None
             )
         mine = f"tags.`{KEY_TAG}` LIKE '{self.folder.name}/%'"
+        if self.journal_id:
+            mine = f"tags.`{journal.ID_TAG}` = '{self.journal_id}'"
         for run in self.client.search_runs([self.experiment_id], mine, max_results=50_000):
-            self.ids[run.data.tags[KEY_TAG].removeprefix(f"{self.folder.name}/")] = run.info.run_id
+            name, _, key = run.data.tags[KEY_TAG].partition("/")
+            of_this = run.data.tags.get(journal.ID_TAG) == self.journal_id
+            if of_this and (self.journal_id or name == self.folder.name):
+                self.ids[key] = run.info.run_id
         saved = self.cursor.runs.items()
         self.cursor.runs = {key: run for key, run in saved if self.ids.get(key) == run["id"]}
 
@@ -259,6 +265,8 @@ class _Mirror:
     def _create(self, line: Line) -> str:
         tags = {legal_name(name): legal_value(value) for name, value in line["tags"].items()}
         tags[KEY_TAG] = f"{self.folder.name}/{line['run']}"
+        if self.journal_id:
+            tags[journal.ID_TAG] = self.journal_id
         if line["parent"] is not None:
             tags["mlflow.parentRunId"] = self.ids[line["parent"]]
         run = self.client.create_run(self.experiment_id, line["time_ms"], tags, line["name"])
@@ -340,7 +348,8 @@ class _Mirror:
 
 def _own_tables() -> tuple[set[str], dict[str, set[str]]]:
     """(the names of MLflow's tables, the columns of those that it makes first)."""
-    from mlflow.store.db.utils import Base, InitialBase
+    from mlflow.store.db.base_sql_model import Base
+    from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 
     first = InitialBase.metadata.tables
     return set(Base.metadata.tables), {name: {*first[name].columns.keys()} for name in first}

@@ -28,6 +28,7 @@ from raykd.reports import answers
 from raykd.stages import plan, walk
 from raykd.stages.load import load
 from raykd.stages.run_folder import RunFolder
+from raykd.tracking import journal
 from raykd.training import run_digests, run_files
 
 SETTINGS = (
@@ -242,6 +243,30 @@ def test_a_stage_killed_once_it_wrote_is_done_again(recipe, again, out, monkeypa
     for names in (run_files.EXPORTED, run_files.REPORTED):
         there = [each for each in names if (again / each).exists()]
         assert all(run_digests.holds(again, each) for each in there)
+
+
+def told_by(run: Path) -> list[tuple[str, Any]]:
+    """What a journal tells, without times, and each thing once."""
+    lines = [line for line in journal.read(run / journal.NAME) if line["kind"] != "end"]
+    keys = ("run", "kind", "values", "path", "name", "digest")
+    return sorted({json.dumps([line.get(key) for key in keys]) for line in lines})
+
+
+def test_what_a_killed_process_did_not_write_is_in_the_journal_after_the_next(recipe, run, out):
+    """Wherever it was cut; and a whole one gets no line more."""
+    path = run / journal.NAME
+    whole = path.read_bytes()
+    told = told_by(run)
+    walk.run(recipe, out)
+    assert path.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    for count in range(len(lines)):
+        path.write_bytes(b"".join(lines[:count]))
+        walk.run(recipe, out)
+        assert told_by(run) == told, count
+    path.unlink()
+    walk.run(recipe, out)
+    assert told_by(run) == told
 
 
 def test_a_search_killed_once_it_wrote_its_recipe_is_done_again(tmp_path, monkeypatch):

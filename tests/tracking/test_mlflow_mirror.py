@@ -131,6 +131,45 @@ def test_a_crash_halfway_makes_no_duplicates(store, folder, cut):
     assert recorded(store, f"crash-{cut}") == recorded(store, f"whole-{cut}")
 
 
+def test_two_run_folders_of_one_name_are_two_runs(store, folder, tmp_path):
+    """Each is whole, in any order of syncs, and found again without its cursor."""
+    other = tmp_path / "elsewhere" / folder.name
+    lines = Journal(other / journal.NAME)
+    lines.run("run", "gesture", tags={"raykd.technique": "vanilla"})
+    lines.metrics("run", [("loss", 0.25, step) for step in range(3)])
+    lines.end("run", "FAILED")
+    from mlflow import MlflowClient
+
+    told = [mlflow_mirror.sync(each, uri=store, experiment="twins") for each in (folder, other)]
+    assert [one.done for one in told] == [True, True]
+    for each in (other, folder):
+        (each / sync_plan.CURSOR).unlink()
+    again = [mlflow_mirror.sync(each, uri=store, experiment="twins") for each in (folder, other)]
+    assert [one.runs for one in again] == [one.runs for one in told]
+    assert not set(told[0].runs.values()) & set(told[1].runs.values())
+    client = MlflowClient(tracking_uri=store)
+    found = client.get_run(told[1].runs["run"])
+    assert found.info.status == "FAILED"
+    assert found.data.metrics == {"loss": 0.25}
+    assert found.data.params == {}
+    child = client.get_run(told[0].runs["student/seed-0"])
+    assert child.data.tags["mlflow.parentRunId"] == told[0].runs["run"]
+
+
+def test_a_journal_of_before_there_were_ids_finds_its_runs_by_name(store, folder):
+    path = folder / journal.NAME
+    first, *others = path.read_text().splitlines()
+    line = json.loads(first)
+    line["tags"].pop(journal.ID_TAG)
+    path.write_text("\n".join([json.dumps(line), *others]) + "\n")
+    told = mlflow_mirror.sync(folder, uri=store, experiment="older")
+    (folder / sync_plan.CURSOR).unlink()
+    again = mlflow_mirror.sync(folder, uri=store, experiment="older")
+    assert told.done
+    assert again.runs == told.runs
+    assert len(recorded(store, "older")) == 3
+
+
 def test_a_resumed_run_keeps_its_first_params(store, folder):
     mlflow_mirror.sync(folder, uri=store, experiment="resumed")
     lines = Journal(folder / journal.NAME)
