@@ -26,6 +26,13 @@ def taken_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def anonymous_bytes() -> int:
+    """The part of it that no file stands behind; all of it where the system does not say."""
+    lines = _text(Path("/proc/self/status")).splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
+    return int(found[0]) * 1024 if found else taken_bytes()
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()

@@ -36,7 +36,8 @@ def train_all_arms(
 ) -> list[dict[str, Any]]:
     """Train all arms that are not done, and give every arm's record.
 
-    Workers are sent what `source` knows of parts; rows in memory they load by themselves.
+    Workers are sent what `source` knows of parts; rows in memory they load by themselves, but for
+    one that is this process.
 
     One worker is Ray Train's local mode: the loop runs here, with no actors and no start-up. More
     are one worker group for all arms, because starting a group costs many seconds; it survives
@@ -47,7 +48,7 @@ def train_all_arms(
         "recipe": recipe.model_dump(mode="json"),
         "store": str(store) if store else None,
         "folder": str(folder),
-        "source": to_send(source),
+        "source": source if _workers(recipe) == 0 else to_send(source),
     }
     arms = arms_of(recipe)
     logging.getLogger("ray.train").setLevel(logging.ERROR)

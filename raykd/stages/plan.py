@@ -13,6 +13,7 @@ from raykd.data import Rows
 from raykd.data.table import first_rows
 from raykd.deploy import forms
 from raykd.errors import DataError
+from raykd.files.memory import anonymous_bytes
 from raykd.files.open import open_place
 from raykd.losses.terms import needs_of
 from raykd.models.adapter import Adapter
@@ -26,6 +27,7 @@ from raykd.store.logits import codec_name
 from raykd.teacher.identity import store_identity
 from raykd.training.arms import arms_of
 
+GB = 10**9
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 
 
@@ -61,7 +63,8 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
         "unfit": [unfit._asdict() for unfit in run_folder.dataset.unfit],
         "parameters": sizes,
         "workers": list(recipe.scale.workers),
-        "memory_bytes_a_worker": _memory(run_folder, is_one_a_row),
+        "memory_bytes_a_worker": _memory(run_folder),
+        "disk_bytes": _disk(run_folder, is_one_a_row),
         "tracking": run_folder.uri,
         "stages": _stages(run_folder, is_one_a_row),
         "nearest_store": _nearest(run_folder),
@@ -156,28 +159,58 @@ def _steps(run_folder: RunFolder, split: str) -> int:
     return round(some.mask.sum() / len(some) * run_folder.table.rows(split))
 
 
-def _memory(run_folder: RunFolder, is_one_a_row: bool) -> int:
-    """Bytes that every training worker holds: the training and validation rows, and the teacher's
-    logits. Where rows are read in parts, those of validation and test.
+def _memory(run_folder: RunFolder) -> int:
+    """Bytes of memory of every training worker at its peak, without what the student's own steps
+    take.
+
+    This process has the same libraries, and holds the same rows. They are counted once more,
+    because they are read before they are padded. Where rows are read in parts, those of validation
+    and test are held, and some batches are ahead.
     """
-    splits = run_folder.dataset.splits
-    in_parts = run_folder.table.in_parts
-    held = ("val", "test") if in_parts else ("train", "val")
-    rows = sum(splits[name].inputs.nbytes + splits[name].mask.nbytes for name in held)
-    reads = needs_of(run_folder.recipe.terms) and not in_parts
-    return rows + (_store_bytes(run_folder, is_one_a_row) if reads else 0)
+    scale = run_folder.recipe.scale
+    train = first_rows(run_folder.source, "train")
+    batch = round(_row_bytes(train) * run_folder.recipe.optim.batch / scale.workers[0])
+    held = [_bytes_of(rows) for rows in run_folder.dataset.splits.values()]
+    ahead = (scale.readers + 1) * batch if run_folder.table.in_parts else batch
+    return anonymous_bytes() + sum(held) + ahead
+
+
+def _disk(run_folder: RunFolder, is_one_a_row: bool) -> dict[str, int]:
+    """Bytes on disk: of the store, at most, and of a node's cache.
+
+    A node keeps the teacher's answers unpacked; where rows are read in parts it keeps them, too, up
+    to `scale.cache_gb`.
+    """
+    recipe = run_folder.recipe
+    store = 0 if run_folder.store is None else _store_bytes(run_folder, is_one_a_row)
+    cache = store if needs_of(recipe.terms) else 0
+    if run_folder.table.in_parts:
+        train = first_rows(run_folder.source, "train")
+        cache += round(_row_bytes(train) * run_folder.table.rows("train"))
+        cache = min(cache, round(recipe.scale.cache_gb * GB))
+    return {"store": store, "cache": cache}
+
+
+def _row_bytes(rows: Rows) -> float:
+    return _bytes_of(rows) / len(rows)
+
+
+def _bytes_of(rows: Rows) -> int:
+    return sum(values.nbytes for values in vars(rows).values() if values is not None)
 
 
 def table(found: dict[str, Any]) -> str:
     """The plan for a terminal."""
     sizes = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
+    disk = ", ".join(f"{key} {size / 2**20:,.1f} MiB" for key, size in found["disk_bytes"].items())
     low, high = found["workers"]
     lines = [
         f"run         {found['run']}",
         f"data        {found['data']}",
         f"parameters  {sizes}",
         f"workers     {low if low == high else f'{low} to {high}'}, "
-        f"{found['memory_bytes_a_worker'] / 2**20:,.1f} MiB of rows and signals in each",
+        f"{found['memory_bytes_a_worker'] / 2**20:,.0f} MiB of memory in each",
+        f"disk        {disk}",
         f"tracking    {found['tracking']}",
     ]
     lines += [
