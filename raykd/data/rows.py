@@ -35,7 +35,7 @@ class Rows:
 
     Rows of text have int32 inputs (N, T, 2): a token, and its place in its document. Their label
     (N, T) is the next token at every step, and their mask is True where a loss applies: False on
-    the prompt and on padding.
+    the prompt and on padding. A series has its steps first: what follows them is padding.
 
     Example:
         >>> import numpy as np
@@ -52,7 +52,7 @@ class Rows:
 
     row_id: NDArray[np.int64]  # (N,)
     inputs: NDArray[np.float32] | NDArray[np.int32]  # (N, T, K), zero where a series is padded
-    mask: NDArray[np.bool_]  # (N, T) valid steps
+    mask: NDArray[np.bool_]  # (N, T) valid steps, of a series the first ones
     label: NDArray[np.int64]  # (N,) or (N, T), UNLABELLED where hidden or missing
     group: NDArray[np.int64]  # (N,) rows of one recording share a group: they are not independent
     valence: NDArray[np.float32] | None = None  # (N, T) in [-1, 1], NaN where missing
@@ -277,10 +277,35 @@ def check_rows(where: str, rows: Rows, count: int) -> None:
             raise DataError(f"{where}: NaN or infinite inputs in rows {bad}; mend or drop them")
     if bad := _ids(rows, ~rows.mask.any(1)):
         raise DataError(f"{where}: rows {bad} hold no step")
+    if not rows.is_text:
+        _check_padding(where, rows)
     outside = (rows.label != UNLABELLED) & _outside(rows.label, count)
     if bad := _ids(rows, outside.reshape(len(rows), -1).any(1)):
         raise DataError(f"{where}: labels outside the {count} classes in rows {bad}")
     _check_valence(where, rows)
+
+
+def _check_padding(where: str, rows: Rows) -> None:
+    """DataError unless a row's steps are its first, and zeros follow them.
+
+    A model without a mask reads the padding, and one that is deployed is given this kind alone.
+    """
+    late = rows.mask[:, 1:] & ~rows.mask[:, :-1]
+    if bad := _ids(rows, late.any(1)):
+        raise DataError(
+            f"{where}: mask is False before a step of rows {bad}; give the steps of a row first, "
+            "and pad behind them"
+        )
+    filled = _by_chunks(_padded_with_values, rows.inputs, rows.mask)
+    if bad := _ids(rows, filled):
+        raise DataError(f"{where}: inputs other than 0 where mask is False in rows {bad}")
+
+
+def _padded_with_values(inputs: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(N,): the rows whose inputs are not 0 behind their last step."""
+    if mask.all():
+        return np.zeros(len(mask), bool)
+    return ((inputs != 0).any(2) & ~mask).any(1)
 
 
 def check_counts(name: str, split: str, rows: int, labelled: int) -> None:
@@ -329,10 +354,10 @@ def _check_arrays(where: str, rows: Rows) -> None:
         raise DataError(f"{where}: row ids must ascend")
 
 
-def _by_chunks(test: Any, values: NDArray[Any]) -> NDArray[np.bool_]:
-    """(N,): `test` of CHUNK rows at a time."""
-    starts = range(0, len(values), CHUNK)
-    return np.concatenate([test(values[first : first + CHUNK]) for first in starts])
+def _by_chunks(test: Any, *arrays: NDArray[Any]) -> NDArray[np.bool_]:
+    """(N,): `test` of CHUNK rows of the arrays at a time."""
+    parts = [slice(first, first + CHUNK) for first in range(0, len(arrays[0]), CHUNK)]
+    return np.concatenate([test(*(values[part] for values in arrays)) for part in parts])
 
 
 def _ids(rows: Rows, faulty: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 from importlib import resources
 from itertools import combinations, count
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -409,6 +410,29 @@ def test_a_fraction_of_labels_is_exact_in_every_class(fraction):
     for number, num in ((0, 100), (1, 30), (2, 1)):
         assert (kept == number).sum() == math.ceil(Fraction(str(fraction)) * num)
     assert ((kept == label) | (kept == UNLABELLED)).all()
+
+
+def test_rows_of_series_begin_with_their_steps_and_end_with_zeros(load):
+    good = load(plain_rows())
+    train = good.splits["train"]
+    steps = train.mask.shape[1]
+    assert not train.mask.all()
+
+    def refused(**changed: Any) -> str:
+        rows = {"train": replace(train, **changed)}
+        with pytest.raises(DataError) as caught:
+            check_dataset(replace(good, splits=good.splits | rows))
+        return str(caught.value)
+
+    check_dataset(good)
+    short = int(train.mask.all(1).argmin())
+    row = f"rows {train.row_id[short]}"
+    moved = train.mask.copy()
+    moved[short] = np.arange(steps) >= steps - train.mask[short].sum()
+    assert f"mask is False before a step of {row}; give the steps" in refused(mask=moved)
+    inputs = train.inputs.copy()
+    inputs[short, -1, 0] = 1
+    assert f"inputs other than 0 where mask is False in {row}" in refused(inputs=inputs)
 
 
 def test_labels_are_hidden_by_seed_and_a_smaller_fraction_is_part_of_a_larger(gestures):
