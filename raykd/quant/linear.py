@@ -64,7 +64,8 @@ class QuantLinear(nn.Linear):
         if self.quant is None or self.blend == 0:
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(as_multiplied(x.float(), self.quant), self.rounded(), bias).to(x.dtype)
+        multiplied = as_multiplied(x.float(), self.quant, in_training=self.training)
+        return F.linear(multiplied, self.rounded(), bias).to(x.dtype)
 
     def rounded(self) -> Tensor:
         """(N, K): the weights that are multiplied with, scale times codes, blended."""

@@ -7,6 +7,7 @@ Gradients are straight through (Bengio et al. 2013, arXiv 1308.3432).
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -60,12 +61,15 @@ def check_finite(values: Tensor, what: str) -> None:
         )
 
 
-def as_multiplied(x: Tensor, quant: Quant) -> Tensor:
-    """Activations (..., K) as the operator of a Quant multiplies them, float32."""
+def as_multiplied(x: Tensor, quant: Quant, *, in_training: bool = False) -> Tensor:
+    """Activations (..., K) as the operator of a Quant multiplies them, float32.
+
+    In training a call is that of all workers, each with its share of the batch.
+    """
     if quant.activations == "none":
         return x.float()
     if quant.over_the_call:
-        return Activations.apply(x)  # type: ignore[return-value]
+        return Activations.apply(x, in_training)  # type: ignore[return-value]
     inputs = x.shape[-1]
     return Blocks.apply(x, inputs if quant.weights == "int8" else quant.block(inputs))  # type: ignore[return-value]
 
@@ -119,20 +123,24 @@ class Activations(torch.autograd.Function):
     """Activations as ONNX's DynamicQuantizeLinear rounds them: uint8 over the tensor's range.
 
     The range includes zero: scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale)
-    in 0..255. Every value is in the range, so the gradient is the upstream one.
+    in 0..255. Every value is in the range, so the gradient is the upstream one. If it is `shared`,
+    the range is that of all workers, which must then call at the same time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        low = x.amin().clamp(max=0).float()
-        high = x.amax().clamp(min=0).float()
+    def forward(ctx: Any, x: Tensor, shared: bool = False) -> Tensor:
+        reach = torch.stack([-x.amin(), x.amax()]).clamp(min=0).float()  # below zero, and above
+        if shared and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(reach, dist.ReduceOp.MAX)
+        low = -reach[0]
+        high = reach[1]
         scale = ((high - low) / 255).clamp(min=LEAST)
         zero = (-low / scale).round_().clamp_(0, 255)
         return (x.float() / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class Blocks(torch.autograd.Function):

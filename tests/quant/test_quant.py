@@ -5,12 +5,17 @@ Signal-to-noise ratios of Gaussian weights are known numbers of each rule, given
 gradients of LSQ stand against autograd of its formula with a straight-through rounding, in float64.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from child import start, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
@@ -196,6 +201,40 @@ def test_a_row_of_int4_or_ternary_does_not_depend_on_its_batch(quant):
     torch.testing.assert_close(
         torch.cat([layer(row[None]) for row in x]), layer(x), rtol=1e-5, atol=1e-5
     )
+
+
+def round_shares(rank: int, size: int, meeting: Path, out: Path, x: Tensor) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    layer = QuantLinear.of(identity(x.shape[-1]))
+    layer.set(Quant(weights="int8", activations="int8"))
+    share = x.tensor_split(size)[rank]
+    found = {"train": layer(share).detach()}
+    if rank == 0:  # alone: others do not wait for it
+        found["eval"] = layer.eval()(share).detach()
+    save_file(found, out / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def identity(width: int) -> nn.Linear:
+    layer = nn.Linear(width, width, bias=False)
+    nn.init.eye_(layer.weight)
+    return layer
+
+
+def test_workers_round_activations_over_the_range_of_the_whole_batch(tmp_path):
+    """Each rounded over its own rows, so two workers trained another student than one."""
+    x = torch.randn(7, 3, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0] = 9.0
+    x[6, 2, 7] = -7.0
+    workers = [start(round_shares, rank, 2, tmp_path / "meet", tmp_path, x) for rank in range(2)]
+    assert wait(workers) == [0, 0]
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    layer = QuantLinear.of(identity(8))
+    layer.set(Quant(weights="int8", activations="int8"))
+    assert torch.equal(torch.cat([part["train"] for part in found]), layer(x))
+    first = x.tensor_split(2)[0]
+    assert torch.equal(found[0]["eval"], layer(first))
+    assert not torch.equal(found[0]["eval"], found[0]["train"])
 
 
 @pytest.mark.parametrize("rule", [Activations.apply, lambda x: Blocks.apply(x, 32)])
