@@ -23,7 +23,8 @@ LANES = 8  # floats in a CPU vector register
 class Signals:
     """One model's outputs for a batch. `mask` marks the valid steps of the outputs.
 
-    A model that answers once a sequence has T = 1. Inner layers have the key "<kind>.<submodule>":
+    A model that answers once a sequence has T = 1, but its valence has the steps of the inputs, and
+    `valence_mask` marks those at which it is known. Inner layers have the key "<kind>.<submodule>":
 
         hidden     (B, T, D)     the submodule's output
         attention  (B, T, H, T)  the softmax over keys at each step
@@ -44,6 +45,12 @@ class Signals:
     mask: Tensor  # (B, T) bool
     valence: Tensor | None = None  # (B, T) future valence in [-1, 1]
     layers: dict[str, Tensor] = field(default_factory=dict)
+    valence_mask: Tensor | None = None  # (B, T) bool where valence is known; without it `mask`
+
+    @property
+    def valence_steps(self) -> Tensor:
+        """(B, T): where the valence is known."""
+        return self.mask if self.valence_mask is None else self.valence_mask
 
     @cached_property
     def log_q(self) -> Tensor:
@@ -61,7 +68,8 @@ class Signals:
         even where the answer has other steps.
         """
         # On a GPU, asking would wait for its queue.
-        if steps.device.type == "cpu" and self.mask.all() and steps.all():
+        everywhere = steps.device.type == "cpu" and self.mask.all() and steps.all()
+        if everywhere and self.valence_steps.all():
             return self
         masks = {steps.shape[1]: steps, 1: steps.any(1, True)}
         layers = {}
@@ -71,8 +79,9 @@ class Signals:
         return Signals(
             logits=zeroed(self.logits, self.mask),
             mask=self.mask,
-            valence=None if self.valence is None else zeroed(self.valence, self.mask),
+            valence=None if self.valence is None else zeroed(self.valence, self.valence_steps),
             layers=layers,
+            valence_mask=self.valence_mask,
         )
 
 
@@ -147,6 +156,19 @@ class Batch:
     weight: Tensor | None = None  # (B,): how much a row counts; without it every step counts alike
     rollout: Rollout | None = None  # of text that the student wrote; None: the data's
     split: "Split | None" = None  # of all rows, for terms that draw others from it
+
+    @property
+    def document(self) -> Tensor | None:
+        """(B, T): of text, which document of its row a step belongs to; None of series."""
+        return documents_of(self.inputs)
+
+
+def documents_of(inputs: Tensor) -> Tensor | None:
+    """(B, T): the number of each step's document in its row of text, whose inputs are (B, T, 2).
+
+    None of series. A document begins at place 0, and so does every step of padding.
+    """
+    return None if inputs.is_floating_point() else (inputs[..., 1] == 0).cumsum(1)
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:

@@ -35,7 +35,7 @@ class Rows:
 
     Rows of text have int32 inputs (N, T, 2): a token, and its place in its document. Their label
     (N, T) is the next token at every step, and their mask is True where a loss applies: False on
-    the prompt and on padding. A series has its steps first: what follows them is padding.
+    the prompt and on padding.
 
     Example:
         >>> import numpy as np
@@ -52,7 +52,7 @@ class Rows:
 
     row_id: NDArray[np.int64]  # (N,)
     inputs: NDArray[np.float32] | NDArray[np.int32]  # (N, T, K), zero where a series is padded
-    mask: NDArray[np.bool_]  # (N, T) valid steps, of a series the first ones
+    mask: NDArray[np.bool_]  # (N, T) valid steps
     label: NDArray[np.int64]  # (N,) or (N, T), UNLABELLED where hidden or missing
     group: NDArray[np.int64]  # (N,) rows of one recording share a group: they are not independent
     valence: NDArray[np.float32] | None = None  # (N, T) in [-1, 1], NaN where missing
@@ -286,23 +286,14 @@ def check_rows(where: str, rows: Rows, count: int) -> None:
 
 
 def _check_padding(where: str, rows: Rows) -> None:
-    """DataError unless a row's steps are its first, and zeros follow them.
-
-    A model without a mask reads the padding, and one that is deployed is given this kind alone.
-    """
-    late = rows.mask[:, 1:] & ~rows.mask[:, :-1]
-    if bad := _ids(rows, late.any(1)):
-        raise DataError(
-            f"{where}: mask is False before a step of rows {bad}; give the steps of a row first, "
-            "and pad behind them"
-        )
+    """DataError where padding is not 0: a model of one number of steps reads it."""
     filled = _by_chunks(_padded_with_values, rows.inputs, rows.mask)
     if bad := _ids(rows, filled):
         raise DataError(f"{where}: inputs other than 0 where mask is False in rows {bad}")
 
 
 def _padded_with_values(inputs: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(N,): the rows whose inputs are not 0 behind their last step."""
+    """(N,): the rows whose inputs are not 0 at some invalid step."""
     if mask.all():
         return np.zeros(len(mask), bool)
     return ((inputs != 0).any(2) & ~mask).any(1)

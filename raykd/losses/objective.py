@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from raykd.errors import RecipeError
 from raykd.losses import shared_terms  # noqa: F401 - registers the terms that all techniques share
 from raykd.losses.terms import TERMS, TermValues, needs_of
 from raykd.recipe.tables import TermSpec
@@ -80,6 +81,11 @@ class Objective(nn.Module):
             no_count = student.mask.new_zeros((), dtype=torch.int64)
             return no_sum, no_count
         value, mask = self._values(name, spec, student, batch)
+        if value.shape != mask.shape:  # they would be laid over each other, and some count twice
+            raise RecipeError(
+                f"terms.{name}: gives values {tuple(value.shape)} and where they count "
+                f"{tuple(mask.shape)}; give both one shape, (B,) or (B, T)"
+            )
         value = torch.where(mask, value, 0.0)
         if batch.weight is None:
             return value.sum(), mask.sum()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.losses.terms import TermValues, term
-from raykd.losses.valence import prefix_confidence, realised_future
+from raykd.losses.valence import at_last_step, prefix_confidence, realised_future
 from raykd.signals import Batch, Signals, flatten_valid, log_softmax
 from raykd.targets import UNLABELLED, SparseTargets, cross_entropy
 
@@ -61,6 +61,8 @@ def kd(
     t_squared    whether the factor T^2 is there
     """
     assert batch.teacher is not None
+    if batch.document is not None and on == "sequence":
+        raise RecipeError('terms.kd: text is answered at every step, so write on = "steps"')
     scale = temperature**2 if t_squared else 1.0
     if batch.targets is not None:
         return _sparse_kd(student, batch.targets(temperature), temperature, scale=scale, on=on)
@@ -100,7 +102,8 @@ def future_valence(
 
     Use it to train a value head from data, without a teacher: a Monte-Carlo fit. The valence is the
     data's column where there is one, and the model's own prefix confidence in the label elsewhere.
-    RecipeError where the student has no value head.
+    Of a model that answers once a row, that is its confidence after the last step. RecipeError
+    where the student has no value head.
 
     discount  the factor of later steps in the future valence
     """
@@ -109,9 +112,13 @@ def future_valence(
             "terms.future_valence: the student has no value head; return 'valence' (B, T) beside "
             "'logits'"
         )
-    confidence = prefix_confidence(student.logits.detach(), student.mask, batch.label)
-    valence = confidence if batch.valence is None else batch.valence
-    target, known = realised_future(valence, student.mask, discount)
+    steps = student.valence_steps
+    valence = batch.valence
+    if valence is None:
+        valence = prefix_confidence(student.logits.detach(), student.mask, batch.label)
+        if valence.shape != steps.shape:
+            valence = at_last_step(valence, steps)
+    target, known = realised_future(valence, steps, discount, batch.document)
     return TermValues((student.valence.float() - target).square(), known)
 
 
@@ -120,7 +127,8 @@ def value(student: Signals, batch: Batch) -> TermValues:
     """The squared difference of the student's and the teacher's future valence, (F_S - F_T)^2.
 
     Use it to pass on a teacher's value head, or its realised trajectory. It counts at every valid
-    step. RecipeError where the student has no value head or another number of steps.
+    step at which the teacher's is known. RecipeError where the student has no value head or another
+    number of steps.
     """
     assert batch.teacher is not None
     if student.valence is None:
@@ -134,7 +142,8 @@ def value(student: Signals, batch: Batch) -> TermValues:
             f"terms.value: the student answers at {student.valence.shape[1]} steps, the teacher's "
             f"trajectory has {trajectory.shape[1]}; leave the term out: weight = 0"
         )
-    return TermValues((student.valence.float() - trajectory.float()).square(), student.mask)
+    known = student.valence_steps & batch.teacher.valence_steps
+    return TermValues((student.valence.float() - trajectory.float()).square(), known)
 
 
 def _logits(signals: Signals, on: Where) -> tuple[Tensor, Tensor]:

@@ -30,14 +30,26 @@ def prefix_confidence(logits: Tensor, mask: Tensor, label: Tensor) -> Tensor:
     return torch.where(mask, 2 * log_p.exp() - 1, torch.nan)
 
 
-def realised_future(valence: Tensor, mask: Tensor, discount: float) -> tuple[Tensor, Tensor]:
+def at_last_step(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): values (B, 1) at each row's last valid step, NaN at the others.
+
+    So an answer to a whole row becomes a valence: it is known when the row has been read.
+    """
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return torch.where(last, values, torch.nan)
+
+
+def realised_future(
+    valence: Tensor, mask: Tensor, discount: float, document: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The discounted mean of the valence from each step on, and where it is known, each (B, T).
 
         F_t = sum_k g^k v_{t+k} / sum_k g^k over the known steps from t on, with g = `discount`
 
     Use it as the target of a value head, and for a row's saliency. It is a normalised return, so F
     stays in [-1, 1]: g = 0 gives v itself, and g = 1 the mean of the remainder. Steps that are
-    missing (NaN) or invalid enter neither sum. F is known where any later step is.
+    missing (NaN) or invalid enter neither sum. F is known where any later step is. In text the
+    future ends with the `document` (B, T), such as `batch.document`.
 
     Example:
         >>> import torch
@@ -52,7 +64,10 @@ def realised_future(valence: Tensor, mask: Tensor, discount: float) -> tuple[Ten
     carry: Tensor | float = 0.0
     backwards = []
     sum_and_weight = torch.stack([value, here.float()])  # (2, B, T)
-    for step in reversed(sum_and_weight.unbind(-1)):
+    goes_on = None if document is None else (document[:, 1:] == document[:, :-1]).unbind(1)
+    for place, step in reversed(list(enumerate(sum_and_weight.unbind(-1)))):
+        if goes_on and backwards:
+            carry = torch.where(goes_on[place], carry, 0.0)
         carry = step + discount * carry
         backwards.append(carry)
     total, weight = torch.stack(backwards[::-1], -1)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raykd.errors import StoreError
 from raykd.recipe.tables import Weighting
 
 Floats = NDArray[np.float64]
@@ -51,9 +52,19 @@ class RowWeights:
 
     @classmethod
     def of(cls, saliency: Tensor | None, settings: Weighting | None) -> "RowWeights | None":
-        """The weights of the rows with this saliency; None where rows are not weighted."""
-        if settings is None or saliency is None:
+        """The weights of the rows with this saliency; None where rows are not weighted.
+
+        StoreError without a saliency, but where all weights are 1.
+        """
+        if settings is None:
             return None
+        if settings.mode == "uniform":
+            return cls(np.zeros(0), settings, None)
+        if saliency is None:
+            raise StoreError(
+                "weighting: the teacher's store holds no saliency; delete it, then type: raykd "
+                "score RECIPE"
+            )
         s = saliency.cpu().numpy().astype(np.float64)
         fixed = None
         if settings.statistics == "dataset":
@@ -70,7 +81,9 @@ class RowWeights:
         if self.settings.statistics == "local_batch":
             rows = rows[share]
             share = slice(None)
-        if self.fixed and self.settings.mode != "snippet":
+        if self.settings.mode == "uniform":
+            w, boost = weights(np.zeros(len(rows)), self.settings)
+        elif self.fixed and self.settings.mode != "snippet":
             all_weights, boost = self.fixed
             w = all_weights[rows]
         else:

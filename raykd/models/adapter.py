@@ -75,6 +75,10 @@ class Adapter(nn.Module):
                 f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)"
             )
         answered = mask
+        if logits.dim() == 3 and logits.shape[:2] != mask.shape:
+            raise RecipeError(self._other_steps("logits", logits, mask))
+        if valence is not None and valence.shape != mask.shape:
+            raise RecipeError(self._other_steps("valence", valence, mask))
         if logits.dim() == 2:
             logits = logits.unsqueeze(1)
             answered = torch.ones_like(mask[:, :1])
@@ -83,7 +87,14 @@ class Adapter(nn.Module):
             layers[name] = whole_batch(self.module, answers)
             if name.startswith("embedding."):
                 layers[name] = _pooled(layers[name], mask)
-        return Signals(logits, answered, valence, layers)
+        return Signals(logits, answered, valence, layers, None if valence is None else mask)
+
+    def _other_steps(self, what: str, values: Tensor, mask: Tensor) -> str:
+        return (
+            f"{type(self.module).__name__} answers rows of {mask.shape[1]} steps with {what} "
+            f"{tuple(values.shape)}; give {tuple(mask.shape)}, one for each step"
+            + (", or one answer (B, C) a row" if what == "logits" else "")
+        )
 
     def _watch(self, name: str, kind: str, layer: nn.Module) -> None:
         def keep(module: Any, _inputs: Any, output: Any) -> None:

@@ -1,6 +1,7 @@
 """Two rows put to a model before any work: what it would do wrong in training, known at once.
 
-One row is asked alone, and once more beside a longer one, padded to its length.
+One row is asked alone, and once more beside a longer one, padded to its length. A row that is
+padded before a step is asked again with other padding.
 """
 
 from typing import Any, NamedTuple
@@ -50,12 +51,50 @@ def check_student(module: nn.Module, key: str, rows: ProbeRows) -> None:
         for value in module.parameters():
             value.add_(torch.randn_like(value), alpha=STIRRED)
     _check_beside(module, key, rows)
+    _check_scattered(module, key, rows)
 
 
 def check_teacher(module: nn.Module, key: str, rows: ProbeRows) -> None:
     """RecipeError, at `<key>.model`, if a module cannot teach rows like these."""
     _check_answers(module, key, rows, is_student=False)
     _check_beside(module, key, rows)
+    _check_scattered(module, key, rows)
+
+
+def check_shared(module: nn.Module, key: str, rows: ProbeRows) -> None:
+    """RecipeError, at `<key>.model`, if workers that share a batch would train another module than
+    one would: by chance in training, or statistics of a batch. The module is changed.
+    """
+    chance = [name for name, part in module.named_modules() if _draws(part)]
+    found = f"draws by chance in training ({', '.join(chance)})" if chance else None
+    module.train()
+    answers: list[_Answer] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for seed, count in ((0, 2), (1, 2), (0, 1)):
+            torch.manual_seed(seed)
+            try:
+                answer = call(module, rows.inputs[:count], rows.mask[:count])
+            except Exception as error:  # of any kind: it is the user's code
+                found = found or f"cannot read one row in training ({error})"
+                break
+            answers.append(_valid(_of_first(answer), rows.mask[:1]))
+    if len(answers) == 3 and not found:
+        both, again, alone = answers
+        if not _apart(both, again) <= BESIDE:
+            found = "draws by chance in training"
+        elif not _apart(both, alone) <= BESIDE:
+            found = "answers a row by the others of its batch in training, as BatchNorm does"
+    if found:
+        advice = "so several workers would train another student than one; set scale.workers = 1"
+        raise _refused(key, module, f"{found}, {advice}")
+
+
+def _draws(part: nn.Module) -> bool:
+    """Whether a layer of torch drops values in training."""
+    rate = getattr(part, "p", 0) if isinstance(part, nn.modules.dropout._DropoutNd) else 0
+    if isinstance(part, nn.RNNBase | nn.MultiheadAttention):
+        rate = part.dropout
+    return bool(rate)
 
 
 def _refused(key: str, module: nn.Module, what: str) -> RecipeError:
@@ -204,6 +243,34 @@ def _check_beside(module: nn.Module, key: str, rows: ProbeRows) -> None:
             "let each row's answer depend on that row alone in eval mode"
         )
     raise _refused(key, module, what)
+
+
+def _check_scattered(module: nn.Module, key: str, rows: ProbeRows) -> None:
+    """RecipeError if a row whose steps do not stand first is answered by what is padded.
+
+    Not of a module that takes one number of steps only, which are 0 wherever it is asked.
+    """
+    inputs = rows.inputs[:1]
+    mask = rows.mask[:1]
+    steps = mask.shape[1]
+    if bool(mask[0, : int(mask.sum())].all()):
+        return
+    shorter = _alone(module, inputs, torch.ones_like(mask), steps - 1)
+    if shorter is None:
+        return
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        padded = _valid(_ask(module, key, inputs, mask), mask)
+        filled = torch.where(mask[..., None], inputs, noise)
+        apart = _apart(padded, _valid(_ask(module, key, filled, mask), mask))
+    if apart <= BESIDE:
+        return
+    what = f"reads padding, {apart:.2g} of the largest apart, and rows here have it before steps"
+    if mask_name(module) is None:
+        advice = f"give its forward a parameter {MASKS[0]} (B, T) and read only steps where it is"
+    else:
+        advice = "it gets a mask; read only steps where that is"
+    raise _refused(key, module, f"{what}; {advice} True, or pad behind the steps")
 
 
 def _alone(module: nn.Module, inputs: Tensor, mask: Tensor, length: int) -> _Answer | None:

@@ -16,7 +16,7 @@ from raykd.errors import StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import read_json
 from raykd.generation import acceptance
-from raykd.losses.terms import needs_of
+from raykd.losses.reads import reads_of
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import Valence, ends_of
 from raykd.reports import teacher_check, text_measures
@@ -262,7 +262,7 @@ def _store(recipe: Recipe, store: Store | None) -> dict[str, Any]:
     rows = sum(record["rows"] for record in manifest["shards"])
     inner = [
         Store(layer_signals.place_of(store.place, name))
-        for name in needs_of(recipe.terms)
+        for name in reads_of(recipe)
         if layer_signals.is_signal(name)
     ]
     size = sum(s.manifest["bytes"] for s in (store, *inner))
@@ -285,7 +285,7 @@ def _history(records: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]
 
 def _asks_valence(recipe: Recipe) -> bool:
     """Whether anything of a recipe is about valence: its table, its row weights, or a term."""
-    reads = needs_of(recipe.terms) & VALENCE_SIGNALS
+    reads = reads_of(recipe) & VALENCE_SIGNALS
     return recipe.weighting is not None or recipe.valence != Valence() or bool(reads)
 
 

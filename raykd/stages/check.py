@@ -15,7 +15,7 @@ from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
-from raykd.models.probe import ProbeRows, check_student, check_teacher
+from raykd.models.probe import ProbeRows, check_shared, check_student, check_teacher
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.user_code import user_code
@@ -120,6 +120,8 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
             module = models.build_model(ref, **table.shape, key=key)
             with user_code(f"{key}.model {ref.model}"):
                 check(module, key, rows)
+                if key == "student" and recipe.scale.workers[1] > 1:
+                    check_shared(module, key, rows)
 
 
 def _is_folder(ref: ModelRef) -> bool:
@@ -127,9 +129,13 @@ def _is_folder(ref: ModelRef) -> bool:
 
 
 def _probe_rows(train: Rows, classes: int) -> ProbeRows:
-    """The shortest training row and the longest one."""
+    """The shortest training row and the longest one; for the first, one that is padded before a
+    step, if there is one.
+    """
     length = train.mask.sum(1)
-    chosen = [int(length.argmin()), int(length.argmax())]
+    is_scattered = (train.mask[:, 1:] & ~train.mask[:, :-1]).any(1)
+    first = is_scattered.argmax() if is_scattered.any() else length.argmin()
+    chosen = [int(first), int(length.argmax())]
     if chosen[0] == chosen[1]:  # rows of one length
         chosen = [0, len(train) - 1]
     inputs = torch.from_numpy(np.array(train.inputs[chosen]))

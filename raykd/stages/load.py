@@ -9,6 +9,7 @@ from raykd.data.sources import BUILT_IN
 from raykd.errors import Problem, RecipeError
 from raykd.files.address import checked_address, is_url
 from raykd.losses import terms
+from raykd.losses.reads import reads_of
 from raykd.models.build import MODELS
 from raykd.recipe import imports, weight_files
 from raykd.recipe.recipe import Recipe
@@ -119,6 +120,7 @@ def resolve(
         problems += _teacher_problems(recipe)
         problems += _source_problems(recipe)
         problems += _data_problems(recipe.data)
+        problems += _worker_problems(recipe)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -158,11 +160,11 @@ def _term_problems(merged: dict[str, Any]) -> list[Problem]:
 
 def _teacher_problems(recipe: Recipe) -> list[Problem]:
     """A teacher that is missing, or that cannot do what the recipe needs of it."""
-    needs = terms.needs_of(recipe.terms)
-    if needs and recipe.teacher is None:
+    reads = reads_of(recipe)
+    if reads and recipe.teacher is None:
         names = [name for name, spec in recipe.terms.items() if terms.needs_of({name: spec})]
-        signals = ", ".join(sorted(needs))
-        text = f"missing, but the terms {', '.join(names)} read the teacher's {signals}"
+        who = f"the terms {', '.join(names)} read" if names else "[weighting] reads"
+        text = f"missing, but {who} the teacher's {', '.join(sorted(reads))}"
         return [Problem("teacher", text)]
     if recipe.teacher and recipe.teacher.weights is None:
         text = "missing; name the teacher's safetensors file or folder"
@@ -171,6 +173,18 @@ def _teacher_problems(recipe: Recipe) -> list[Problem]:
         text = 'model = "transformers" keeps no cache to verify drafts with; leave it out'
         return [Problem("drafter", text)]
     return []
+
+
+def _worker_problems(recipe: Recipe) -> list[Problem]:
+    """Keys by which the number of workers would change what is trained."""
+    weighting = recipe.weighting
+    if recipe.scale.workers[1] == 1 or not weighting or weighting.statistics != "local_batch":
+        return []
+    text = (
+        '"local_batch" takes them of each worker\'s rows, so the number of workers would change '
+        'the result; write "global_batch", or set scale.workers = 1'
+    )
+    return [Problem("weighting.statistics", text)]
 
 
 def _data_problems(ref: DataRef) -> list[Problem]:
@@ -202,7 +216,10 @@ def _source_problems(recipe: Recipe) -> list[Problem]:
     if not on_student:
         text = "no term reads what the student writes; add one, such as [terms.gkd], or leave"
         return [Problem("source", f"{text} [source] out")]
-    if recipe.teacher is None and not source.log and not terms.needs_of(recipe.terms):
+    if source.share == 1 and recipe.weighting:
+        text = "weighs rows of the data, and source.share = 1 leaves none; leave it out"
+        return [Problem("weighting", text)]
+    if recipe.teacher is None and not source.log and not reads_of(recipe):
         return [Problem("teacher", "missing, but it scores what the student writes")]
     text = ""
     if source.share == 1 and on_data:
@@ -329,6 +346,7 @@ def _trial_problems(raw: dict[str, Any], allow_import: Collection[str]) -> list[
     if recipe is not None:
         faults = faults or terms.term_problems(recipe.terms)
         faults = faults or _teacher_problems(recipe) or _source_problems(recipe)
+        faults = faults or _worker_problems(recipe)
     return faults or _name_problems(raw, allow_import)
 
 

@@ -15,7 +15,7 @@ from raykd.deploy import forms
 from raykd.errors import DataError
 from raykd.files.memory import anonymous_bytes
 from raykd.files.open import open_place
-from raykd.losses.terms import needs_of
+from raykd.losses.reads import reads_of
 from raykd.models.adapter import Adapter
 from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
@@ -183,7 +183,7 @@ def _disk(run_folder: RunFolder, is_one_a_row: bool) -> dict[str, int]:
     """
     recipe = run_folder.recipe
     store = 0 if run_folder.store is None else _store_bytes(run_folder, is_one_a_row)
-    cache = store if needs_of(recipe.terms) else 0
+    cache = store if reads_of(recipe) else 0
     if run_folder.table.in_parts:
         train = first_rows(run_folder.source, "train")
         cache += round(_row_bytes(train) * run_folder.table.rows("train"))

@@ -14,7 +14,7 @@ from raykd.errors import RecipeError
 from raykd.files import links
 from raykd.files.address import Address, is_url
 from raykd.files.digests import is_hidden
-from raykd.losses.terms import needs_of
+from raykd.losses.reads import stored_for
 from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.toml import is_path
@@ -109,8 +109,10 @@ class RunFolder:
 
     @cached_property
     def store(self) -> Address | None:
-        """The address of the recipe's teacher store, which need not exist; None without one."""
-        if self.recipe.teacher is None or not needs_of(self.recipe.terms):
+        """The address of the recipe's teacher store, which need not exist; None where neither its
+        arms nor its trials read one.
+        """
+        if self.recipe.teacher is None or not stored_for(self.recipe):
             return None
         address, _ = scoring.locate(self.recipe, self.table, self.out.resolve())
         return address

@@ -8,10 +8,10 @@ from typing import Any
 from raykd.data.rows import Facts
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of, file_sha256
-from raykd.losses.terms import TERMS, needs_of
+from raykd.losses.reads import stored_for
+from raykd.losses.terms import TERMS
 from raykd.recipe.digest import BY_ROWS, content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.search import apply_trial
 from raykd.recipe.user_code import current_directory_last
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
@@ -106,16 +106,7 @@ def signals_of(recipe: Recipe) -> list[str]:
 
     The store holds them besides the answers.
     """
-    raw = recipe.model_dump(mode="json")
-    spans = recipe.search.space.items() if recipe.search else ()
-    trials: list[dict[str, Any]] = [{}]
-    for key, span in spans:
-        if key.startswith("terms."):
-            trials += [{key: value} for value in span.ends()]
-    needs: set[str] = set()
-    for trial in trials:
-        needs |= needs_of(Recipe.model_validate(apply_trial(raw, trial)).terms)
-    return sorted(name for name in needs if "." in name)
+    return sorted(name for name in stored_for(recipe) if "." in name)
 
 
 def store_table(recipe: Recipe, classes: int) -> dict[str, Any]:

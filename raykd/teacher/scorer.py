@@ -22,7 +22,7 @@ from raykd.losses import valence
 from raykd.models.adapter import Adapter, whole_batch
 from raykd.models.device import device_of, on_device
 from raykd.recipe.recipe import Recipe
-from raykd.signals import Signals, as_tensor, log_softmax
+from raykd.signals import Signals, as_tensor, documents_of, log_softmax
 from raykd.store import columns, layer_signals
 from raykd.store.codecs import Codec
 from raykd.store.codecs.hidden import Hidden, head_digest
@@ -32,7 +32,8 @@ from raykd.techniques import register
 
 HALF = torch.finfo(torch.float16).max
 SHOWN = 10  # bad rows that a message lists
-FAR = 0.02  # of the largest logit: above what bfloat16 rounds
+ROUNDED = 3  # times the rounding of a dtype: what a head's answers may be apart
+LEAST_FAR = 1e-3  # of a row's largest logit: what other orders of a sum come to
 
 
 @dataclass(frozen=True)
@@ -148,19 +149,46 @@ class Scorer:
         return replace(signals, logits=signals.logits[..., :classes])
 
     def _head_input(self, signals: Signals) -> Tensor:
-        """(B, T, D): the inputs of the head. RecipeError if the logits are not its bare answer."""
+        """(B, T, D): the inputs of the head.
+
+        RecipeError if the logits are not its bare answer, at any step that can be stored.
+        """
         assert self.head_inputs is not None
+        if not self.head_inputs:
+            raise self._head_refused("the teacher does not call that layer")
         hidden = whole_batch(self.teacher.module, self.head_inputs)
-        head: Any = self.teacher.module.get_submodule(self.recipe.store.head)
-        logits = signals.logits[:1, :1]
-        z = nn.functional.linear(hidden[:1, :1], head.weight, head.bias)[..., : logits.shape[-1]]
-        if (z - logits).abs().max() > FAR * logits.abs().max():
-            raise RecipeError(
-                f"store.head {self.recipe.store.head!r}: the teacher changes that layer's answer "
-                "into other logits, so it cannot stand for them; use another codec, such as "
-                'store.codec = "comb"'
+        if hidden.dim() == 2:  # of a teacher that answers once a row
+            hidden = hidden.unsqueeze(1)
+        if hidden.shape[:2] != signals.mask.shape:
+            raise self._head_refused(
+                f"that layer gets {tuple(hidden.shape)}, and the teacher answers at "
+                f"{tuple(signals.mask.shape)}"
             )
+        for logits, states, mask in zip(signals.logits, hidden, signals.mask, strict=True):
+            at = mask & logits.isfinite().all(1)
+            if at.any() and not self._is_bare(logits[at], states[at]):
+                raise self._head_refused("the teacher changes that layer's answer into others")
         return hidden
+
+    def _is_bare(self, logits: Tensor, states: Tensor) -> bool:
+        """Whether P logits of one row are what the head says of P hidden states, up to rounding."""
+        answer = self._head_answer(states)
+        rounding = max(torch.finfo(t.dtype).eps for t in (answer, logits))
+        far = max(ROUNDED * rounding, LEAST_FAR)
+        return bool((answer - logits).abs().max() <= far * logits.abs().max())
+
+    def _head_answer(self, states: Tensor) -> Tensor:
+        """(P, C): what the head alone says of P hidden states."""
+        head: Any = self.teacher.module.get_submodule(self.recipe.store.head)
+        classes = self.header.classes
+        bias = None if head.bias is None else head.bias[:classes]
+        return nn.functional.linear(states, head.weight[:classes], bias)
+
+    def _head_refused(self, what: str) -> RecipeError:
+        return RecipeError(
+            f"store.head {self.recipe.store.head!r}: {what}, so its input cannot stand for them; "
+            'use another codec, such as store.codec = "comb"'
+        )
 
     def _answers(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
         """The teacher's class of each row.
@@ -188,6 +216,9 @@ class Scorer:
             fits = (stored.abs() <= HALF).all(2).cpu().numpy()
             finite["logits or hidden states that fp16 cannot hold"] = fits
         bad = {reason: (~sound & mask).any(1) for reason, sound in finite.items()}
+        if signals.valence is not None:
+            sound = np.isfinite(arrays["trajectory"]) | ~arrays["valence_mask"]
+            bad["NaN or infinite valence of the value head"] = (~sound).any(1)
         for name in filter(layer_signals.is_signal, arrays):
             values = arrays[name]
             sound = np.isfinite(values).reshape(*values.shape[:2], -1).all(2)
@@ -199,7 +230,10 @@ class Scorer:
         return unfit
 
     def _valence(self, rows: Rows, signals: Signals) -> dict[str, Tensor]:
-        """The valence of each step, its future as the teacher sees it, certainty and saliency."""
+        """The valence of each step, its future as the teacher sees it, certainty and saliency.
+
+        A future is NaN where it is unknown.
+        """
         settings = self.recipe.valence
         steps = signals.mask
         label = as_tensor(rows.label).to(self.device)
@@ -213,7 +247,12 @@ class Scorer:
             steps = as_tensor(rows.mask).to(self.device)
         else:
             values = valence.prefix_confidence(signals.logits, steps, label)
-        trajectory, known = valence.realised_future(values, steps, settings.discount)
+            if signals.valence is not None and values.shape != signals.valence.shape:
+                steps = signals.valence_steps
+                values = valence.at_last_step(values, steps)
+        document = documents_of(as_tensor(rows.inputs).to(self.device))
+        trajectory, known = valence.realised_future(values, steps, settings.discount, document)
+        trajectory = torch.where(known, trajectory, torch.nan)
         if signals.valence is not None:
             trajectory = signals.valence
         certainty = valence.coherence(signals.logits, signals.mask, settings.certainty)

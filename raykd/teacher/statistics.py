@@ -8,11 +8,15 @@ import torch
 from raykd.data import Rows
 from raykd.data.table import Source, Table, read_split
 from raykd.data.vocabulary import table_digest
+from raykd.errors import StoreError
 from raykd.losses import valence
 from raykd.recipe.recipe import Recipe
+from raykd.signals import documents_of
 from raykd.store.reader import Store
 from raykd.store.stored_rows import stored_steps
 
+FUTURES = {"valence", "trajectory", "saliency"}
+WITHIN = {"futures": "documents"}  # of text: where a future ends
 QUANTILES = [0, 0.25, 0.5, 0.75, 1]
 
 
@@ -28,7 +32,7 @@ def store_statistics(recipe: Recipe, source: Source, store: Store) -> dict[str, 
     correlation = _value_head_correlation(recipe, read_split(source, "val"), store)
     return {
         "rows": table.rows_of_splits,
-        **(_vocabulary(table) if table.is_text else _class_prior(table)),
+        **(_vocabulary(table) | WITHIN if table.is_text else _class_prior(table)),
         "saliency": {
             "mean": float(known.mean()) if len(known) else None,
             "std": float(known.std(ddof=1)) if len(known) > 1 else None,
@@ -37,6 +41,18 @@ def store_statistics(recipe: Recipe, source: Source, store: Store) -> dict[str, 
         },
         "value_head": {"val_correlation": correlation},
     }
+
+
+def check_futures(store: Store, table: Table, reads: frozenset[str]) -> None:
+    """StoreError where signals of the future are read of a store of text in which they run from one
+    document of a row into the next.
+    """
+    ends = store.manifest["statistics"].items() >= WITHIN.items()
+    if table.is_text and reads & FUTURES and not ends:
+        raise StoreError(
+            f"{store.place} was scored when futures of valence ran from one document into the "
+            "next; delete it, then type: raykd score RECIPE"
+        )
 
 
 def _class_prior(table: Table) -> dict[str, Any]:
@@ -53,12 +69,13 @@ def _value_head_correlation(recipe: Recipe, rows: Rows, store: Store) -> float |
     stored = store.column("valence", "val")
     mask = stored_steps(stored.steps, rows.mask)
     signal = torch.from_numpy(stored.padded(mask).astype(np.float32))
+    document = documents_of(torch.from_numpy(np.array(rows.inputs)))
     realised, known = valence.realised_future(
-        signal, torch.from_numpy(mask), recipe.valence.discount
+        signal, torch.from_numpy(mask), recipe.valence.discount, document
     )
     at = known.numpy()
     predicted = store.column("trajectory", "val").padded(mask)[at].astype(np.float64)
     target = realised.numpy()[at].astype(np.float64)
-    if predicted.std() == 0 or target.std() == 0:
+    if not at.any() or predicted.std() == 0 or target.std() == 0:
         return None
     return float(np.corrcoef(predicted, target)[0, 1])

@@ -68,6 +68,7 @@ def attention(
     """
     assert batch.teacher is not None
     kind = _kind({"mode": mode})
+    keys = _keys(batch)
     values = []
     for mine, theirs in pairs:
         x = student.layers[f"{kind}.{mine}"].float()
@@ -80,12 +81,20 @@ def attention(
                 'use mode = "activation"'
             )
         elif mode == "scores":
-            values.append(_scores(x, y, batch.mask))
+            values.append(_scores(x, y, keys))
         else:
             x = _cut(x, parts, heads, name=mine)
             y = _cut(y, parts, heads, name=theirs)
-            values.append(_relation(x, y, batch.mask))
+            values.append(_relation(x, y, keys))
     return mean_over_pairs(values, batch.mask)
+
+
+def _keys(batch: Batch) -> Tensor:
+    """(B, T, T) or (B, 1, T): the steps that each step is related to, of text in its document."""
+    valid = batch.mask[:, None]
+    if batch.document is None:
+        return valid
+    return valid & (batch.document[:, :, None] == batch.document[:, None])
 
 
 def _cut(x: Tensor, parts: int, heads: int, name: str) -> Tensor:
@@ -99,12 +108,12 @@ def _cut(x: Tensor, parts: int, heads: int, name: str) -> Tensor:
     return x.unflatten(-1, (parts * heads, -1)).transpose(1, 2).contiguous()
 
 
-def _relation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+def _relation(x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
     """KL(softmax(y y^T / sqrt(d_y)) || softmax(x x^T / sqrt(d_x))) at each step, mean over heads.
 
-    x is (B, H, T, d_x), y is (B, H, T, d_y) and the result (B, T).
+    x is (B, H, T, d_x), y is (B, H, T, d_y), `keys` (B, T or 1, T) and the result (B, T).
     """
-    hidden = ~mask[:, None, None, :]
+    hidden = ~keys[:, None]
     log_q = _log_relation(x, hidden)
     log_p = _log_relation(y, hidden)
     p = log_p.exp()
@@ -117,15 +126,15 @@ def _log_relation(x: Tensor, hidden: Tensor) -> Tensor:
     return scores.masked_fill(hidden, torch.finfo(x.dtype).min).log_softmax(-1)
 
 
-def _scores(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """(B, T): squared difference of scores (B, T, H, T), sum over valid keys, mean over heads."""
+def _scores(x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    """(B, T): squared difference of scores (B, T, H, T), sum over its keys, mean over heads."""
     if x.shape[2] != y.shape[2]:
         raise RecipeError(
             f"terms.attention: scores need equal head counts, found {x.shape[2]} and {y.shape[2]}; "
             'use mode = "relation"'
         )
-    keys = mask[:, None, None, :]
-    difference = torch.where(keys, x, 0.0) - torch.where(keys, y, 0.0)
+    seen = keys[:, :, None]
+    difference = torch.where(seen, x, 0.0) - torch.where(seen, y, 0.0)
     return difference.square().sum(-1).mean(-1)
 
 

@@ -108,11 +108,18 @@ class DeviceRows:
             return None
         at = {k: v.index_select(0, index) for k, v in self.teacher.items()}
         mask = self.teacher_mask.index_select(0, index)
+        trajectory = at.get("trajectory")
+        known = None
+        if trajectory is not None:
+            steps = self.mask.index_select(0, index) if trajectory.shape[1] > 1 else mask
+            known = steps & trajectory.isfinite()
+            trajectory = torch.where(known, trajectory, 0.0)
         return Signals(
             at["logits"] if stored is None else self._logits(stored, mask),
             mask,
-            at.get("trajectory"),
+            trajectory,
             {k: v for k, v in at.items() if "." in k},
+            known,
         )
 
     def _logits(self, stored: StoredLogits, mask: Tensor) -> Tensor:

@@ -29,12 +29,14 @@ from raykd.generation.draft_log import DraftLogSpec, draft_log_spec
 from raykd.generation.own_rows import LiveTeacher, TextShape
 from raykd.generation.replay import Replay
 from raykd.generation.sampling import FrozenTeacher, Teacher
+from raykd.losses.reads import reads_of
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.recipe.recipe import Recipe
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import check_rows, run_digest, store_table
+from raykd.teacher.statistics import check_futures
 from raykd.techniques import register
 from raykd.training import phases, post_training, predictions, run_files, trained_arm
 from raykd.training.arm import Arm, World
@@ -98,6 +100,7 @@ class ArmRunner:
         self.store = Store(store) if store else None
         if self.store:
             check_rows(self.source.table(), self.store.manifest["identity"])
+            check_futures(self.store, self.source.table(), reads_of(recipe))
         self.head = teacher_head(recipe, self.store, self.source.table()) if self.store else None
         self.train = self._training_rows()
         self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
@@ -105,7 +108,7 @@ class ArmRunner:
     def _training_rows(self) -> TrainRows:
         """The training split, held on the device or read in parts."""
         needs = needs_of(self.recipe.terms)
-        taught = self.store if needs else None
+        taught = self.store if reads_of(self.recipe) else None
         if isinstance(self.source, Held) and self.recipe.optim.order != "blocks":
             rows = self.dataset.splits["train"]
             return to_device(rows, "train", taught, needs, self.device, self.head)

@@ -361,8 +361,6 @@ DATASETS = {
     "inputs of lists": ("inputs=[[[1.0]]]", "inputs"),
     "labels outside": ("label=np.full(8, 9)", "labels outside"),
     "a mask of another shape": ("mask=np.ones((8, 3), bool)", "mask"),
-    "padding in front": ("mask=np.arange(4) > np.zeros((8, 1))", "mask is False before a step"),
-    "a hole between steps": ("mask=np.arange(4) != np.ones((8, 1))", "pad behind them"),
     "padding that is not 0": ("mask=np.arange(4) < np.full((8, 1), 2)", "inputs other than 0"),
     "ids that repeat": ("row_id=np.zeros(8, np.int64)", "row ids"),
     "no ids": ("row_id=None", "row_id"),

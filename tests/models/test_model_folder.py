@@ -12,6 +12,7 @@ import folders
 import numpy as np
 import pytest
 import texts
+import torch
 from digests import recipe_digest
 from folders import load, split, stored
 from safetensors.torch import load_file
@@ -62,16 +63,46 @@ class Doubled(Llama):
         return {"logits": 2 * super().forward(tokens, cache)["logits"]}
 
 
+class DoubledLate(Llama):
+    """Its first row, and the first step of each, are its head's answers."""
+
+    def forward(self, tokens, cache=None):
+        logits = super().forward(tokens, cache)["logits"]
+        factor = torch.ones(logits.shape[:2])
+        factor[1:, 1:] = 1.02
+        return {"logits": logits * factor[..., None]}
+
+
+class Uncalled(Llama):
+    """Its head's weight is used, and the head is not called."""
+
+    def forward(self, tokens, cache=None):
+        return {"logits": self.model(tokens, cache) @ self.lm_head.weight.T}
+
+
+class Flat(Llama):
+    """Its head gets the steps of all rows as one list."""
+
+    def forward(self, tokens, cache=None):
+        logits = self.lm_head(self.model(tokens, cache).flatten(0, 1))
+        return {"logits": logits.unflatten(0, tokens.shape[:2])}
+
+
 def test_a_teacher_that_answers_too_little_or_changes_its_heads_answer_is_refused(
     home, monkeypatch
 ):
     monkeypatch.setitem(
         MODELS, "few", lambda classes, steps: Llama(classes=classes - 1, steps=steps)
     )
-    monkeypatch.setitem(MODELS, "doubled", Doubled)
+    for module in (Doubled, DoubledLate, Uncalled, Flat):
+        monkeypatch.setitem(MODELS, module.__name__, module)
+    changed = "changes that layer's answer into others, so its input cannot stand for them"
     for name, codec, words in (
         ("few", "dense", r"and the data have \d+"),
-        ("doubled", "hidden", "cannot stand for"),
+        ("Doubled", "hidden", changed),
+        ("DoubledLate", "hidden", changed),
+        ("Uncalled", "hidden", "does not call that layer"),
+        ("Flat", "hidden", r"that layer gets \(160, 1, 64\), .* answers at \(4, 40\)"),
     ):
         recipe = load(home, f"store.codec={codec}", 'store.head="lm_head"')
         teacher = ModelRef(model=name)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from raykd.errors import RecipeError
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
-from raykd.models.probe import ProbeRows, check_student, check_teacher
+from raykd.models.probe import ProbeRows, check_shared, check_student, check_teacher
 from raykd.models.series_encoder import SeriesEncoder
 
 STEPS = 9
@@ -122,6 +122,12 @@ def frozen() -> nn.Module:
     return Steps().requires_grad_(False)
 
 
+HOLES = rows_of(STEPS)._replace(mask=torch.arange(STEPS) % 3 != torch.tensor([[1], [9]]))
+HOLES = HOLES._replace(inputs=HOLES.inputs * HOLES.mask[..., None])
+LEFT = rows_of(STEPS)._replace(mask=torch.arange(STEPS) >= torch.tensor([[4], [0]]))
+LEFT = LEFT._replace(inputs=LEFT.inputs * LEFT.mask[..., None])
+
+
 GOOD = {
     "steps": (Steps, EQUAL),
     "steps, ragged": (Steps, RAGGED),
@@ -134,6 +140,10 @@ GOOD = {
     "mask": (MaskedMean, RAGGED),
     "attention_mask": (AttentionMaskedMean, RAGGED),
     "one number of steps": (Flat, RAGGED),
+    "steps, with holes": (Steps, HOLES),
+    "mask, with holes": (MaskedMean, HOLES),
+    "attention_mask, padded in front": (AttentionMaskedMean, LEFT),
+    "one number of steps, with holes": (Flat, HOLES),
 }
 
 
@@ -169,6 +179,9 @@ BOTH = {
     "mean, ragged": (Mean, RAGGED, "rows here are of unequal length; give its forward a param"),
     "mask unread": (Deaf, RAGGED, "gets a mask, and still answers a row of 4 steps otherwise"),
     "too tall": (Tall, RAGGED, "row of 8 steps otherwise when it is padded to 9"),
+    "both sides, with holes": (Gru, HOLES, "rows here have it before steps; give its forward"),
+    "both sides, padded in front": (Gru, LEFT, "reads padding, .* or pad behind the steps"),
+    "mask unread, padded in front": (Deaf, LEFT, "it gets a mask; read only steps where that is"),
     "by the others": (Crowd, EQUAL, "otherwise beside another one"),
 }
 
@@ -209,6 +222,58 @@ def test_a_teacher_may_be_frozen_and_of_text_have_more_columns_than_tokens():
     check_student(Llama(classes=CLASSES, steps=8, **sizes), "student", rows)
     with pytest.raises(RecipeError, match="6 classes, and the data have 4"):
         check_student(Llama(classes=6, steps=8, **sizes), "student", rows)
+
+
+class Norm(Steps):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(CHANNELS)
+
+    def forward(self, inputs: Tensor) -> object:
+        return super().forward(self.norm(inputs.mT).mT)
+
+
+class NormOfRows(Mean):
+    """Of single rows its BatchNorm has no statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(CHANNELS, CLASSES), nn.BatchNorm1d(CLASSES))
+
+
+class Dropping(Steps):
+    def forward(self, inputs: Tensor) -> object:
+        return super().forward(nn.functional.dropout(inputs, 0.3, self.training))
+
+
+def recurrent() -> nn.Module:
+    module = Gru()
+    module.gru = nn.GRU(CHANNELS, 8, num_layers=2, dropout=1e-3, bidirectional=True)
+    return module
+
+
+UNSHARED = {
+    "statistics of steps": (Norm, "by the others of its batch in training, as BatchNorm"),
+    "statistics of rows": (NormOfRows, "cannot read one row in training"),
+    "a layer of dropout": (lambda: nn.Sequential(nn.Dropout(1e-3), Steps()), r"chance .*\(0\)"),
+    "dropout by hand": (Dropping, "draws by chance in training, so several workers"),
+    "dropout of a recurrence": (recurrent, r"draws by chance in training \(gru\)"),
+}
+
+
+@pytest.mark.parametrize("name", UNSHARED)
+def test_a_student_that_workers_would_train_otherwise_is_refused(name):
+    make, message = UNSHARED[name]
+    with pytest.raises(RecipeError, match=message) as refused:
+        check_shared(make(), "student", EQUAL)
+    assert [problem.key for problem in refused.value.problems] == ["student.model"]
+    assert "scale.workers = 1" in str(refused.value)
+
+
+def test_a_student_without_chance_may_be_shared():
+    for make, rows in GOOD.values():
+        check_shared(make(), "student", rows)
+    check_shared(nn.Sequential(nn.Dropout(0.0), Steps(), nn.InstanceNorm1d(9)), "student", EQUAL)
 
 
 def test_the_mask_goes_in_with_every_batch_of_series_and_never_with_text():

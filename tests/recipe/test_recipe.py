@@ -539,6 +539,16 @@ def test_a_step_from_which_nothing_would_be_learnt_is_refused(write, lines, word
     assert words in faults(write(f'technique = "none"\n{lines}'))["terms"]
 
 
+def test_weights_of_rows_need_a_teacher_and_one_result_for_any_workers(write):
+    lines = 'technique = "none"\n[weighting]\nstatistics = "local_batch"\n'
+    told = faults(write(lines, teacher=False))
+    assert told == {"teacher": "missing, but [weighting] reads the teacher's saliency"}
+    told = faults(write(lines), "scale.workers=[1, 2]")
+    assert "number of workers would change the result" in told["weighting.statistics"]
+    assert load(write(lines)).weighting
+    assert load(write(lines, teacher=False), ("weighting.mode=uniform",)).weighting
+
+
 def test_terms_may_follow_each_other_and_overlap(write):
     lines = "[terms.ce]\nsince = 0.3\n[terms.kd]\nuntil = 0.3\n"
     assert load(write(f'technique = "none"\n{lines}')).terms["ce"].since == 0.3

@@ -322,6 +322,10 @@ LINES = {
         },
         "terms: at some steps no term counts",
     ),
+    "weights of no row": (
+        {"technique": "ghost", "weighting": {}},
+        "weighting: weighs rows of the data, and source.share = 1 leaves none",
+    ),
     "a searched share": (
         {"technique": "gkd", "search": {"source.share": {"choice": [1.0]}}},
         "leaves no row of the data",

@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from raykd import data
+from raykd.data.table import Held
 from raykd.errors import RecipeError
 from raykd.models import build
 from raykd.recipe.tables import ModelRef
@@ -27,8 +28,14 @@ class Mean(nn.Module):
         return self.head(inputs.mean(1))
 
 
+class MaskedMean(Mean):
+    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        return self.head((inputs * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
 MODELS = {
     "mean": Mean,
+    "masked mean": MaskedMean,
     "five": lambda classes, channels: Mean(5, channels),
     "failing": lambda classes, channels: 1 / 0,
     "no module": lambda classes, channels: 3,
@@ -53,6 +60,7 @@ def told(tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
         raw = {"technique": "none", "data": {"source": str(folder)}, "control": False}
+        raw["scale"] = tables.pop("scale", {})
         models = {key: ModelRef.model_validate(table) for key, table in tables.items()}
         recipe = resolve(raw).model_copy(update=models)
         check_with_data(recipe, data.open_source(recipe.data), tmp_path / "run")
@@ -60,6 +68,26 @@ def told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "MODELS", build.MODELS | MODELS)
     return check
+
+
+def test_rows_padded_before_a_step_need_a_model_that_does_not_read_it(told, tmp_path):
+    """They passed beside a model without a mask, which read zeros as steps."""
+    mask = np.ones((4, 6), bool)
+    mask[2, :3] = False
+    inputs = np.random.default_rng(0).normal(size=(4, 6, 3)) * mask[..., None]
+    numbers = np.arange(4)
+    rows = data.Rows(numbers, inputs.astype(np.float32), mask, numbers % 2, numbers)
+    dataset = data.Dataset("rows", CLASSES, dict.fromkeys(("train", "val", "test"), rows))
+    recipe = resolve({"technique": "none", "control": False})
+
+    def check(model: str) -> None:
+        student = recipe.model_copy(update={"student": ModelRef(model=model)})
+        check_with_data(student, Held(dataset), tmp_path, with_export=False)
+
+    check("masked mean")
+    for model in ("mean", "series_encoder"):
+        with pytest.raises(RecipeError, match=r"student\.model.*reads padding.*before steps"):
+            check(model)
 
 
 def test_the_built_in_student_and_a_mean_over_equal_rows_are_let_through(told):
@@ -82,6 +110,16 @@ def test_a_student_that_cannot_is_refused_by_its_key(told, student, key, message
         told((4, 9), student=student)
     assert refused.value.exit_code == 2
     assert key is None or [problem.key for problem in refused.value.problems] == [key]
+
+
+def test_dropout_is_refused_where_several_workers_would_draw_it(told, monkeypatch):
+    def dropping(classes: int, channels: int) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.1), Mean(classes, channels))
+
+    monkeypatch.setitem(build.MODELS, "dropping", dropping)
+    told((9, 9), student={"model": "dropping"})
+    with pytest.raises(RecipeError, match=r"student\.model.*draws by chance in training \(0\)"):
+        told((9, 9), student={"model": "dropping"}, scale={"workers": 2})
 
 
 def test_a_teacher_that_reads_padding_is_refused_by_its_key(told):
