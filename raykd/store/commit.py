@@ -107,12 +107,17 @@ class StoreWriter:
     def missing(self, shards: list[Shard]) -> list[Shard]:
         """The shards still to score: those whose record or file is missing or damaged.
 
-        A damaged shard's record and file are removed; scoring it again writes the same bytes.
+        A damaged shard's record and file are removed; scoring it again writes the same bytes. It
+        costs a listing, and the reading of what is recorded.
         """
-        absent = [shard for shard in shards if not self.is_sound(shard)]
-        for shard in absent:
-            if self.place.get(_record(shard)) is not None:
+        recorded = self.place.listed("_commits")
+        absent = []
+        for shard in shards:
+            if _record(shard) not in recorded:
+                absent.append(shard)
+            elif not self.is_sound(shard):
                 self.retract(shard)
+                absent.append(shard)
         return absent
 
     def retract(self, shard: Shard) -> None:
@@ -125,11 +130,16 @@ class StoreWriter:
 
     def quarantined(self, shards: list[Shard]) -> dict[int, str]:
         """The rows of these shards that could not be scored: {row id: reason}."""
-        reasons = {}
-        for shard in filter(self._lacks, shards):
-            rows = rows_left_out(self.place, _quarantine(shard))
-            reasons |= {row["row_id"]: row["reason"] for row in rows}
+        written = self.place.listed("_quarantine")
+        reasons: dict[int, str] = {}
+        for shard in shards:
+            if _quarantine(shard) in written and self._lacks(shard):
+                reasons |= self._left_out(shard)
         return reasons
+
+    def _left_out(self, shard: Shard) -> dict[int, str]:
+        rows = rows_left_out(self.place, _quarantine(shard))
+        return {row["row_id"]: row["reason"] for row in rows}
 
     def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
         """The commit records of all shards. StoreError names those that have none."""
@@ -175,7 +185,8 @@ class StoreWriter:
             data = self.place.get(record["file"]) if record else None
             if data is None or record != record_of(shard, data):
                 return False
-            return len(self.quarantined([shard])) == self._lacks(shard)
+            lacks = self._lacks(shard)
+            return not lacks or len(self._left_out(shard)) == lacks
         except (StoreError, OSError, pa.ArrowException, KeyError, TypeError):
             return False
 

@@ -27,6 +27,7 @@ from shards import IDENTITY, ROWS, SHARDS, fill, flip, manifest_of, race, read_a
 from raykd import data, models
 from raykd.errors import StoreError
 from raykd.files.atomic import read_json
+from raykd.files.folder import Folder
 from raykd.losses.terms import needs_of
 from raykd.models.adapter import Adapter
 from raykd.stages.load import resolve
@@ -101,6 +102,30 @@ def test_shards_cover_every_row_once_and_none_spans_two_splits(rows, size):
     assert covered == [(split, i) for split, count in rows.items() for i in range(count)]
     assert [s.number for s in shards] == list(range(len(shards)))
     assert all(0 < s.last - s.first <= size for s in shards)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["train", "val", "test"]), st.lists(st.integers(0, 40))),
+    st.integers(1, 50),
+)
+def test_no_shard_spans_two_parts(parts, size):
+    shards = plan_shards(parts, size)
+    covered = [(s.split, i) for s in shards for i in range(s.first, s.last)]
+    assert covered == [(split, i) for split, counts in parts.items() for i in range(sum(counts))]
+    edges = {split: {0, *np.cumsum(counts).tolist()} for split, counts in parts.items()}
+    for shard in shards:
+        assert not edges[shard.split] & set(range(shard.first + 1, shard.last))
+
+
+def test_what_is_not_scored_yet_is_found_by_listing_alone(tmp_path, monkeypatch):
+    """A new store of many shards asks a bucket for none of their records."""
+    writer = StoreWriter(tmp_path / "store", {"data": {}})
+    shards = plan_shards({"train": 1000}, 1)
+    asked: list[str] = []
+    monkeypatch.setattr(Folder, "get", lambda place, name, **_: asked.append(name))
+    assert writer.missing(shards) == shards
+    assert writer.quarantined(shards) == {}
+    assert asked == []
 
 
 @pytest.fixture(scope="module")
