@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from raykd.errors import StoreError
 from raykd.files import links
 from raykd.files.address import public_uri
 from raykd.files.waiting import bounded, knock, locked
@@ -116,6 +117,8 @@ def _attempt(mirror: "_Mirror", lines: list[Line], limit_s: float) -> str:
                 if remote
                 else mirror.record(lines, lock_s=limit_s)
             )
+    except StoreError:  # of the run's own files
+        raise
     except OSError as error:
         text = str(error)
     except Exception as error:  # what a client of MLflow's makes of an odd answer
@@ -300,6 +303,8 @@ class _Mirror:
 
         A journal and a tracker may both be a stranger's.
         """
+        path = journal.inside(self.folder, Path(line["path"]))
+        journal.inside(self.folder, Path(line["folder"]))
         parts = Path(line["path"]).parts
         names = [*parts, *Path(line["folder"]).parts]
         if parts[:1] not in [(name,) for name in UPLOADED] or any(n.startswith(".") for n in names):
@@ -307,8 +312,6 @@ class _Mirror:
                 f"{line['path']!r:.100} is nothing that a run uploads; remove that line of "
                 f"{journal.NAME}"
             )
-        path = journal.inside(self.folder, Path(line["path"]))
-        journal.inside(self.folder, Path(line["folder"]))
         links.check_tree(path)
         if not path.exists():
             self.gone.append(line["path"])

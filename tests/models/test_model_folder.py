@@ -24,9 +24,9 @@ from raykd.models.build import MODELS
 from raykd.models.llama import Llama
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.weight_files import CONFIG, INDEX, WEIGHTS
-from raykd.reports import gather
 from raykd.reports.compare.changes import changes
 from raykd.stages.load import resolve
+from raykd.teacher import teacher_size
 from raykd.teacher.identity import store_identity
 
 
@@ -129,7 +129,9 @@ def test_what_lies_in_a_folder_decides_the_result_and_where_it_lies_does_not(hom
 
 
 def test_a_report_counts_every_file_of_a_folder(home, tmp_path):
-    whole = gather._weights(str(home / "wide"))
+    shape = data.load(load(home).data).shape
+    wide = ModelRef(model="llama", weights=str(home / "wide"))
+    whole = teacher_size.told(wide, shape)
     tensors = load_file(home / "wide" / WEIGHTS)
     assert whole == {
         "params": sum(v.numel() for v in tensors.values()),
@@ -137,7 +139,8 @@ def test_a_report_counts_every_file_of_a_folder(home, tmp_path):
         "dtype": "F32",
     }
     split(home / "wide", tmp_path / "two")
-    assert gather._weights(str(tmp_path / "two"))["params"] == whole["params"]
+    two = ModelRef(model="llama", weights=str(tmp_path / "two"))
+    assert teacher_size.told(two, shape)["params"] == whole["params"]
     assert recipe_digest(load(home, f"teacher.weights={tmp_path / 'two'}")) != recipe_digest(
         load(home)
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from raykd.errors import StoreError
 from raykd.files.waiting import locked
 from raykd.tracking import journal, mlflow_mirror
 from raykd.tracking.journal import Journal
@@ -95,6 +96,15 @@ def test_only_what_a_run_uploads_is_uploaded(name, out):
     assert not (out / "mlruns" / "0").exists()
     assert not result.done
     assert f"{name!r} is nothing that a run uploads" in result.reason
+
+
+@pytest.mark.parametrize("name", ["../../victim", "artefact/../../victim"])
+def test_a_journal_that_names_a_file_outside_of_its_run_is_damaged(name, out):
+    """It is the run's own fault, and no answer of a tracker's."""
+    put(out, (out / "mlruns" / "0").as_uri())
+    log(out, name)
+    with pytest.raises(StoreError, match="lies outside the run folder"):
+        sync(out)
 
 
 OWN = {
