@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from raykd.deploy import load_artefact
 from raykd.errors import RecipeError
@@ -25,6 +26,7 @@ from raykd.models.adapter import Adapter
 from raykd.models.build import MODELS, count_parameters
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
+from raykd.models.size import check_size
 from raykd.models.weights import check_stored, numbers_in
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
@@ -566,3 +568,34 @@ def test_an_artefacts_model_of_a_package_is_loaded_on_purpose_only(tmp_path, mon
     torch.testing.assert_close(answered, trained(rows))
     assert imports.environment() == {"RAYKD_ALLOW_IMPORT": "packed_net"}
     del sys.modules["packed_net"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SeriesEncoder(channels=6, classes=7, steps=100),
+        lambda: Llama(classes=8, steps=9, width=8, layers=1, heads=2, kv_heads=1, inner=12),
+    ],
+)
+def test_the_size_of_a_model_is_known_without_its_values(make):
+    """To draw none on the device "meta", torch imported its compiler in each command."""
+    given = []
+    check_size(lambda: given.append(make()) or given[0])
+    assert {value.device.type for value in given[0].state_dict().values()} == {"meta"}
+    wanted = {name: (value.shape, value.dtype) for name, value in make().state_dict().items()}
+    assert {n: (v.shape, v.dtype) for n, v in given[0].state_dict().items()} == wanted
+
+
+def test_nothing_is_drawn_to_know_a_size():
+    """Each of these would import torch._dynamo where nothing has before."""
+    called = set()
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        check_size(lambda: SeriesEncoder(channels=6, classes=7, steps=100))
+    assert "empty" in called
+    assert not called & {"normal_", "uniform_", "mul", "randn"}

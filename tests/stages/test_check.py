@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from torch import Tensor, nn
 
 from raykd import data
@@ -13,6 +14,7 @@ from raykd.data.table import Held
 from raykd.errors import RecipeError
 from raykd.models import build
 from raykd.recipe.tables import ModelRef
+from raykd.stages import check
 from raykd.stages.check import check_with_data
 from raykd.stages.load import resolve
 
@@ -46,7 +48,7 @@ MODELS = {
 def told(tmp_path, monkeypatch):
     """Checks a recipe over rows of these lengths."""
 
-    def check(lengths: tuple[int, int], **tables: object) -> None:
+    def of_lengths(lengths: tuple[int, int], **tables: object) -> None:
         draws = np.random.default_rng(0)
         rows = [
             {
@@ -67,7 +69,7 @@ def told(tmp_path, monkeypatch):
         assert not Path(tmp_path / "run").exists()
 
     monkeypatch.setattr(build, "MODELS", build.MODELS | MODELS)
-    return check
+    return of_lengths
 
 
 def test_rows_padded_before_a_step_need_a_model_that_does_not_read_it(told, tmp_path):
@@ -93,6 +95,20 @@ def test_rows_padded_before_a_step_need_a_model_that_does_not_read_it(told, tmp_
 def test_the_built_in_student_and_a_mean_over_equal_rows_are_let_through(told):
     told((4, 9))
     told((9, 9), student={"model": "mean"})
+
+
+def test_long_rows_cost_the_check_of_a_built_in_student_nothing(told, monkeypatch):
+    """Its attention over a million steps took days; a user's own module is asked whole rows."""
+    asked = []
+    monkeypatch.setattr(check, "check_student", lambda _module, _key, rows: asked.append(rows))
+    told((300, 500))
+    told((300, 500), student={"model": "mean"})
+    short, whole = asked
+    assert short.inputs.shape == (2, 256, 3)
+    assert whole.inputs.shape == (2, 500, 3)
+    assert whole.mask.sum(1).tolist() == [300, 500]
+    nothing = whole._replace(mask=whole.mask & (torch.arange(500) >= 256))
+    assert check._cut(nothing, 256) is nothing
 
 
 @pytest.mark.parametrize(
