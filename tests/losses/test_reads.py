@@ -67,8 +67,10 @@ def test_a_training_of_labels_alone_is_weighed(folder):
     optim = {"steps": 6, "batch": 16, "evaluate_every": 6}
     trained = {}
     for mode in ("ess", "uniform", None):
-        table = {} if mode is None else {"weighting": {"mode": mode, "boost": 4.0}}
-        recipe, store = stored.scored(folder, "fp16", terms={"ce": {}}, optim=optim, **table)
+        table = {"technique": "none", "terms": {"ce": {}}, "optim": optim}
+        table |= {"weighting": {"mode": mode, "boost": 4.0}} if mode else {}
+        recipe, store = stored.scored(folder, "fp16", **table)
+        assert list(recipe.terms) == ["ce"]
         runner = ArmRunner(recipe, store.folder, CPU)
         student = next(arm for arm in arms_of(recipe) if arm.name == "student")
         state = runner.train_arm(student, runner.student(student))
