@@ -56,6 +56,8 @@ NEEDED = (  # by the commands, imported once for all of them
     "raykd.reports.compare",
     "raykd.orchestration.training",
     "onnxruntime",
+    "pandas",
+    "sqlalchemy.orm",
     "tokenizers",
     "transformers",
 )
