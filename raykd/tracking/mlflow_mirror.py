@@ -6,6 +6,7 @@ own time is the row that is already there. A server that is dead or slow costs a
 and nothing is lost: the journal keeps it.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -218,7 +219,7 @@ class _Mirror:
         # MLflow builds its tables unguarded
         with locked(file.parent, wait=True, limit_s=lock_s) if file else nullcontext():
             if file and file.exists():
-                sqlite_file.check(file, *_own_tables())
+                sqlite_file.check(file, _own_tables())
             with _no_stray_folder(self.uri):
                 self._client = self._connected(file)
             self.experiment_id = self._experiment(
@@ -349,13 +350,17 @@ class _Mirror:
         return get_artifact_repository(uri, tracking_uri=self.uri)
 
 
-def _own_tables() -> tuple[set[str], dict[str, set[str]]]:
-    """(the names of MLflow's tables, the columns of those that it makes first)."""
+def _own_tables() -> dict[str, set[str]]:
+    """The columns of MLflow's tables, those among them that it makes first and drops later."""
     from mlflow.store.db.base_sql_model import Base
     from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 
-    first = InitialBase.metadata.tables
-    return set(Base.metadata.tables), {name: {*first[name].columns.keys()} for name in first}
+    importlib.import_module("mlflow.store.db.utils")  # which imports every module with tables
+    found: dict[str, set[str]] = {}
+    for tables in (InitialBase.metadata.tables, Base.metadata.tables):
+        for name, table in tables.items():
+            found[name] = found.get(name, set()) | set(table.columns.keys())
+    return found
 
 
 def _dataset(line: Line) -> Any:

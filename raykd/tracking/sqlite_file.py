@@ -13,20 +13,21 @@ FILLED_BY_MLFLOW = {"alembic_version": 1, "experiments": 1, "workspaces": 1}
 VERSION = "alembic_version"
 
 
-def check(file: Path, tables: Set[str], first: Mapping[str, Set[str]]) -> None:
+def check(file: Path, tables: Mapping[str, Set[str]]) -> None:
     """OSError if a file holds what another program wrote, or is no data base. Nothing is changed.
 
-    `tables` names MLflow's; `first` has the columns of those that it makes before it writes its
-    version down.
+    `tables` has the columns of MLflow's, which tell them from others of the same name while MLflow
+    has not written its version down.
     """
     try:
         with closing(
             sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
         ) as connection:
             found = {name for name in _tables(connection) if not name.startswith("_alembic_tmp_")}
-            foreign = found - tables - {VERSION}
+            foreign = found - tables.keys() - {VERSION}
             if VERSION not in found:
-                foreign |= {n for n in found if _columns(connection, n) != first.get(n)}
+                ours = found - foreign
+                foreign |= {name for name in ours if _columns(connection, name) - tables[name]}
     except sqlite3.Error as error:
         raise OSError(f"{file}: {error}") from error
     if foreign:

@@ -6,6 +6,8 @@ import http.server
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -203,3 +205,15 @@ def test_an_odd_answer_is_a_reason(odd, tmp_path):
         result = sync(tmp_path, server)
     assert (result.done, result.pending) == (False, 1)
     assert result.reason.startswith(f"MLflow at {server}: ")
+
+
+def test_mlflows_tables_are_known_before_it_was_asked_for_anything():
+    """In a new process, where no module of MLflow's has told its tables yet."""
+    code = (
+        "from raykd.tracking.mlflow_mirror import _own_tables as own\n"
+        "print(*own(), 'lifecycle_stage' in own()['experiments'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    words = done.stdout.split()
+    assert {"datasets", "experiment_tags", "registered_models", "runs"} <= set(words), done.stderr
+    assert words[-1] == "True"
