@@ -9,6 +9,7 @@ import objects
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from raykd import data
 from raykd.data import SPLITS, sources
@@ -19,6 +20,8 @@ from raykd.files.bucket import Bucket
 from raykd.recipe.tables import DataRef
 from raykd.stages.load import resolve
 from raykd.teacher.identity import run_digest
+from raykd.training.arms import arms_of
+from raykd.training.run_arms import ArmRunner
 
 FILES = {"train": 2, "val": 1, "test": 1}
 
@@ -69,18 +72,47 @@ def ref(source: Path | str, **settings) -> DataRef:
     return DataRef.model_validate({"source": str(source), **settings})
 
 
-def test_a_folder_a_bucket_and_a_function_give_one_digest(folder, url, tmp_path, monkeypatch):
-    """Of the rows, of the store's identity, and of the run."""
+@pytest.fixture
+def sources_of_one(folder, url, tmp_path, monkeypatch) -> list[str]:
+    """A folder, a bucket and a function that give the same rows."""
     ordered = [row for split in sorted(SPLITS) for row in rows_of(split)]
     (tmp_path / "own.py").write_text(f"def rows():\n    yield from {ordered!r}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    return [str(folder), url, "own:rows"]
+
+
+def test_a_folder_a_bucket_and_a_function_give_one_digest(sources_of_one):
+    """Of the rows, of the store's identity, and of the run."""
     runs = set()
-    for source in (folder, url, "own:rows"):
+    for source in sources_of_one:
         loaded = data.load(ref(source))
-        recipe = resolve({"technique": "none", "data": {"source": str(source)}})
+        recipe = resolve({"technique": "none", "data": {"source": source}})
         runs.add((loaded.digest, loaded.name, run_digest(recipe, loaded)))
     assert len(runs) == 1
+
+
+def test_a_folder_a_bucket_and_a_function_give_one_student(sources_of_one):
+    """And a folder and a bucket in parts another."""
+    for order, sources_of_rows in (("rows", sources_of_one), ("blocks", sources_of_one[:2])):
+        results = set()
+        for source in sources_of_rows:
+            recipe = resolve(
+                {
+                    "technique": "none",
+                    "control": False,
+                    "data": {"source": source},
+                    "student": {"settings": {"width": 8, "layers": 1}},
+                    "optim": {"steps": 6, "batch": 4, "order": order, "lanes": 2, "window": 2},
+                }
+            )
+            runner = ArmRunner(recipe, None, torch.device("cpu"))
+            [arm] = arms_of(recipe)
+            student = runner.student(arm)
+            runner.train_arm(arm, student)
+            runner.train.close()
+            results.add(b"".join(p.detach().numpy().tobytes() for p in student.parameters()))
+        assert len(results) == 1, order
 
 
 def test_the_run_of_rows_in_a_bucket_is_named_by_the_rows(folder, url, server):
