@@ -255,6 +255,7 @@ def test_a_trials_last_report_is_of_the_weights_that_it_leaves(monkeypatch, tmp_
         "store": None,
         "folder": str(tmp_path),
         "trial": "one",
+        "source": None,
     }
     told: list[dict] = []
     written: list[bool] = []
@@ -472,6 +473,7 @@ def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
         "store": None,
         "folder": str(tmp_path),
         "trial": "one",
+        "source": None,
     }
     told: list[dict] = []
     tuning._train_trial({}, shared, World(), told.append)
