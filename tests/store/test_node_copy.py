@@ -242,12 +242,12 @@ def test_rows_in_files_are_the_same_rows(comb, cache, tmp_path):
 def test_a_function_may_give_a_dataset_of_files(comb, tmp_path, monkeypatch):
     dataset = data.load(comb[0].data)
     given = mapped_rows(tmp_path, dataset)
-    (tmp_path / "given_rows.py").write_text("def rows(): return None\n")
+    (tmp_path / "given_rows.py").write_text("given = None\ndef rows(): return given\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     import given_rows  # type: ignore[import-not-found]
 
-    given_rows.rows = lambda: given
+    given_rows.given = given
     found = data.load(DataRef(source="given_rows:rows"))
     assert isinstance(found.splits["train"].inputs, np.memmap)
     assert found.digest == dataset.digest
@@ -258,12 +258,10 @@ def test_a_function_may_give_a_dataset_of_files(comb, tmp_path, monkeypatch):
         ({"mask": train.mask[:, 1:]}, "equal N and T"),
         ({"row_id": train.row_id[::-1]}, "row ids must ascend"),
     ):
-        given_rows.rows = lambda w=wrong: replace(
-            given, splits=given.splits | {"train": replace(train, **w)}
-        )
+        given_rows.given = replace(given, splits=given.splits | {"train": replace(train, **wrong)})
         with pytest.raises(DataError, match=match):
             data.load(DataRef(source="given_rows:rows"))
-    given_rows.rows = lambda: given
+    given_rows.given = given
     with pytest.raises(DataError, match=r"are not data\.classes"):
         data.load(DataRef(source="given_rows:rows", classes=["a"]))
 
