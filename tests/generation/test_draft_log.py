@@ -208,7 +208,21 @@ def test_any_number_of_workers_writes_one_log(size, tmp_path):
     for rank in range(size):
         assert not (shared.where / "_MANIFEST.json").exists()
         wrote(shared, world=World(rank, size))
-    assert read_json(alone.where / "_MANIFEST.json") == read_json(shared.where / "_MANIFEST.json")
+    one, two = (read_json(log.where / "_MANIFEST.json")["shards"] for log in (alone, shared))
+    assert [_rows_of(shard) for shard in one] == [_rows_of(shard) for shard in two]
+    # Kernels choose by the number of rows in a call, so answers differ in their last bits, and a
+    # half may be the next one.
+    first, second = (read(log) for log in (alone, shared))
+    mine, theirs = (each.batch(np.arange(len(first))) for each in (first, second))
+    assert told(mine) == told(theirs)
+    assert mine.teacher
+    assert theirs.teacher
+    torch.testing.assert_close(mine.teacher.logits, theirs.teacher.logits, rtol=2**-10, atol=1e-5)
+
+
+def _rows_of(shard: dict[str, Any]) -> dict[str, Any]:
+    """A commit record without what the bytes of its file decide."""
+    return {name: shard[name] for name in ("number", "split", "first", "last", "rows")}
 
 
 def test_a_training_that_goes_on_from_a_report_finishes_its_log(tmp_path):
