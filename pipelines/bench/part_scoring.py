@@ -107,8 +107,10 @@ def counted(found: list[int]) -> Iterator[None]:
         return counts
 
     ParquetParts._digest, Dataset._digest_of = map(counting, kept)  # type: ignore[method-assign]
-    yield
-    ParquetParts._digest, Dataset._digest_of = kept  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ParquetParts._digest, Dataset._digest_of = kept  # type: ignore[method-assign]
 
 
 class Counting(scoring.ShardActor):

@@ -5,6 +5,7 @@ middle changes.
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,17 @@ def test_an_arms_record_is_of_the_weights_beside_it(monkeypatch, tmp_path):
     assert [point["val_accuracy"] for point in record["history"]] == [0.1, 0.1, 0.9, 0.1]
 
 
+def shared_by_trials(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What a trial of the name "one" is given besides its point of the space."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "store": None,
+        "folder": str(folder),
+        "trial": "one",
+        "source": None,
+    }
+
+
 def test_a_trials_last_report_is_of_the_weights_that_it_leaves(monkeypatch, tmp_path):
     worse_at_the_end(monkeypatch)
     trained_by: dict[str, State] = {}
@@ -250,13 +262,6 @@ def test_a_trials_last_report_is_of_the_weights_that_it_leaves(monkeypatch, tmp_
 
     monkeypatch.setattr(ArmRunner, "train_arm", kept)
     recipe = eight_steps()
-    shared = {
-        "recipe": recipe.model_dump(mode="json"),
-        "store": None,
-        "folder": str(tmp_path),
-        "trial": "one",
-        "source": None,
-    }
     told: list[dict] = []
     written: list[bool] = []
 
@@ -265,7 +270,7 @@ def test_a_trials_last_report_is_of_the_weights_that_it_leaves(monkeypatch, tmp_
         written.append(weights.exists())
 
     weights = tmp_path / "trials" / "one" / "weights.safetensors"
-    tuning._train_trial({}, shared, World(), report)
+    tuning._train_trial({}, shared_by_trials(recipe, tmp_path), World(), report)
     assert told[-1] == {"step": 8, "val_accuracy": 0.9}
     assert [point["step"] for point in told] == [2, 4, 6, 8]
     assert written == [False, False, False, True]
@@ -468,15 +473,8 @@ def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
             ],
         }
     )
-    shared = {
-        "recipe": recipe.model_dump(mode="json"),
-        "store": None,
-        "folder": str(tmp_path),
-        "trial": "one",
-        "source": None,
-    }
     told: list[dict] = []
-    tuning._train_trial({}, shared, World(), told.append)
+    tuning._train_trial({}, shared_by_trials(recipe, tmp_path), World(), told.append)
     weights = tmp_path / "trials" / "one" / "weights.safetensors"
     found = tuning.test_metrics(recipe, weights)
     assert 0 < found["accuracy"] < 1
