@@ -10,10 +10,8 @@ import os
 import pickle
 import signal
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +131,10 @@ def test_a_recipe_that_is_not_there_is_a_usage_error_of_the_pipelines_too(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_help_comes_at_once_without_torch_ray_or_mlflow_and_documents_the_exit_codes():
-    def seconds() -> float:
-        began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "raykd.cli", "--help"], check=True, capture_output=True, cwd=ROOT
-        )
-        return time.perf_counter() - began
-
-    medians = (statistics.median(seconds() for _ in range(3)) for _ in range(3))
-    assert any(median < 1 for median in medians)  # the machine may be busy for one round or two
+def test_help_loads_nothing_heavy_and_documents_the_exit_codes():
+    heavy = {"torch", "ray", "mlflow", "numpy", "pyarrow", "raykd.recipe", "raykd.stages"}
     code = "import sys; sys.argv = ['raykd', '--help']; from raykd.cli import main\ntry: main()\n"
-    code += "finally: print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
+    code += f"finally: print(sorted({heavy} & set(sys.modules)))"
     asked = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600
     )

@@ -30,7 +30,7 @@ from raykd.stages.run_folder import RunFolder
 from raykd.teacher.scorer import Header, Scorer
 from raykd.training.arm import ONE_PROCESS
 
-LIMIT_S = 20
+LIMIT_S = 200  # Ray's own tries go on for minutes
 
 
 def recipe_of(**scale: Any) -> Recipe:

