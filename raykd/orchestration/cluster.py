@@ -33,7 +33,7 @@ def begin(recipe: Recipe, address: str | None, stores: Address, run: Path | None
     `run` is the run folder where workers are to train. RecipeError names the key that asks for more
     than the cluster has. InfraError names a node that does not see a folder that it needs.
     """
-    connect(address)
+    connect(address, dashboard=recipe.scale.workers[1] > 1)
     check_device(recipe)
     folders = [Path(folder) for folder in (stores, run) if folder and not is_url(folder)]
     if run:

@@ -59,12 +59,14 @@ def prepare(address: str | None = None) -> None:
         _prepare_embedded()
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None, *, dashboard: bool = True) -> None:
     """Be connected to Ray: by what is connected already, `address` or RAY_ADDRESS, else an embedded
     cluster.
 
     The embedded cluster listens on loopback, asks for a token that only this process's children
-    know, and ends with this process. InfraError if a named cluster does not answer.
+    know, and ends with this process. Its dashboard takes a third of its start; a group of workers
+    needs it, because Ray Train asks it for the state of its actors. InfraError if a named cluster
+    does not answer.
     """
     global _embedded
     prepare(address)
@@ -77,7 +79,7 @@ def connect(address: str | None = None) -> None:
         knock(address)
     _settle_authentication()
     terminate = signal.getsignal(signal.SIGTERM)
-    loopback: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    loopback: dict[str, Any] = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
         with nullcontext() if address else _current_directory_not_first():
             ray.init(
