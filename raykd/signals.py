@@ -6,7 +6,7 @@ rows of a split, P valid steps of a batch in order.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -60,6 +60,15 @@ class Signals:
     def sequence_logits(self) -> Tensor:
         """The mean of the logits over valid steps, (B, C) in fp32."""
         return masked_mean(self.logits.float(), self.mask)
+
+    def double(self) -> "Signals":
+        """The same in float64."""
+        return replace(
+            self,
+            logits=self.logits.double(),
+            valence=None if self.valence is None else self.valence.double(),
+            layers={name: layer.double() for name, layer in self.layers.items()},
+        )
 
     def valid(self, steps: Tensor) -> "Signals":
         """The same with zeros at invalid steps, so that padding reaches no value and no gradient.

@@ -44,7 +44,8 @@ class FrozenTeacher:
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         with _at_rest(self.module):
-            return self.module(inputs)["logits"]
+            logits = self.module(inputs)["logits"]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
         answer = self.logits(inputs)

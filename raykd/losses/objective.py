@@ -97,6 +97,12 @@ class Objective(nn.Module):
     def _values(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> TermValues:
         if name in self.modules_by_term:
             return self.modules_by_term[name](student, batch)
+        if TERMS[name].dtype == "float64":
+            student = student.double()
+            teacher = batch.teacher and batch.teacher.double()
+            batch = replace(batch, teacher=teacher)
+            value, mask = TERMS[name].make(student, batch, **spec.settings)
+            return TermValues(value.float(), mask)
         return TERMS[name].make(student, batch, **spec.settings)
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ micro-batches and workers, so neither changes the loss.
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, create_model
@@ -84,6 +84,7 @@ class Term(NamedTuple):
                  is not a sum over them
     own          whether it counts in text that the student wrote, with a live teacher's logits, and
                  not in the data's rows
+    dtype        the numbers in which it is given its signals
     """
 
     make: Callable[..., Any]
@@ -92,6 +93,7 @@ class Term(NamedTuple):
     divergence: str
     whole_batch: bool
     own: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting: the defaults of the signature, overridden by what a recipe gives."""
@@ -122,6 +124,7 @@ def term(
     divergence: str = "any",
     whole_batch: bool = False,
     own: bool = False,
+    dtype: Literal["float32", "float64"] = "float32",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or nn.Module class as a loss term that reads the named teacher signals.
 
@@ -131,7 +134,8 @@ def term(
 
     `divergence = "forward"` lets sparse stores serve the term, which must then read
     `batch.targets`. `whole_batch` is for terms that compare rows with each other. `own` terms read
-    a live teacher's logits and `batch.rollout`, and nothing of a store.
+    a live teacher's logits and `batch.rollout`, and nothing of a store. `dtype = "float64"` gives a
+    function its signals in that type; a recipe with it may have no model compute in fewer digits.
 
     ValueError where another module has registered a term of this name.
 
@@ -146,6 +150,7 @@ def term(
     assert not (own and needs), "text that the student wrote is in no store"
 
     def register(make: Callable[..., Any]) -> Callable[..., Any]:
+        assert dtype == "float32" or not inspect.isclass(make), "what a term learns is float32"
         name = make.__name__
         known = TERMS.get(name)
         if known and known.make.__module__ != make.__module__:
@@ -153,7 +158,7 @@ def term(
                 f"two terms are called {name!r}: in {known.make.__module__} and {make.__module__}"
             )
         kind = (lambda _settings, fixed=layers: fixed) if isinstance(layers, str) else layers
-        TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch, own)
+        TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch, own, dtype)
         return make
 
     return register

@@ -48,11 +48,20 @@ class Adapter(nn.Module):
         hidden.<submodule>, embedding.<submodule>   any submodule that answers (B, T, D)
         attention.<submodule>                       an nn.MultiheadAttention, or KeepsAttention
         scores.<submodule>                          a module that KeepsAttention, with `.scores`
+
+    With a `dtype` it gets series in that type, and answers in float32.
     """
 
-    def __init__(self, module: nn.Module, *, want: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        want: frozenset[str] = frozenset(),
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.module = module
+        self.dtype = dtype
         self.answers: dict[str, list[Tensor]] = {}  # of the wanted layers, to the latest batch
         named = dict(module.named_modules())
         for name in sorted(want):
@@ -67,9 +76,11 @@ class Adapter(nn.Module):
     def forward(self, inputs: Tensor, mask: Tensor) -> Signals:
         """Signals of a batch; per-sequence logits become one step."""
         self.answers.clear()
+        if self.dtype != torch.float32 and inputs.is_floating_point():
+            inputs = inputs.to(self.dtype)
         answer = call(self.module, inputs, mask)
-        logits = field(answer, "logits")
-        valence = field(answer, "valence")
+        logits = self._in_full(field(answer, "logits"))
+        valence = self._in_full(field(answer, "valence"))
         if logits is None or logits.dim() not in (2, 3):
             raise RecipeError(
                 f"{type(self.module).__name__} must answer with logits (B, C) or (B, T, C)"
@@ -88,6 +99,10 @@ class Adapter(nn.Module):
             if name.startswith("embedding."):
                 layers[name] = _pooled(layers[name], mask)
         return Signals(logits, answered, valence, layers, None if valence is None else mask)
+
+    def _in_full(self, values: Tensor | None) -> Tensor | None:
+        """What a module in another type answers, as float32."""
+        return values if values is None or self.dtype == torch.float32 else values.float()
 
     def _other_steps(self, what: str, values: Tensor, mask: Tensor) -> str:
         return (

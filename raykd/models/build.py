@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from raykd.errors import RecipeError
 from raykd.models import hf_folder, transformers_lm
+from raykd.models.form import Form, set_attention
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
-from raykd.models.size import check_size
+from raykd.models.size import check_size, without_values
 from raykd.models.weights import load_weights, numbers_in
 from raykd.recipe import imports
 from raykd.recipe.tables import ModelRef
@@ -49,16 +51,33 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
         >>> model.head.out_features
         7
     """
+    shape = {"channels": channels, "classes": classes, "steps": steps}
+    return _built(ref, shape, key, None)
+
+
+def build_frozen(ref: ModelRef, shape: dict[str, int], form: Form, *, key: str) -> nn.Module:
+    """The same of a model that only answers, in the numbers and on the device of a form.
+
+    A built-in model's weights are read straight to it. No parameter takes a gradient.
+    """
+    return _built(ref, shape, key, form).requires_grad_(False)
+
+
+def _built(ref: ModelRef, shape: dict[str, int], key: str, form: Form | None) -> nn.Module:
     if ref.model == TRANSFORMERS or (ref.weights and Path(ref.weights).is_dir()):
-        return _read_folder(ref, classes=classes, steps=steps, key=key)
+        classes = shape["classes"]
+        module = _read_folder(ref, classes=classes, steps=shape["steps"], key=key, form=form)
+        return _in_form(module, form)
     factory = MODELS.get(ref.model) or _imported(ref.model, key)
-    shape = _accepted(factory, {"channels": channels, "classes": classes, "steps": steps})
-    settings = {**shape, **ref.settings}
+    settings = {**_accepted(factory, shape), **ref.settings}
     with user_code(f"{key}.model {ref.model}"):
         try:
-            if factory in (SeriesEncoder, Llama):
+            is_built_in = factory in (SeriesEncoder, Llama)
+            if is_built_in:
                 check_size(lambda: factory(**settings))
-            module = factory(**settings)
+            is_unfilled = bool(is_built_in and form and ref.weights)
+            with without_values() if is_unfilled else nullcontext():
+                module = factory(**settings)
         except (TypeError, ValueError) as error:
             refused = f"{key}.settings: {ref.model} refuses {ref.settings}: {error}"
             raise RecipeError(refused) from None
@@ -73,8 +92,16 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
             f"{key}.model: {ref.model} leaves the size of {lazy[0]} open; name all sizes"
         )
     if ref.weights:
-        load_weights(module, Path(ref.weights), key)
-    return module
+        load_weights(module, Path(ref.weights), key, form if is_unfilled else None)
+    return _in_form(module, form)
+
+
+def _in_form(module: Any, form: Form | None) -> Any:
+    """The module in the numbers and on the device of a form."""
+    if form is None:
+        return module
+    set_attention(module, form.attention)
+    return module.to(form.device, form.dtype)
 
 
 def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> int:
@@ -91,7 +118,9 @@ def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, 
     return sum(value.numel() for value in module.parameters())
 
 
-def _read_folder(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:
+def _read_folder(
+    ref: ModelRef, *, classes: int, steps: int, key: str, form: Form | None = None
+) -> Any:
     """The model of a Hugging Face folder, for `classes` tokens in rows of `steps`.
 
     RecipeError if it has fewer columns or steps. Columns beyond the tokens' are padding, which
@@ -107,7 +136,7 @@ def _read_folder(ref: ModelRef, *, classes: int, steps: int, key: str) -> Any:
             f'{key}.weights: {ref.weights} is a folder, which only model = "{LLAMA}" or '
             f'"{TRANSFORMERS}" can read, and without settings'
         )
-    module = READERS[ref.model](Path(ref.weights))
+    module = READERS[ref.model](Path(ref.weights), form)
     columns = module.settings["classes"]
     room = module.settings["steps"]
     if columns < classes:

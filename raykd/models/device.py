@@ -3,13 +3,15 @@
 import torch
 
 from raykd.errors import Problem, RecipeError
+from raykd.models.form import check_numbers
 from raykd.recipe.recipe import Recipe
 
 
 def device_of(recipe: Recipe) -> torch.device:
     """The device of this process: CUDA unless it is absent or `scale.device` is "cpu".
 
-    RecipeError where `scale.device` is "cuda" and this process has none.
+    RecipeError where `scale.device` is "cuda" and this process has none, or where it has not the
+    numbers of `[precision]`.
     """
     wanted = recipe.scale.device
     has_cuda = torch.cuda.is_available()
@@ -18,7 +20,9 @@ def device_of(recipe: Recipe) -> torch.device:
         raise RecipeError([Problem("scale.device", text)])
     if wanted == "auto":
         wanted = "cuda" if has_cuda else "cpu"
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    check_numbers(recipe.precision, device)
+    return device
 
 
 def on_device(recipe: Recipe, device: str) -> Recipe:

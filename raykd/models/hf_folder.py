@@ -5,6 +5,7 @@ BitNetForCausalLM with activation silu, any other is a LlamaForCausalLM.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import save
 
 from raykd.errors import RecipeError
 from raykd.files.atomic import write_bytes, write_json
+from raykd.models.form import Form
 from raykd.models.llama import Llama
-from raykd.models.size import check_size
+from raykd.models.size import check_size, without_values
 from raykd.models.weights import fill, read_tensors, weights_of
 from raykd.recipe.weight_files import CONFIG, WEIGHTS, config_of, tensor_files
 
@@ -43,8 +45,8 @@ DEFAULTS = {  # of keys that config.json may leave out
 }
 
 
-def read(folder: Path) -> Llama:
-    """The model of a folder, in float32.
+def read(folder: Path, form: Form | None = None) -> Llama:
+    """The model of a folder, in float32; with a `form` in its numbers, straight on its device.
 
     RecipeError if it is of another kind, or if its tensors do not fit. Nothing in the folder is
     executed. The weights may be one file, or several with an index.
@@ -54,16 +56,17 @@ def read(folder: Path) -> Llama:
         check_size(lambda: Llama(**settings))
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder / CONFIG}: {error}") from None
-    module = Llama(**settings)
+    with without_values() if form else nullcontext():
+        module = Llama(**settings)
     tensors = {}
     for path in tensor_files(folder):
-        tensors |= read_tensors(path, "weights")
+        tensors |= read_tensors(path, "weights", form)
     tensors = {
         name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")
     }
     if module.settings["tied"] and TABLE in tensors:
         tensors.pop(HEAD, None)
-    fill(module, tensors, f"{folder}: its tensors")
+    fill(module, tensors, f"{folder}: its tensors", are_taken=form is not None)
     return module
 
 

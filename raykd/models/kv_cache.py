@@ -25,9 +25,18 @@ class Cache:
     nothing is copied or cleared. No gradient flows into it.
     """
 
-    def __init__(self, *, layers: int, rows: int, heads: int, steps: int, width: int):
-        """`heads` are those of keys and values, `width` is one head's."""
-        self.keys = torch.zeros(layers, rows, heads, steps, width)
+    def __init__(
+        self,
+        *,
+        layers: int,
+        rows: int,
+        heads: int,
+        steps: int,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`heads` are those of keys and values, `width` is one head's, `dtype` the model's."""
+        self.keys = torch.zeros(layers, rows, heads, steps, width, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.places = torch.zeros(rows, steps, dtype=torch.int64)
         self.length = 0

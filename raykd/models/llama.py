@@ -112,6 +112,7 @@ class Llama(nn.Module):
             heads=self.settings["kv_heads"],
             steps=self.settings["steps"],
             width=self.settings["width"] // self.settings["heads"],
+            dtype=self.lm_head.weight.dtype,
         )
 
 
@@ -174,7 +175,8 @@ class Attention(nn.Module):
     """Grouped-query attention of each position over itself and those before it.
 
     While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in
-    `scores`, both (B, H, T, past + T); the scores of later positions are -inf.
+    `scores`, both (B, H, T, past + T); the scores of later positions are -inf. `is_eager` computes
+    the same step by step in any case.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -191,6 +193,7 @@ class Attention(nn.Module):
             nn.RMSNorm(width, settings["norm_eps"]) if settings["sub_norm"] else nn.Identity()
         )
         self.keep_attention = False
+        self.is_eager = False
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
@@ -203,7 +206,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        mix = self._mix_and_keep if self.keep_attention else self._mix
+        by_steps = self.keep_attention or self.is_eager
+        mix = self._mix_and_keep if by_steps else self._mix
         return self.o_proj(self.attn_sub_norm(mix(q, k, v, seen).transpose(1, 2).flatten(2)))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
@@ -216,8 +220,9 @@ class Attention(nn.Module):
         seen = visible(q.shape[2], k.shape[2], q.device) if seen is None else seen
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
         attention = scores.softmax(-1)
-        self.scores = scores
-        self.attention = attention
+        if self.keep_attention:
+            self.scores = scores
+            self.attention = attention
         return attention @ v
 
 

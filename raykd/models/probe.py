@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from raykd.errors import Problem, RaykdError, RecipeError
 from raykd.models.adapter import MASKS, call, field, mask_name
+from raykd.models.form import DTYPES, computing
+from raykd.recipe.precision import Precision
 from raykd.recipe.user_code import is_a_signals
 from raykd.signals import masked_mean
 
@@ -59,6 +61,34 @@ def check_teacher(module: nn.Module, key: str, rows: ProbeRows) -> None:
     _check_answers(module, key, rows, is_student=False)
     _check_beside(module, key, rows)
     _check_scattered(module, key, rows)
+
+
+def check_numbers(module: nn.Module, key: str, rows: ProbeRows, precision: Precision) -> None:
+    """RecipeError, at `precision.<key>`, if a module cannot answer in the numbers of a recipe.
+
+    The module is changed.
+    """
+    numbers = getattr(precision, key)
+    if numbers == "fp32":
+        return
+    inputs = rows.inputs
+    if key == "teacher":
+        module = module.to(DTYPES[numbers])
+        inputs = inputs.to(DTYPES[numbers]) if inputs.is_floating_point() else inputs
+    module.eval()
+    try:
+        with torch.inference_mode(), computing(precision, inputs.device):
+            answer = call(module, inputs, rows.mask)
+        found = ""
+        if not _valid(answer, rows.mask).logits.isfinite().all():
+            found = "it answers with NaN or infinite values"
+    except Exception as error:  # of any kind: it is the user's code
+        found = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if found:
+        text = (
+            f'"{numbers}", in which {type(module).__name__} cannot answer ({found}); write "fp32"'
+        )
+        raise RecipeError([Problem(f"precision.{key}", text)])
 
 
 def check_shared(module: nn.Module, key: str, rows: ProbeRows) -> None:

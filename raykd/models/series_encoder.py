@@ -113,7 +113,8 @@ class CausalAttention(nn.Module):
     """Multi-head attention of each step over itself and the steps before it.
 
     While `keep_attention` is True, every call leaves its map in `attention` and the map's logits in
-    `scores`, both (B, H, T, past + T); the scores of later steps are -inf.
+    `scores`, both (B, H, T, past + T); the scores of later steps are -inf. `is_eager` computes the
+    same step by step in any case.
     """
 
     def __init__(self, width: int, heads: int, bias: bool = True):
@@ -124,6 +125,7 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias)
         self.out = nn.Linear(width, width, bias)
         self.keep_attention = False
+        self.is_eager = False
         self.attention: Tensor | None = None
         self.scores: Tensor | None = None
 
@@ -135,7 +137,8 @@ class CausalAttention(nn.Module):
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
         if past is not None:
             k, v = past.extend(index, k, v)
-        mix = self._mix_and_keep if self.keep_attention else self._mix
+        by_steps = self.keep_attention or self.is_eager
+        mix = self._mix_and_keep if by_steps else self._mix
         return self.out(mix(q, k, v, seen).transpose(1, 2).flatten(2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
@@ -145,6 +148,7 @@ class CausalAttention(nn.Module):
         seen = visible(q.shape[-2], k.shape[-2], q.device) if seen is None else seen
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
         attention = scores.softmax(-1)
-        self.scores = scores
-        self.attention = attention
+        if self.keep_attention:
+            self.scores = scores
+            self.attention = attention
         return attention @ v

@@ -1,6 +1,7 @@
 """Whether a model fits into memory, before it is made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ CHANGED = {"mul", "mul_", "normal_", "trunc_normal_", "uniform_"}
 
 def check_size(make: Callable[[], nn.Module]) -> None:
     """ValueError if the module that `make` gives would not fit into memory; none is made."""
-    with torch.device("meta"), _NoValues():
+    with without_values():
         module = make()
     wanted = sum(value.numel() * value.element_size() for value in module.parameters())
     if wanted > memory_bytes():
@@ -23,6 +24,13 @@ def check_size(make: Callable[[], nn.Module]) -> None:
             f"its parameters would take {wanted / 2**30:,.0f} GiB, and there are "
             f"{memory_bytes() / 2**30:,.1f} GiB of memory"
         )
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """A module that is made here has no values yet, and takes no memory."""
+    with torch.device("meta"), _NoValues():
+        yield
 
 
 class _NoValues(TorchFunctionMode):

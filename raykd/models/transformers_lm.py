@@ -4,6 +4,7 @@ Documents that share a row are read in separate calls, those of similar lengths 
 read as if it were alone, even by an architecture that has no mask between documents.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from raykd.errors import DataError, RecipeError
+from raykd.models.form import Form
 from raykd.models.weights import check_stored
 from raykd.recipe.weight_files import config_of, tensor_files
 
 PROBE = 8  # tokens; the logits of the first half must not depend on the second
 NEAR = 1e-3  # of the largest logit: differences up to this are rounding
+ROUNDED = 8  # times the rounding of a type of number, the same
 READ = {
     "local_files_only": True,
     "trust_remote_code": False,
     "use_safetensors": True,
-    "attn_implementation": "eager",
 }
 
 Part = tuple[Tensor, Tensor]
@@ -103,11 +105,12 @@ def documents_by_length(places: Tensor) -> list[Part]:
     return parts
 
 
-def read(folder: Path) -> TransformersLM:
-    """The model of a folder, in float32 and in evaluation mode.
+def read(folder: Path, form: Form | None = None) -> TransformersLM:
+    """The model of a folder, in the numbers of a `form` or in float32, and in evaluation mode.
 
     RecipeError if its weights are not in the folder, or if it is not causal.
     """
+    form = form or Form()
     config_of(folder)
     check_stored(tensor_files(folder))
     try:
@@ -118,7 +121,12 @@ def read(folder: Path) -> TransformersLM:
         ) from None
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, **READ
+            str(folder),
+            dtype=form.dtype,
+            attn_implementation=form.implementation,
+            output_loading_info=True,
+            **_placing(form),
+            **READ,
         )
     except (
         OSError,
@@ -138,10 +146,17 @@ def read(folder: Path) -> TransformersLM:
         raise RecipeError(
             f"{folder}: its files lack {', '.join(absent[:3])}{more}, as config.json has them"
         )
-    model = model.float().eval()
+    model = model.to(form.device, form.dtype).eval()
     return TransformersLM(
         model, classes=_columns(model, folder), steps=_room(model.config.get_text_config())
     )
+
+
+def _placing(form: Form) -> dict[str, Any]:
+    """What lets transformers read weights straight to a GPU, where its helper is installed."""
+    if form.device.type == "cpu" or importlib.util.find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": str(form.device)}}
 
 
 def _room(config: Any) -> int | None:
@@ -155,10 +170,12 @@ def _room(config: Any) -> int | None:
 @torch.no_grad()
 def _columns(model: Any, folder: Path) -> int:
     """The number of the head's columns. RecipeError if a model's answer depends on later tokens."""
-    tokens = torch.arange(PROBE)[None] % model.get_input_embeddings().weight.shape[0]
+    table = model.get_input_embeddings().weight
+    tokens = torch.arange(PROBE, device=table.device)[None] % table.shape[0]
     whole = model(input_ids=tokens, use_cache=False).logits
     half = model(input_ids=tokens[:, : PROBE // 2], use_cache=False).logits
-    if (whole[:, : PROBE // 2] - half).abs().max() > NEAR * half.abs().max():
+    near = max(NEAR, ROUNDED * torch.finfo(half.dtype).eps)
+    if (whole[:, : PROBE // 2] - half).abs().max() > near * half.abs().max():
         raise RecipeError(
             f"{folder}: {type(model).__name__} reads what follows a token, too; it must be causal"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.files.reading import MIB, opened
+from raykd.models.form import Form
 from raykd.quant.other_parameters import plain, plain_name
 
 MOST_HEADER = 16 * MIB  # some 200,000 tensors
@@ -20,11 +21,12 @@ PLAIN_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 STORED = {"F16", "BF16", "F32", "F64"}  # the same as safetensors names them
 
 
-def load_weights(module: nn.Module, path: Path, key: str) -> None:
+def load_weights(module: nn.Module, path: Path, key: str, form: Form | None = None) -> None:
     """Fill `module` from a safetensors file.
 
-    RecipeError lists the tensors that are missing, extra, of another shape or of another kind of
-    number; `key` is the table of the recipe that names the file.
+    With a `form` the module may be without values: it takes the file's, in those numbers and on
+    that device. RecipeError lists the tensors that are missing, extra, of another shape or of
+    another kind of number; `key` is the table of the recipe that names the file.
 
     Example:
         >>> import tempfile
@@ -34,16 +36,28 @@ def load_weights(module: nn.Module, path: Path, key: str) -> None:
         >>> save_file(weights_of(nn.Linear(3, 2)), path)
         >>> load_weights(nn.Linear(3, 2), path, "student")
     """
-    fill(module, read_tensors(path, f"{key}.weights"), f"{key}.weights {path}")
+    tensors = read_tensors(path, f"{key}.weights", form)
+    fill(module, tensors, f"{key}.weights {path}", are_taken=form is not None)
 
 
-def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. RecipeError, which starts with `key`, if it is none."""
+def read_tensors(path: Path, key: str, form: Form | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, its floats in the numbers of a `form`.
+
+    RecipeError, which starts with `key`, if it is none.
+    """
     try:
         _check_header(path)
-        return load_file(path)
+        if form is None:
+            return load_file(path)
+        with safe_open(path, framework="pt", device=str(form.device)) as file:
+            # one by one, so that no second copy of all of them is ever in memory
+            return {name: _as_in(form, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise RecipeError(f"{key} {path}: not a readable safetensors file: {error}") from None
+
+
+def _as_in(form: Form, tensor: Tensor) -> Tensor:
+    return tensor.to(form.dtype) if tensor.dtype in PLAIN_FLOATS else tensor
 
 
 def numbers_in(files: Iterable[Path]) -> int:
@@ -108,8 +122,10 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load exactly these tensors into `module`.
+def fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, are_taken: bool = False
+) -> None:
+    """Load exactly these tensors into `module`; where they `are_taken` it holds them themselves.
 
     RecipeError lists those that are missing, extra, of another shape or of another kind of number
     in the `source`. A tied tensor may appear once, under its first name.
@@ -130,7 +146,21 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         listed = "\n  ".join(_shown(faults))
         raise RecipeError(f"{source} do not fit the module:\n  {listed}")
     names = {plain_name(name): name for name in module.state_dict()}
-    module.load_state_dict({names[name]: value for name, value in tensors.items()})
+    tied = _tied_parameters(module) if are_taken else []
+    values = {names[name]: value for name, value in tensors.items()}
+    module.load_state_dict(values, assign=are_taken)
+    for first, others in tied:
+        for name in others:
+            path, _, last = name.rpartition(".")
+            setattr(module.get_submodule(path), last, module.get_parameter(first))
+
+
+def _tied_parameters(module: nn.Module) -> list[tuple[str, list[str]]]:
+    """The first name of each parameter that has several, with its others."""
+    names: dict[int, list[str]] = {}
+    for name, value in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    return [(found[0], found[1:]) for found in names.values() if len(found) > 1]
 
 
 def _misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -170,7 +200,9 @@ def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, value in tensors.items():
         if not value.numel():
             continue
-        first = first_of.setdefault((value.data_ptr(), value.shape), name)
+        # without values there is no address
+        at = value.untyped_storage()._cdata if value.is_meta else value.data_ptr()
+        first = first_of.setdefault((at, value.shape), name)
         if first != name:
             others[name] = first
     return others

@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raykd import data, models
+from raykd import data
 from raykd.errors import InfraError
 from raykd.files import faults
 from raykd.generation.sampling import FrozenTeacher
+from raykd.models.build import build_frozen
 from raykd.models.device import device_of
+from raykd.models.form import Form, set_matmul
 from raykd.orchestration.cluster import placed
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
@@ -31,9 +33,11 @@ class TeacherActor:
         torch.set_num_threads(1)
         self.device = device_of(recipe)
         self.calls = 0
-        module = models.build_model(recipe.teacher, **shape, key="teacher").to(self.device)
+        set_matmul(recipe.precision)
+        form = Form.of_teacher(recipe.precision, self.device)
+        module = build_frozen(recipe.teacher, shape, form, key="teacher")
         check_teacher(recipe, wanted)
-        self.teacher = FrozenTeacher(module.requires_grad_(False))
+        self.teacher = FrozenTeacher(module)
 
     def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Rows (B, T, 2) -> logits (B, T, V)."""

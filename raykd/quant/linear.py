@@ -65,7 +65,9 @@ class QuantLinear(nn.Linear):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         multiplied = as_multiplied(x.float(), self.quant, in_training=self.training)
-        return F.linear(multiplied, self.rounded(), bias).to(x.dtype)
+        # what is rounded is multiplied in float32, as the runtime will
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(multiplied, self.rounded(), bias).to(x.dtype)
 
     def rounded(self) -> Tensor:
         """(N, K): the weights that are multiplied with, scale times codes, blended."""

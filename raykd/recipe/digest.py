@@ -19,8 +19,10 @@ REFUSING = {"max_rows"}  # keys of tables that refuse, and change nothing
 NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 # Keys that recipes had not from the beginning, by table; the recipe's own under "". At their
 # default they are left out, so runs from before there was a choice keep their folders.
+# A table stands before the recipe, which leaves out a whole table.
 LATER: dict[str, tuple[str, ...]] = {
-    "": ("select",),
+    "precision": ("teacher", "student", "attention", "matmul"),
+    "": ("select", "precision"),
     "optim": ("order", "lanes", "window"),
     "data": ("splits", "steps", "max_unfit"),
 }

@@ -14,6 +14,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from raykd.files.address import checked_uri, public_uri
 from raykd.recipe.drafter import Drafter
+from raykd.recipe.precision import Precision
 from raykd.recipe.quant import Quant
 from raykd.recipe.search import Search
 from raykd.recipe.source import Source
@@ -174,6 +175,8 @@ class Recipe(Table):
     """The form of the teacher store, a part of its id."""
     optim: Optim = Optim()
     """How each arm is optimised."""
+    precision: Precision = Precision()
+    """The numbers that models compute in."""
     search: Search | None = None
     """Trials over keys of the recipe."""
     scale: Scale = Scale()

@@ -15,7 +15,13 @@ from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
-from raykd.models.probe import ProbeRows, check_shared, check_student, check_teacher
+from raykd.models.probe import (
+    ProbeRows,
+    check_numbers,
+    check_shared,
+    check_student,
+    check_teacher,
+)
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.user_code import user_code
@@ -122,6 +128,7 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
             module = models.build_model(ref, **table.shape, key=key)
             with user_code(f"{key}.model {ref.model}"):
                 check(module, key, rows)
+                check_numbers(module, key, rows, recipe.precision)
                 if key == "student" and recipe.scale.workers[1] > 1:
                     check_shared(module, key, rows)
 

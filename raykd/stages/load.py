@@ -11,6 +11,7 @@ from raykd.files.address import checked_address, is_url
 from raykd.losses import terms
 from raykd.losses.reads import reads_of
 from raykd.models.build import MODELS
+from raykd.models.form import reads_maps
 from raykd.recipe import imports, weight_files
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
@@ -121,6 +122,7 @@ def resolve(
         problems += _source_problems(recipe)
         problems += _data_problems(recipe.data)
         problems += _worker_problems(recipe)
+        problems += _precision_problems(recipe)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -185,6 +187,30 @@ def _worker_problems(recipe: Recipe) -> list[Problem]:
         'the result; write "global_batch", or set scale.workers = 1'
     )
     return [Problem("weighting.statistics", text)]
+
+
+def _precision_problems(recipe: Recipe) -> list[Problem]:
+    """Numbers and attention that a term cannot do with, and numbers of no teacher."""
+    problems = []
+    precision = recipe.precision
+    if precision.teacher != "fp32" and recipe.teacher is None:
+        text = f'"{precision.teacher}", and there is no teacher; leave it out'
+        problems.append(Problem("precision.teacher", text))
+    for name, spec in recipe.terms.items():
+        if spec.weight == 0:
+            continue
+        term = terms.TERMS[name]
+        for key in ("student", "teacher"):
+            numbers = getattr(precision, key)
+            asked = key == "student" or terms.needs_of({name: spec}) or term.own
+            if term.dtype == "float64" and numbers != "fp32" and asked:
+                text = f'"{numbers}", but terms.{name} asks for float64; write "fp32"'
+                problems.append(Problem(f"precision.{key}", text))
+        layers = {layer for pair in term.pairs(spec.settings) for layer in pair}
+        if precision.attention == "sdpa" and reads_maps(layers):
+            text = f'"sdpa" shows no map, and terms.{name} reads one; write "auto" or "eager"'
+            problems.append(Problem("precision.attention", text))
+    return problems
 
 
 def _data_problems(ref: DataRef) -> list[Problem]:

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from raykd import models
 from raykd.data.rows import Facts
+from raykd.models.build import build_frozen
+from raykd.models.form import CPU, Form
 from raykd.recipe.recipe import Recipe
 from raykd.store.codecs.hidden import Hidden
 from raykd.store.reader import Store
@@ -20,7 +21,8 @@ def teacher_head(recipe: Recipe, store: Store, rows: Facts) -> tuple[Tensor, Ten
     codec = store.codec("train")
     assert isinstance(codec, Hidden)
     assert recipe.teacher is not None
-    teacher = models.build_model(recipe.teacher, **rows.shape, key="teacher")
+    form = Form.of_teacher(recipe.precision, CPU)
+    teacher = build_frozen(recipe.teacher, rows.shape, form, key="teacher")
     head = teacher.get_submodule(recipe.store.head)
     assert isinstance(head.weight, Tensor)
     weight = head.weight.detach().float()

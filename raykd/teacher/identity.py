@@ -39,9 +39,13 @@ def store_identity(recipe: Recipe, rows: Facts) -> dict[str, Any]:
 
 
 def teacher_identity(recipe: Recipe) -> dict[str, Any]:
-    """What a teacher's answers depend on: its weights, the file of its code, its settings."""
+    """What a teacher's answers depend on: its weights, the file of its code, its settings, and the
+    numbers that it computes in where they are others than of old.
+    """
     assert recipe.teacher is not None
-    return content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)}
+    identity = content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)}
+    numbers = recipe.precision.model_dump(exclude_defaults=True, exclude={"student"})
+    return identity | ({"precision": numbers} if numbers else {})
 
 
 def check_teacher(recipe: Recipe, wanted: Mapping[str, Any]) -> None:

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raykd import models
 from raykd.data import Rows
 from raykd.data.rows import Facts
 from raykd.errors import DataError, RecipeError
 from raykd.files.digests import digest_of
 from raykd.losses import valence
 from raykd.models.adapter import Adapter, whole_batch
+from raykd.models.build import build_frozen
 from raykd.models.device import device_of, on_device
+from raykd.models.form import Form, set_matmul
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Signals, as_tensor, documents_of, log_softmax
 from raykd.store import columns, layer_signals
@@ -67,8 +68,10 @@ class Scorer:
         self.header = header
         self.device = device_of(recipe)
         register(recipe.technique)
-        module = models.build_model(recipe.teacher, **header.shape, key="teacher")
+        set_matmul(recipe.precision)
         want = frozenset(signals_of(recipe))
+        form = Form.of_teacher(recipe.precision, self.device, want)
+        module = build_frozen(recipe.teacher, header.shape, form, key="teacher")
         self.settings = store_table(recipe, header.classes)
         self.head_inputs: list[Tensor] | None = None
         if self.settings["codec"] == "hidden":
@@ -76,7 +79,7 @@ class Scorer:
             self.codec: Codec = _hidden_codec(module, recipe.store.head)
         else:
             self.codec = codec_for(self.settings, header.classes)
-        self.teacher = Adapter(module, want=want).to(self.device).eval().requires_grad_(False)
+        self.teacher = Adapter(module, want=want, dtype=form.dtype).eval().requires_grad_(False)
 
     @classmethod
     def check(cls, recipe: Recipe, header: Header) -> None:
@@ -293,7 +296,8 @@ def _watch_head(module: nn.Module, name: str) -> list[Tensor]:
 def _hidden_codec(module: nn.Module, name: str) -> Hidden:
     head = dict(module.named_modules())[name]
     assert isinstance(head, nn.Linear)
-    return Hidden(head.in_features, head_digest(head.weight, head.bias))
+    bias = None if head.bias is None else head.bias.float()
+    return Hidden(head.in_features, head_digest(head.weight.float(), bias))
 
 
 def _to_table(

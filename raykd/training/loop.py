@@ -25,6 +25,7 @@ from raykd.generation.replay import Replay
 from raykd.losses.objective import Objective, learned_terms
 from raykd.losses.weighting import Spread
 from raykd.models.adapter import Adapter
+from raykd.recipe.precision import FP32, Precision
 from raykd.recipe.tables import Optim
 from raykd.signals import Signals
 from raykd.training import phases
@@ -54,17 +55,19 @@ def train(
     tick: Callable[[int], None] = lambda step: None,
     live: LiveTeacher | Replay | None = None,
     kept: DraftLogSpec | None = None,
+    precision: Precision = FP32,
 ) -> State:
     """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they
     have a state.
 
     An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of
-    a log. Drafts that are written are `kept` where that is given. `report(step, metrics)` is called
+    a log. Drafts that are written are `kept` where that is given. The student's layers compute in
+    the numbers of `precision`; validation is in float32. `report(step, metrics)` is called
     every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
     since the last call and what `evaluate(student)` says. `tick(step)` is called after every step.
     """
     device = rows.device
-    learner = Learner(student, objective_of(arm, student, rows)).to(device)
+    learner = Learner(student, objective_of(arm, student, rows), precision).to(device)
     adamw = torch.optim.AdamW(
         learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
     )

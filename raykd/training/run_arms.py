@@ -32,6 +32,8 @@ from raykd.generation.sampling import FrozenTeacher, Teacher
 from raykd.losses.reads import reads_of
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
+from raykd.models.build import build_frozen
+from raykd.models.form import Form, set_attention, set_matmul
 from raykd.recipe.recipe import Recipe
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
@@ -91,6 +93,7 @@ class ArmRunner:
         source: Source | None = None,
     ):
         torch.set_num_threads(1)
+        set_matmul(recipe.precision)
         register(recipe.technique)
         self.recipe = recipe
         self.device = device
@@ -124,6 +127,7 @@ class ArmRunner:
         module = models.build_model(
             self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student"
         )
+        set_attention(module, self.recipe.precision.attention)
         phases.prepare(module, arm.phases)
         return Adapter(module, want=wants_of(arm.terms))
 
@@ -136,7 +140,14 @@ class ArmRunner:
         """One arm's training of `student`; keywords go to `train`."""
         live = (replay_of(arm, self.dataset, self.device) or self.live) if arm.source else None
         return train(
-            arm, self.recipe.optim, student, self.train, self.validate, live=live, **keywords
+            arm,
+            self.recipe.optim,
+            student,
+            self.train,
+            self.validate,
+            live=live,
+            precision=self.recipe.precision,
+            **keywords,
         )
 
     @cached_property
@@ -156,10 +167,9 @@ class ArmRunner:
     def frozen(self) -> nn.Module:
         """The teacher in this process."""
         assert self.recipe.teacher is not None
-        module = models.build_model(self.recipe.teacher, **self.dataset.shape, key="teacher").to(
-            self.device
-        )
-        return module.requires_grad_(False).eval()
+        form = Form.of_teacher(self.recipe.precision, self.device)
+        shape = self.dataset.shape
+        return build_frozen(self.recipe.teacher, shape, form, key="teacher").eval()
 
     @cached_property
     def texts(self) -> dict[int, list[int]]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from raykd.losses.objective import Objective
 from raykd.losses.weighting import Spread
 from raykd.models.adapter import Adapter
+from raykd.models.form import computing
+from raykd.recipe.precision import FP32, Precision
 from raykd.signals import Batch
 from raykd.training import phases
 from raykd.training.checkpoints import Checkpoints, Kept
@@ -20,10 +22,14 @@ from raykd.training.phases import Span
 
 
 class Learner(nn.Module):
-    """Student and objective as one module, so that DDP sees every parameter and one forward."""
+    """Student and objective as one module, so that DDP sees every parameter and one forward.
 
-    def __init__(self, student: Adapter, objective: Objective):
+    The student computes in the numbers of `precision`, the objective in float32.
+    """
+
+    def __init__(self, student: Adapter, objective: Objective, precision: Precision = FP32):
         super().__init__()
+        self.precision = precision
         self.student = student
         self.objective = objective
 
@@ -32,7 +38,8 @@ class Learner(nn.Module):
         sums: list[Tensor] = []
         counts: list[Tensor] = []
         for batch in batches:
-            signals = self.student(batch.inputs, batch.mask)
+            with computing(self.precision, batch.inputs.device):
+                signals = self.student(batch.inputs, batch.mask)
             batch_sums, batch_counts = self.objective(signals, batch, progress)
             sums.append(batch_sums)
             counts.append(batch_counts)
