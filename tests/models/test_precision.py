@@ -81,7 +81,7 @@ def test_a_teacher_that_is_read_without_a_copy_is_the_same_module(home, weights)
 def test_a_store_of_a_teacher_in_fewer_digits_is_near_and_has_its_own_id(folder, numbers):
     full, full_store = stored.scored(folder, "fp16")
     half, half_store = stored.scored(folder, "fp16", precision={"teacher": numbers})
-    assert full_store.id != half_store.id
+    assert full_store.manifest["identity"] != half_store.manifest["identity"]
     assert "precision" not in teacher_identity(full)
     assert teacher_identity(half)["precision"] == {"teacher": numbers}
     a = full_store.stored("test", []).logits().decode()
