@@ -61,6 +61,17 @@ class Signals:
         """The mean of the logits over valid steps, (B, C) in fp32."""
         return masked_mean(self.logits.float(), self.mask)
 
+    def rows(self, at: slice) -> "Signals":
+        """The rows at `at` alone."""
+        return replace(
+            self,
+            logits=self.logits[at],
+            mask=self.mask[at],
+            valence=None if self.valence is None else self.valence[at],
+            layers={name: layer[at] for name, layer in self.layers.items()},
+            valence_mask=None if self.valence_mask is None else self.valence_mask[at],
+        )
+
     def double(self) -> "Signals":
         """The same in float64."""
         return replace(
@@ -126,6 +137,10 @@ class Rollout:
     correction: Tensor | None = None  # int64: the teacher's token where `rejected`
     tail: Tensor | None = None  # int64: k at the k-th position after a rejection, 0 elsewhere
 
+    def rows(self, at: slice) -> "Rollout":
+        """The rows at `at` alone."""
+        return replace(self, **{k: v[at] for k, v in vars(self).items() if isinstance(v, Tensor)})
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -166,10 +181,33 @@ class Batch:
     rollout: Rollout | None = None  # of text that the student wrote; None: the data's
     split: "Split | None" = None  # of all rows, for terms that draw others from it
 
+    def rows(self, at: slice) -> "Batch":
+        """The rows at `at` alone, as a batch of their own."""
+        parts: dict[str, Any] = {
+            name: value[at] for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.teacher is not None:
+            parts["teacher"] = self.teacher.rows(at)
+        if self.rollout is not None:
+            parts["rollout"] = self.rollout.rows(at)
+        targets = self.targets
+        if targets is not None:
+            steps = self.mask if self.teacher is None else self.teacher.mask
+            places = places_of(steps, at)
+            parts["targets"] = lambda temperature: targets(temperature).take(places)
+        return replace(self, **parts)
+
     @property
     def document(self) -> Tensor | None:
         """(B, T): of text, which document of its row a step belongs to; None of series."""
         return documents_of(self.inputs)
+
+
+def places_of(steps: Tensor, at: slice) -> Tensor:
+    """(Q,) int64: which of the valid `steps` (B, T), counted in order, lie in the rows at `at`."""
+    ends = [0, *steps.sum(1).cumsum(0).tolist()]
+    first, last, _ = at.indices(len(steps))
+    return torch.arange(ends[first], ends[last], device=steps.device)
 
 
 def documents_of(inputs: Tensor) -> Tensor | None:

@@ -16,13 +16,22 @@ from raykd.losses.divergences import (
 )
 from raykd.losses.fused import dense_kl, sparse_kl
 from raykd.losses.returns import returns_to_go, running_products, whitened
-from raykd.losses.terms import Pairs, TermValues, mean_over_pairs, term
+from raykd.losses.terms import (
+    Answered,
+    Pairs,
+    TermValues,
+    at_steps,
+    mean_over_pairs,
+    term,
+)
 from raykd.losses.valence import realised_future
 
 __all__ = [
+    "Answered",
     "DivergenceKind",
     "Pairs",
     "TermValues",
+    "at_steps",
     "both_log_probs",
     "dense_kl",
     "divergence",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.losses import shared_terms  # noqa: F401 - registers the terms that all techniques share
-from raykd.losses.terms import TERMS, TermValues, needs_of
+from raykd.losses.terms import TERMS, Answered, TermValues, needs_of
 from raykd.recipe.tables import TermSpec
 from raykd.signals import Batch, Signals
 
@@ -71,12 +71,32 @@ class Objective(nn.Module):
             counts.append(count)
         return torch.stack(sums), torch.stack(counts).to(sums[0].dtype)
 
+    def counts(self, answered: Answered, batch: Batch, progress: float = 0.0) -> Tensor:
+        """The count of each term, as `forward` gives it, before the student has answered.
+
+        Every term must say where it counts.
+        """
+        counts: list[Tensor] = []
+        for name, spec in self.specs.items():
+            if not self._is_due(name, spec, batch, progress):
+                counts.append(batch.mask.new_zeros((), dtype=torch.int64))
+                continue
+            where = TERMS[name].counts
+            assert where is not None, f"terms.{name} does not say where it counts"
+            mask = where(answered, batch, **TERMS[name].settings(spec.settings))
+            counts.append(mask.sum() if batch.weight is None else _of_rows(mask).sum())
+        return torch.stack(counts).to(torch.float32)
+
+    def _is_due(self, name: str, spec: TermSpec, batch: Batch, progress: float) -> bool:
+        """Whether a term counts in this kind of batch, at this time."""
+        of_this_kind = TERMS[name].own == (batch.rollout is not None)
+        return of_this_kind and spec.since <= progress < spec.until
+
     def _sum(
         self, name: str, spec: TermSpec, student: Signals, batch: Batch, progress: float
     ) -> tuple[Tensor, Tensor]:
         """A term's sum and count."""
-        of_this_kind = TERMS[name].own == (batch.rollout is not None)
-        if not of_this_kind or not spec.since <= progress < spec.until:
+        if not self._is_due(name, spec, batch, progress):
             no_sum = student.logits.new_zeros((), dtype=torch.float32)
             no_count = student.mask.new_zeros((), dtype=torch.int64)
             return no_sum, no_count
@@ -92,7 +112,7 @@ class Objective(nn.Module):
         count = mask.reshape(len(mask), -1).sum(1)
         mean = value.reshape(len(mask), -1).sum(1) / count.clamp(min=1)
         weighted = mean * batch.weight if spec.weighted else mean
-        return weighted.sum(), (count > 0).sum()
+        return weighted.sum(), _of_rows(mask).sum()
 
     def _values(self, name: str, spec: TermSpec, student: Signals, batch: Batch) -> TermValues:
         if name in self.modules_by_term:
@@ -109,3 +129,8 @@ class Objective(nn.Module):
         """The loss: the sum over terms of weight * sum / count. A term without places adds 0."""
         weight = torch.tensor(list(self.weights.values()), dtype=sums.dtype, device=sums.device)
         return (weight * sums / counts.clamp(min=1)).sum()
+
+
+def _of_rows(mask: Tensor) -> Tensor:
+    """(B,): whether a row has a place that counts."""
+    return mask.reshape(len(mask), -1).any(1)

@@ -4,7 +4,7 @@ Shapes: B rows, T steps, C classes, P valid steps. Each term returns values (B, 
 counts once a sequence, and where they count.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.losses.terms import TermValues, term
+from raykd.losses.terms import Answered, TermValues, term
 from raykd.losses.valence import at_last_step, prefix_confidence, realised_future
 from raykd.signals import Batch, Signals, flatten_valid, log_softmax
 from raykd.targets import UNLABELLED, SparseTargets, cross_entropy
@@ -21,7 +21,18 @@ Temperature = Annotated[float, Field(gt=0)]
 Where = Literal["steps", "sequence"]
 
 
-@term()
+def _labelled(mask: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels (B,) or (B, T) laid over `mask`, and where there is one."""
+    target = label.reshape(*label.shape, *(1,) * (mask.dim() - label.dim())).expand(mask.shape)
+    return target, mask & (target != UNLABELLED)
+
+
+def _ce_counts(answered: Answered, batch: Batch, *, on: Where) -> Tensor:
+    mask = answered.mask if on == "steps" else answered.mask.any(1)
+    return _labelled(mask, batch.label)[1] if batch.label.dim() <= mask.dim() else mask
+
+
+@term(counts=_ce_counts)
 def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
     """Cross-entropy with the labels, -log q(label).
 
@@ -31,17 +42,22 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
     on  "steps": it counts at every valid step; "sequence": once a row, on the mean logits
     """
     mask = student.mask if on == "steps" else student.mask.any(1)
-    target = batch.label
-    if target.dim() == 2 and mask.dim() == 1:
+    if batch.label.dim() == 2 and mask.dim() == 1:
         raise RecipeError('terms.ce: text has a label at every step, so write on = "steps"')
-    target = target.reshape(*target.shape, *(1,) * (mask.dim() - target.dim())).expand(mask.shape)
-    mask = mask & (target != UNLABELLED)
+    target, mask = _labelled(mask, batch.label)
     log_q = student.log_q if on == "steps" else log_softmax(student.sequence_logits())
     log_q_of_label = log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return TermValues(-log_q_of_label, mask)
 
 
-@term("logits", divergence="forward")
+def _kd_counts(answered: Answered, batch: Batch, *, on: Where, **_settings: Any) -> Tensor:
+    assert batch.teacher is not None
+    if batch.targets is None and answered.mask.shape[1] != batch.teacher.logits.shape[1]:
+        on = "sequence"
+    return answered.mask if on == "steps" else answered.mask.any(1)
+
+
+@term("logits", divergence="forward", counts=_kd_counts)
 def kd(
     student: Signals,
     batch: Batch,
@@ -94,7 +110,19 @@ def _sparse_kd(
     return TermValues(value, student.mask)
 
 
-@term()
+def _future_counts(answered: Answered, batch: Batch, *, discount: float) -> Tensor:
+    valence = batch.valence
+    if valence is None:  # a confidence in the label, known wherever there is an answer
+        known = answered.mask
+        if batch.label.dim() == 2:
+            known = known & (batch.label != UNLABELLED)
+        valence = torch.where(known, 0.0, torch.nan)
+        if valence.shape != batch.mask.shape:
+            valence = at_last_step(valence, batch.mask)
+    return realised_future(valence, batch.mask, discount, batch.document)[1]
+
+
+@term(counts=_future_counts)
 def future_valence(
     student: Signals, batch: Batch, *, discount: Annotated[float, Field(ge=0, le=1)] = 0.95
 ) -> TermValues:
@@ -122,7 +150,12 @@ def future_valence(
     return TermValues((student.valence.float() - target).square(), known)
 
 
-@term("trajectory")
+def _value_counts(answered: Answered, batch: Batch) -> Tensor:
+    assert batch.teacher is not None
+    return batch.mask & batch.teacher.valence_steps
+
+
+@term("trajectory", counts=_value_counts)
 def value(student: Signals, batch: Batch) -> TermValues:
     """The squared difference of the student's and the teacher's future valence, (F_S - F_T)^2.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from raykd.errors import Problem
 from raykd.recipe.tables import Pair, TermSpec
 from raykd.recipe.validation import suggestion, validate
-from raykd.signals import masked_mean
+from raykd.signals import Batch, masked_mean
 
 # Pairs of (student's submodule, teacher's submodule).
 Pairs = Annotated[list[Pair[str]], Field(min_length=1)]
@@ -45,6 +45,43 @@ class TermValues(NamedTuple):
 
     value: Tensor
     mask: Tensor
+
+
+class Answered(NamedTuple):
+    """What is known of a student's answers to a batch before it gives them.
+
+    mask    (B, T) as in Signals: where it answers
+    layers  the number of steps of each inner layer
+
+    Example:
+        >>> from raykd.losses import Answered
+        >>> Answered(torch.ones(1, 2, dtype=torch.bool), {"hidden.blocks.0": 2}).mask.sum()
+        tensor(2)
+    """
+
+    mask: Tensor
+    layers: Mapping[str, int]
+
+
+# (answered, batch, **settings) -> the mask of a term's TermValues, whatever the student says.
+Counts = Callable[..., Tensor]
+
+
+def at_steps(answered: Answered, batch: Batch, **settings: Any) -> Tensor:
+    """Where a term counts that counts at every valid step of the batch.
+
+    Use it as `@term(..., counts=at_steps)`.
+
+    Example:
+        >>> from raykd import Batch
+        >>> from raykd.losses import Answered, at_steps
+        >>> valid = torch.tensor([[True, False]])
+        >>> number = torch.zeros(1, dtype=torch.int64)
+        >>> batch = Batch(number, torch.zeros(1, 2, 3), valid, number)
+        >>> at_steps(Answered(valid, {}), batch)
+        tensor([[ True, False]])
+    """
+    return batch.mask
 
 
 def mean_over_pairs(values: list[Tensor], mask: Tensor) -> TermValues:
@@ -81,25 +118,31 @@ class Term(NamedTuple):
     layers       the kind of its layers, from its settings; None where it reads no layer
     divergence   what it computes from the logits; "any" where it needs every class
     whole_batch  whether it compares the rows of the global batch with each other, so that its value
-                 is not a sum over them
+                 is not a sum over them; by its settings
     own          whether it counts in text that the student wrote, with a live teacher's logits, and
                  not in the data's rows
     dtype        the numbers in which it is given its signals
+    counts       where it counts, known before the student answers; None where it does not say
     """
 
     make: Callable[..., Any]
     needs: frozenset[str]
     layers: Callable[[Mapping[str, Any]], str] | None
     divergence: str
-    whole_batch: bool
+    whole_batch: Callable[[Mapping[str, Any]], bool]
     own: bool = False
     dtype: Literal["float32", "float64"] = "float32"
+    counts: Counts | None = None
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting: the defaults of the signature, overridden by what a recipe gives."""
         parameters = inspect.signature(self.make).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         return defaults | dict(given)
+
+    def compares(self, given: Mapping[str, Any]) -> bool:
+        """Whether it compares rows with each other under these settings."""
+        return self.whole_batch(self.settings(given))
 
     def pairs(self, given: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The student's and the teacher's signal of every pair of layers in these settings."""
@@ -122,9 +165,10 @@ def term(
     *needs: str,
     layers: str | Callable[[Mapping[str, Any]], str] | None = None,
     divergence: str = "any",
-    whole_batch: bool = False,
+    whole_batch: bool | Callable[[Mapping[str, Any]], bool] = False,
     own: bool = False,
     dtype: Literal["float32", "float64"] = "float32",
+    counts: Counts | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or nn.Module class as a loss term that reads the named teacher signals.
 
@@ -133,9 +177,14 @@ def term(
     `pairs: Pairs` then names submodules of the student and of the teacher.
 
     `divergence = "forward"` lets sparse stores serve the term, which must then read
-    `batch.targets`. `whole_batch` is for terms that compare rows with each other. `own` terms read
-    a live teacher's logits and `batch.rollout`, and nothing of a store. `dtype = "float64"` gives a
+    `batch.targets`. `whole_batch` is for terms that compare rows with each other, or a function
+    from the settings to whether they do. `own` terms read a live teacher's logits and
+    `batch.rollout`, and nothing of a store. `dtype = "float64"` gives a
     function its signals in that type; a recipe with it may have no model compute in fewer digits.
+
+    `counts(answered, batch, **settings)` gives the mask of the term's values before the student has
+    answered, so that a batch may be read in micro-batches (`scale.micro`): `at_steps` is that of
+    terms that count at every valid step.
 
     ValueError where another module has registered a term of this name.
 
@@ -158,7 +207,8 @@ def term(
                 f"two terms are called {name!r}: in {known.make.__module__} and {make.__module__}"
             )
         kind = (lambda _settings, fixed=layers: fixed) if isinstance(layers, str) else layers
-        TERMS[name] = Term(make, frozenset(needs), kind, divergence, whole_batch, own, dtype)
+        compares = whole_batch if callable(whole_batch) else lambda _settings: bool(whole_batch)
+        TERMS[name] = Term(make, frozenset(needs), kind, divergence, compares, own, dtype, counts)
         return make
 
     return register

@@ -91,9 +91,13 @@ def check_numbers(module: nn.Module, key: str, rows: ProbeRows, precision: Preci
         raise RecipeError([Problem(f"precision.{key}", text)])
 
 
-def check_shared(module: nn.Module, key: str, rows: ProbeRows) -> None:
-    """RecipeError, at `<key>.model`, if workers that share a batch would train another module than
-    one would: by chance in training, or statistics of a batch. The module is changed.
+def check_shared(
+    module: nn.Module, key: str, rows: ProbeRows, *, advice: str = "set scale.workers = 1"
+) -> None:
+    """RecipeError, at `<key>.model`, if a batch that is read in parts would train another module
+    than one that is read whole: by chance in training, or statistics of a batch.
+
+    Workers share a batch, and `scale.micro` parts it. The module is changed.
     """
     chance = [name for name, part in module.named_modules() if _draws(part)]
     found = f"draws by chance in training ({', '.join(chance)})" if chance else None
@@ -115,8 +119,8 @@ def check_shared(module: nn.Module, key: str, rows: ProbeRows) -> None:
         elif not _apart(both, alone) <= BESIDE:
             found = "answers a row by the others of its batch in training, as BatchNorm does"
     if found:
-        advice = "so several workers would train another student than one; set scale.workers = 1"
-        raise _refused(key, module, f"{found}, {advice}")
+        told = "so a batch in parts would train another student than a whole one"
+        raise _refused(key, module, f"{found}, {told}; {advice}")
 
 
 def _draws(part: nn.Module) -> bool:

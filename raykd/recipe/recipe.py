@@ -57,6 +57,8 @@ class Scale(Table):
     """How often a lost worker or actor is replaced."""
     max_bad_rows: Amount = 0
     """Rows that the teacher may fail to score; they are left out."""
+    micro: Count | None = None
+    """Rows of a forward pass in training, with equal results; without it a whole share at once."""
     checkpoint_every: Count = 500
     """Steps from checkpoint to checkpoint."""
     start_timeout_s: Count = 120

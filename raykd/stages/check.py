@@ -131,6 +131,8 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
                 check_numbers(module, key, rows, recipe.precision)
                 if key == "student" and recipe.scale.workers[1] > 1:
                     check_shared(module, key, rows)
+                elif key == "student" and recipe.scale.micro:
+                    check_shared(module, key, rows, advice="leave scale.micro out")
 
 
 def _cut(rows: ProbeRows, steps: int) -> ProbeRows:

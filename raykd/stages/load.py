@@ -1,5 +1,6 @@
 """A recipe file made whole and checked: `load` gives a Recipe, or every error at once."""
 
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def resolve(
         problems += _data_problems(recipe.data)
         problems += _worker_problems(recipe)
         problems += _precision_problems(recipe)
+        problems += _micro_problems(recipe)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -187,6 +189,35 @@ def _worker_problems(recipe: Recipe) -> list[Problem]:
         'the result; write "global_batch", or set scale.workers = 1'
     )
     return [Problem("weighting.statistics", text)]
+
+
+def _micro_problems(recipe: Recipe) -> list[Problem]:
+    """Why a worker's rows cannot be read a few at a time, with the result of all at once."""
+    scale = recipe.scale
+    if scale.micro is None:
+        return []
+    own = recipe.source.rows(recipe.optim.batch) if recipe.source else 0
+    rows = math.ceil(max(own, recipe.optim.batch - own) / scale.workers[0])
+    found = []
+    if scale.micro > rows:
+        found.append(f"{scale.micro}, but a worker has {rows} rows of a batch; write at most that")
+    for name, spec in recipe.terms.items():
+        term = terms.TERMS[name]
+        if spec.weight == 0:
+            continue
+        if term.compares(spec.settings):
+            found.append(f"terms.{name} compares all rows of a batch with each other; leave it out")
+        elif term.counts is None:
+            found.append(
+                f"terms.{name} does not say where it counts; give it @term(counts=...), or leave "
+                "scale.micro out"
+            )
+    if any(phase.quant and phase.quant.over_the_call for phase in recipe.phases):
+        found.append(
+            "a phase rounds activations over all rows of a call, of which there would be several; "
+            'write phases.quant.activations = "int8_token", or leave scale.micro out'
+        )
+    return [Problem("scale.micro", text) for text in found]
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:
@@ -372,7 +403,7 @@ def _trial_problems(raw: dict[str, Any], allow_import: Collection[str]) -> list[
     if recipe is not None:
         faults = faults or terms.term_problems(recipe.terms)
         faults = faults or _teacher_problems(recipe) or _source_problems(recipe)
-        faults = faults or _worker_problems(recipe)
+        faults = faults or _worker_problems(recipe) or _micro_problems(recipe)
     return faults or _name_problems(raw, allow_import)
 
 

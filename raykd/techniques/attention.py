@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
-from raykd.losses import Pairs, TermValues, mean_over_pairs, term
+from raykd.losses import Answered, Pairs, TermValues, mean_over_pairs, term
 from raykd.signals import Batch, Signals, same_length
 
 RECIPE = {
@@ -45,7 +45,12 @@ def _kind(settings: Any) -> str:
     return "scores" if settings["mode"] == "scores" else "hidden"
 
 
-@term(layers=_kind)
+def _counts(answered: Answered, batch: Batch, *, mode: str, **_settings: Any) -> Tensor:
+    """The steps, or the rows that an activation is compared over."""
+    return batch.mask.any(1) if mode == "activation" else batch.mask
+
+
+@term(layers=_kind, counts=_counts)
 def attention(
     student: Signals,
     batch: Batch,

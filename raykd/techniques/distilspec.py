@@ -14,7 +14,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.losses import DivergenceKind, TermValues, teacher_divergence, term, unflatten_valid
+from raykd.losses import (
+    DivergenceKind,
+    TermValues,
+    at_steps,
+    teacher_divergence,
+    term,
+    unflatten_valid,
+)
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -26,7 +33,7 @@ RECIPE = {
 }
 
 
-@term(own=True)
+@term(own=True, counts=at_steps)
 def distilspec(
     student: Signals,
     batch: Batch,

@@ -6,10 +6,12 @@ with `since = 0.3` for the other terms. r is linear, trained with the student an
 Pair a middle layer: a late one leaves the student no freedom.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raykd.losses import Pairs, TermValues, mean_over_pairs, term
+from raykd.losses import Answered, Pairs, TermValues, mean_over_pairs, term
 from raykd.signals import Batch, Signals, same_length
 
 RECIPE = {
@@ -21,7 +23,19 @@ RECIPE = {
 }
 
 
-@term(layers="hidden")
+def _counts(answered: Answered, batch: Batch, *, pairs: Pairs, **_settings: Any) -> Tensor:
+    """The steps where layers and batch have the same ones, else the rows."""
+    assert batch.teacher is not None
+    steps = batch.mask.shape[1]
+    for mine, theirs in pairs:
+        here = answered.layers[f"hidden.{mine}"]
+        there = batch.teacher.layers[f"hidden.{theirs}"].shape[1]
+        if steps > 1 and not here == there == steps:
+            return batch.mask.any(1)
+    return batch.mask
+
+
+@term(layers="hidden", counts=_counts)
 class hint(nn.Module):
     """The mean over channels of (t(h_T) - r(h_S))^2 at every valid step, mean over pairs of layers.
 

@@ -9,13 +9,15 @@ L = 0.5 G + 0.5 KL(p || q) over all drafted tokens, p and q at the temperature o
 draft's rejection and tail cost the teacher no more than verifying it does.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.losses import (
+    Answered,
     DivergenceKind,
     TermValues,
     both_log_probs,
@@ -39,7 +41,15 @@ RECIPE = {
 LEAST = -15.0  # of the log probability of a rejected token: pushing it down has no bottom
 
 
-@term(own=True)
+def _counts(answered: Answered, batch: Batch, *, form: str, **_settings: Any) -> Tensor:
+    """All drafted tokens, or the tested ones."""
+    rollout = batch.rollout
+    if form == "soft" or not rollout or rollout.accepted is None or rollout.rejected is None:
+        return batch.mask
+    return (rollout.accepted | rollout.rejected) & batch.mask
+
+
+@term(own=True, counts=_counts)
 def ghost(
     student: Signals,
     batch: Batch,

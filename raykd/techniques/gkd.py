@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raykd.losses import TermValues, teacher_divergence, term, unflatten_valid
+from raykd.losses import TermValues, at_steps, teacher_divergence, term, unflatten_valid
 from raykd.signals import Batch, Signals
 
 RECIPE = {
@@ -21,7 +21,7 @@ RECIPE = {
 }
 
 
-@term(own=True)
+@term(own=True, counts=at_steps)
 def gkd(
     student: Signals, batch: Batch, *, beta: Annotated[float, Field(ge=0, le=1)] = 0.5
 ) -> TermValues:

@@ -11,13 +11,15 @@ A part of the text may be drawn from 0.2 p + 0.8 q, which helps a weak student. 
 have learnt the data first: start from its weights.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from raykd.losses import (
     TermValues,
+    at_steps,
     both_log_probs,
     divergence,
     returns_to_go,
@@ -39,7 +41,12 @@ RECIPE = {
 }
 
 
-@term(own=True)
+def _whitens(settings: Mapping[str, Any]) -> bool:
+    """Whether an advantage is held against those of the other rows."""
+    return settings["whiten"]
+
+
+@term(own=True, whole_batch=_whitens, counts=at_steps)
 def minillm(
     student: Signals,
     batch: Batch,

@@ -56,13 +56,15 @@ def train(
     live: LiveTeacher | Replay | None = None,
     kept: DraftLogSpec | None = None,
     precision: Precision = FP32,
+    micro: int | None = None,
 ) -> State:
     """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they
     have a state.
 
     An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of
     a log. Drafts that are written are `kept` where that is given. The student's layers compute in
-    the numbers of `precision`; validation is in float32. `report(step, metrics)` is called
+    the numbers of `precision`; validation is in float32. With `micro` a forward pass reads so many
+    rows, with the loss and gradient of the whole share. `report(step, metrics)` is called
     every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
     since the last call and what `evaluate(student)` says. `tick(step)` is called after every step.
     """
@@ -87,7 +89,7 @@ def train(
         if "seen" in saved.tensors and world.rank == 0:
             seen += saved.tensors["seen"].to(device)
     learner.train()
-    step = TrainStep(arm, optim, rows, world, state, live, kept)
+    step = TrainStep(arm, optim, rows, world, state, live, kept, micro)
     step.spreads += [Spread(**table) for table in (saved.meta.get("spreads", ()) if saved else ())]
     patient = _terminated_between_steps() if checkpoints else nullcontext(lambda: False)
     with closing(step), patient as stop:

@@ -147,6 +147,7 @@ class ArmRunner:
             self.validate,
             live=live,
             precision=self.recipe.precision,
+            micro=self.recipe.scale.micro,
             **keywords,
         )
 

@@ -1,7 +1,9 @@
 """One optimiser step over a global batch, of which this process takes its share."""
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raykd.data.order import input_noise, mixed
-from raykd.errors import Diverged
+from raykd.errors import Diverged, RecipeError
 from raykd.generation.draft_log import DraftLog, DraftLogSpec
 from raykd.generation.own_rows import LiveTeacher, OwnRows, replay_rows, write_rows
 from raykd.generation.replay import Replay
 from raykd.generation.sampling import LaterBatch
 from raykd.generation.schedule import Schedule
-from raykd.losses.terms import is_own
+from raykd.losses.terms import Answered, is_own
 from raykd.losses.weighting import RowWeights, Spread, mean_spread
 from raykd.quant.swap import roundable
 from raykd.recipe.source import Source
 from raykd.recipe.tables import Optim
-from raykd.signals import Batch
+from raykd.signals import Batch, Signals
 from raykd.store.logits import Targets
 from raykd.training import phases
 from raykd.training.arm import Arm, World
@@ -42,12 +44,17 @@ class TrainStep:
         state: State,
         live: LiveTeacher | Replay | None = None,
         kept: DraftLogSpec | None = None,
+        micro: int | None = None,
     ):
         self.arm = arm
         self.optim = optim
         self.rows = rows
         self.world = world
         self.state = state
+        self.micro = micro
+        self.form: AnswerForm | None = None  # of the student, once it is asked
+        # of all terms, since the last report: counts known before the answers, and those of them
+        self.foretold = torch.zeros(2, len(state.learner.objective.weights), dtype=torch.float64)
         # the first rows of a global batch are the student's own
         self.num_own = arm.source.rows(optim.batch) if arm.source else 0
         self.device = rows.device
@@ -77,18 +84,14 @@ class TrainStep:
     def __call__(self) -> Tensor:
         """(2, terms): this rank's sums and counts of each term over its part of the batch."""
         number = self.state.step
-        objective = self.state.learner.objective
         optimizer = self.state.optimizer
         seed = mixed(self.arm.seed, number)
         for layer in self.layers:
             layer.blend = self.span.blend(number)
         batches = self._batches(number, seed)
-        reseed(self.device, seed + 1 + self.world.rank)
-        sums, counts = self.model(*batches, progress=number / self.optim.steps)
+        sums, counts = self._gradients(batches, number / self.optim.steps, seed)
         if isinstance(batches[0].targets, Targets):
             self.temperatures = tuple(batches[0].targets.decoded)
-        optimizer.zero_grad()
-        objective.total(sums * self.world.size, self.world.sum(counts)).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
         if not math.isfinite(norm):
             global_sums = self.world.sum(sums)
@@ -97,7 +100,60 @@ class TrainStep:
         for group in optimizer.param_groups:
             group["lr"] = self.span.learning_rate(self.optim, number)
         optimizer.step()
-        return torch.stack([sums.detach(), counts])
+        return torch.stack([sums, counts])
+
+    def _gradients(self, batches: list[Batch], progress: float, seed: int) -> tuple[Tensor, Tensor]:
+        """This rank's sums and counts; the gradient of the global loss is left in the parameters.
+
+        With `micro` rows at a time the counts of the whole batch are known before the first of them
+        is read, so that loss and gradient are those of the whole.
+        """
+        objective = self.state.learner.objective
+        if self.micro is None:
+            reseed(self.device, seed + 1 + self.world.rank)
+            sums, counts = self.model(*batches, progress=progress)
+            self.state.optimizer.zero_grad()
+            objective.total(sums * self.world.size, self.world.sum(counts)).backward()
+            return sums.detach(), counts
+        parts = [part for batch in batches for part in in_parts(batch, self.micro)]
+        form = self.form or AnswerForm.of(self.state.learner.student, batches[0])
+        self.form = form
+        foretold = [objective.counts(form.answered(part), part, progress) for part in parts]
+        everywhere = self.world.sum(torch.stack(foretold).sum(0))
+        reseed(self.device, seed + 1 + self.world.rank)
+        self.state.optimizer.zero_grad()
+        sums = torch.zeros_like(everywhere)
+        counts = torch.zeros_like(everywhere)
+        for number, part in enumerate(parts, 1):
+            with self._reduced(number == len(parts)):
+                part_sums, part_counts = self.model(part, progress=progress)
+                objective.total(part_sums * self.world.size, everywhere).backward()
+            sums += part_sums.detach()
+            counts += part_counts
+        self.foretold = self.foretold.to(self.device)
+        self.foretold += torch.stack([torch.stack(foretold).sum(0), counts])
+        return sums, counts
+
+    def _reduced(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients of all workers are summed once a step, with its last part."""
+        if isinstance(self.model, DistributedDataParallel) and not is_last:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _check_counts(self) -> None:
+        """RecipeError where a term has counted elsewhere than it says beforehand."""
+        wrong = (self.foretold[0] != self.foretold[1]).tolist()
+        names = [
+            name
+            for name, is_wrong in zip(self.state.learner.objective.weights, wrong, strict=True)
+            if is_wrong
+        ]
+        if names:
+            raise RecipeError(
+                f"scale.micro: terms.{names[0]} counted at other places than its `counts` says, so "
+                "the loss was not that of the whole batch; mend that, or leave scale.micro out"
+            )
+        self.foretold.zero_()
 
     def close(self) -> None:
         """End the thread that makes batches ahead."""
@@ -109,6 +165,7 @@ class TrainStep:
 
         `weights` is the mean spread of row weights, `lag` the greatest age of the student's text.
         """
+        self._check_counts()
         metrics: dict[str, Any] = {}
         if self.spreads:
             metrics["weights"] = mean_spread(self.spreads)
@@ -192,6 +249,35 @@ class TrainStep:
         if noise is not None:
             noise = noise[self.share].to(self.device)
         return self.rows.batch(index.to(self.device), noise)
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How many steps a student's answer and inner layers have, whatever the rows."""
+
+    once: bool  # whether it answers once a row
+    layers: dict[str, int]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, student: nn.Module, batch: Batch) -> "AnswerForm":
+        """The form of what a student answers to the first row of a batch."""
+        was_training = student.training
+        said: Signals = student.eval()(batch.inputs[:1], batch.mask[:1])
+        student.train(was_training)
+        layers = {name: layer.shape[1] for name, layer in said.layers.items()}
+        return cls(said.mask.shape[1] != batch.mask.shape[1], layers)
+
+    def answered(self, batch: Batch) -> Answered:
+        """What is known of the student's answers to a batch before it gives them."""
+        mask = torch.ones_like(batch.mask[:, :1]) if self.once else batch.mask
+        return Answered(mask, self.layers)
+
+
+def in_parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A batch as batches of at most so many rows."""
+    for first in range(0, len(batch.row_id), rows):
+        yield batch.rows(slice(first, first + rows))
 
 
 def reseed(device: torch.device, seed: int) -> None:

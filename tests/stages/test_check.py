@@ -136,6 +136,8 @@ def test_dropout_is_refused_where_several_workers_would_draw_it(told, monkeypatc
     told((9, 9), student={"model": "dropping"})
     with pytest.raises(RecipeError, match=r"student\.model.*draws by chance in training \(0\)"):
         told((9, 9), student={"model": "dropping"}, scale={"workers": 2})
+    with pytest.raises(RecipeError, match=r"student\.model.*leave scale\.micro out"):
+        told((9, 9), student={"model": "dropping"}, scale={"micro": 2})
 
 
 def test_a_teacher_that_reads_padding_is_refused_by_its_key(told):

@@ -25,7 +25,7 @@ from raykd import models, techniques
 from raykd.errors import RecipeError
 from raykd.losses import shared_terms
 from raykd.losses.objective import Objective
-from raykd.losses.terms import TERMS, needs_of, wants_of
+from raykd.losses.terms import TERMS, Answered, needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.recipe import Recipe
@@ -137,7 +137,15 @@ LAYERS = sorted(
 SPLITTABLE = [
     c
     for c in CASES
-    if not any(TERMS[n].whole_batch or s.get("whiten") for n, s in c.values[0].items())
+    if not any(
+        TERMS[n].compares({k: v for k, v in s.items() if k != "weight"})
+        for n, s in c.values[0].items()
+    )
+]
+PARTED = [  # terms of the examples' own need not say where they count
+    c
+    for c in SPLITTABLE
+    if not any(TERMS[n].make.__module__.startswith("examples.") for n in c.values[0])
 ]
 
 
@@ -388,6 +396,42 @@ def test_splitting_a_batch_changes_nothing(terms, parts, student, batch):
         torch.testing.assert_close(
             torch.cat([f[2][number] for f in found]), before, rtol=1e-6, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("terms", PARTED)
+def test_micro_batches_have_the_loss_and_gradient_of_the_whole(terms, student, batch):
+    """Each part is divided by the counts of all, which are known before a student answers."""
+    objective = objective_of(terms)
+    answered = {name: layer.shape[1] for name, layer in student.layers.items()}
+    progress = all_count(objective)
+    weights = torch.linspace(0.5, 2, B)
+    for whole in (batch, replace(batch, weight=weights), replace(batch, valence=None)):
+        mine = mapped(student, lambda v: v.detach().clone())
+        leaves = [v.requires_grad_() for v in tensors(mine)]
+        sums, counts = objective(mine, whole, progress)
+        objective.total(sums, counts).backward()
+        wanted = [torch.zeros_like(v) if v.grad is None else v.grad.clone() for v in leaves]
+        loss = objective.total(sums, counts)
+        for micro in (1, 2, 4):
+            slices = [slice(first, first + micro) for first in range(0, B, micro)]
+            parts = [whole.rows(at) for at in slices]
+            foretold = [
+                objective.counts(Answered(student.mask[at], answered), part, progress)
+                for at, part in zip(slices, parts, strict=True)
+            ]
+            everywhere = torch.stack(foretold).sum(0)
+            assert torch.equal(everywhere, counts)
+            for leaf in leaves:
+                leaf.grad = None
+            found = torch.zeros(())
+            for at, part in zip(slices, parts, strict=True):
+                part_sums, _ = objective(mine.rows(at), part, progress)
+                objective.total(part_sums, everywhere).backward()
+                found += objective.total(part_sums.detach(), everywhere)
+            torch.testing.assert_close(found, loss.detach(), rtol=1e-5, atol=1e-6)
+            for leaf, before in zip(leaves, wanted, strict=True):
+                after = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("terms", CASES)
