@@ -59,6 +59,8 @@ class Scale(Table):
     """Rows that the teacher may fail to score; they are left out."""
     micro: Count | None = None
     """Rows of a forward pass in training, with equal results; without it a whole share at once."""
+    recompute: Literal["none", "blocks"] = "none"
+    """`blocks` keeps a block's inputs alone for the backward pass, and computes the rest again."""
     checkpoint_every: Count = 500
     """Steps from checkpoint to checkpoint."""
     start_timeout_s: Count = 120

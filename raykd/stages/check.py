@@ -22,6 +22,7 @@ from raykd.models.probe import (
     check_student,
     check_teacher,
 )
+from raykd.models.recompute import check_blocks
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import ModelRef
 from raykd.recipe.user_code import user_code
@@ -129,6 +130,8 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
             with user_code(f"{key}.model {ref.model}"):
                 check(module, key, rows)
                 check_numbers(module, key, rows, recipe.precision)
+                if key == "student" and recipe.scale.recompute == "blocks":
+                    check_blocks(module)
                 if key == "student" and recipe.scale.workers[1] > 1:
                     check_shared(module, key, rows)
                 elif key == "student" and recipe.scale.micro:

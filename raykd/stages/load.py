@@ -124,7 +124,7 @@ def resolve(
         problems += _data_problems(recipe.data)
         problems += _worker_problems(recipe)
         problems += _precision_problems(recipe)
-        problems += _micro_problems(recipe)
+        problems += _micro_problems(recipe) + _recompute_problems(recipe)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -218,6 +218,18 @@ def _micro_problems(recipe: Recipe) -> list[Problem]:
             'write phases.quant.activations = "int8_token", or leave scale.micro out'
         )
     return [Problem("scale.micro", text) for text in found]
+
+
+def _recompute_problems(recipe: Recipe) -> list[Problem]:
+    """Workers that would ask each other for their ranges once more in the backward pass."""
+    over_the_call = any(phase.quant and phase.quant.over_the_call for phase in recipe.phases)
+    if recipe.scale.recompute == "none" or recipe.scale.workers[1] == 1 or not over_the_call:
+        return []
+    text = (
+        '"blocks", but a phase rounds activations over the rows of all workers, which would meet '
+        'again in the backward pass; write phases.quant.activations = "int8_token", or leave it out'
+    )
+    return [Problem("scale.recompute", text)]
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:

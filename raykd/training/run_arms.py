@@ -34,6 +34,7 @@ from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.build import build_frozen
 from raykd.models.form import Form, set_attention, set_matmul
+from raykd.models.recompute import recompute_blocks
 from raykd.recipe.recipe import Recipe
 from raykd.store.reader import Store
 from raykd.teacher.head import teacher_head
@@ -129,6 +130,8 @@ class ArmRunner:
         )
         set_attention(module, self.recipe.precision.attention)
         phases.prepare(module, arm.phases)
+        if self.recipe.scale.recompute == "blocks":
+            recompute_blocks(module)
         return Adapter(module, want=wants_of(arm.terms))
 
     def validate(self, student: nn.Module) -> dict[str, float]:
