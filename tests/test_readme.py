@@ -17,7 +17,7 @@ from command import PATIENT
 
 import raykd
 from raykd import techniques
-from raykd.recipe import ModelRef
+from raykd.recipe import ModelRef, StudentRef
 from raykd.recipe.keys import HEADINGS, REQUIRED, recipe_keys, toml_value
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +280,6 @@ def test_the_recipes_readme_has_each_key_as_the_command_prints_it(table):
 
 
 def test_a_teacher_has_the_keys_of_a_student():
-    """So that one table explains both."""
-    assert raykd.Recipe.model_fields["student"].annotation is ModelRef
+    """So that one table explains both; a student has two more."""
+    assert raykd.Recipe.model_fields["student"].annotation is StudentRef
     assert raykd.Recipe.model_fields["teacher"].annotation == ModelRef | None

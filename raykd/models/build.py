@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from raykd.errors import RecipeError
-from raykd.models import hf_folder, transformers_lm
+from raykd.models import hf_folder, start, transformers_lm
 from raykd.models.form import Form, set_attention
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.models.size import check_size, without_values
 from raykd.models.weights import load_weights, numbers_in
 from raykd.recipe import imports
-from raykd.recipe.tables import ModelRef
+from raykd.recipe.tables import ModelRef, StudentRef
 from raykd.recipe.user_code import user_code
 from raykd.recipe.validation import suggestion
 from raykd.recipe.weight_files import LLAMA, TRANSFORMERS, tensor_files
@@ -64,7 +64,7 @@ def build_frozen(ref: ModelRef, shape: dict[str, int], form: Form, *, key: str) 
 
 
 def _built(ref: ModelRef, shape: dict[str, int], key: str, form: Form | None) -> nn.Module:
-    if ref.model == TRANSFORMERS or (ref.weights and Path(ref.weights).is_dir()):
+    if ref.model == TRANSFORMERS or _is_whole_folder(ref):
         classes = shape["classes"]
         module = _read_folder(ref, classes=classes, steps=shape["steps"], key=key, form=form)
         return _in_form(module, form)
@@ -91,7 +91,9 @@ def _built(ref: ModelRef, shape: dict[str, int], key: str, form: Form | None) ->
         raise RecipeError(
             f"{key}.model: {ref.model} leaves the size of {lazy[0]} open; name all sizes"
         )
-    if ref.weights:
+    if isinstance(ref, StudentRef) and (ref.layers is not None or _is_folder(ref)):
+        start.load(module, ref, key)
+    elif ref.weights:
         load_weights(module, Path(ref.weights), key, form if is_unfilled else None)
     return _in_form(module, form)
 
@@ -104,6 +106,15 @@ def _in_form(module: Any, form: Form | None) -> Any:
     return module.to(form.device, form.dtype)
 
 
+def _is_folder(ref: ModelRef) -> bool:
+    return ref.weights is not None and Path(ref.weights).is_dir()
+
+
+def _is_whole_folder(ref: ModelRef) -> bool:
+    """Whether a folder says what the model is; a student's settings are known by then."""
+    return _is_folder(ref) and not isinstance(ref, StudentRef)
+
+
 def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> int:
     """How many parameters a model has: no buffer, and a tied one once. No weights are read.
 
@@ -111,8 +122,8 @@ def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, 
     """
     if ref.model == TRANSFORMERS:
         return numbers_in(tensor_files(Path(str(ref.weights))))
-    if ref.weights and Path(ref.weights).is_dir():
-        module: nn.Module = hf_folder.unfilled(Path(ref.weights))
+    if _is_whole_folder(ref):
+        module: nn.Module = hf_folder.unfilled(Path(str(ref.weights)))
     else:
         module = build_model(ref.bare, channels=channels, classes=classes, steps=steps, key=key)
     return sum(value.numel() for value in module.parameters())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from raykd.errors import RecipeError
 from raykd.files.atomic import write_bytes, write_json
@@ -51,28 +52,39 @@ def read(folder: Path, form: Form | None = None) -> Llama:
     RecipeError if it is of another kind, or if its tensors do not fit. Nothing in the folder is
     executed. The weights may be one file, or several with an index.
     """
-    settings = _settings(config_of(folder), folder / CONFIG)
+    settings = settings_of(folder)
     try:
         check_size(lambda: Llama(**settings))
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder / CONFIG}: {error}") from None
     with without_values() if form else nullcontext():
         module = Llama(**settings)
-    tensors = {}
+    tensors = tensors_of(folder, tied=module.settings["tied"], form=form)
+    fill(module, tensors, f"{folder}: its tensors", are_taken=form is not None)
+    return module
+
+
+def tensors_of(folder: Path, *, tied: bool, form: Form | None = None) -> dict[str, Tensor]:
+    """The tensors of a Llama's folder, in the numbers of a `form`; if `tied`, without a head."""
+    tensors: dict[str, Tensor] = {}
     for path in tensor_files(folder):
         tensors |= read_tensors(path, "weights", form)
     tensors = {
         name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")
     }
-    if module.settings["tied"] and TABLE in tensors:
+    if tied and TABLE in tensors:
         tensors.pop(HEAD, None)
-    fill(module, tensors, f"{folder}: its tensors", are_taken=form is not None)
-    return module
+    return tensors
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A Llama's settings, as its folder has them. RecipeError if it is of another kind."""
+    return _settings(config_of(folder), folder / CONFIG)
 
 
 def unfilled(folder: Path) -> Llama:
     """The model of a folder without its weights, which are not read: it takes no memory."""
-    settings = _settings(config_of(folder), folder / CONFIG)
+    settings = settings_of(folder)
     with torch.device("meta"):
         return Llama(**settings)
 

@@ -120,7 +120,7 @@ def read(folder: Path, form: Form | None = None) -> TransformersLM:
             "model = \"transformers\" needs transformers; type: pip install 'raykd[hf]'"
         ) from None
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=form.dtype,
             attn_implementation=form.implementation,
@@ -128,6 +128,7 @@ def read(folder: Path, form: Form | None = None) -> TransformersLM:
             **_placing(form),
             **READ,
         )
+        model, loading = loaded
     except (
         OSError,
         ValueError,

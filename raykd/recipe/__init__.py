@@ -2,6 +2,17 @@
 
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, Recipe
-from raykd.recipe.tables import DataRef, ModelRef, Optim, Pair, Phase, TermSpec
+from raykd.recipe.tables import DataRef, ModelRef, Optim, Pair, Phase, StudentRef, TermSpec
 
-__all__ = ["DataRef", "Export", "ModelRef", "Optim", "Pair", "Phase", "Quant", "Recipe", "TermSpec"]
+__all__ = [
+    "DataRef",
+    "Export",
+    "ModelRef",
+    "Optim",
+    "Pair",
+    "Phase",
+    "Quant",
+    "Recipe",
+    "StudentRef",
+    "TermSpec",
+]

@@ -25,6 +25,7 @@ LATER: dict[str, tuple[str, ...]] = {
     "": ("select", "precision"),
     "optim": ("order", "lanes", "window"),
     "data": ("splits", "steps", "max_unfit"),
+    "student": ("like", "layers"),
 }
 BY_ROWS = "rows"  # in place of a data source: its rows decide, wherever they come from
 

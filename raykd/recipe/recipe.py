@@ -30,6 +30,7 @@ from raykd.recipe.tables import (
     Phase,
     Seed,
     StoreSettings,
+    StudentRef,
     Table,
     TermSpec,
     Valence,
@@ -161,7 +162,7 @@ class Recipe(Table):
     """The rows."""
     teacher: ModelRef | None = None
     """The model to learn from; without it only labels teach."""
-    student: ModelRef = ModelRef()
+    student: StudentRef = StudentRef()
     """The model that is trained."""
     terms: Annotated[dict[str, TermSpec], Field(min_length=1)]
     """The loss terms, by name; a technique brings its own."""

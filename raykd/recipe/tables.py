@@ -1,9 +1,18 @@
 """The tables that a recipe is made of, and the kinds of values in them. Needs no torch."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from raykd.files.address import checked_address
 from raykd.recipe.quant import Quant
@@ -120,15 +129,37 @@ class ModelRef(Table):
     settings: dict[str, JsonValue] = {}
     """Keyword arguments of the model."""
 
-    def of_seed(self, seed: int) -> "ModelRef":
+    def of_seed(self, seed: int) -> Self:
         """What one training starts from."""
         weights = self.weights and self.weights.replace("{seed}", str(seed))
         return self.model_copy(update={"weights": weights})
 
     @property
-    def bare(self) -> "ModelRef":
+    def bare(self) -> Self:
         """The same without weights, for a module whose weights are loaded later or not needed."""
         return self.model_copy(update={"weights": None})
+
+
+class StudentRef(ModelRef):
+    """A student's model. It may begin as its teacher, or as some layers of it (depth pruning, as
+    DistilBERT, arXiv 1910.01108, and Minitron, arXiv 2407.14679, do).
+
+    Example:
+        >>> StudentRef(model="llama", weights="./teacher", layers=[0, 2]).layers
+        [0, 2]
+    """
+
+    like: Literal["teacher"] | None = None
+    """`teacher`: the teacher's model, settings and weights."""
+    layers: Annotated[list[Amount], Field(min_length=1, max_length=LONGEST)] | None = None
+    """The layers that are kept of `weights`, from 0, in their order; without it all."""
+
+    @field_validator("layers")
+    @classmethod
+    def _check_order(cls, layers: list[int] | None) -> list[int] | None:
+        if layers and any(a >= b for a, b in pairwise(layers)):
+            raise ValueError("each must be above the one before it")
+        return layers
 
 
 class Valence(Table):

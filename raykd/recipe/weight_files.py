@@ -1,7 +1,7 @@
 """What a recipe's `weights` may name: a safetensors file, or a Hugging Face folder.
 
-A folder holds config.json and model.safetensors, or several files of tensors and their index. Only
-a teacher is read from one. Nothing in it is executed, and whatever could be is refused.
+A folder holds config.json and model.safetensors, or several files of tensors and their index.
+Nothing in it is executed, and whatever could be is refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -116,17 +116,13 @@ def problems(
 
 def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[Problem]:
     folder = Path(values["weights"])
-    if table == "student":
-        text = (
-            f"{folder} is a folder, of which only a teacher is read; with model = "
-            f'"{LLAMA}" name its {WEIGHTS} here and write its settings as student.settings'
-        )
-        return [Problem("student.weights", text)]
     problems = []
-    if values.get("model") not in (LLAMA, TRANSFORMERS):
-        text = f'{folder} is a folder, which is read by model = "{LLAMA}" or "{TRANSFORMERS}"'
+    readers = (LLAMA,) if table == "student" else (LLAMA, TRANSFORMERS)
+    if values.get("model") not in (*readers, TRANSFORMERS):  # which is refused by its name
+        named = " or ".join(f'"{name}"' for name in readers)
+        text = f"{folder} is a folder, which is read by model = {named}"
         problems.append(Problem(f"{table}.model", text))
-    if values.get("settings"):
+    if table == "teacher" and values.get("settings"):
         text = f"stand in {folder / CONFIG}; leave them out here"
         problems.append(Problem(f"{table}.settings", text))
     if not is_text:

@@ -11,6 +11,7 @@ from raykd.errors import Problem, RecipeError
 from raykd.files.address import checked_address, is_url
 from raykd.losses import terms
 from raykd.losses.reads import reads_of
+from raykd.models import start
 from raykd.models.build import MODELS
 from raykd.models.form import reads_maps
 from raykd.recipe import imports, weight_files
@@ -112,6 +113,8 @@ def resolve(
     """
     base, problems = _technique(raw.get("technique", "vanilla"), allow_import)
     merged = merge(base, raw)
+    merged, unfit = _student_resolved(merged)
+    problems += unfit
     recipe, faults = validate(Recipe, merged)
     bad_keys = {problem.key for problem in problems + faults}
     if "terms" not in raw and "technique" in bad_keys:  # a sound technique brings terms
@@ -128,9 +131,19 @@ def resolve(
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
-        raise RecipeError(problems, where=where)
+        raise RecipeError(list(dict.fromkeys(problems)), where=where)
     imports.permit(recipe.packages)
     return recipe
+
+
+def _student_resolved(merged: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Raw values whose student has its own model, settings and weights, and what is wrong there."""
+    student = merged.get("student")
+    teacher = merged.get("teacher")
+    if not isinstance(student, dict):
+        return merged, []
+    found, problems = start.resolved(student, teacher if isinstance(teacher, dict) else {})
+    return merged | {"student": found}, problems
 
 
 def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:

@@ -17,7 +17,7 @@ from raykd.models import build
 from raykd.quant import swap
 from raykd.quant.linear import QuantLinear
 from raykd.recipe.quant import Quant
-from raykd.recipe.tables import ModelRef
+from raykd.recipe.tables import StudentRef
 from raykd.reports.sentences import _artefact_figures
 from raykd.stages.load import resolve
 
@@ -53,7 +53,7 @@ def written(tmp_path, monkeypatch):
 
     def write(model: str) -> tuple[dict, set[str]]:
         recipe = resolve({"technique": "none"})
-        recipe = recipe.model_copy(update={"student": ModelRef(model=model)})
+        recipe = recipe.model_copy(update={"student": StudentRef(model=model)})
         write_json(tmp_path / artefact.MODEL, artefact._model(recipe, dataset))
         torch.manual_seed(0)
         module = build.MODELS[model](classes=2, channels=3)

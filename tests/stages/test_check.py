@@ -13,7 +13,7 @@ from raykd import data
 from raykd.data.table import Held
 from raykd.errors import RecipeError
 from raykd.models import build
-from raykd.recipe.tables import ModelRef
+from raykd.recipe.tables import ModelRef, StudentRef
 from raykd.stages import check
 from raykd.stages.check import check_with_data
 from raykd.stages.load import resolve
@@ -83,7 +83,7 @@ def test_rows_padded_before_a_step_need_a_model_that_does_not_read_it(told, tmp_
     recipe = resolve({"technique": "none", "control": False})
 
     def check(model: str) -> None:
-        student = recipe.model_copy(update={"student": ModelRef(model=model)})
+        student = recipe.model_copy(update={"student": StudentRef(model=model)})
         check_with_data(student, Held(dataset), tmp_path, with_export=False)
 
     check("masked mean")

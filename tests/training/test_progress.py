@@ -10,7 +10,7 @@ import torch
 from raykd.console import Progress
 from raykd.orchestration import training
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.tables import DataRef, ModelRef, Optim
+from raykd.recipe.tables import DataRef, Optim, StudentRef
 from raykd.training import run_files
 from raykd.training.arm import ONE_PROCESS
 from raykd.training.run_arms import run_arms
@@ -21,7 +21,7 @@ def test_every_step_ticks_and_reports_come_with_evaluations(tmp_path):
         technique="none",
         terms={"ce": {}},
         data=DataRef(stride=40),
-        student=ModelRef(settings={"width": 8, "layers": 1}),
+        student=StudentRef(settings={"width": 8, "layers": 1}),
         optim=Optim(steps=5, evaluate_every=5),
     )
     ticks = []
