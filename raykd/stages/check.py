@@ -113,7 +113,8 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
     `train` are some of the training rows.
     """
     teacher = recipe.teacher
-    probed = [("student", recipe.student.bare, check_student)]
+    student: ModelRef = recipe.student.bare
+    probed = [("student", student, check_student)]
     # A teacher in a folder is found out as it is read: its columns, its steps, that it is causal.
     if teacher is not None and teacher.model != TRANSFORMERS and not _is_folder(teacher):
         probed.append(("teacher", teacher, check_teacher))

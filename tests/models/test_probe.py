@@ -256,7 +256,7 @@ UNSHARED = {
     "statistics of steps": (Norm, "by the others of its batch in training, as BatchNorm"),
     "statistics of rows": (NormOfRows, "cannot read one row in training"),
     "a layer of dropout": (lambda: nn.Sequential(nn.Dropout(1e-3), Steps()), r"chance .*\(0\)"),
-    "dropout by hand": (Dropping, "draws by chance in training, so several workers"),
+    "dropout by hand": (Dropping, "draws by chance in training, so a batch in parts"),
     "dropout of a recurrence": (recurrent, r"draws by chance in training \(gru\)"),
 }
 
