@@ -97,9 +97,12 @@ def _print_aside(text: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """The progress of one stage, printed at once, then every `every_s` seconds, and when done."""
+    """The progress of one stage, printed at once, then every `every_s` seconds, and when done.
 
-    def __init__(self, stage: str, total: int, unit: str, *, every_s: float | None = None):
+    `total` is None where nobody knows it, and may be set anew meanwhile.
+    """
+
+    def __init__(self, stage: str, total: int | None, unit: str, *, every_s: float | None = None):
         self.stage = stage
         self.total = total
         self.unit = unit
@@ -113,25 +116,30 @@ class Progress:
         """Set how many units are done, with a short remark."""
         self.done = done
         now = time.monotonic()
-        if now - self.printed >= self.every_s and done < self.total:
+        is_open = self.total is None or done < self.total
+        if now - self.printed >= self.every_s and is_open:
             self.printed = now
             self._say(f"{self._pace(now)} {note}")
 
     def finish(self, note: str = "") -> None:
         """Close the line with the time taken."""
-        self.done = self.total
+        self.done = self.done if self.total is None else self.total
+        self.total = self.done
         self._say(f"in {time.monotonic() - self.started:.1f} s {note}", last=True)
 
     def _pace(self, now: float) -> str:
         rate = self.done / max(now - self.started, 1e-9)
         if not rate:
             return "starting"
-        left = (self.total - self.done) / rate
         pace = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        if self.total is None:
+            return f"{pace} {self.unit}/s"
+        left = (self.total - self.done) / rate
         return f"{pace} {self.unit}/s, {left:.0f} s left"
 
     def _say(self, text: str, last: bool = False) -> None:
-        line = f"{self.stage:<7} {self.done:,}/{self.total:,} {self.unit} {text}".rstrip()
+        total = "?" if self.total is None else f"{self.total:,}"
+        line = f"{self.stage:<7} {self.done:,}/{total} {self.unit} {text}".rstrip()
         end = "\n" if last or not self.terminal else ""
         line = clean(line)
         _print_aside(f"\r\x1b[K{line}" if self.terminal else line, end=end)

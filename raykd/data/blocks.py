@@ -6,6 +6,7 @@ of rows that fit into memory become a data set.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,27 @@ class Block:
         fits[[unfit.row - self.first for unfit in self.unfit]] = False
         return fits
 
+    @property
+    def bytes(self) -> int:
+        """Of its values, about."""
+        return self.inputs.values.nbytes + 24 * len(self)
+
     def where(self, keeps: NDArray[np.bool_]) -> "Block":
         """Some of its rows, a mask (N,), as to inputs and valence."""
         valence = self.valence and self.valence.where(keeps)
         return replace(self, inputs=self.inputs.where(keeps), valence=valence)
+
+    def only(self, keeps: NDArray[np.bool_]) -> "Block":
+        """Some of its rows, a mask (N,), which are numbered anew from 0 on, none of them unfit."""
+        group = self.group and replace(self.group, index=self.group.index[keeps])
+        return replace(
+            self.where(keeps),
+            first=0,
+            label=replace(self.label, index=self.label.index[keeps]),
+            split=replace(self.split, index=self.split.index[keeps]),
+            group=group,
+            unfit=(),
+        )
 
 
 class Padding:
@@ -120,6 +138,24 @@ class Padding:
         if self.rows.valence is not None and block.valence is not None:
             told = mask & (block.valence.length != MISSING)[:, None]
             self.rows.valence[at][told] = block.valence.values
+
+
+def group_number(key: tuple[str, str]) -> int:
+    """A 63-bit number for a group, so that no table of all groups is needed."""
+    digest = blake2b("\0".join(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def kept_places(limit: int | None, start: int, rows: int, total: int) -> NDArray[np.int64]:
+    """The places of those rows of a part that `data.limit` leaves.
+
+    The part has so many rows, behind the first `start` of the `total` ones of its split.
+    """
+    if limit is None or total <= limit:
+        return np.arange(rows)
+    first = -(-start * limit // total)
+    end = -(-(start + rows) * limit // total)
+    return np.arange(first, end) * total // limit - start
 
 
 def check_steps(length: NDArray[np.int64], most: int | None, first: int, name: str) -> None:

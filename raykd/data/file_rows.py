@@ -56,6 +56,11 @@ class FileRows:
     def open(self, laid: LaidFile) -> TableFile:
         """A file that has all columns, or whose path says them. DataError names it otherwise."""
         table = open_table(self.files, laid.file, laid.kind, self.ref.columns)
+        self.check(laid, table)
+        return table
+
+    def check(self, laid: LaidFile, table: TableFile) -> None:
+        """DataError where a file lacks a column that its path does not say either."""
         there = table.schema.names
         check_no_labels(there, self.ref)
         given = self.given(laid, there)
@@ -68,7 +73,6 @@ class FileRows:
                 arrow_columns.check_type(table.schema.field(name).type, name, self.where(laid))
             elif name not in given:
                 raise self._missing(laid, there, key)
-        return table
 
     def open_all(self) -> list[TableFile]:
         """All files, many at a time where they are far."""
@@ -84,7 +88,7 @@ class FileRows:
         agreed = pa.schema([])
         for laid, table in zip(self.laid, tables, strict=True):
             try:
-                types = self._types(laid, table.schema)
+                types = self.types_of(laid, table.schema)
                 agreed = pa.unify_schemas([agreed, types], promote_options="permissive")
             except pa.ArrowException as error:
                 raise DataError(
@@ -160,7 +164,7 @@ class FileRows:
         is_integer = column in self._integers and labels.is_integer(value)
         return pa.scalar(int(value) if is_integer else value)
 
-    def _types(self, laid: LaidFile, schema: pa.Schema) -> pa.Schema:
+    def types_of(self, laid: LaidFile, schema: pa.Schema) -> pa.Schema:
         """The types of a file's plain columns."""
         given = self.given(laid, schema.names)
         types = {}

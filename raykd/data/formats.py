@@ -52,6 +52,12 @@ def open_table(files: DataFiles, file: DataFile, kind: str, columns: Columns) ->
         return WholeTable(_lines(content, columns))
 
 
+def lines_table(files: DataFiles, file: DataFile, content: bytes, columns: Columns) -> "WholeTable":
+    """Some lines of a file of JSON lines, which may be none."""
+    with named(files, file, LINES[0]):
+        return WholeTable(_lines(content, columns) if content.strip() else pa.table({}))
+
+
 @contextmanager
 def named(files: DataFiles, file: DataFile, kind: str) -> Iterator[None]:
     """An error of Arrow within it becomes a DataError that names the file."""

@@ -29,15 +29,13 @@ def dataset(blocks: list[Block], name: str, ref: DataRef) -> Dataset:
     check_unfit(unfit, count, ref.max_unfit, name)
     found = (label for block in blocks for label in block.label.values)
     classes = classes_of(found, name, ref)
-    channels = _channels(blocks, name)
-    if not channels:
-        raise DataError(f"{name}: inputs are steps without a channel; give each some values")
+    channels = channels_of(blocks, name)
     for block in blocks:
         check_valence(block, name)
     length = np.concatenate([block.inputs.length for block in blocks])
     check_steps(length, ref.steps, 0, name)
     check_room(length, channels, name)
-    split = _splits(blocks, name, ref)
+    split = np.concatenate([split_numbers(block, name, ref) for block in blocks])
     fits = np.concatenate([block.fits for block in blocks])
     padded = {
         part: Padding(
@@ -86,7 +84,7 @@ def classes_of(found: Iterable[str], name: str, ref: DataRef) -> tuple[str, ...]
     return classes
 
 
-def _channels(blocks: Sequence[Block], name: str) -> int:
+def channels_of(blocks: Sequence[Block], name: str) -> int:
     """The values of a step. DataError names a row that has another count than those before it."""
     some = [block for block in blocks if len(block.inputs.values)]
     channels = some[0].inputs.values.shape[1] if some else 0
@@ -99,21 +97,18 @@ def _channels(blocks: Sequence[Block], name: str) -> int:
                 f"{name}: inputs must be (steps, channels) with one channel count, but row "
                 f"{block.first + row} has shape {shape} and row {some[0].first} {before}"
             )
+    if not channels:
+        raise DataError(f"{name}: inputs are steps without a channel; give each some values")
     return channels
 
 
-def _splits(blocks: Sequence[Block], name: str, ref: DataRef) -> NDArray[np.int64]:
+def split_numbers(block: Block, name: str, ref: DataRef) -> NDArray[np.int64]:
     """(N,): the number of each row's split."""
-    numbers = []
-    for block in blocks:
-        values = (
-            [*block.split.values, None]
-            if (block.split.index == MISSING).any()
-            else block.split.values
-        )
-        names = split_names(values, name, ref)
-        numbers.append(np.array([SPLITS.index(part) for part in names])[block.split.index])
-    return np.concatenate(numbers)
+    values = block.split.values
+    if (block.split.index == MISSING).any():
+        values = [*values, None]
+    names = split_names(values, name, ref)
+    return np.array([SPLITS.index(part) for part in names], np.int64)[block.split.index]
 
 
 def _group_numbers(blocks: Sequence[Block]) -> dict[tuple[str, str], int]:

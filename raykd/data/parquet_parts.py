@@ -7,7 +7,6 @@ is asked for, as ranges of bytes. Every row group must hold one split, and fit i
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raykd.data import arrow_columns, label_draw, label_scan
-from raykd.data.blocks import MISSING, Block, Encoded, Padding, check_steps, check_valence
+from raykd.data.blocks import (
+    MISSING,
+    Block,
+    Encoded,
+    Padding,
+    check_steps,
+    check_valence,
+    group_number,
+    kept_places,
+)
 from raykd.data.file_rows import FileRows, block_of
 from raykd.data.formats import ParquetTable, TableFile
 from raykd.data.held import classes_of
@@ -102,8 +110,8 @@ class ParquetParts:
         for laid in self.rows.laid:
             if laid.kind != PARQUET:
                 raise DataError(
-                    f"{self.rows.where(laid)}: only Parquet is read in parts; write its rows as "
-                    "Parquet"
+                    f"{self.rows.where(laid)}: only Parquet is read in parts where it lies; "
+                    "write its rows as Parquet"
                 )
         opened = self.rows.open_all()
         types = self.rows.agreed(opened)
@@ -163,7 +171,7 @@ class ParquetParts:
     def _check_size(self, laid: LaidFile, table: ParquetTable, number: int) -> None:
         """DataError if a row group is too large to be read at once."""
         rows = table.groups[number]
-        size = max(table.values_of(number, self.rows.names["inputs"]) * 4, table.bytes_of(number))
+        size = self.size_of(table, number)
         if size <= GROUP_BYTES and rows <= MOST_ROWS:
             return
         fewer = max(1, min(rows * GROUP_BYTES // (4 * size), MOST_ROWS))
@@ -173,24 +181,35 @@ class ParquetParts:
             f"write the file again in smaller ones: pq.write_table(..., row_group_size={fewer})"
         )
 
-    def _split_of(self, laid: LaidFile, table: ParquetTable, number: int) -> str:
-        """The split that all rows of a group have, by the file's path or the footer's statistics.
+    def size_of(self, table: ParquetTable, number: int) -> int:
+        """The bytes that a row group takes in memory, about."""
+        return max(table.values_of(number, self.rows.names["inputs"]) * 4, table.bytes_of(number))
 
-        DataError where they have several, or the footer does not say it.
+    def told_split(self, laid: LaidFile, table: ParquetTable, number: int) -> str | None:
+        """What all rows of a group have as their split, by the file's path or the footer's
+        statistics; None where they have several, or the footer does not say it.
         """
         column = self.rows.names["split"]
-        where = f"{self.rows.where(laid)}, row group {number}"
         given = self.rows.given(laid, table.schema.names)
         if column in given:
-            return split_names([given[column]], where, self.rows.ref)[0]
+            return str(given[column])
         [chunk] = table.chunks(number, [column])
         told = chunk.statistics
         if told is None or not told.has_min_max or told.min != told.max or told.null_count:
+            return None
+        return told.min.decode() if isinstance(told.min, bytes) else str(told.min)
+
+    def _split_of(self, laid: LaidFile, table: ParquetTable, number: int) -> str:
+        """The split that all rows of a group have. DataError where it is not known."""
+        where = f"{self.rows.where(laid)}, row group {number}"
+        told = self.told_split(laid, table, number)
+        if told is None:
+            column = self.rows.names["split"]
             raise DataError(
                 f"{where}: its footer does not say that all of its rows have one {column!r}; write "
                 "a file for each split and name them under data.splits, or sort the rows by it"
             )
-        return split_names([told.min], where, self.rows.ref)[0]
+        return split_names([told], where, self.rows.ref)[0]
 
     def _shape(self, groups: Sequence[Group]) -> tuple[int, int]:
         """(steps, channels) of padded rows.
@@ -258,12 +277,7 @@ class ParquetParts:
 
     def _kept(self, group: Group) -> Ints:
         """The places in a group of the rows that `data.limit` leaves."""
-        limit = self.rows.ref.limit
-        if limit is None or group.total <= limit:
-            return np.arange(group.rows)
-        first = -(-group.start * limit // group.total)
-        end = -(-(group.start + group.rows) * limit // group.total)
-        return np.arange(first, end) * group.total // limit - group.start
+        return kept_places(self.rows.ref.limit, group.start, group.rows, group.total)
 
     def _check(self, block: Block, table: Table, name: str) -> None:
         """DataError names the first row that cannot be one of a part."""
@@ -296,13 +310,21 @@ class ParquetParts:
             label = np.where(stays, label, UNLABELLED)
         group = row_id
         if block.group is not None:
-            hashed = {key: _hash(key) for key in block.group.values}
+            hashed = {key: group_number(key) for key in block.group.values}
             group = block.group.mapped(hashed, MISSING)[keeps]
             group = np.where(group == MISSING, row_id, group)
         padding.fill(block.where(keeps), row_id=row_id, label=label, group=group)
 
 
-def _hash(key: tuple[str, str]) -> int:
-    """A 63-bit number for a group, so that no table of all groups is needed."""
-    digest = blake2b("\0".join(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+def can_be_read_in_place(rows: FileRows) -> bool:
+    """Whether files are Parquet whose row groups are parts already: small, and of one split."""
+    if any(laid.kind != PARQUET for laid in rows.laid):
+        return False
+    parts = ParquetParts(rows)
+    for laid, table in zip(rows.laid, rows.open_all(), strict=True):
+        assert isinstance(table, ParquetTable)
+        for number, count in enumerate(table.groups):
+            is_small = parts.size_of(table, number) <= GROUP_BYTES and count <= MOST_ROWS
+            if count and not (is_small and parts.told_split(laid, table, number) is not None):
+                return False
+    return True

@@ -23,7 +23,12 @@ HELD_OUT = {0: "val", 1: "test", 2: "test", 3: "test", 4: "test", 5: "test"}  # 
 
 
 def load(ref: DataRef) -> Dataset:
-    """The data set of the library's files as rows of tokens.
+    """The data set of the library's files as rows of tokens."""
+    return text.load(records(ref), "python_library", ref)
+
+
+def records(ref: DataRef) -> list[dict[str, Any]]:
+    """The library's files as records of texts.
 
     `data.settings.share` is the share of the training files. DataError if a file is not that of the
     list; `data.settings.pinned = false` takes the files as they are, as another data set.
@@ -58,12 +63,11 @@ def load(ref: DataRef) -> Dataset:
             "set: data.settings.pinned = false"
         )
     limit = 65536 * float(settings["share"])
-    records = [
+    return [
         {"text": content.decode("utf-8", "replace"), "split": split_of(name), "group": name}
         for name, content in files.items()
         if split_of(name) != "train" or _two_bytes(name, 2) < limit
     ]
-    return text.load(records, "python_library", ref)
 
 
 def split_of(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from raykd.data.rows import SPLITS, Dataset, Rows, described
+from raykd.data.rows import SPLITS, Dataset, Rows, Unfit, described
 from raykd.targets import UNLABELLED
 
 PLACE_BITS = 24  # of a row id; those above are the part's number
@@ -58,6 +58,7 @@ class Table:
     notes: tuple[str, ...] = ()  # what a reader of results must know of these rows
     labels: int = 0  # of training rows; for tokens, those that are learned
     class_counts: tuple[int, ...] = ()  # training rows with a label, by class; empty for tokens
+    unfit: tuple[Unfit, ...] = ()  # the rows that were left out
 
     @property
     def is_text(self) -> bool:
@@ -143,6 +144,7 @@ class Held:
             notes=tuple(self.dataset.cautions),
             labels=self.dataset.labels,
             class_counts=_class_counts(self.dataset),
+            unfit=self.dataset.unfit,
         )
 
 

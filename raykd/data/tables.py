@@ -1,9 +1,9 @@
 """Users' own rows: files of a folder or a bucket, or a Python function that returns rows."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,8 @@ from raykd.recipe.tables import DataRef
 from raykd.recipe.user_code import user_code
 
 A_LOOK = 100  # rows, after which the memory is looked at
-GIB = 1 << 30
 MOST_ROWS = 1 << 22  # that are held in memory, unless a recipe asks for it
-MOST_BYTES = 2 * GIB  # of their inputs
+MOST_BYTES = 2 << 30  # of their inputs
 
 
 def load_files(ref: DataRef) -> Dataset:
@@ -55,18 +54,13 @@ def load_files(ref: DataRef) -> Dataset:
 def is_large(rows: FileRows) -> bool:
     """Whether files hold more rows than are held in memory unless a recipe asks for it.
 
-    DataError where they do and cannot be read in parts.
+    A text takes about twice its bytes as inputs.
     """
     size = sum(laid.file.bytes for laid in rows.laid)
-    kinds = {laid.kind for laid in rows.laid}
-    if kinds != {PARQUET}:
-        if size > MOST_BYTES:
-            raise DataError(
-                f"data.source {rows.files}: {size / GIB:,.1f} GiB of {', '.join(sorted(kinds))}, "
-                "and only Parquet is read in parts; write it as Parquet, or set optim.order = "
-                '"rows" to hold it in memory'
-            )
-        return False
+    if rows.ref.tokenizer:
+        return size > MOST_BYTES // 2
+    if any(laid.kind != PARQUET for laid in rows.laid):
+        return size > MOST_BYTES
     opened = rows.open_all()
     count = sum(sum(table.groups) for table in opened)
     return count > MOST_ROWS or 4 * _input_values(rows, opened) > MOST_BYTES
@@ -101,31 +95,73 @@ def _records(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
             yield dict(zip(batch.columns, values, strict=True))
 
 
-def load_function(ref: DataRef) -> Dataset:
+class TooManyRows(Exception):
+    """A function gives more rows than are held in memory."""
+
+
+def load_function(ref: DataRef, most: int | None = None) -> Dataset:
     """The data set that `module:function(**data.settings)` gives.
 
-    The function returns a Dataset, or dicts with the keys that `data.columns` names.
+    The function returns a Dataset, or dicts with the keys that `data.columns` names. TooManyRows
+    where it gives more than `most`.
     """
-    names = column_names(ref)
+    given = _given(ref)
+    if isinstance(given, Dataset):
+        return _checked_classes(given, ref)
     rows: list[dict[str, Any]] = []
-    function = imports.load(ref.source, "data.source")
-    with user_code(_Where(ref.source, rows), DataError):
-        given = function(**ref.settings)
-        if isinstance(given, Dataset):
-            return _checked_classes(given, ref)
-        if not isinstance(given, Iterable):
-            raise DataError(
-                f"data.source {ref.source}: gives {str(given)[:40]!r} of type "
-                f"{type(given).__name__}; return a list of dicts, or yield dicts"
-            )
-        for row in given:
-            _check_count(len(rows), ref)
-            rows.append(_checked_row(row, len(rows), names, ref))
+    for some in _in_batches(given, ref):
+        rows += some
+        if most is not None and len(rows) > most:
+            raise TooManyRows
     name = ref.source.partition(":")[2]
     if ref.tokenizer:
         return text.load(rows, name, ref)
-    columns = {key: [row[key] for row in rows] for key in names}
-    return from_columns(columns, name, ref)
+    return held.dataset([block_of_records(rows, column_names(ref), name, ref)], name, ref)
+
+
+def function_rows(ref: DataRef) -> Iterator[list[dict[str, Any]]]:
+    """What `module:function(**data.settings)` yields, some rows at a time.
+
+    DataError where it returns a Dataset, which is in memory already.
+    """
+    given = _given(ref)
+    if isinstance(given, Dataset):
+        raise DataError(
+            f'optim.order = "blocks": {ref.source} returns a Dataset, which is in memory; leave '
+            "it out, or let the function yield rows"
+        )
+    yield from _in_batches(given, ref)
+
+
+def _given(ref: DataRef) -> Any:
+    """A Dataset, or what can be iterated over."""
+    function = imports.load(ref.source, "data.source")
+    with user_code(_Where(ref.source), DataError):
+        given = function(**ref.settings)
+    if not isinstance(given, Dataset | Iterable):
+        raise DataError(
+            f"data.source {ref.source}: gives {str(given)[:40]!r} of type "
+            f"{type(given).__name__}; return a list of dicts, or yield dicts"
+        )
+    return given
+
+
+def _in_batches(given: Iterable[Any], ref: DataRef) -> Iterator[list[dict[str, Any]]]:
+    """The checked rows of a function, some at a time; only then is its code run."""
+    names = column_names(ref)
+    where = _Where(ref.source)
+    with user_code(where, DataError):
+        rows = iter(given)
+    while True:
+        some: list[dict[str, Any]] = []
+        with user_code(where, DataError):
+            for row in islice(rows, A_LOOK):
+                _check_count(where.rows, ref)
+                some.append(_checked_row(row, where.rows, names, ref))
+                where.rows += 1
+        if not some:
+            return
+        yield some
 
 
 def _check_count(count: int, ref: DataRef) -> None:
@@ -139,15 +175,15 @@ def _check_count(count: int, ref: DataRef) -> None:
         check_taken(f"data.source {ref.source}: gave {count:,} rows,")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Where:
     """How far a function has come, as text for messages."""
 
     source: str
-    rows: list[dict[str, Any]]
+    rows: int = 0
 
     def __str__(self) -> str:
-        after = f", after {len(self.rows)} rows," if self.rows else ""
+        after = f", after {self.rows} rows," if self.rows else ""
         return f"data.source {self.source}{after}"
 
 
@@ -176,20 +212,30 @@ def _checked_row(row: Any, number: int, names: dict[str, str], ref: DataRef) -> 
     return {key: row[name] for key, name in names.items()}
 
 
-def from_columns(columns: dict[str, list[Any]], name: str, ref: DataRef) -> Dataset:
-    """The data set of plain lists by column; `inputs` are rows of steps of channel values."""
-    inputs, unfit = _inputs(columns["inputs"], name)
-    valence = _valence(columns["valence"], name) if "valence" in columns else None
-    block = Block(
-        first=0,
+def block_of_records(
+    rows: Sequence[Mapping[str, Any]],
+    keys: Collection[str],
+    name: str,
+    ref: DataRef,
+    first: int = 0,
+) -> Block:
+    """The block of rows that a function gave; `inputs` are rows of steps of channel values.
+
+    The first row has the number `first`.
+    """
+    columns = {key: [row[key] for row in rows] for key in keys}
+    numbers = range(first, first + len(rows))
+    inputs, unfit = _inputs(columns["inputs"], name, first)
+    valence = _valence(columns["valence"], name, first) if "valence" in columns else None
+    return Block(
+        first=first,
         inputs=inputs,
-        label=encoded(labels.class_names(columns["label"], name)),
+        label=encoded(labels.class_names(columns["label"], name, numbers)),
         split=encoded(text.split_names(columns["split"], name, ref)),
         group=encoded(text.group_keys(columns["group"])) if "group" in columns else None,
         valence=valence,
         unfit=unfit,
     )
-    return held.dataset([block], name, ref)
 
 
 def _steps_of(row: Any, number: int, name: str) -> NDArray[np.float32]:
@@ -204,14 +250,17 @@ def _steps_of(row: Any, number: int, name: str) -> NDArray[np.float32]:
         ) from None
 
 
-def _inputs(rows: Sequence[Any], name: str) -> tuple[Ragged, tuple[Unfit, ...]]:
+def _inputs(rows: Sequence[Any], name: str, first: int) -> tuple[Ragged, tuple[Unfit, ...]]:
     """(the steps of every row, the rows that have none)."""
-    steps = [_steps_of([] if row is None else row, number, name) for number, row in enumerate(rows)]
+    steps = [
+        _steps_of([] if row is None else row, number, name)
+        for number, row in enumerate(rows, first)
+    ]
     some = next((step.shape for step in steps if step.size), (0, 0))
     unfit = []
-    for number, step in enumerate(steps):
+    for number, step in enumerate(steps, first):
         if len(step.shape) and not len(step):
-            shape = step.shape if rows[number] is not None else ()
+            shape = step.shape if rows[number - first] is not None else ()
             unfit.append(Unfit(number, f"has shape {shape}, without any step"))
         elif step.ndim == 1:
             raise DataError(
@@ -230,7 +279,7 @@ def _inputs(rows: Sequence[Any], name: str) -> tuple[Ragged, tuple[Unfit, ...]]:
     return Ragged(values, length), tuple(unfit)
 
 
-def _valence(rows: Sequence[Any], name: str) -> Ragged:
+def _valence(rows: Sequence[Any], name: str, first: int) -> Ragged:
     """One value a step of every row, NaN where it is missing."""
     values = []
     length = np.full(len(rows), MISSING, np.int64)
@@ -241,7 +290,7 @@ def _valence(rows: Sequence[Any], name: str) -> Ragged:
             values.append(np.asarray(row, np.float32).reshape(-1))
         except Exception as error:  # whatever a user's object raises
             raise DataError(
-                f"{name}: row {number}, valence must be a list of numbers: {error}"
+                f"{name}: row {first + number}, valence must be a list of numbers: {error}"
             ) from None
         length[number] = len(values[-1])
     return Ragged(np.concatenate(values) if values else np.zeros(0, np.float32), length)

@@ -60,23 +60,16 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
     """
     rows = list(records)
     split = np.array(split_names([row["split"] for row in rows], name, ref))
-    has_prompts = bool(rows) and "prompt" in rows[0]
-    for key in PROMPTS if has_prompts else ("text",):
-        for number, row in enumerate(rows):
-            _check_text(row[key], f"{name}: {key} of row {number}")
+    check_texts(rows, name)
     tokenizer = read_tokenizer(ref)
-    end = _end_of_text(tokenizer, ref)
-    unfit: list[Unfit] = []
-    if has_prompts:
-        documents = _of_prompts(rows, tokenizer, end, ref.window)
-        unfit = [document for document in documents if isinstance(document, Unfit)]
-        check_unfit(unfit, len(rows), ref.max_unfit, name)
-        fitting = [document for document in documents if isinstance(document, Document)]
-        cut = sum(len(document.tokens) - 1 > ref.window for document in fitting)
-        name = f"{name}, {cut} completions cut" if cut else name
-        split = split[[isinstance(document, Document) for document in documents]]
-    else:
-        fitting = _of_text(rows, tokenizer, end)
+    found = documents(rows, _numbered(rows), tokenizer, ref)
+    unfit = [document for document in found if isinstance(document, Unfit)]
+    check_unfit(unfit, len(rows), ref.max_unfit, name)
+    fitting = [document for document in found if isinstance(document, Document)]
+    has_prompts = _have_prompts(rows)
+    cut = sum(len(document.tokens) - 1 > ref.window for document in fitting)
+    name = cut_name(name, cut if has_prompts else 0)
+    split = split[np.array([isinstance(document, Document) for document in found], bool)]
     splits = {}
     count = 0
     for part in SPLITS:
@@ -86,6 +79,40 @@ def load(records: Iterable[dict[str, Any]], name: str, ref: DataRef) -> Dataset:
         )
         count += len(splits[part])
     return Dataset(name, tokens_of(tokenizer), splits, unfit=tuple(unfit))
+
+
+def documents(
+    rows: Sequence[dict[str, Any]],
+    groups: Sequence[int],
+    tokenizer: Any,
+    ref: DataRef,
+    first: int = 0,
+) -> list[Document | Unfit]:
+    """A document of each record of texts, in the group given, or why it teaches nothing.
+
+    The first record has the number `first`.
+    """
+    end = _end_of_text(tokenizer, ref)
+    if _have_prompts(rows):
+        return _of_prompts(rows, groups, tokenizer, end, ref.window, first)
+    return list(_of_text(rows, groups, tokenizer, end))
+
+
+def check_texts(rows: Sequence[dict[str, Any]], name: str, first: int = 0) -> None:
+    """DataError names a record that holds no text; the first has the number `first`."""
+    for key in PROMPTS if _have_prompts(rows) else ("text",):
+        for number, row in enumerate(rows, first):
+            _check_text(row[key], f"{name}: {key} of row {number}")
+
+
+def _have_prompts(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether records are prompts and completions."""
+    return bool(rows) and "prompt" in rows[0]
+
+
+def cut_name(name: str, cut: int) -> str:
+    """The name of a data set of which so many completions were cut to the window."""
+    return f"{name}, {cut} completions cut" if cut else name
 
 
 def split_names(values: Sequence[Any], name: str, ref: DataRef) -> list[str]:
@@ -225,32 +252,39 @@ def _pieces(
     return pieces, row + (at > 0)
 
 
-def _encoded(rows: list[dict[str, Any]], key: str, tokenizer: Any) -> list[list[int]]:
+def _encoded(rows: Sequence[dict[str, Any]], key: str, tokenizer: Any) -> list[list[int]]:
     """The token ids of one text of each row."""
     texts = [row[key] for row in rows]
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
-def _of_text(rows: list[dict[str, Any]], tokenizer: Any, end: int) -> list[Document]:
+def _of_text(
+    rows: Sequence[dict[str, Any]], groups: Sequence[int], tokenizer: Any, end: int
+) -> list[Document]:
     """A document of each row's text."""
     ids = _encoded(rows, "text", tokenizer)
     return [
         Document(np.array([*tokens, end], np.int32), group=group)
-        for tokens, group in zip(ids, _numbered(rows), strict=True)
+        for tokens, group in zip(ids, groups, strict=True)
     ]
 
 
 def _of_prompts(
-    rows: list[dict[str, Any]], tokenizer: Any, end: int, window: int
+    rows: Sequence[dict[str, Any]],
+    groups: Sequence[int],
+    tokenizer: Any,
+    end: int,
+    window: int,
+    first: int,
 ) -> list[Document | Unfit]:
     """A document of each row's prompt and completion, whose labels begin with the completion.
 
     A row that teaches nothing is unfit.
     """
     prompts, completions = (_encoded(rows, key, tokenizer) for key in PROMPTS)
-    documents: list[Document | Unfit] = []
-    for number, group in enumerate(_numbered(rows)):
+    found: list[Document | Unfit] = []
+    for number, group in enumerate(groups):
         prompt = prompts[number]
         completion = completions[number]
         why = ""
@@ -261,11 +295,11 @@ def _of_prompts(
         elif len(prompt) > window:
             why = f"has a prompt of {len(prompt)} tokens (raise data.window, which is {window})"
         if why:
-            documents.append(Unfit(number, why))
+            found.append(Unfit(first + number, why))
             continue
         tokens = np.array([*prompt, *completion, end], np.int32)
-        documents.append(Document(tokens, first_label=len(prompt), group=group))
-    return documents
+        found.append(Document(tokens, first_label=len(prompt), group=group))
+    return found
 
 
 def _numbered(rows: list[dict[str, Any]]) -> list[int]:

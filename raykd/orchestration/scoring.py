@@ -269,6 +269,18 @@ def _score_missing(
     progress.finish()
 
 
+def quiet_context() -> None:
+    """Let Ray Data print nothing of its own, and cut no block."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None
+    context.target_max_block_size = None  # a block is what a reader gives at a time
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def shard_results(
     recipe: Recipe,
     source: Source,
@@ -279,12 +291,7 @@ def shard_results(
     """The Ray Data set of what `actor` gives of each shard; reading it scores the shards."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.memory_usage_poll_interval_s = None
-    context.target_max_block_size = None  # a block is what a reader gives at a time
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet_context()
     table = source.table()
     header = Header.of(recipe, table)
     recipe = placed(recipe)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raykd import data
+from raykd.data.table import Source
 from raykd.errors import InfraError
 from raykd.files import faults
 from raykd.generation.sampling import FrozenTeacher
@@ -86,14 +87,15 @@ class ServedTeacher:
 
 
 @contextmanager
-def teacher_actors(recipe: Recipe) -> Iterator[list[str]]:
+def teacher_actors(recipe: Recipe, source: Source | None = None) -> Iterator[list[str]]:
     """The names of `scale.scorers` teacher actors that live as long as this; lost ones restart.
 
     They take no CPU of Ray's accounts, because the workers that wait for them hold those.
     """
     import ray
 
-    shape = data.open_source(recipe.data, recipe.optim.order).table().shape
+    rows = source or data.open_source(recipe.data, recipe.optim.order)
+    shape = rows.table().shape
     wanted = teacher_identity(recipe)
     recipe = placed(recipe)
     actor = ray.remote(

@@ -55,7 +55,7 @@ def train_all_arms(
     progress = Progress("train", len(arms) * recipe.optim.steps, "steps")
     asks = recipe.source is not None and recipe.source.log is None
     has_actors = asks and recipe.scale.workers[1] > 1
-    actors = teacher_actors(recipe) if has_actors else nullcontext([])
+    actors = teacher_actors(recipe, source) if has_actors else nullcontext([])
     keys = [arm.key for arm in arms]
     with _ProgressWatch(folder, keys, steps=recipe.optim.steps, progress=progress), actors as names:
         try:

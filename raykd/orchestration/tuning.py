@@ -199,11 +199,11 @@ def _train_trial(
     report({"step": state.step, metric: state.kept[metric]})
 
 
-def test_metrics(recipe: Recipe, weights: Path) -> dict[str, float]:
+def test_metrics(recipe: Recipe, weights: Path, source: Source | None) -> dict[str, float]:
     """Metrics of a trial's weights on the test split; of the best, once the search is over."""
     # this process may be on a node without the GPU that the trials had
     device = "cpu" if recipe.scale.device == "cpu" else "auto"
-    runner = ArmRunner(recipe, None, device_of(on_device(recipe, device)))
+    runner = ArmRunner(recipe, None, device_of(on_device(recipe, device)), source=source)
     student = runner.student(student_arm(recipe, recipe.seeds[0])).to(runner.device)
     if recipe.phases:
         phases.enter(student.module, recipe.phases[-1])

@@ -1,6 +1,7 @@
 """What decides a result, as digests: of files, tables and whole recipes."""
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from raykd.recipe.recipe import Recipe
 from raykd.recipe.source import Source
 from raykd.recipe.tables import DataRef, ModelRef
 from raykd.recipe.toml import is_path
+from raykd.recipe.user_code import current_directory_last
 from raykd.recipe.weight_files import hashed_files
 
 REFUSING = {"max_rows"}  # keys of tables that refuse, and change nothing
@@ -36,6 +38,15 @@ def weights_sha256(path: str | Path) -> str:
     if path.is_dir():
         return files_sha256(path, hashed_files(path))
     return file_sha256(path)
+
+
+def code_sha256(name: str) -> str | None:
+    """Hex sha256 of the file of a `module:function`; None for a name of raykd's."""
+    if ":" not in name:
+        return None
+    with current_directory_last():
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    return file_sha256(spec.origin) if spec and spec.origin else None
 
 
 def content_of(table: BaseModel) -> dict[str, Any]:

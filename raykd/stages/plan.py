@@ -10,12 +10,14 @@ from torch import nn
 
 from raykd import models
 from raykd.data import Rows
+from raykd.data.prepared.parts import PreparedParts
+from raykd.data.prepared.work import Work
 from raykd.data.table import first_rows
 from raykd.deploy import forms
 from raykd.errors import DataError
 from raykd.files.memory import anonymous_bytes
 from raykd.files.open import open_place
-from raykd.losses.reads import reads_of
+from raykd.losses.reads import reads_of, stored_for
 from raykd.models.adapter import Adapter
 from raykd.orchestration import cluster, scoring
 from raykd.recipe.recipe import Recipe
@@ -37,6 +39,9 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
     Errors in data and weights come here, before any work.
     """
     run_folder = RunFolder(recipe, out, address)
+    source = run_folder.source
+    if isinstance(source, PreparedParts) and not source.is_ready:
+        return _unprepared(run_folder, source.work)
     run_folder.check_links()
     data = run_folder.table
     train = first_rows(run_folder.source, "train")
@@ -60,7 +65,7 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
         "run": str(run_folder.path),
         "data": data.describe(),
         "rows": data.rows_of_splits,
-        "unfit": [unfit._asdict() for unfit in run_folder.dataset.unfit],
+        "unfit": [unfit._asdict() for unfit in data.unfit],
         "parameters": sizes,
         "workers": list(recipe.scale.workers),
         "memory_bytes_a_worker": _memory(run_folder),
@@ -68,6 +73,37 @@ def plan(recipe: Recipe, out: Path, address: str | None = None) -> dict[str, Any
         "tracking": run_folder.uri,
         "stages": _stages(run_folder, is_one_a_row),
         "nearest_store": _nearest(run_folder),
+    }
+
+
+def _unprepared(run_folder: RunFolder, work: Work) -> dict[str, Any]:
+    """The plan where rows must be prepared before more is known."""
+    recipe = run_folder.recipe
+    found = work.estimate()
+    rows = f"about {found.rows:,} rows" if found.rows else "as many rows as the function gives"
+    disk = f"{found.disk_bytes:,} bytes" if found.rows else f"{found.row_bytes} bytes a row"
+    what = f"{rows}; about {disk} before compression, in {work.folder.address}"
+    if found.source_bytes:
+        what = f"{found.source_bytes:,} bytes of files, {what}"
+    stages = ["train", *(["tune"] if recipe.search else []), "export", "report"]
+    if recipe.teacher and stored_for(recipe):
+        stages.insert(0, "score")
+    later = "foretold once the rows are prepared"
+    return {
+        "run": None,
+        "data": f"{work.name}: {rows}, which are not prepared yet",
+        "rows": {},
+        "unfit": [],
+        "parameters": {},
+        "workers": list(recipe.scale.workers),
+        "memory_bytes_a_worker": None,
+        "disk_bytes": {"rows": found.disk_bytes},
+        "tracking": run_folder.uri,
+        "stages": [
+            {"stage": "prepare", "done": False, "what": what},
+            *({"stage": stage, "done": False, "what": later} for stage in stages),
+        ],
+        "nearest_store": None,
     }
 
 
@@ -88,6 +124,10 @@ def _stages(run_folder: RunFolder, is_one_a_row: bool) -> list[dict[str, Any]]:
     recipe = run_folder.recipe
     arms = arms_of(recipe)
     stages: list[dict[str, Any]] = []
+    if isinstance(run_folder.source, PreparedParts):
+        address = run_folder.source.work.folder.address
+        what = f"{len(run_folder.table.parts)} parts, in {address}"
+        stages.append({"stage": "prepare", "done": True, "what": what})
     if run_folder.store is not None:
         table = run_folder.table
         shards = plan_shards(table.rows_of_parts, recipe.store.rows_per_shard)
@@ -176,7 +216,7 @@ def _memory(run_folder: RunFolder) -> int:
 
 
 def _disk(run_folder: RunFolder, is_one_a_row: bool) -> dict[str, int]:
-    """Bytes on disk: of the store, at most, and of a node's cache.
+    """Bytes on disk: of the store, at most, of a node's cache, and of rows that were prepared.
 
     A node keeps the teacher's answers unpacked; where rows are read in parts it keeps them, too, up
     to `scale.cache_gb`.
@@ -188,7 +228,10 @@ def _disk(run_folder: RunFolder, is_one_a_row: bool) -> dict[str, int]:
         train = first_rows(run_folder.source, "train")
         cache += round(_row_bytes(train) * run_folder.table.rows("train"))
         cache = min(cache, round(recipe.scale.cache_gb * GB))
-    return {"store": store, "cache": cache}
+    found = {"store": store, "cache": cache}
+    if isinstance(run_folder.source, PreparedParts):
+        found["rows"] = run_folder.source.bytes
+    return found
 
 
 def _row_bytes(rows: Rows) -> float:
@@ -204,12 +247,13 @@ def table(found: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
     disk = ", ".join(f"{key} {size / 2**20:,.1f} MiB" for key, size in found["disk_bytes"].items())
     low, high = found["workers"]
+    memory = found["memory_bytes_a_worker"]
+    of_each = "" if memory is None else f", {memory / 2**20:,.0f} MiB of memory in each"
     lines = [
-        f"run         {found['run']}",
+        f"run         {found['run'] or 'named once the rows are prepared'}",
         f"data        {found['data']}",
         f"parameters  {sizes}",
-        f"workers     {low if low == high else f'{low} to {high}'}, "
-        f"{found['memory_bytes_a_worker'] / 2**20:,.0f} MiB of memory in each",
+        f"workers     {low if low == high else f'{low} to {high}'}{of_each}",
         f"disk        {disk}",
         f"tracking    {found['tracking']}",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from raykd import data
 from raykd.data import Dataset, Table
+from raykd.data.prepared.parts import PreparedParts
 from raykd.data.table import Source, in_memory
 from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
@@ -15,7 +16,7 @@ from raykd.files import links
 from raykd.files.address import Address, is_url
 from raykd.files.digests import is_hidden
 from raykd.losses.reads import stored_for
-from raykd.orchestration import cluster, scoring
+from raykd.orchestration import cluster, preparing, scoring
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.toml import is_path
 from raykd.teacher.identity import run_digest, signals_of
@@ -94,8 +95,12 @@ class RunFolder:
 
     @cached_property
     def source(self) -> Source:
-        """The recipe's rows: in memory, or read in parts."""
-        return data.open_source(self.recipe.data, self.recipe.optim.order)
+        """The recipe's rows: in memory, or read in parts, which may have to be prepared before."""
+        home = preparing.rows_address(self.recipe, self.out.resolve())
+        source = data.open_source(self.recipe.data, self.recipe.optim.order, home)
+        if isinstance(source, PreparedParts):
+            self._check_no_rows("scale.store" if self.recipe.scale.store else "--out", home)
+        return source
 
     @property
     def table(self) -> Table:

@@ -1,5 +1,7 @@
 """The walk: score -> train -> [tune] -> export -> report. Each verb does what it needs and lacks.
 
+Rows that are no parts yet, and are too many for the memory, are prepared before.
+
 A run is the folder `<out>/<name>-<digest8>/`: the same inputs name the same folder, so a finished
 stage is found and not done again, and a changed input is a new folder. Teacher stores lie beside
 it, in `<out>/stores/`, or where `scale.store` says.
@@ -13,13 +15,14 @@ from typing import Any
 import tomli_w
 
 from raykd.console import say
+from raykd.data.prepared.parts import PreparedParts
 from raykd.deploy import run_artefact
 from raykd.errors import InfraError, RecipeError, StoreError
 from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.files.digests import digest_of
-from raykd.orchestration import cluster, scoring
+from raykd.orchestration import cluster, preparing, scoring
 from raykd.orchestration.session import prepare
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import apply_trial
@@ -143,6 +146,7 @@ def run(recipe: Recipe, out: Path = OUT, *, address: str | None = None) -> dict[
 def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     """The result of the last stage; all are done in order, while no other process works here."""
     register(run_folder.recipe.technique)
+    _prepare_rows(run_folder)
     run_folder.check_links()
     check_with_data(
         run_folder.recipe,
@@ -170,9 +174,21 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
     return result
 
 
+def _prepare_rows(run_folder: RunFolder) -> None:
+    """Make parts of rows that are none yet; nothing else is known of the run before."""
+    source = run_folder.source
+    if not isinstance(source, PreparedParts) or source.is_ready:
+        return
+    prepare(run_folder.address)
+    if not preparing.is_small(source.work):
+        recipe = run_folder.recipe
+        cluster.begin(recipe, run_folder.address, source.work.folder.address)
+    preparing.prepare_rows(source.work)
+
+
 def _name_unfit(run_folder: RunFolder) -> None:
     """Write the rows that were left out of the data, one a line, and tell how many there are."""
-    unfit = run_folder.dataset.unfit
+    unfit = run_folder.table.unfit
     if unfit:
         path = run_folder.path / run_files.UNFIT
         write_bytes(path, b"".join(json.dumps(one._asdict()).encode() + b"\n" for one in unfit))
@@ -253,7 +269,7 @@ def _tested(run_folder: RunFolder, best: Recipe, row: dict[str, Any]) -> dict[st
     from raykd.orchestration.tuning import test_metrics
 
     weights = run_files.trial(run_folder.path, row["id"]) / run_files.WEIGHTS
-    return {f"test_{k}": v for k, v in test_metrics(best, weights).items()}
+    return {f"test_{k}": v for k, v in test_metrics(best, weights, run_folder.source).items()}
 
 
 def _toml(best: Recipe) -> str:

@@ -1,18 +1,16 @@
 """Identities: what a store's content depends on, whose digest names it, and a run's result."""
 
-import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from raykd.data.rows import Facts
 from raykd.errors import DataError, RecipeError
-from raykd.files.digests import digest_of, file_sha256
+from raykd.files.digests import digest_of
 from raykd.losses.reads import stored_for
 from raykd.losses.terms import TERMS
-from raykd.recipe.digest import BY_ROWS, content_of, recipe_identity
+from raykd.recipe.digest import BY_ROWS, code_sha256, content_of, recipe_identity
 from raykd.recipe.recipe import Recipe
-from raykd.recipe.user_code import current_directory_last
 from raykd.store.codecs import CODECS, check_serves
 from raykd.store.commit import SCHEMA
 from raykd.store.logits import check_fits, codec_name
@@ -43,7 +41,7 @@ def teacher_identity(recipe: Recipe) -> dict[str, Any]:
     numbers that it computes in where they are others than of old.
     """
     assert recipe.teacher is not None
-    identity = content_of(recipe.teacher) | {"code": _code_digest(recipe.teacher.model)}
+    identity = content_of(recipe.teacher) | {"code": code_sha256(recipe.teacher.model)}
     numbers = recipe.precision.model_dump(exclude_defaults=True, exclude={"student"})
     return identity | ({"precision": numbers} if numbers else {})
 
@@ -86,7 +84,7 @@ def run_digest(recipe: Recipe, rows: Facts) -> str:
         names["technique"] = f"{recipe.technique}:"
     code = {}
     for key, name in names.items():
-        digest = _code_digest(name)
+        digest = code_sha256(name)
         if digest:
             code[key] = digest
     has_free_files = recipe.data.settings.get("pinned", True) is False  # those of this Python
@@ -166,12 +164,3 @@ def _temperatures(recipe: Recipe, codec: str) -> list[float]:
         choices = span.choice or [] if span else []
         grid |= {float(t) for t in choices}  # type: ignore[arg-type]
     return sorted(grid) or [1.0]
-
-
-def _code_digest(name: str) -> str | None:
-    """The digest of the file of a `module:function`; None for a name of raykd's."""
-    if ":" not in name:
-        return None
-    with current_directory_last():
-        spec = importlib.util.find_spec(name.partition(":")[0])
-    return file_sha256(spec.origin) if spec and spec.origin else None

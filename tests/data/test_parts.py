@@ -16,10 +16,12 @@ import pytest
 
 from raykd import data
 from raykd.data import SPLITS, label_scan, parquet_parts, room, sources, tables
+from raykd.data.file_rows import FileRows
 from raykd.data.parquet_parts import ParquetParts
 from raykd.data.rows import Rows
 from raykd.data.table import PLACE_BITS, Held, read_split
 from raykd.errors import DataError, InfraError
+from raykd.files.data_files import open_files
 from raykd.recipe.tables import DataRef
 from raykd.targets import UNLABELLED
 
@@ -63,9 +65,7 @@ def folder(tmp_path) -> Path:
 
 def parts_of(source: Path | str, **settings) -> ParquetParts:
     ref = DataRef.model_validate({"source": str(source), "columns": COLUMNS, **settings})
-    found = sources.open_source(ref, "blocks")
-    assert isinstance(found, ParquetParts)
-    return found
+    return ParquetParts(FileRows(open_files(ref.source), ref))
 
 
 def held(source: Path | str, **settings) -> data.Dataset:
@@ -236,13 +236,10 @@ def test_a_row_group_of_two_splits_is_refused_by_its_footer(tmp_path):
         parts_of(tmp_path).table()
 
 
-def test_what_is_no_parquet_is_not_read_in_parts(tmp_path, monkeypatch):
+def test_what_is_no_parquet_is_not_read_in_place(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"train\.jsonl: only Parquet is read in parts"):
         parts_of(tmp_path).table()
-    monkeypatch.setattr(tables, "MOST_BYTES", 1)
-    with pytest.raises(DataError, match=r"of \.jsonl, and only Parquet is read in parts"):
-        sources.open_source(DataRef(source=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

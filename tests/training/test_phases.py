@@ -476,7 +476,7 @@ def test_a_trial_in_phases_is_tested_as_it_was_trained(tmp_path):
     told: list[dict] = []
     tuning._train_trial({}, shared_by_trials(recipe, tmp_path), World(), told.append)
     weights = tmp_path / "trials" / "one" / "weights.safetensors"
-    found = tuning.test_metrics(recipe, weights)
+    found = tuning.test_metrics(recipe, weights, None)
     assert 0 < found["accuracy"] < 1
     with safe_open(weights, framework="pt") as file:
         names = set(file.keys())
