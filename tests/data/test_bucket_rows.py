@@ -1,5 +1,6 @@
 """Rows in a bucket are those of a folder, and what a server does is told with the file's name."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 
 from raykd import data
 from raykd.data import SPLITS, sources
+from raykd.data.prepared.parts import PreparedParts
 from raykd.data.table import read_split
-from raykd.errors import DataError, InfraError, RecipeError
+from raykd.errors import DataError, InfraError, RecipeError, StoreError
 from raykd.files import bucket
 from raykd.files.bucket import Bucket
+from raykd.orchestration.preparing import prepare_rows
 from raykd.recipe.tables import DataRef
 from raykd.stages.load import resolve
 from raykd.teacher.identity import run_digest
@@ -138,6 +141,30 @@ def test_parts_in_a_bucket_are_the_parts_of_a_folder(folder, url):
         for key, values in vars(mine).items():
             assert values is None or np.array_equal(values, getattr(theirs, key))
     assert far.table().digest == sources.open_source(ref(url), "blocks").table().digest
+
+
+def test_rows_are_prepared_from_a_bucket_into_a_bucket(server, tmp_path):
+    lines = [json.dumps(row) + "\n" for split in SPLITS for row in rows_of(split)]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text("".join(lines))
+    near = sources.open_source(ref(tmp_path / "rows"), "blocks", tmp_path / "home")
+    url = upload(tmp_path / "rows", "lines/rows")
+    far = sources.open_source(ref(url), "blocks", "s3://bucket/prepared/rows")
+    for source in (near, far):
+        assert isinstance(source, PreparedParts)
+        assert not source.is_ready
+        prepare_rows(source.work)
+    assert far.table().parts == near.table().parts
+    assert far.table().digest == near.table().digest
+    for split in SPLITS:
+        mine, theirs = (read_split(source, split) for source in (near, far))
+        for key, values in vars(mine).items():
+            assert values is None or np.array_equal(values, getattr(theirs, key))
+    part = far.table().parts[0]
+    place = far.work.folder.place
+    place.put(part.file, (place.get(part.file) or b"")[::-1])
+    with pytest.raises(StoreError, match=rf"s3://bucket/prepared/rows/.*{part.file} is damaged"):
+        far.read(part)
 
 
 def test_an_object_that_changes_or_vanishes_after_the_listing_is_named(folder, server):

@@ -282,7 +282,7 @@ for source in zip(sys.argv[2:6:2], sys.argv[3:6:2]):
         print(fault, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 KILLS = [  # each ends a process, and the next one goes on
-    "prepare:unit=0,at=before_write",
+    "prepare:unit=0,part=0,at=before_write",
     "prepare:unit=1,part=0,at=written",
     "file:folder=data,at=staged",
     "file:folder=_commits,at=linked",

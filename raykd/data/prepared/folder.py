@@ -71,24 +71,25 @@ class PreparedFolder:
                 f"{self.place} holds the rows of another source; move that folder away"
             )
 
+    def write(self, unit: int, number: int, part: PartTable) -> dict[str, Any]:
+        """Write the file of a part, the unit's `number`-th; gives what the record says of it."""
+        data = _bytes_of(part.table)
+        sha = hashlib.sha256(data).hexdigest()
+        name = f"data/part-{unit:05d}-{number:02d}-{sha[:16]}.parquet"
+        faults.point("prepare", unit=unit, part=number, at="before_write")
+        self.place.put_once(name, data)
+        faults.point("prepare", unit=unit, part=number, at="written")
+        written = {"file": name, "bytes": len(data), "sha256": sha, "split": part.split}
+        return part.facts | written | {"content": _content_of(part.table)}
+
     def commit(
-        self, unit: int, facts: dict[str, Any], parts: Sequence[PartTable]
+        self, unit: int, facts: dict[str, Any], parts: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Write the files of a unit, then its record with these facts of it, which is given back.
+        """Write the record of a unit whose files are written, which is given back.
 
         An earlier attempt's record stays.
         """
-        told = []
-        faults.point("prepare", unit=unit, at="before_write")
-        for number, part in enumerate(parts):
-            data = _bytes_of(part.table)
-            sha = hashlib.sha256(data).hexdigest()
-            name = f"data/part-{unit:05d}-{number:02d}-{sha[:16]}.parquet"
-            self.place.put_once(name, data)
-            written = {"file": name, "bytes": len(data), "sha256": sha, "split": part.split}
-            told.append(part.facts | written | {"content": _content_of(part.table)})
-            faults.point("prepare", unit=unit, part=number, at="written")
-        record = facts | {"unit": unit, "parts": told}
+        record = facts | {"unit": unit, "parts": list(parts)}
         self.place.put_once(_record(unit), to_json(record))
         faults.point("prepare", unit=unit, at="after_commit")
         return record

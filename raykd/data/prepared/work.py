@@ -126,7 +126,7 @@ class Work:
             else:
                 kind = _kind_of_column(some.batch.columns["label"].type)
                 made.add_block(block_of(some.batch, some.name), some.name, kind)
-        made.commit(self.folder, {})
+        made.commit({})
         return made.rows
 
     def estimate(self) -> Estimate:
@@ -192,7 +192,7 @@ class Work:
             keys = column_names(self.ref)
             block = tables.block_of_records(rows, keys, self.name, self.ref, first)
             made.add_block(block, self.name, _kind_of_labels(row["label"] for row in rows))
-        found = made.commit(self.folder, {"first": first, "last": first + len(rows)})
+        found = made.commit({"first": first, "last": first + len(rows)})
         if record is not None and _contents(found) != _contents(record):
             raise self._gives_others()
 
@@ -306,7 +306,7 @@ class UnitParts:
         self.cut = 0
         self.kinds: dict[str, set[str]] = {"label": set(), "group": set()}
         self.unfit: list[Unfit] = []
-        self.parts: list[PartTable] = []
+        self.parts: list[dict[str, Any]] = []  # that are written
         self.series = SeriesParts(work.ref)
         self.texts = None
         if work.ref.tokenizer:
@@ -321,7 +321,7 @@ class UnitParts:
             self.kinds["label"].add(kind)
         if block.group:
             self.kinds["group"] |= {key[1] for key in block.group.values}
-        self.parts += self.series.add(block, name)
+        self._write(self.series.add(block, name))
 
     def add_records(self, records: Sequence[dict[str, Any]], name: str, first: int) -> None:
         """Add some records of texts; the first has the number `first`."""
@@ -337,20 +337,25 @@ class UnitParts:
         for split, document in zip(splits, found, strict=True):
             if isinstance(document, Document):
                 self.cut += work.is_whole and len(document.tokens) - 1 > work.ref.window
-                self.parts += self.texts.add(split, document)
+                self._write(self.texts.add(split, document))
             else:
                 self.unfit.append(document._replace(place=name))
 
-    def commit(self, folder: PreparedFolder, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write the parts and then the record, which is given back as it is now."""
-        self.parts += (self.texts or self.series).rest()
+    def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write the last parts and then the record, which is given back as it is now."""
+        self._write((self.texts or self.series).rest())
         told = {
             "rows": self.rows,
             "cut": int(self.cut),
             "unfit": [list(row) for row in self.unfit],
             "kinds": {key: sorted(kinds) for key, kinds in self.kinds.items()},
         }
-        return folder.commit(self.unit, told | facts, self.parts)
+        return self.work.folder.commit(self.unit, told | facts, self.parts)
+
+    def _write(self, parts: Iterable[PartTable]) -> None:
+        for part in parts:
+            written = self.work.folder.write(self.unit, len(self.parts), part)
+            self.parts.append(written)
 
 
 def _records(columns: Mapping[str, pa.Array]) -> list[dict[str, Any]]:
