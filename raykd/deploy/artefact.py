@@ -76,10 +76,10 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
     seed = best_seed(recipe, folder)
     arm = run_files.student(folder, seed)
-    trained = predictions.read(arm / run_files.PREDICTIONS).logits
-    assert trained is not None
+    kept = predictions.read(arm / run_files.PREDICTIONS).logits
     with whole_folder(run_files.artefact(folder)) as staged:
         write_json(staged / MODEL, _model(recipe, dataset))
+        trained = _trained(staged, arm, dataset) if kept is None else kept
         (staged / WEIGHTS).write_bytes((arm / run_files.WEIGHTS).read_bytes())
         measured = _write_student(recipe, dataset, staged, trained)
         _describe_rows(staged, dataset)
@@ -99,6 +99,15 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     answers.write(folder / run_files.ARTEFACT_ANSWERS)
     write_bytes(folder / run_files.STUDENT, (arm / run_files.WEIGHTS).read_bytes())
     return manifest
+
+
+def _trained(staged: Path, arm: Path, dataset: Dataset) -> Logits:
+    """(N, C): what the trained student answers, where its predictions hold no logits because rows
+    are read in parts.
+    """
+    student = Adapter(_student(_described(staged), arm / run_files.WEIGHTS))
+    rows = to_device(dataset.splits["test"], "test", None, frozenset(), torch.device("cpu"))
+    return predictions.sequence_logits(student, rows)
 
 
 def is_whole(folder: Path, forms_table: Export) -> bool:

@@ -8,11 +8,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raykd.errors import InfraError, StoreError
 from raykd.files import faults
 from raykd.files.reading import MOST_JSON, json_of, read_bounded
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota or a file
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -58,6 +60,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.rename(staged, path)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which then takes the place of `path`.
+
+    If the block raises, or writes nothing, `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with staged.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            is_written = file.tell() > 0
+        if is_written:
+            os.replace(staged, path)
+            _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            raise InfraError(
+                f"{path.parent}: {error.strerror}, {path.name} could not be written; free that "
+                "disk and give the same command, which continues from here"
+            ) from None
+        raise
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,7 +142,7 @@ def _stage(path: Path, data: bytes) -> Path:
             os.fsync(file.fileno())
     except OSError as error:
         staged.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             full = f"{path.parent}: {error.strerror}, {len(data):,} bytes could not be written"
             raise InfraError(
                 f"{full}; free that disk and give the same command, which continues from here"

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from raykd.recipe.search import Range, apply_trial
 from raykd.training import phases, run_files
 from raykd.training.arm import ONE_PROCESS, World
 from raykd.training.arms import student_arm
+from raykd.training.measured import tally
 from raykd.training.run_arms import ArmRunner
 
 # A nested trial and its N workers fit N cores.
@@ -208,7 +210,8 @@ def test_metrics(recipe: Recipe, weights: Path, source: Source | None) -> dict[s
     if recipe.phases:
         phases.enter(student.module, recipe.phases[-1])
     models.load_weights(student.module, weights, "trial")
-    return runner.test(student).metrics()
+    with closing(runner), closing(runner.tested()) as split:
+        return tally(student, split).metrics()
 
 
 def _folder_of(shared: dict[str, Any]) -> Path:

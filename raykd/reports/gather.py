@@ -114,7 +114,7 @@ def _predicted(
 
 def answers_of(path: Path, test: TestPlaces) -> Predictions:
     """The predictions in a file. StoreError unless they are of these test rows and their labels."""
-    predicted = predictions.read(path)
+    predicted = predictions.read(path, logits=False)
     for name in ("place", "label"):
         if not np.array_equal(getattr(predicted, name), getattr(test, name)):
             raise predictions.damaged(path, f"its column {name} is not that of the test rows")

@@ -241,7 +241,7 @@ def _train(run_folder: RunFolder) -> Path:
     else:
         say("train", f"done before: {run_files.arms(run_folder.path)}")
     run_log.arms(run_folder.journal, run_folder.recipe, run_folder.path)
-    post_training.write_missing(run_folder.recipe, run_folder.dataset, run_folder.path)
+    post_training.write_missing(run_folder.recipe, run_folder.source, run_folder.path)
     return run_folder.path
 
 

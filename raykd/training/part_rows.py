@@ -1,4 +1,4 @@
-"""A training split that is read in parts, each row beside its teacher's answers.
+"""A split that is read in parts, each row beside its teacher's answers.
 
 Nothing here grows with the data but the table of parts, and with row weights of the whole data set
 8 bytes of saliency a row.
@@ -38,9 +38,9 @@ Ints = NDArray[np.int64]
 
 
 class PartRows:
-    """The rows of one split for a training; sibling of DeviceRows.
+    """The rows of one split; sibling of DeviceRows.
 
-    A position is that among the rows that training sees: all of the split, in their order, but
+    A position is that among the rows that are seen: all of the split, in their order, but
     those that the teacher could not score. `needs` are the teacher's signals that terms read.
     """
 
@@ -141,11 +141,25 @@ class PartRows:
     def _example(self) -> DeviceRows:
         return self._at(np.zeros(1, np.int64))
 
+    def rows_at(self, index: Ints) -> Rows:
+        """The rows at these positions."""
+        return self._rows(self._in_data(index))
+
+    def begin(self, first: int, last: int) -> None:
+        """Begin to fetch the parts of the rows at positions from `first` to before `last`."""
+        edges = np.array([first, last - 1])
+        begin, end = self.rows.located(self._in_data(edges))[0]
+        for part in range(begin, end + 1):
+            self._begin(part)
+
     def _at(self, index: Ints) -> DeviceRows:
-        """The rows at these positions alone, beside their signals; joined by position and held
+        """The rows at these positions alone, beside their signals."""
+        return self.beside(self.rows_at(index), index)
+
+    def beside(self, rows: Rows, index: Ints) -> DeviceRows:
+        """The rows at these positions, given, beside their signals; joined by position and held
         against each other by their ids.
         """
-        rows = self._rows(self._in_data(index))
         if not self.signals:
             return beside(rows, None, self.needs, self.device)
         tables = {name: self.shelf.rows(volume, index) for name, volume in self.signals.items()}

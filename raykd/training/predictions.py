@@ -4,7 +4,9 @@ told.
 A place is a row of series, and a step of a row of text.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 from raykd.data import Rows
 from raykd.errors import StoreError
 from raykd.files import parquet
-from raykd.files.atomic import write_bytes
+from raykd.files.atomic import whole_file
 from raykd.losses.shared_terms import kd
 from raykd.signals import flatten_valid
 from raykd.training import run_files
 from raykd.training.device_rows import DeviceRows
+from raykd.training.tally import Tally
 
 Floats = NDArray[np.float32]
 
@@ -35,6 +38,7 @@ KINDS = {
 OPTIONAL = {"kl": pa.types.is_float32, "logits": pa.types.is_fixed_size_list}
 EVAL_BATCH = 1024
 LOGITS = 1 << 22  # of text, at once
+GROUP = 1 << 16  # rows of a row group of a file, at least
 
 
 @dataclass(frozen=True)
@@ -71,65 +75,86 @@ class Predictions:
     kl: Floats | None = None  # (n,) KL(teacher || model) at temperature 1, where a store tells it
     logits: Floats | None = None  # (n, C) of series
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes the answers are of; None of text, which does not tell them."""
+        return None if self.logits is None else self.logits.shape[1]
+
     def metrics(self) -> dict[str, float]:
         """Accuracy and mean negative log-likelihood over the labelled places, macro-F1 of series,
         and the mean KL where it is known.
         """
-        known = self.label >= 0
-        measured = {
-            "accuracy": float((self.answer == self.label)[known].mean()),
-            "nll": -_mean(self.log_q[known]),
-        }
-        if self.logits is not None:
-            measured["macro_f1"] = macro_f1(self.label, self.answer)
-        if self.kl is not None:
-            measured["kl"] = _mean(self.kl)
-        return measured
+        tally = Tally(classes=self.classes, has_kl=self.kl is not None)
+        tally.add(0, self.label, self.answer, self.log_q, self.kl)
+        return tally.metrics()
 
-    def write(self, path: Path) -> None:
-        """A Parquet table, one row a place."""
+    def without_logits(self) -> "Predictions":
+        """The same, without the only numbers that are more than a few bytes a place."""
+        return replace(self, logits=None)
+
+    def table(self) -> pa.Table:
+        """One row a place."""
         columns: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None}
         if self.logits is not None:
             flat = pa.array(np.ascontiguousarray(self.logits).ravel())
             columns["logits"] = pa.FixedSizeListArray.from_arrays(flat, self.logits.shape[1])
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink)
-        write_bytes(path, sink.getvalue().to_pybytes())
+        return pa.table(columns)
+
+    def write(self, path: Path) -> None:
+        """A Parquet file, whole or not at all."""
+        with writing(path) as add:
+            add(self.table())
 
 
-def macro_f1(label: NDArray[np.integer], answer: NDArray[np.integer]) -> float:
-    """The mean over the classes that `label` has of F1 = 2 hits / (rows + answers).
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """A Parquet file to which tables are added one by one, and which is then whole at `path`.
 
-    Rows with a negative label are left out; NaN where no other is there.
+    Small ones are joined to row groups of GROUP rows. Without any there is no file.
     """
-    known = label >= 0
-    if not known.any():
-        return float("nan")
-    scores = []
-    for name in np.unique(label[known]):
-        rows = label[known] == name
-        answered = answer[known] == name
-        scores.append(2 * (rows & answered).sum() / (rows.sum() + answered.sum()))
-    return float(np.mean(scores))
+    waiting: list[pa.Table] = []
+    writers: list[pq.ParquetWriter] = []
+
+    def write() -> None:
+        joined = pa.concat_tables(waiting)
+        if not writers:
+            writers.append(pq.ParquetWriter(file, joined.schema))
+        writers[0].write_table(joined)
+        waiting.clear()
+
+    def add(table: pa.Table) -> None:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= GROUP:
+            write()
+
+    with whole_file(path) as file:
+        try:
+            yield add
+            if waiting:
+                write()
+        finally:
+            for writer in writers:
+                writer.close()
 
 
-def read(path: Path) -> Predictions:
-    """What `Predictions.write` wrote. StoreError if that is not what is there."""
-    table = _table(path)
+def read(path: Path, *, logits: bool = True) -> Predictions:
+    """What was written, with or without its logits. StoreError if that is not what is there."""
+    table = _table(path, logits=logits)
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
-    logits = columns.pop("logits", None)
-    if logits is not None:
-        values = logits.combine_chunks().flatten().to_numpy()
-        logits = values.reshape(len(table), -1)
+    found = columns.pop("logits", None)
+    if found is not None:
+        found = found.combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     return Predictions(
-        **{name: column.to_numpy() for name, column in columns.items()}, logits=logits
+        **{name: column.to_numpy() for name, column in columns.items()}, logits=found
     )
 
 
-def _table(path: Path) -> pa.Table:
+def _table(path: Path, *, logits: bool) -> pa.Table:
     """The columns of a file of predictions. StoreError if they are not there whole."""
     try:
-        table = parquet.read(path)
+        file = parquet.opened(path)
+        names = [name for name in file.schema_arrow.names if logits or name != "logits"]
+        table = file.read(columns=names, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error)) from None
     missing = [name for name in KINDS if name not in table.column_names]
@@ -201,14 +226,22 @@ def of_text(model: nn.Module, split: Rows, rows: DeviceRows) -> Predictions:
         first += len(index)
         size = size or max(1, LOGITS // (rows.mask.shape[1] * batches[0].pop("classes")))
     model.train(training)
-    places = TestPlaces.of(split)
-    return Predictions(
-        place=places.place,
-        label=places.label,
-        answer=_joined(batches, "answer"),
-        log_q=_joined(batches, "log_q"),
-        kl=_joined(batches, "kl") if rows.teaches_logits else None,
-    )
+    return _joined(TestPlaces.of(split), batches, has_kl=rows.teaches_logits)
+
+
+@torch.inference_mode()
+def of_calls(
+    model: nn.Module, places: TestPlaces, calls: Iterable[DeviceRows], *, has_kl: bool
+) -> Predictions:
+    """A model's predictions at some places of text, whose rows are read call by call."""
+    training = model.training
+    model.eval()
+    batches = [
+        _of_text_batch(model, rows, torch.arange(len(rows.label), device=rows.device))
+        for rows in calls
+    ]
+    model.train(training)
+    return _joined(places, batches, has_kl=has_kl)
 
 
 def _of_text_batch(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[str, Any]:
@@ -230,9 +263,11 @@ def _of_text_batch(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[st
     }
 
 
-def _joined(batches: list[dict[str, Any]], name: str) -> NDArray:
-    return torch.cat([batch[name] for batch in batches]).cpu().numpy()
+def _joined(places: TestPlaces, batches: list[dict[str, Any]], *, has_kl: bool) -> Predictions:
+    """What was said in these batches, in their order, at these places."""
 
+    def joined(name: str) -> NDArray[Any]:
+        return torch.cat([batch[name] for batch in batches]).cpu().numpy()
 
-def _mean(values: Floats) -> float:
-    return float(values.mean(dtype=np.float64))
+    kl = joined("kl") if has_kl else None
+    return Predictions(places.place, places.label, joined("answer"), joined("log_q"), kl)

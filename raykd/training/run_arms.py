@@ -9,6 +9,7 @@ the arm is done, and a later attempt does not train it again. `trained_arm` writ
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 
 from raykd import data, models
 from raykd.data import Dataset
+from raykd.data.rows import Facts
 from raykd.data.table import Held, Source, in_memory
 from raykd.files.address import Address
 from raykd.files.atomic import write_bytes
@@ -41,14 +43,14 @@ from raykd.teacher.head import teacher_head
 from raykd.teacher.identity import check_rows, run_digest, store_table
 from raykd.teacher.statistics import check_futures
 from raykd.techniques import register
-from raykd.training import phases, post_training, predictions, run_files, trained_arm
-from raykd.training.arm import Arm, World
+from raykd.training import phases, post_training, run_files, trained_arm
+from raykd.training.arm import ONE_PROCESS, Arm, World
 from raykd.training.arms import UNROUNDED, arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import to_device
 from raykd.training.loop import train
+from raykd.training.measured import Measured, join, measured, tally, write
 from raykd.training.part_rows import PartRows
-from raykd.training.predictions import Predictions
 from raykd.training.state import State
 from raykd.training.train_rows import TrainRows
 
@@ -56,28 +58,28 @@ DRAFTERS = ("student", "control")
 ArmReport = Callable[[str, int, dict[str, Any]], None]  # (arm key, step, metrics)
 
 
-def kept_of(recipe: Recipe, dataset: Dataset, arm: Arm, folder: Path) -> DraftLogSpec | None:
+def kept_of(recipe: Recipe, rows: Facts, arm: Arm, folder: Path) -> DraftLogSpec | None:
     """Where an arm's drafts are kept in the run folder; None where they are not.
 
     RecipeError as in `draft_log_spec`.
     """
     if arm.source is None or not arm.source.keep:
         return None
-    stored = store_table(recipe, len(dataset.classes))
-    run = f"{run_digest(recipe, dataset)}/{arm.key}"
+    stored = store_table(recipe, len(rows.classes))
+    run = f"{run_digest(recipe, rows)}/{arm.key}"
     return draft_log_spec(
-        run_files.draft_log(folder, arm.key), run, dataset.classes, arm.source.temperature, stored
+        run_files.draft_log(folder, arm.key), run, rows.classes, arm.source.temperature, stored
     )
 
 
-def replay_of(arm: Arm, dataset: Dataset, device: torch.device) -> Replay | None:
+def replay_of(arm: Arm, rows: Facts, device: torch.device) -> Replay | None:
     """The log of drafts that an arm learns from; None where it learns from none.
 
     Errors as in Replay and its `check`.
     """
     if arm.source is None or arm.source.log is None:
         return None
-    replay = Replay(arm.source.log, dataset.classes, dataset.shape["steps"], device)
+    replay = Replay(arm.source.log, rows.classes, rows.shape["steps"], device)
     replay.check(arm.terms, arm.source.temperature)
     return replay
 
@@ -100,21 +102,31 @@ class ArmRunner:
         self.device = device
         self.teacher = teacher
         self.source = source or data.open_source(recipe.data, recipe.optim.order)
-        self.dataset = in_memory(self.source)
+        self.table = self.source.table()
         self.store = Store(store) if store else None
         if self.store:
-            check_rows(self.source.table(), self.store.manifest["identity"])
-            check_futures(self.store, self.source.table(), reads_of(recipe))
-        self.head = teacher_head(recipe, self.store, self.source.table()) if self.store else None
+            check_rows(self.table, self.store.manifest["identity"])
+            check_futures(self.store, self.table, reads_of(recipe))
+        self.head = teacher_head(recipe, self.store, self.table) if self.store else None
         self.train = self._training_rows()
-        self.val = to_device(self.dataset.splits["val"], "val", None, frozenset(), device)
+        self.val = measured(self.source, "val", None, device, scale=recipe.scale)
+
+    def close(self) -> None:
+        """End what reads rows ahead."""
+        self.train.close()
+        self.val.close()
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The rows that are in memory."""
+        return in_memory(self.source)
 
     def _training_rows(self) -> TrainRows:
         """The training split, held on the device or read in parts."""
         needs = needs_of(self.recipe.terms)
         taught = self.store if reads_of(self.recipe) else None
         if isinstance(self.source, Held) and self.recipe.optim.order != "blocks":
-            rows = self.dataset.splits["train"]
+            rows = self.source.dataset.splits["train"]
             return to_device(rows, "train", taught, needs, self.device, self.head)
         scale = self.recipe.scale
         return PartRows(self.source, "train", taught, needs, self.device, self.head, scale)
@@ -126,7 +138,7 @@ class ArmRunner:
         """
         torch.manual_seed(arm.seed)
         module = models.build_model(
-            self.recipe.student.of_seed(arm.seed), **self.dataset.shape, key="student"
+            self.recipe.student.of_seed(arm.seed), **self.table.shape, key="student"
         )
         set_attention(module, self.recipe.precision.attention)
         phases.prepare(module, arm.phases)
@@ -134,21 +146,24 @@ class ArmRunner:
             recompute_blocks(module)
         return Adapter(module, want=wants_of(arm.terms))
 
-    def validate(self, student: nn.Module) -> dict[str, float]:
-        """Validation metrics, prefixed val_."""
-        metrics = predictions.of_model(student, self.dataset.splits["val"], self.val).metrics()
+    def validate(self, student: nn.Module, world: World = ONE_PROCESS) -> dict[str, float]:
+        """Validation metrics, prefixed val_; each rank measures a share of the rows."""
+        metrics = tally(student, self.val, world).metrics()
         return {f"val_{name}": value for name, value in metrics.items()}
 
-    def train_arm(self, arm: Arm, student: Adapter, **keywords: Any) -> State:
+    def train_arm(
+        self, arm: Arm, student: Adapter, world: World = ONE_PROCESS, **keywords: Any
+    ) -> State:
         """One arm's training of `student`; keywords go to `train`."""
-        live = (replay_of(arm, self.dataset, self.device) or self.live) if arm.source else None
+        live = (replay_of(arm, self.table, self.device) or self.live) if arm.source else None
         return train(
             arm,
             self.recipe.optim,
             student,
             self.train,
-            self.validate,
+            lambda student: self.validate(student, world),
             live=live,
+            world=world,
             precision=self.recipe.precision,
             micro=self.recipe.scale.micro,
             **keywords,
@@ -162,9 +177,9 @@ class ArmRunner:
     @cached_property
     def text(self) -> TextShape:
         """What a text is to student and teacher."""
-        classes = self.dataset.classes
+        classes = self.table.classes
         return TextShape(
-            self.dataset.shape["steps"], classes.index(self.recipe.data.end), len(classes)
+            self.table.shape["steps"], classes.index(self.recipe.data.end), len(classes)
         )
 
     @cached_property
@@ -172,7 +187,7 @@ class ArmRunner:
         """The teacher in this process."""
         assert self.recipe.teacher is not None
         form = Form.of_teacher(self.recipe.precision, self.device)
-        shape = self.dataset.shape
+        shape = self.table.shape
         return build_frozen(self.recipe.teacher, shape, form, key="teacher").eval()
 
     @cached_property
@@ -194,16 +209,20 @@ class ArmRunner:
             teacher, drafter, test, self.recipe.drafter, self.text, self.texts
         )
 
-    def test(self, student: nn.Module) -> Predictions:
-        """The student's predictions of the test split.
+    def tested(self) -> Measured:
+        """The test split, to be measured on.
 
-        On text they have the KL to the teacher where a store has the teacher's answers.
+        On text it tells the KL to the teacher where a store has the teacher's answers to all rows.
         """
-        split = self.dataset.splits["test"]
-        whole = self.store is not None and split.is_text and not self.store.unscored("test")
-        store = self.store if whole and self.train.teaches_logits else None
-        rows = to_device(split, "test", store, frozenset(), self.device, self.head)
-        return predictions.of_model(student, split, rows)
+        store = self.store
+        whole = store is not None and self.table.is_text and not store.unscored("test")
+        taught = store if whole and self.train.teaches_logits else None
+        return measured(self.source, "test", taught, self.device, self.head, self.recipe.scale)
+
+    def write_answers(self, student: nn.Module, path: Path, world: World) -> None:
+        """Write this rank's share of the student's predictions of the test split."""
+        with closing(self.tested()) as split:
+            write(student, split, path, world)
 
 
 def run_arms(
@@ -238,16 +257,19 @@ def run_arms(
             checkpoint_every=recipe.scale.checkpoint_every,
             report=partial(report, arm.key),
             tick=partial(tick, arm.key),
-            kept=kept_of(recipe, runner.dataset, arm, folder),
+            kept=kept_of(recipe, runner.table, arm, folder),
         )
+        answers = run_files.arm(folder, arm.key) / run_files.PREDICTIONS
+        runner.write_answers(state.learner.student, answers, world)
         if world.size > 1:
             dist.barrier()  # every rank has come to the end
         if world.rank == 0:
+            join(answers, world)
             _write_arm(runner, arm, state, folder)
             saved.clear()
         if world.size > 1:
             dist.barrier()
-    runner.train.close()
+    runner.close()
 
 
 def _agreed(world: World, value: bool, device: torch.device) -> bool:
@@ -263,11 +285,10 @@ def _write_arm(runner: ArmRunner, arm: Arm, state: State, folder: Path) -> None:
     student = state.learner.student
     weights = save(models.weights_of(student.module))
     write_bytes(target / run_files.WEIGHTS, weights)
-    runner.test(student).write(target / run_files.PREDICTIONS)
     if runner.recipe.drafter and arm.name in DRAFTERS:
         runner.drafts(student.module).write(target / run_files.DRAFTS)
     if arm.name == UNROUNDED and runner.recipe.quant:
-        post_training.write_rounded(runner.recipe, runner.dataset, target)
+        post_training.write_rounded(runner.recipe, runner.source, target)
     record = {
         "run": trained_arm.run_of(folder),
         "arm": arm.name,

@@ -98,21 +98,24 @@ def test_rounding_afterwards_is_the_unrounded_student_with_its_weights_rounded(
             scale = scale_of(rows, rule, largest)
             weights[name] = (codes_of(rows, scale, rule, largest) * scale).reshape(value.shape)
     student.module.load_state_dict(weights)
-    said = rounded_afterwards(found, shop.dataset, folder / "arms/unrounded-0/weights.safetensors")
-    np.testing.assert_allclose(shop.test(student).logits, said.logits, atol=1e-5)
+    test = shop.tested()
+    afterwards = rounded_afterwards(
+        found, shop.table.shape, folder / "arms/unrounded-0/weights.safetensors"
+    )
+    said = test.said(afterwards, 0)
+    np.testing.assert_allclose(test.said(student, 0).logits, said.logits, atol=1e-5)
     right = said.metrics()["accuracy"]
     assert made["beside"]["post_training"]["metrics"]["accuracy"]["value"] == pytest.approx(right)
 
 
 def test_what_rounding_afterwards_gives_is_written_for_arms_that_lack_it(made, recipe, folder):
     found = load(recipe)
-    dataset = data.load(found.data)
     files = sorted(path.parent.name for path in folder.glob(f"arms/*/{run_files.ROUNDED}"))
     assert files == ["unrounded-0"]
     path = run_files.arm(folder, "unrounded-0") / run_files.ROUNDED
     before = path.read_bytes()
     path.unlink()
-    write_missing(found, dataset, folder)
+    write_missing(found, data.open_source(found.data), folder)
     assert path.read_bytes() == before
 
 

@@ -677,7 +677,8 @@ def test_an_arms_files_belong_together(distillation, tmp_path):
     student = shop.student(Arm("student", 0, dict(found.terms)))
     student.module.load_state_dict(load_file(folder / "weights.safetensors"))
     np.testing.assert_array_equal(
-        predictions.read(folder / "predictions.parquet").logits, shop.test(student).logits
+        predictions.read(folder / "predictions.parquet").logits,
+        shop.tested().said(student, 0).logits,
     )
     record = read_json(folder / "arm.json")
     assert record["val"] == shop.validate(student)

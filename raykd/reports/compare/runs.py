@@ -46,7 +46,7 @@ class Run:
         arms = {seed: run_files.student(self.folder, seed) for seed in self.answers.student}
         try:
             predicted = {
-                s: predictions.read(arm / run_files.PREDICTIONS)
+                s: predictions.read(arm / run_files.PREDICTIONS, logits=False)
                 for s, arm in arms.items()
                 if "nll" in told
             }
