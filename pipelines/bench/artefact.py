@@ -85,7 +85,7 @@ def agreement(kind: str, width: str, source: Path, folder: Path) -> tuple[float,
     check_with_data(recipe, Held(dataset), folder)
     quietly = {"report": lambda *_: None, "device": torch.device("cpu"), "world": World()}
     run_arms(recipe, None, folder, **quietly)
-    run_artefact.write(recipe, dataset, folder)
+    run_artefact.write(recipe, Held(dataset), folder)
     reported = predictions.read(folder / run_files.ARTEFACT_ANSWERS).answer
     away = folder.with_name(f"{folder.name} away")
     shutil.copytree(run_files.artefact(folder), away)

@@ -5,7 +5,9 @@ gives the rows of one part at a time. So memory does not grow with the data. `He
 rows that are in memory already.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -17,6 +19,8 @@ from raykd.targets import UNLABELLED
 
 PLACE_BITS = 24  # of a row id; those above are the part's number
 MOST_ROWS = 1 << PLACE_BITS  # of a part
+SAMPLE_ROWS = 4096  # of a split in parts that are in memory, at most,
+SAMPLE_BYTES = 64 << 20  # unless those of fewer come to so much
 
 
 class Part(NamedTuple):
@@ -158,15 +162,70 @@ def _class_counts(dataset: Dataset) -> tuple[int, ...]:
 
 
 def in_memory(source: Source) -> Dataset:
-    """What of a source is in memory: all of it, or the splits that are measured on.
+    """What of a source is in memory: all of it, or the first rows of the splits that are measured
+    on.
 
     Of a source in parts there is no training split, and so no digest; its table has it.
     """
     if isinstance(source, Held):
         return source.dataset
     table = source.table()
-    splits = {split: read_split(source, split) for split in ("val", "test")}
+    splits = {split: _sample(source, split) for split in ("val", "test")}
     return Dataset(table.name, table.classes, splits, table.notes)
+
+
+def after(source: Source, split: str, rows: int) -> Iterator[Rows]:
+    """The rows of a split behind the first `rows`, part by part."""
+    seen = 0
+    for part in source.table().of(split):
+        seen += part.rows
+        if seen > rows:
+            skipped = max(rows - (seen - part.rows), 0)
+            yield source.read(part).take(slice(skipped, None))
+
+
+def _sample(source: Source, split: str) -> Rows:
+    """The first rows of a split: SAMPLE_ROWS, or those of the parts that come to SAMPLE_BYTES."""
+    pieces: list[Rows] = []
+    size = 0
+    for part in source.table().of(split):
+        if sum(map(len, pieces)) >= SAMPLE_ROWS or size >= SAMPLE_BYTES:
+            break
+        pieces.append(source.read(part))
+        size += pieces[-1].inputs.nbytes
+    return joined(pieces).take(slice(0, SAMPLE_ROWS))
+
+
+class RowsDigest:
+    """The digest of a split's rows, added part by part; the same for any parts of equal rows.
+
+    Example:
+        >>> rows = Rows(*(np.zeros((2, 3, 4)[: n + 1]) for n in (0, 2, 1, 0, 0)))
+        >>> whole, halves = RowsDigest(("a",)), RowsDigest(("a",))
+        >>> whole.add(rows)
+        >>> halves.add(rows.take([0]))
+        >>> halves.add(rows.take([1]))
+        >>> whole.hexdigest() == halves.hexdigest()
+        True
+    """
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes = list(classes)
+        self.states: dict[str, Any] = {}
+
+    def add(self, rows: Rows) -> None:
+        """Count the rows of a part."""
+        for name, values in vars(rows).items():
+            if values is not None:
+                kind = f"{name} {values.dtype} {values.shape[1:]}"
+                state = self.states.setdefault(kind, hashlib.sha256())
+                state.update(np.ascontiguousarray(values).data)
+
+    def hexdigest(self) -> str:
+        """Hex sha256 of all arrays so far, and of the classes."""
+        arrays = {name: state.hexdigest() for name, state in self.states.items()}
+        told = json.dumps([self.classes, arrays], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 def joined(pieces: Sequence[Rows]) -> Rows:

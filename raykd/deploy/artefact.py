@@ -14,7 +14,7 @@ manifest.json         bytes and sha256 of each file, the measured parity, bytes 
 What the report says of the artefact is what its run.py answered on the test rows, as a process.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,13 @@ SCRIPTED = "answered_by"  # key of the manifest: the script whose answers were m
 Logits = NDArray[np.float32]
 
 
-def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+def export(
+    recipe: Recipe, dataset: Dataset, folder: Path, rest: Iterable[Rows] = ()
+) -> dict[str, Any]:
     """Write `artefact/` in a run folder, its answers on the test rows beside it; its manifest.
 
-    GateError, and no folder, if it answers otherwise than the trained student.
+    GateError, and no folder, if it answers otherwise than the trained student. `rest` are test rows
+    behind those of `dataset`, which are only answered.
     """
     # Those of an artefact that is about to be replaced.
     (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
@@ -85,7 +88,7 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         _describe_rows(staged, dataset)
         copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run.py")
         _card_rows(staged)
-        answers = predict(staged, dataset)
+        answers = predict(staged, dataset.splits["test"])
         assert answers.logits is not None
         parity = _parity(staged, arm, dataset, trained, answers.logits, recipe.quant)
         form_parity = _forms(recipe, dataset, staged, arm, trained)
@@ -96,7 +99,9 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
         for name, measures in form_parity.items():
             manifest["files"][name] |= {"parity": measures}
         write_json(staged / run_files.MANIFEST, manifest)
-    answers.write(folder / run_files.ARTEFACT_ANSWERS)
+    exported = run_files.artefact(folder)
+    later = (predict(exported, rows) for rows in rest)
+    predictions.write_all(folder / run_files.ARTEFACT_ANSWERS, answers, later)
     write_bytes(folder / run_files.STUDENT, (arm / run_files.WEIGHTS).read_bytes())
     return manifest
 
@@ -170,7 +175,7 @@ def _write_student(
         file, is_free = _onnx_of(staged, dataset)
         (staged / ONNX).write_bytes(file)
         if quant is None:
-            compare(trained, _onnx_logits(staged, dataset), SAME, ONNX)
+            compare(trained, _onnx_logits(staged, dataset.splits["test"]), SAME, ONNX)
     except (RecipeError, GateError) as error:
         if quant is not None:
             raise
@@ -251,7 +256,7 @@ def _why(error: RecipeError | GateError) -> str:
 def _describe_rows(staged: Path, dataset: Dataset) -> None:
     """Say in model.json how a row must look."""
     described = _described(staged)
-    # of rows that are read in parts, those of validation and test
+    # of rows that are read in parts, the first of validation and test
     length = np.concatenate([rows.mask.sum(1) for rows in dataset.splits.values()])
     longest = dataset.shape["steps"]
     is_ragged = bool((length < longest).any())
@@ -408,13 +413,12 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
     return module
 
 
-def predict(folder: Path, dataset: Dataset) -> Predictions:
-    """The artefact's predictions of the test split, as its run.py answers each row."""
-    rows = dataset.splits["test"]
+def predict(folder: Path, rows: Rows) -> Predictions:
+    """The artefact's predictions of test rows, as its run.py answers each."""
     if "rows" in _described(folder):
         return of_logits(rows, own_script.row_logits(folder, rows))
     if (folder / ONNX).exists():  # of an older export, whose script takes no rows of their own
-        return of_logits(rows, _onnx_logits(folder, dataset))
+        return of_logits(rows, _onnx_logits(folder, rows))
     return predictions.of_model(
         load_artefact(folder),
         rows,
@@ -422,9 +426,8 @@ def predict(folder: Path, dataset: Dataset) -> Predictions:
     )
 
 
-def _onnx_logits(folder: Path, dataset: Dataset) -> Logits:
+def _onnx_logits(folder: Path, rows: Rows) -> Logits:
     """(N, C): what the ONNX file answers in the batches of an evaluation."""
-    rows = dataset.splits["test"]
     return onnx_session.sequence_logits(folder / ONNX, rows, predictions.EVAL_BATCH)
 
 
@@ -455,9 +458,9 @@ def _parity(
     bar = bar_of(quant) if quant else SAME
     if quant is None or not quant.over_the_call:
         parity = compare(trained, answered, bar, f"{where}, as run.py answers them")
-        together = _onnx_logits(staged, dataset) if quant else answered
+        together = _onnx_logits(staged, dataset.splits["test"]) if quant else answered
     else:
-        together = _onnx_logits(staged, dataset)
+        together = _onnx_logits(staged, dataset.splits["test"])
         parity = compare(trained, together, bar, where)
         few = dataset.splits["test"].take(slice(0, ALONE))
         student = Adapter(_student(_described(staged), arm / run_files.WEIGHTS)).eval()

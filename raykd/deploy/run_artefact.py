@@ -1,15 +1,16 @@
 """The artefact of a run folder, of series or of text: checked early, written, asked for answers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from raykd import models
-from raykd.data import Dataset
+from raykd.data import Dataset, Rows
+from raykd.data.table import Source, after, in_memory
 from raykd.deploy import artefact, forms, manifest, own_script, text_artefact
 from raykd.files.digests import file_sha256
 from raykd.recipe.recipe import Recipe
-from raykd.training import run_files
+from raykd.training import predictions, run_files
 from raykd.training.arms import best_student
 
 
@@ -24,13 +25,20 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     forms.check(recipe.export, student, quant, is_text=dataset.is_text)
 
 
-def write(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+def write(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:
     """Write `artefact/` of a run's best student, and beside it its answers on the test rows.
 
-    Gives the manifest. GateError, and no folder, if it answers otherwise than the student.
+    Gives the manifest. GateError, and no folder, if it answers otherwise than the student. Of rows
+    in parts the first are compared.
     """
+    dataset = in_memory(source)
     export = text_artefact.export if dataset.is_text else artefact.export
-    return export(recipe, dataset, folder)
+    return export(recipe, dataset, folder, _rest(source, dataset))
+
+
+def _rest(source: Source, dataset: Dataset) -> Iterator[Rows]:
+    """The test rows that are not in memory, part by part."""
+    return after(source, "test", len(dataset.splits["test"]))
 
 
 def notes(manifest: Mapping[str, Any]) -> list[str]:
@@ -75,7 +83,7 @@ def check_files(exported: Path) -> None:
     manifest.check(exported)
 
 
-def answer(dataset: Dataset, folder: Path) -> None:
+def answer(source: Source, folder: Path) -> None:
     """Write an artefact's answers on the test rows, if it was exported before they were kept.
 
     StoreError if the folder holds more than an export leaves there, or another script: whoever gave
@@ -87,5 +95,8 @@ def answer(dataset: Dataset, folder: Path) -> None:
         return
     manifest.check_alone(exported)
     own_script.check(exported)
+    dataset = in_memory(source)
     predict = text_artefact.predict if dataset.is_text else artefact.predict
-    predict(exported, dataset).write(target)
+    first = predict(exported, dataset.splits["test"])
+    rest = (predict(exported, rows) for rows in _rest(source, dataset))
+    predictions.write_all(target, first, rest)

@@ -12,7 +12,7 @@ manifest.json    bytes and sha256 of each file, the measured parity, bytes by ki
 import copy
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -44,7 +44,7 @@ from raykd.quant import swap
 from raykd.recipe.drafter import Drafter
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Recipe
-from raykd.training import phases, run_files
+from raykd.training import phases, predictions, run_files
 from raykd.training.arms import best_seed
 from raykd.training.predictions import Predictions, TestPlaces
 
@@ -55,11 +55,14 @@ ALONE = 2  # rows that are also read token by token
 SCRIPTED_ROWS = 16  # rows that run.py itself reads, as a process
 
 
-def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
+def export(
+    recipe: Recipe, dataset: Dataset, folder: Path, rest: Iterable[Rows] = ()
+) -> dict[str, Any]:
     """Write `artefact/` of a run over text, its answers on the test rows beside it; its manifest.
 
     It is `export_decoder` of the best seed's student. With `[drafter]`, how the file does as the
-    teacher's drafter is written, too.
+    teacher's drafter is written, too. `rest` are test rows behind those of `dataset`, which are
+    only answered.
     """
     # Those of an artefact that is about to be replaced.
     (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
@@ -87,7 +90,9 @@ def export(recipe: Recipe, dataset: Dataset, folder: Path) -> dict[str, Any]:
     if recipe.drafter:
         acceptance = _acceptance(artefact, recipe, dataset, recipe.drafter)
         acceptance.write(folder / run_files.DRAFTS)
-    predict(artefact, dataset).write(folder / run_files.ARTEFACT_ANSWERS)
+    answers = predict(artefact, dataset.splits["test"])
+    later = (predict(artefact, rows) for rows in rest)
+    predictions.write_all(folder / run_files.ARTEFACT_ANSWERS, answers, later)
     write_bytes(folder / run_files.STUDENT, weights.read_bytes())
     return manifest
 
@@ -119,9 +124,8 @@ def check(module: nn.Module, recipe: Recipe) -> Llama:
     return module
 
 
-def predict(folder: Path, dataset: Dataset) -> Predictions:
-    """The artefact's predictions of the test split, whose rows hold one document each."""
-    rows = dataset.splits["test"]
+def predict(folder: Path, rows: Rows) -> Predictions:
+    """The artefact's predictions of test rows, which hold one document each."""
     decoder = Decoder(folder / ONNX)
     singly = _reads_singly(folder)
     answers: list[NDArray[np.int64]] = []

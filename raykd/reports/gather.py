@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raykd.data import Dataset, Table
-from raykd.data.table import Source
+from raykd.data import Table
+from raykd.data.table import Held, RowsDigest, Source
 from raykd.errors import StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import read_json
@@ -40,21 +40,17 @@ PACKAGES = ("raykd", "torch", "ray", "pyarrow", "numpy", "mlflow")
 def gather(
     found: Recipe,
     source: Source,
-    dataset: Dataset,
     folder: Path,
     where: Address | None,
     mlflow: dict[str, Any],
 ) -> Evidence:
-    """Everything measured so far about a run: predictions, sizes, times, curves, trials.
-
-    `dataset` is what is in memory of `source`.
-    """
+    """Everything measured so far about a run: predictions, sizes, times, curves, trials."""
     table = source.table()
     records = {arm.key: trained_arm.read_record(folder, arm.key) for arm in arms_of(found)}
-    test = TestPlaces.of(dataset.splits["test"])
+    test, test_digest = _tested(source)
     opened = Store(where) if where else None
     manifest = read_json(run_files.artefact(folder) / run_files.MANIFEST)
-    saliency = _saliency(opened, dataset, test) if opened else None
+    saliency = _saliency(opened, test) if opened else None
     predicted = {name: _predicted(folder, records, name, test) for name in ("student", "control")}
     deployed = answers_of(folder / run_files.ARTEFACT_ANSWERS, test) if manifest else None
     every = predicted | ({"artefact": {0: deployed}} if deployed else {})
@@ -63,20 +59,18 @@ def gather(
         technique=found.technique,
         setting=found.setting,
         seeds=found.seeds,
-        data_name=dataset.name,
+        data_name=table.name,
         data_rows=table.rows_of_splits,
-        tested=int(dataset.splits["test"].labelled.sum()),
-        test_digest=dataset.test_digest,
-        classes=dataset.classes,
+        tested=table.labelled("test"),
+        test_digest=test_digest,
+        classes=table.classes,
         row_id=test.place,
         label=test.label,
         group=test.group,
         **{name: _answer_of(arm) for name, arm in predicted.items()},
-        measures=_measures(found, folder, records, every, opened, dataset)
-        if dataset.is_text
-        else {},
+        measures=_measures(found, folder, records, every, opened, test) if table.is_text else {},
         beside=_beside(found, folder, records, test),
-        teacher=teacher_check.answers(opened, dataset, "test") if opened else None,
+        teacher=teacher_check.answers(opened, test, "test") if opened else None,
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
         saliency=opened.column("saliency", "train").values if opened else None,
@@ -105,6 +99,14 @@ def gather(
     )
 
 
+def _tested(source: Source) -> tuple[TestPlaces, str]:
+    """Where the test split is told, and its digest; it is read once, part by part."""
+    if isinstance(source, Held):
+        return TestPlaces.of_source(source, "test"), source.dataset.test_digest
+    digest = RowsDigest(source.table().classes)
+    return TestPlaces.of_source(source, "test", digest.add), digest.hexdigest()
+
+
 def _predicted(
     folder: Path, records: dict[str, Any], name: str, test: TestPlaces
 ) -> dict[int, Predictions]:
@@ -118,7 +120,7 @@ def answers_of(path: Path, test: TestPlaces) -> Predictions:
     for name in ("place", "label"):
         if not np.array_equal(getattr(predicted, name), getattr(test, name)):
             raise predictions.damaged(path, f"its column {name} is not that of the test rows")
-    return predicted
+    return replace(predicted, place=test.place, label=test.label)
 
 
 def _measures(
@@ -127,17 +129,15 @@ def _measures(
     records: dict[str, Any],
     predicted: dict[str, dict[int, Predictions]],
     store: Store | None,
-    dataset: Dataset,
+    places: TestPlaces,
 ) -> dict[str, Measure]:
     """Losses of each model, of which the teacher's is nll alone; and how students and artefact did
     as drafters.
     """
-    test = dataset.splits["test"]
-    places = TestPlaces.of(test)
     known = places.label >= 0
     found = text_measures.of_predictions(predicted, places.group[known])
     if store and not store.unscored("test"):
-        nll = -store.stepwise("log_p", "test", test.row_id, test.mask.sum(1)).astype(np.float32)
+        nll = -store.stepwise("log_p", "test", places.row_id, places.steps).astype(np.float32)
         found["nll"] = replace(found["nll"], top={**found["nll"].top, "teacher": {0: nll[known]}})
     if recipe.drafter is None:
         return found
@@ -154,9 +154,9 @@ def _measures(
     )
 
 
-def _saliency(store: Store, dataset: Dataset, test: TestPlaces) -> NDArray[np.floating]:
+def _saliency(store: Store, test: TestPlaces) -> NDArray[np.floating]:
     """(n,): the saliency of each place's row, NaN where it is unknown."""
-    return store.aligned("saliency", "test", dataset.splits["test"].row_id, np.nan)[test.row]
+    return store.aligned("saliency", "test", test.row_id, np.nan)[test.row]
 
 
 def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:
@@ -293,11 +293,7 @@ def _warnings(
     recipe: Recipe, table: Table, store: Store | None, records: dict[str, Any]
 ) -> list[str]:
     found = list(table.cautions)
-    if (
-        store
-        and table.is_text
-        and not (store.logits("test").serves(1.0) and not store.unscored("test"))
-    ):
+    if store and table.is_text and not (store.serves("test", 1.0) and not store.unscored("test")):
         found.append(
             "no KL to the teacher: its store does not tell it at temperature 1, "
             "or not of every test row"

@@ -192,9 +192,8 @@ def _store_bytes(run_folder: RunFolder, is_one_a_row: bool) -> int:
 
 def _steps(run_folder: RunFolder, split: str) -> int:
     """The valid steps of a split; where it is read in parts, by those of the first."""
-    held = run_folder.dataset.splits.get(split)
-    if held is not None:
-        return int(held.mask.sum())
+    if not run_folder.table.in_parts:
+        return int(run_folder.dataset.splits[split].mask.sum())
     some = first_rows(run_folder.source, split)
     return round(some.mask.sum() / len(some) * run_folder.table.rows(split))
 

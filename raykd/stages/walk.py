@@ -227,7 +227,7 @@ def _score(run_folder: RunFolder) -> Address | None:
         Scorer.check(run_folder.recipe, Header.of(run_folder.recipe, run_folder.table))
         _connect(run_folder)
         scoring.score(run_folder.recipe, run_folder.source, run_folder.out.resolve())
-    warning = teacher_check.warning(Store(run_folder.store), run_folder.dataset)
+    warning = teacher_check.warning(Store(run_folder.store), run_folder.source)
     if warning:
         say("score", f"! {warning}")
     return run_folder.store
@@ -283,7 +283,7 @@ def _export(run_folder: RunFolder) -> Path:
         say("export", f"done before: {target}")
     else:
         with run_digests.renewed(run_folder.path, run_files.EXPORTED):
-            manifest = run_artefact.write(run_folder.recipe, run_folder.dataset, run_folder.path)
+            manifest = run_artefact.write(run_folder.recipe, run_folder.source, run_folder.path)
         say("export", f"seed {manifest['seed']}, {manifest['bytes']:,} bytes: {target}")
         for line in run_artefact.notes(manifest):
             say("export", line)
@@ -306,7 +306,6 @@ def _report(run_folder: RunFolder) -> dict[str, Any]:
     measured = gather.gather(
         run_folder.recipe,
         run_folder.source,
-        run_folder.dataset,
         folder=folder,
         where=run_folder.store,
         mlflow=synced,
@@ -340,7 +339,7 @@ def _check_artefact(run_folder: RunFolder) -> None:
     if not all(run_digests.is_recorded(folder, name) for name in run_files.EXPORTED[:2]):
         with run_digests.renewed(folder, run_files.EXPORTED):
             (folder / run_files.ARTEFACT_ANSWERS).unlink(missing_ok=True)
-            run_artefact.answer(run_folder.dataset, folder)
+            run_artefact.answer(run_folder.source, folder)
 
 
 def _inputs(run_folder: RunFolder) -> str:

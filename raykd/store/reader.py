@@ -1,7 +1,7 @@
 """Reading a store: only what the manifest names, only what its digests confirm."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Store:
         self.place = open_place(where)
         self.manifest: dict[str, Any] = read_manifest(self.place)
         self._splits: dict[str, pa.Table] = {}
+        self._row_ids: dict[str, NDArray[np.int64]] = {}
         self._layers: frozenset[str] = frozenset()  # the signals of which this is the store
 
     @property
@@ -40,6 +41,7 @@ class Store:
         store.place = open_place(where)
         store.manifest = {"shards": records}
         store._splits = {}
+        store._row_ids = {}
         store._layers = frozenset()
         return store
 
@@ -57,7 +59,9 @@ class Store:
         return self._splits[split]
 
     def row_id(self, split: str) -> NDArray[np.int64]:
-        return self.column("row_id", split).values
+        if split not in self._row_ids:
+            self._row_ids[split] = self.column("row_id", split).values
+        return self._row_ids[split]
 
     def unscored(self, split: str) -> int:
         """How many rows of a split could not be scored and are left out."""
@@ -109,12 +113,14 @@ class Store:
         return out
 
     def column(self, name: str, split: str) -> Column:
-        """One signal of one split; StoreError lists the stored ones if it is not among them."""
+        """One signal of one split; StoreError lists the stored ones if it is not among them.
+
+        It is read shard by shard, or out of the node's copy where that is open.
+        """
         if "." in name and name not in self._layers:
             return self._layer(name, split).column(name, split)
-        has_manifest = "sha256" in self.manifest
-        table = self.table(split) if has_manifest else self._from_shards(name, split)
-        return column_of(table, name)
+        table = self._splits.get(split)
+        return column_of(self._from_shards(name, split) if table is None else table, name)
 
     def stored(self, split: str, layers: Iterable[str] = ()) -> StoredRows:
         """All that the store holds of a split's rows; of inner layers only those that are named."""
@@ -139,7 +145,7 @@ class Store:
         place = layer_signals.place_of(self.place, name)
         if place.get("_MANIFEST.json") is None:
             layers = [layer.name for layer in layer_signals.stores_below(self.place)]
-            known = ", ".join([*self.table(split).column_names, *layers])
+            known = ", ".join([*next(self.shards(split)).column_names, *layers])
             raise StoreError(
                 f"store {self.place.name} holds no {name!r}; it has {known}; "
                 "`raykd score RECIPE` adds it"
@@ -155,31 +161,36 @@ class Store:
         """The teacher's answers of one split, still encoded."""
         return logits_of(self.table(split))
 
+    def serves(self, split: str, temperature: float) -> bool:
+        """Whether the KL to the answers of a split at a temperature has no bias."""
+        return logits_of(next(self.shards(split))).serves(temperature)
+
     def codec(self, split: str) -> Codec:
         """The codec of a split's answers, by its first shard."""
         return logits_of(next(self.shards(split))).codec
 
     def _from_shards(self, name: str, split: str) -> pa.Table:
-        """A column, and the one that counts its steps, of every shard."""
-        tables = []
-        for shard in self.shards(split):
-            names = [name]
-            metadata = self._field(shard, name).metadata or {}
-            if b"steps" in metadata:
-                names.append(metadata[b"steps"].decode())
-            tables.append(shard.select(names))
-        return pa.concat_tables(tables)
+        """A column, and the one that counts its steps, of every shard; no other is unpacked."""
 
-    def _field(self, table: pa.Table, name: str) -> pa.Field:
-        if name not in table.column_names:
-            raise StoreError(
-                f"store {self.place.name} holds no {name!r}; it has {', '.join(table.column_names)}"
-            )
-        return table.schema.field(name)
+        def with_steps(schema: pa.Schema) -> list[str]:
+            if name not in schema.names:
+                raise StoreError(
+                    f"store {self.place.name} holds no {name!r}; it has {', '.join(schema.names)}"
+                )
+            metadata = schema.field(name).metadata or {}
+            return [name, *([metadata[b"steps"].decode()] if b"steps" in metadata else [])]
+
+        records = [record for record in self.manifest["shards"] if record["split"] == split]
+        return pa.concat_tables([read_shard(self.place, each, with_steps) for each in records])
 
 
-def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
-    """A shard's rows, verified by digest, bounds and page checksums. StoreError otherwise."""
+def read_shard(
+    place: Place, record: dict[str, Any], columns: Callable[[pa.Schema], list[str]] | None = None
+) -> pa.Table:
+    """A shard's rows, verified by digest, bounds and page checksums. StoreError otherwise.
+
+    `columns` tells those to unpack from the file's own; without it all are.
+    """
     if not PART.fullmatch(record["file"]):
         raise StoreError(f"{place}: a record names {record['file']!r}, which is no shard's file")
     path = f"{place}/{record['file']}"
@@ -193,14 +204,21 @@ def read_shard(place: Place, record: dict[str, Any]) -> pa.Table:
         raise StoreError(
             f"{path}: {record['rows']} rows cannot be of {record['last'] - record['first']}"
         )
-    return read_parquet(data, record["rows"], path)
+    return read_parquet(data, record["rows"], path, columns)
 
 
-def read_parquet(data: bytes, rows: int, name: str) -> pa.Table:
+def read_parquet(
+    data: bytes,
+    rows: int,
+    name: str,
+    columns: Callable[[pa.Schema], list[str]] | None = None,
+) -> pa.Table:
     """The rows of a Parquet file, read only if its bounds are sound. StoreError otherwise."""
     bounds.check(data, rows, name)
     try:
-        table = parquet.read(data)
+        file = parquet.opened(data)
+        names = columns(file.schema_arrow) if columns else None
+        table = file.read(columns=names, use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{name} is not a readable Parquet file: {error}") from None

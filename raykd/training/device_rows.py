@@ -150,6 +150,7 @@ def to_device(
     if store is None:
         return beside(rows, None, needs, device, head)
     place = None
+    store.table(split)  # the node's copy, which all that follows reads
     is_stored = _stored_rows(store, split, rows)
     if not is_stored.all():  # inputs stay whole: they may be a memory map
         place = torch.from_numpy(np.flatnonzero(is_stored)).to(device)

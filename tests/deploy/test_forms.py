@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from raykd import data
+from raykd.data.table import Held
 from raykd.deploy import artefact, forms, packed, run_artefact
 from raykd.deploy.parity import BLOCKS, Bar, bar_of, compare
 from raykd.errors import GateError, RecipeError, StoreError
@@ -182,17 +183,17 @@ def test_an_export_keeps_what_the_artefact_answers_on_the_test_rows(tmp_path):
     recipe = recipe_of(None)
     train(recipe, tmp_path)
     dataset = data.load(recipe.data)
-    run_artefact.write(recipe, dataset, tmp_path)
+    run_artefact.write(recipe, Held(dataset), tmp_path)
     path = tmp_path / run_files.ARTEFACT_ANSWERS
     written = predictions.read(path)
-    asked = artefact.predict(tmp_path / "artefact", dataset)
+    asked = artefact.predict(tmp_path / "artefact", dataset.splits["test"])
     for name, values in vars(asked).items():
         np.testing.assert_array_equal(getattr(written, name), values, err_msg=name)
     assert run_artefact.is_whole(recipe, tmp_path)
     before = path.read_bytes()
     path.unlink()
     assert not run_artefact.is_whole(recipe, tmp_path)
-    run_artefact.answer(dataset, tmp_path)
+    run_artefact.answer(Held(dataset), tmp_path)
     assert path.read_bytes() == before
     assert run_artefact.is_whole(recipe, tmp_path)
 

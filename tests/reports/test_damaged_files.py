@@ -28,7 +28,9 @@ def path(tmp_path) -> Path:
     return path
 
 
-TEST = predictions.TestPlaces(np.arange(6), np.arange(6) % 3, np.arange(6), np.arange(6))
+TEST = predictions.TestPlaces(
+    np.arange(6), np.arange(6) % 3, np.arange(6), np.arange(6), np.arange(6), np.ones(6, np.int32)
+)
 
 
 def replaced(name, values):

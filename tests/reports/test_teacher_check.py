@@ -8,10 +8,12 @@ import pytest
 import stored
 
 from raykd import data
+from raykd.data.table import Held
 from raykd.recipe.recipe import Recipe
 from raykd.reports import teacher_check
 from raykd.stages import walk
 from raykd.store.reader import Store
+from raykd.training import predictions
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def scored(out) -> tuple[Recipe, Store]:
 
 def test_a_random_teacher_is_at_chance(scored):
     recipe, store = scored
-    warning = teacher_check.warning(store, data.load(recipe.data))
+    warning = teacher_check.warning(store, Held(data.load(recipe.data)))
     assert warning.startswith("the teacher is not shown to be better than chance: it is right on")
     assert "of 56 validation rows" in warning
 
@@ -36,10 +38,10 @@ def test_a_teacher_that_is_right_is_not(scored):
     recipe, store = scored
     dataset = data.load(recipe.data)
     val = dataset.splits["val"]
-    label = teacher_check.answers(store, dataset, "val").astype(np.int64)
+    label = teacher_check.answers(store, predictions.TestPlaces.of(val), "val").astype(np.int64)
     label[::5] = (label[::5] + 1) % stored.CLASSES
     splits = dataset.splits | {"val": replace(val, label=label)}
-    assert teacher_check.warning(store, replace(dataset, splits=splits)) == ""
+    assert teacher_check.warning(store, Held(replace(dataset, splits=splits))) == ""
 
 
 def test_without_labels_nothing_is_known(scored):
@@ -47,7 +49,7 @@ def test_without_labels_nothing_is_known(scored):
     dataset = data.load(recipe.data)
     val = dataset.splits["val"]
     splits = dataset.splits | {"val": replace(val, label=np.full(len(val), -100))}
-    assert teacher_check.warning(store, replace(dataset, splits=splits)) == ""
+    assert teacher_check.warning(store, Held(replace(dataset, splits=splits))) == ""
 
 
 def test_scoring_says_so(scored, out, capsys):

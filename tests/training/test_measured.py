@@ -19,8 +19,8 @@ from parts import Cut
 from torch import Tensor
 
 from raykd import data
-from raykd.data import Dataset, Rows
-from raykd.data.table import Held, Part, Table
+from raykd.data import Dataset, Rows, table
+from raykd.data.table import Held, Part, RowsDigest, Table, after, in_memory
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
@@ -197,6 +197,40 @@ def test_every_piece_is_dealt_to_one_rank(pieces):
         shares = [dealt(pieces, World(rank, size)) for rank in range(size)]
         assert [piece for share in shares for piece in share] == list(range(pieces))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_what_is_told_of_a_split_is_read_by_part(dataset):
+    whole = predictions.TestPlaces.of(dataset.splits["test"])
+    digests = set()
+    for rows in (7, 64, 1000):
+        source = WithEmptyParts(dataset, rows)
+        digest = RowsDigest(dataset.classes)
+        read = predictions.TestPlaces.of_source(source, "test", digest.add)
+        for name, values in vars(read).items():
+            np.testing.assert_array_equal(values, getattr(whole, name))
+        digests.add(digest.hexdigest())
+    assert len(digests) == 1
+    label = dataset.splits["test"].label.copy()
+    label[1] = UNLABELLED
+    digest = RowsDigest(dataset.classes)
+    digest.add(replace(dataset.splits["test"], label=label))
+    assert digest.hexdigest() not in digests
+
+
+@pytest.mark.parametrize("most", [1, 20, 64, 4096])
+def test_the_first_rows_are_in_memory_and_the_others_come_by_part(dataset, most, monkeypatch):
+    monkeypatch.setattr(table, "SAMPLE_ROWS", most)
+    whole = dataset.splits["test"]
+    for rows in (7, 64, 1000):
+        source = WithEmptyParts(dataset, rows)
+        first = in_memory(source).splits["test"]
+        assert len(first) == min(most, len(whole))
+        others = list(after(source, "test", len(first)))
+        assert all(len(rest) <= rows for rest in others)
+        row_id = np.concatenate([one.row_id for one in [first, *others]])
+        np.testing.assert_array_equal(row_id, whole.row_id)
+    monkeypatch.setattr(table, "SAMPLE_BYTES", 1)
+    assert len(in_memory(Cut(dataset, 7)).splits["test"]) == min(most, 7)
 
 
 def test_rows_of_text_are_read_by_tokens():

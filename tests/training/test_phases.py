@@ -395,7 +395,7 @@ def test_an_artefact_rounds_as_its_student_did(name, tmp_path):
     lines = subprocess.run(
         script, capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout.splitlines()
-    answers = artefact.predict(tmp_path / "artefact", dataset).answer[:3]
+    answers = artefact.predict(tmp_path / "artefact", dataset.splits["test"]).answer[:3]
     assert [line.partition("\t")[0] for line in lines] == [dataset.classes[i] for i in answers]
 
 
