@@ -1,7 +1,9 @@
 """Ray Tune: trials over one shared store.
 
-Each trial leaves `trials/<id>/`: `history.jsonl` as it goes, `weights.safetensors` if it runs to
-its end. Test rows are not looked at here.
+Each trial leaves `trials/<id>/`: `history.jsonl` as it goes, and at its end `weights.safetensors`
+and `trial.json`. A search that was killed and is given again reports what its trials reported, and
+trains none of them twice: one that is half done goes on from its checkpoint. Test rows are not
+looked at here.
 """
 
 import json
@@ -19,6 +21,7 @@ from raykd import errors, models
 from raykd.console import Progress
 from raykd.data.table import Source
 from raykd.errors import InfraError, RaykdError
+from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.models.device import device_of, on_device
@@ -28,15 +31,18 @@ from raykd.orchestration.training import to_send, worker_group
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.search import Range, apply_trial
-from raykd.training import phases, run_files
+from raykd.training import phases, run_files, trial_record
 from raykd.training.arm import ONE_PROCESS, World
 from raykd.training.arms import student_arm
+from raykd.training.checkpoints import Checkpoints
 from raykd.training.measured import tally
 from raykd.training.run_arms import ArmRunner
+from raykd.training.trial_record import TrialRecord
 
 # A nested trial and its N workers fit N cores.
 TRIAL_CPU = 0.05
 WORKER_CPU = 0.9
+TWIN_S = 86_400  # for another trial of the same point to end
 
 
 def run_trials(
@@ -55,6 +61,7 @@ def run_trials(
     nested = recipe.scale.workers[1] > 1
     recipe = placed(recipe)
     address = store.resolve() if isinstance(store, Path) else store
+    known = trial_record.begun(folder)
     shared = {
         "recipe": recipe.model_dump(mode="json"),
         "store": str(address) if address else None,
@@ -72,7 +79,7 @@ def run_trials(
             mode="max",
             num_samples=settings.trials,
             max_concurrent_trials=min(settings.concurrent, _fitting(recipe)),
-            search_alg=_searcher(settings.searcher, settings.seed),
+            search_alg=_searcher(settings.searcher, settings.seed, known[: settings.trials]),
             scheduler=_scheduler(steps, settings.grace),
         ),
         run_config=tune.RunConfig(
@@ -80,7 +87,7 @@ def run_trials(
             storage_path=str(run_files.ray(folder.resolve())),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=recipe.scale.retries),
-            callbacks=[_progress(settings.trials, steps, metric_of(recipe))],
+            callbacks=[_record(folder), _progress(settings.trials, steps, metric_of(recipe))],
         ),
     )
     try:
@@ -89,7 +96,7 @@ def run_trials(
         raise plain_error(error, "tune") from error
     results = [grid[i] for i in range(len(grid))]
     metric = metric_of(recipe)
-    rows = [_trial_row(number, result, steps, metric) for number, result in enumerate(results)]
+    rows = [_trial_row(number, result, folder, metric) for number, result in enumerate(results)]
     faults = [fault for row in rows if (fault := _fault_of(row, folder))]
     failures = [result.error for result in results if result.error]
     return _with_best(rows, [*faults, *failures], metric)
@@ -115,16 +122,16 @@ def trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     """One point of the space, trained by the plain loop in this process."""
     from ray import tune
 
-    shared = shared | {"trial": tune.get_context().get_trial_id()}
-    _told_once(lambda: _train_trial(config, shared, ONE_PROCESS, tune.report), config, shared)
+    shared = shared | {"trial": trial_record.trial_id(config)}
+    with waiting.locked(_folder_of(shared), wait=True, limit_s=TWIN_S):
+        _told_once(lambda: _train_trial(config, shared, ONE_PROCESS, tune.report), config, shared)
 
 
 def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     """One point of the space, trained by a Ray Train group of its own."""
-    from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    shared = shared | {"trial": tune.get_context().get_trial_id()}
+    shared = shared | {"trial": trial_record.trial_id(config)}
     loop_config = {"config": config, "shared": shared}
     recipe = _recipe_of(config, shared)
     group = worker_group(
@@ -135,7 +142,8 @@ def nested_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
         cpus=WORKER_CPU,
         callbacks=[TuneReportCallback()],
     )
-    _told_once(group.fit, config, shared)
+    with waiting.locked(_folder_of(shared), wait=True, limit_s=TWIN_S):
+        _told_once(group.fit, config, shared)
 
 
 def _told_once(train: Callable[[], Any], config: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -180,9 +188,15 @@ def _train_trial(
     folder = _folder_of(shared)
     metric = metric_of(recipe)
     check_seen(Path(shared["folder"]))
-    runner = ArmRunner(recipe, shared["store"], device_of(recipe), source=shared["source"])
+    record = trial_record.read(folder)
+    if record:
+        _report_again(folder, record, metric, report)
+        return
+    device = device_of(recipe)
+    runner = ArmRunner(recipe, shared["store"], device, source=shared["source"])
     arm = student_arm(recipe, recipe.seeds[0])
     student = runner.student(arm)
+    checkpoints = Checkpoints(run_files.checkpoints(Path(shared["folder"])) / shared["trial"])
 
     def report_step(step: int, metrics: dict[str, Any]) -> None:
         if world.rank == 0:
@@ -190,15 +204,43 @@ def _train_trial(
         if step < recipe.optim.steps:
             report({"step": step, metric: metrics[metric]})
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / run_files.HISTORY).unlink(missing_ok=True)
-    (folder / run_files.FAULT).unlink(missing_ok=True)
-    state = runner.train_arm(arm, student, world=world, report=report_step)
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / run_files.HISTORY).unlink(missing_ok=True)
+        (folder / run_files.FAULT).unlink(missing_ok=True)
+    chosen = checkpoints.choose(world, device)
+    kept = checkpoints.load(chosen) if chosen else None
+    for metrics in kept.meta["history"] if kept else ():
+        report_step(metrics["step"], metrics)
+    state = runner.train_arm(
+        arm,
+        student,
+        world=world,
+        checkpoints=checkpoints,
+        checkpoint_every=recipe.scale.checkpoint_every,
+        report=report_step,
+    )
     # before the last report, where the scheduler may end this process; and both of the weights
     # that the student goes back to
     if world.rank == 0:
         _save(student.module, folder / run_files.WEIGHTS)
+        value = float(state.kept[metric])
+        trial_record.write(folder, TrialRecord(trial_record.FINISHED, state.step, value))
+        checkpoints.clear()
     report({"step": state.step, metric: state.kept[metric]})
+
+
+def _report_again(
+    folder: Path, record: TrialRecord, metric: str, report: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Report what a trial that is over reported, so that others are compared with it as before."""
+    for line in (folder / run_files.HISTORY).read_text().splitlines():
+        metrics = json.loads(line)
+        is_last = metrics["step"] == record.step
+        if metrics["step"] < record.step or (is_last and record.state == trial_record.STOPPED):
+            report({"step": metrics["step"], metric: metrics[metric]})
+    if record.state == trial_record.FINISHED:
+        report({"step": record.step, metric: record.value})
 
 
 def test_metrics(recipe: Recipe, weights: Path, source: Source | None) -> dict[str, float]:
@@ -257,7 +299,11 @@ def _domain(span: Range) -> Any:
     return tune.choice(span.choice or [])
 
 
-def _searcher(name: str, seed: int) -> Any:
+def _searcher(name: str, seed: int, known: list[dict[str, Any]]) -> Any:
+    """Who proposes points: those of trials that were begun first, then new ones.
+
+    Chance draws the same points again by itself.
+    """
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     if name == "random":
@@ -266,7 +312,8 @@ def _searcher(name: str, seed: int) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(seed=seed)
+    # with the same seed the sampler would draw the known points once more
+    return OptunaSearch(seed=seed + len(known), points_to_evaluate=known or None)
 
 
 def _scheduler(steps: int, grace: int) -> Any:
@@ -277,23 +324,47 @@ def _scheduler(steps: int, grace: int) -> Any:
     )
 
 
-def _trial_row(number: int, result: Any, steps: int, metric: str) -> dict[str, Any]:
+def _trial_row(number: int, result: Any, folder: Path, metric: str) -> dict[str, Any]:
     """A trial as the report shows it. One whose metric is not a number has failed."""
     metrics = result.metrics or {}
-    value = metrics.get(metric)
-    step = metrics.get("step")
-    sound = not result.error and value is not None and math.isfinite(value)
-    state = "failed"
-    if sound:
-        state = "finished" if step == steps else "stopped"
+    params = dict(result.config or {})
+    key = trial_record.trial_id(params) if params else None
+    record = trial_record.read(run_files.trial(folder, key)) if key else None
+    value = record.value if record and record.value is not None else metrics.get(metric)
+    is_number = value is not None and math.isfinite(value)
+    is_sound = is_number and record is not None and not result.error
     return {
         "number": number,
-        "id": metrics.get("trial_id"),
-        "params": dict(result.config or {}),
-        "steps": step,
-        "state": state,
-        metric: value if sound else None,
+        "id": key,
+        "params": params,
+        "steps": record.step if record else metrics.get("step"),
+        "state": record.state if record and is_sound else "failed",
+        metric: value if is_sound else None,
     }
+
+
+def _record(folder: Path) -> Any:
+    """What writes the point of each trial that begins, and which trials the scheduler stopped."""
+    from ray import tune
+
+    class Recorded(tune.Callback):
+        def __init__(self) -> None:
+            self.count = len(trial_record.begun(folder))
+
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            place = run_files.trial(folder, trial_record.trial_id(trial.config))
+            trial_record.begin(place, trial.config, self.count)
+            self.count += 1
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            place = run_files.trial(folder, trial_record.trial_id(trial.config))
+            step = (trial.last_result or {}).get("step")
+            is_known = trial_record.read(place) or (place / run_files.FAULT).exists()
+            if step is not None and not is_known:
+                trial_record.write(place, TrialRecord(trial_record.STOPPED, step))
+            Checkpoints(run_files.checkpoints(folder) / place.name).clear()
+
+    return Recorded()
 
 
 def _progress(trials: int, steps: int, metric: str) -> Any:

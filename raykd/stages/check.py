@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,8 +114,7 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
     `train` are some of the training rows.
     """
     teacher = recipe.teacher
-    student: ModelRef = recipe.student.bare
-    probed = [("student", student, check_student)]
+    probed: list[tuple[str, ModelRef, Any]] = [("student", recipe.student.bare, check_student)]
     # A teacher in a folder is found out as it is read: its columns, its steps, that it is causal.
     if teacher is not None and teacher.model != TRANSFORMERS and not _is_folder(teacher):
         probed.append(("teacher", teacher, check_teacher))

@@ -8,7 +8,8 @@ A run folder holds
     checkpoints/<arm>/              states of arms that are not done
     drafts/<arm>/                   the log of an arm's drafts, where it keeps them
     arms/<arm>/                     weights, predictions and drafts of a trained arm; arm.json last
-    trials/<id>/                    history and weights of one trial of the search, or its fault
+    trials/<id>/                    point, history and weights of one trial of the search, or its
+                                    fault; trial.json last
     tune.json, best.toml            the table of trials, and the best one's recipe
     artefact/                       the exported student; manifest.json last
     artefact_answers.parquet        what it answers on the test rows
@@ -45,6 +46,8 @@ WEIGHTS = "weights.safetensors"  # of an arm, and of a trial
 PREDICTIONS = "predictions.parquet"
 ROUNDED = "rounded_afterwards.parquet"  # of the unrounded arm
 HISTORY = "history.jsonl"
+POINT = "point.json"  # where a trial stands in the searched space
+TRIAL = "trial.json"  # how it ended
 FAULT = "fault.json"  # of a trial that a repetition would not mend
 
 MANIFEST = "manifest.json"  # in the artefact
@@ -83,9 +86,14 @@ def draft_log(run: Path, key: str) -> Path:
     return run / "drafts" / key
 
 
-def trial(run: Path, number: str) -> Path:
-    """The folder of one trial, by Ray Tune's id."""
-    return run / "trials" / number
+def trials(run: Path) -> Path:
+    """The folder of all trials of the search."""
+    return run / "trials"
+
+
+def trial(run: Path, key: str) -> Path:
+    """The folder of one trial, by its id."""
+    return trials(run) / key
 
 
 def read_trials(run: Path) -> dict[str, Any] | None:

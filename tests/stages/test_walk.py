@@ -94,7 +94,7 @@ def test_all_trials_are_there_over_one_store_without_a_look_at_test_rows(folder,
     assert {trial["state"] for trial in table["trials"]} <= {"finished", "stopped"}
     assert len(list((scored / "stores").iterdir())) == 1
     left = {path.name for path in (folder / "trials").rglob("*") if path.is_file()}
-    assert left == {"history.jsonl", "weights.safetensors"}
+    assert left == {"history.jsonl", "weights.safetensors", "point.json", "trial.json"}
     assert not any(
         "test" in path.read_text() for path in (folder / "trials").rglob("history.jsonl")
     )
