@@ -30,6 +30,7 @@ from raykd.teacher.identity import store_identity
 from raykd.training.arms import arms_of
 
 GB = 10**9
+LATER = "once the rows are prepared"
 SIGNALS_A_STEP = 2  # valence and trajectory, fp16, beside the logits
 
 
@@ -88,20 +89,24 @@ def _unprepared(run_folder: RunFolder, work: Work) -> dict[str, Any]:
     stages = ["train", *(["tune"] if recipe.search else []), "export", "report"]
     if recipe.teacher and stored_for(recipe):
         stages.insert(0, "score")
-    later = "foretold once the rows are prepared"
+    sizes = {}
+    if shape := work.shape_of_text:
+        sizes["student"] = _parameters(recipe.student.of_seed(recipe.seeds[0]), shape, "student")
+        if recipe.teacher:
+            sizes["teacher"] = _parameters(recipe.teacher, shape, "teacher")
     return {
         "run": None,
         "data": f"{work.name}: {rows}, which are not prepared yet",
         "rows": {},
         "unfit": [],
-        "parameters": {},
+        "parameters": sizes,
         "workers": list(recipe.scale.workers),
         "memory_bytes_a_worker": None,
-        "disk_bytes": {"rows": found.disk_bytes},
+        "disk_bytes": {"rows": found.disk_bytes} if found.rows else {},
         "tracking": run_folder.uri,
         "stages": [
             {"stage": "prepare", "done": False, "what": what},
-            *({"stage": stage, "done": False, "what": later} for stage in stages),
+            *({"stage": stage, "done": False, "what": f"foretold {LATER}"} for stage in stages),
         ],
         "nearest_store": None,
     }
@@ -249,11 +254,11 @@ def table(found: dict[str, Any]) -> str:
     memory = found["memory_bytes_a_worker"]
     of_each = "" if memory is None else f", {memory / 2**20:,.0f} MiB of memory in each"
     lines = [
-        f"run         {found['run'] or 'named once the rows are prepared'}",
+        f"run         {found['run'] or f'named {LATER}'}",
         f"data        {found['data']}",
-        f"parameters  {sizes}",
+        f"parameters  {sizes or f'known {LATER}'}",
         f"workers     {low if low == high else f'{low} to {high}'}{of_each}",
-        f"disk        {disk}",
+        f"disk        {disk or f'known {LATER}'}",
         f"tracking    {found['tracking']}",
     ]
     lines += [

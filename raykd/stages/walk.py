@@ -14,6 +14,7 @@ from typing import Any
 
 import tomli_w
 
+from raykd import models
 from raykd.console import say
 from raykd.data.prepared.parts import PreparedParts
 from raykd.deploy import run_artefact
@@ -175,13 +176,20 @@ def _walk(run_folder: RunFolder, *stages: Stage) -> Any:
 
 
 def _prepare_rows(run_folder: RunFolder) -> None:
-    """Make parts of rows that are none yet; nothing else is known of the run before."""
+    """Make parts of rows that are none yet.
+
+    Nothing else is known of the run before, but whether models of text can be built.
+    """
     source = run_folder.source
     if not isinstance(source, PreparedParts) or source.is_ready:
         return
+    recipe = run_folder.recipe
+    if shape := source.work.shape_of_text:
+        models.build_model(recipe.student.of_seed(recipe.seeds[0]), **shape, key="student")
+        if recipe.teacher:
+            models.build_model(recipe.teacher, **shape, key="teacher")
     prepare(run_folder.address)
     if not preparing.is_small(source.work):
-        recipe = run_folder.recipe
         cluster.begin(recipe, run_folder.address, source.work.folder.address)
     preparing.prepare_rows(source.work)
 

@@ -17,14 +17,16 @@ import pytest
 from texts import END, sentence, tokenizer
 
 from raykd import data
-from raykd.data import SPLITS, sources
+from raykd.data import SPLITS, sources, tables
+from raykd.data.parquet_parts import ParquetParts
 from raykd.data.prepared import series_parts, text_parts, units, work
 from raykd.data.prepared.parts import PreparedParts
-from raykd.data.table import read_split
+from raykd.data.table import Held, read_split
 from raykd.errors import DataError, InfraError, RecipeError, StoreError
 from raykd.files import atomic
 from raykd.orchestration.preparing import prepare_rows
 from raykd.recipe.tables import DataRef
+from raykd.stages import walk
 from raykd.stages.load import resolve
 from raykd.stages.run_folder import RunFolder
 from raykd.targets import UNLABELLED
@@ -419,3 +421,48 @@ def test_prepared_rows_never_lie_among_the_rows_that_are_read(tokens, tmp_path):
     recipe = resolve({"technique": "none", "data": raw, "optim": {"order": "blocks"}})
     with pytest.raises(RecipeError, match=r"--out: .*rows lies below data\.source .*rows"):
         assert RunFolder(recipe, tmp_path).source
+
+
+def test_a_student_that_no_text_fits_is_refused_before_the_rows_are_prepared(tokens, tmp_path):
+    write_lines(tmp_path / "rows", records(prompts=False))
+    raw = ref_of(tmp_path / "rows", tokens, prompts=False).model_dump(exclude_none=True)
+    student = {"model": "llama", "settings": {"width": 9, "heads": 2}}
+    recipe = resolve(
+        {"technique": "none", "data": raw, "student": student, "optim": {"order": "blocks"}}
+    )
+    with pytest.raises(RecipeError, match=r"student"):
+        walk.train(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_many_rows_are_prepared_and_few_are_held(tokens, tmp_path, monkeypatch):
+    """Of texts, lines and functions; Parquet of parts stays where it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "many_series.py").write_text(f"def rows():\n    return {series()!r}\n")
+    mixed = write_series(tmp_path / "mixed", "parquet", series())
+    refs = [
+        ref_of(write_lines(tmp_path / "rows", records(prompts=False)), tokens, prompts=False),
+        series_ref(write_series(tmp_path / "lines", "jsonl", series())),
+        series_ref(mixed),
+        series_ref("many_series:rows"),
+    ]
+    home = tmp_path / "home"
+    for ref in refs:
+        assert isinstance(sources.open_source(ref, "auto", home), Held)
+    monkeypatch.setattr(tables, "MOST_BYTES", 1000)
+    monkeypatch.setattr(tables, "MOST_ROWS", 99)
+    for ref in refs:
+        assert isinstance(sources.open_source(ref, "auto", home), PreparedParts)
+        assert isinstance(sources.open_source(ref, "rows", home), Held)
+        with pytest.raises(
+            DataError, match=r"has to be prepared.*open_source\(\.\.\., home=\.\.\."
+        ):
+            sources.open_source(ref, "blocks")
+    for split in SPLITS:
+        rows = [row for row in series() if row["split"] == split]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mixed" / f"{split}.parquet")
+    (mixed / "a.parquet").unlink()
+    assert isinstance(sources.open_source(series_ref(mixed), "auto", home), ParquetParts)
+    assert not home.exists()
+    with pytest.raises(DataError, match=r"watch_gestures is small and in memory; leave it out"):
+        sources.open_source(DataRef(), "blocks", home)

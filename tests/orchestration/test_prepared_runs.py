@@ -34,6 +34,7 @@ def test_texts_are_prepared_by_ray_and_then_scored_and_learned(cluster, tmp_path
     assert [stage["stage"] for stage in foretold["stages"]][:3] == ["prepare", "score", "train"]
     assert not foretold["stages"][0]["done"]
     assert "about 64 rows" in foretold["data"]
+    assert foretold["parameters"].keys() == {"student", "teacher"}
     assert "named once the rows are prepared" in plan.table(foretold)
     assert not out.exists()
     folder = walk.train(recipe, out)

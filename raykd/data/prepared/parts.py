@@ -138,8 +138,8 @@ class PreparedParts:
         return Known(table, tuple(pieces), found.cutoffs)
 
     def _shape(self, pieces: Sequence[Piece], classes: Sequence[str]) -> dict[str, int]:
-        if self.ref.tokenizer:
-            return {"channels": 2, "classes": len(classes), "steps": self.ref.window}
+        if self.work.shape_of_text:
+            return self.work.shape_of_text
         longest = max(piece.facts["longest"] for piece in pieces)
         check_steps(np.array([longest]), self.ref.steps, 0, self.work.name)
         channels = pieces[0].facts["channels"]

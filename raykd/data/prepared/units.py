@@ -7,6 +7,7 @@ read whole.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -76,8 +77,9 @@ class FileUnits:
         pieces: list[Piece] = []
         size = 0
         rows = 0
-        for number, laid in enumerate(self.rows.laid):
-            for piece, of_piece, count in self._pieces(number, laid):
+        numbers = range(len(self.rows.laid))
+        for found in in_turn(self._pieces, numbers, self.rows.requests):
+            for piece, of_piece, count in found:
                 if pieces and size + of_piece > UNIT_BYTES:
                     units.append(Unit(len(units), tuple(pieces), size, rows))
                     pieces = []
@@ -125,20 +127,24 @@ class FileUnits:
                 for some in _cut(batch):
                     yield Some(some, name)
 
-    def _pieces(self, number: int, laid: LaidFile) -> Iterator[tuple[Piece, int, int]]:
-        """(piece, bytes, rows) of a file."""
+    def _pieces(self, number: int) -> list[tuple[Piece, int, int]]:
+        """(piece, bytes, rows) of a file, in its order."""
+        laid = self.rows.laid[number]
         if laid.kind == PARQUET:
             table = self.rows.open(laid)
             assert isinstance(table, ParquetTable)
-            for group, rows in enumerate(table.groups):
-                if rows:
-                    yield Piece(number, group), table.bytes_of(group), rows
-        elif laid.kind in LINES and laid.file.bytes > UNIT_BYTES:
-            for first in range(0, laid.file.bytes, UNIT_BYTES):
-                end = min(first + UNIT_BYTES, laid.file.bytes)
-                yield Piece(number, first=first, end=end), end - first, 0
-        else:
-            yield Piece(number), laid.file.bytes, 0
+            return [
+                (Piece(number, group), table.bytes_of(group), rows)
+                for group, rows in enumerate(table.groups)
+                if rows
+            ]
+        size = laid.file.bytes
+        if laid.kind not in LINES or size <= UNIT_BYTES:
+            return [(Piece(number), size, 0)]
+        edges = [*range(0, size, UNIT_BYTES), size]
+        return [
+            (Piece(number, first=first, end=end), end - first, 0) for first, end in pairwise(edges)
+        ]
 
     def _lines(self, laid: LaidFile, piece: Piece) -> TableFile:
         """The lines that begin in a range; a column that none of them has is null there.

@@ -133,7 +133,10 @@ class Work:
         """What preparing takes, by the first rows of the source."""
         if self.files is None:
             some = next(iter(self.function_rows()), [])
-            return Estimate(0, 0, 0, self._width_of(some))
+            width = self._width_of(some[:SAMPLE])
+            is_all = ":" not in self.ref.source  # a text that is shipped
+            rows = len(some) if is_all else 0
+            return Estimate(rows, 0, rows * width, width)
         found = next((self.files.read(unit) for unit in self.units), None)
         some = next(found, None) if found else None
         if some is None:
@@ -289,6 +292,13 @@ class Work:
     @cached_property
     def tokenizer(self) -> Any:
         return text.read_tokenizer(self.ref)
+
+    @property
+    def shape_of_text(self) -> dict[str, int] | None:
+        """The sizes that a model of text is built for, which are known before; None of series."""
+        if not self.ref.tokenizer:
+            return None
+        return {"channels": 2, "classes": len(self.tokens), "steps": self.ref.window}
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
