@@ -3,7 +3,9 @@
     python -m pipelines.bench.rows
 
 * bytes_read_ratio: bytes that four workers with a cache each read in an epoch, over the data.
-* trainer_peak_ratio: peak anonymous memory of a training on 2 GB of wide rows, over 128 MB of them.
+* trainer_peak_ratio: peak anonymous memory of a training on 2 GB of wide rows, over 128 MB of them;
+  it measures itself on 256 MB of validation rows and writes its answers to as many test rows, over
+  16 MB of each.
 * step_ratio_blocks: wall time of a training step on parts over one on rows in memory, in turns.
 * quality_blocks_minus_rows: validation accuracy on the gestures, blocks minus rows, of three seeds.
 * driver_peak_ratio, scorer_peak_ratio: peak anonymous memory while 2 GB of Parquet are scored, over
@@ -44,6 +46,7 @@ from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.device_rows import to_device
 from raykd.training.loop import train
+from raykd.training.measured import measured, tally, write
 from raykd.training.part_rows import PartRows
 from raykd.training.phases import spans
 from raykd.training.run_arms import ArmRunner
@@ -71,14 +74,17 @@ class Made:
     rows: int  # of a part
     steps: int
     channels: int
+    measured: int = 0  # parts of validation and test rows, as many of each
     reads: list[int] = field(default_factory=list)  # numbers of the parts that were read
 
     def table(self) -> Table:
+        splits = ["train"] * self.parts + ["val"] * self.measured + ["test"] * self.measured
         parts = [
-            Part(number, "train", self.rows, self.rows, "", number) for number in range(self.parts)
+            Part(number, split, self.rows, self.rows, "", number)
+            for number, split in enumerate(splits)
         ]
         shape = {"channels": self.channels, "classes": CLASSES, "steps": self.steps}
-        digest = digest_of([self.parts, self.rows, shape])
+        digest = digest_of([splits, self.rows, shape])
         return Table("made", "series", tuple("abcd"), shape, digest, tuple(parts))
 
     def read(self, part: Part) -> Rows:
@@ -154,12 +160,17 @@ def part_rows(source: Source, scale: Scale) -> PartRows:
 def trained(parts: int, steps: int) -> float:
     """The loss of a small student after a training on so many parts of 16 MiB."""
     with own_cache():
-        source = Made(parts, 1024, 64, 64)
-        rows = part_rows(source, Scale(cache_gb=0.6, readers=2))
+        source = Made(parts, 1024, 64, 64, measured=max(parts // 8, 1))
+        scale = Scale(cache_gb=0.6, readers=2)
+        rows = part_rows(source, scale)
+        val, test = (measured(source, split, None, CPU, scale=scale) for split in ("val", "test"))
         optim = Optim(steps=steps, batch=128, lanes=8, window=2, evaluate_every=steps)
         student = Adapter(SeriesEncoder(channels=64, classes=CLASSES, steps=64, width=8, layers=1))
-        state = train(LABELS, optim, student, rows, lambda _: {})
-        rows.close()
+        state = train(LABELS, optim, student, rows, lambda student: tally(student, val).metrics())
+        with tempfile.TemporaryDirectory() as folder:
+            write(student, test, Path(folder, "said.parquet"))
+        for each in (rows, val, test):
+            each.close()
     return state.history[-1]["loss"]
 
 

@@ -9,7 +9,7 @@ header, never the data set.
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,21 +22,25 @@ from raykd.console import Progress, say
 from raykd.data import Part, Rows, Table
 from raykd.data.rows import Facts
 from raykd.data.table import Source
-from raykd.errors import DataError, RaykdError
+from raykd.errors import DataError, RaykdError, StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.open import address_below, open_place
+from raykd.files.waiting import in_turn
 from raykd.orchestration.cluster import check_seen, placed
 from raykd.orchestration.session import at_node, plain_error
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
-from raykd.store.manifest import seconds_of
-from raykd.store.reader import Store
+from raykd.store.manifest import read_manifest, seconds_of
+from raykd.store.reader import Store, read_shard
 from raykd.teacher.identity import check_teacher, signals_of, store_identity
 from raykd.teacher.scorer import Header, Scorer, bad_rows
-from raykd.teacher.statistics import store_statistics
+from raykd.teacher.statistics import store_statistics, summed_statistics
+from raykd.teacher.sums import Sums, sums_of, total
+
+LISTERS = 8  # small files that are read at a time
 
 
 def block_of(rows: Rows, shard: Shard) -> dict[str, Any]:
@@ -147,7 +151,8 @@ class ShardActor:
         table, unfit = self.scorer.score(rows)
         for name, columns_of_layer in layer_signals.split(table).items():
             if not self.writers[name].is_sound(shard):
-                self.writers[name].commit(shard, columns_of_layer, unfit)
+                sums = None if name else self.scorer.sums(columns_of_layer, rows, shard.split)
+                self.writers[name].commit(shard, columns_of_layer, unfit, sums)
         seconds = time.process_time() - started
         return {"rows": table.num_rows, "bad": len(unfit), "seconds": seconds}
 
@@ -226,12 +231,63 @@ def score(recipe: Recipe, source: Source, out: Path) -> Address:
     if missing:
         in_order = sorted(missing, key=lambda shard: shard.number)
         _score_missing(recipe, source, writer, shards, missing=in_order)
-    # the statistics read the shards, so a provisional view serves until the manifest exists
-    provisional = Store.of_shards(address, writer.records(shards))
-    writer.finish(shards, store_statistics(recipe, source, provisional))
+    writer.finish(shards, _statistics(recipe, source, writer, shards))
     for name in signals_of(recipe):
         writers[name].finish(shards, {})
     return address
+
+
+def _statistics(
+    recipe: Recipe, source: Source, writer: StoreWriter, shards: list[Shard]
+) -> dict[str, Any]:
+    """What the manifest says of the whole data set: from the sums beside the shards where rows are
+    read in parts, else from the values of all rows.
+
+    Those of a manifest that stands, of these very shards, are left as they are.
+    """
+    records = writer.records(shards)
+    try:
+        standing = read_manifest(writer.place)
+    except StoreError:
+        standing = {}
+    if standing.get("shards") == records:
+        return standing["statistics"]
+    table = source.table()
+    if not table.in_parts:
+        # the statistics read the shards, so a provisional view serves until the manifest exists
+        return store_statistics(recipe, source, Store.of_shards(writer.place, records))
+    found = {}
+    for split in ("train", "val"):
+        of_split = [record for record in records if record["split"] == split]
+        found[split] = total(shard_sums(recipe, source, writer, of_split))
+    return summed_statistics(table, found)
+
+
+def shard_sums(
+    recipe: Recipe, source: Source, writer: StoreWriter, records: Sequence[dict[str, Any]]
+) -> Iterator[Sums]:
+    """What each shard adds to the statistics.
+
+    A shard that was scored before there were sums beside it is read with its rows, and gets them.
+    """
+    read = 0
+    table = source.table()
+    for record, told in zip(records, in_turn(writer.sums, records, LISTERS), strict=True):
+        sums = Sums.read(told)
+        if sums is None:
+            if not read:
+                say("score", f"shards of {record['split']} without sums beside them are read")
+            read += 1
+            split = record["split"]
+            edges = np.cumsum([0, *table.rows_of_parts[split]])
+            place = int(np.searchsorted(edges, record["first"], side="right")) - 1
+            start = int(edges[place])
+            rows = source.read(table.of(split)[place])
+            rows = rows.take(slice(record["first"] - start, record["last"] - start))
+            stored = read_shard(writer.place, record)
+            sums = sums_of(stored, rows, split, recipe.valence.discount)
+            writer.put_sums(record, sums.told())
+        yield sums
 
 
 def _score_missing(

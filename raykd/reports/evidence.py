@@ -11,8 +11,9 @@ from raykd.reports import bootstrap, class_rates, schema, sentences
 from raykd.reports.bootstrap import Hits, Sample
 from raykd.reports.intervals import Predicted, beside, metrics, plain, ratio
 from raykd.reports.text_measures import Measure
+from raykd.teacher.statistics import HISTOGRAM
 
-BINS = 24
+BINS = HISTOGRAM
 MOST_CLASSES = 64  # told one by one
 
 
@@ -51,6 +52,7 @@ class Evidence:
     )  # beside accuracy, by name; of labelled places alone
     thriving: NDArray[np.int8] | None = None  # (n,) 1, 0, and -1 where it is unknown
     saliency: NDArray[np.floating] | None = None  # of any split; NaN where unknown
+    histogram: Mapping[str, Any] | None = None  # of saliency: counts, edges, q75; in its place
     best_seed: int | None = None
     student_params: int | None = None
     control_params: int | None = None
@@ -98,7 +100,7 @@ def _described(e: Evidence) -> dict[str, Any]:
         "curves": plain(e.history),
         "phase_ends": list(e.phase_ends),
         "asks_valence": e.asks_valence,
-        "valence": _histogram(e.saliency),
+        "valence": _histogram(e),
         "search": None if e.search is None else schema.ReportSearch(**plain(e.search)),
         "machine": plain(e.machine),
         "versions": plain(e.versions),
@@ -386,7 +388,10 @@ def _confusion(label: NDArray, predicted: Predicted, classes: int) -> list[list[
     )
 
 
-def _histogram(saliency: NDArray[np.floating] | None) -> schema.Histogram | None:
+def _histogram(e: Evidence) -> schema.Histogram | None:
+    if e.histogram is not None:
+        return schema.Histogram(**e.histogram)
+    saliency = e.saliency
     known = np.array([]) if saliency is None else saliency[np.isfinite(saliency)]
     if not len(known):
         return None

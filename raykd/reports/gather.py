@@ -73,7 +73,8 @@ def gather(
         teacher=teacher_check.answers(opened, test, "test") if opened else None,
         artefact=deployed.answer if deployed else None,
         thriving=_thriving(opened, saliency),
-        saliency=opened.column("saliency", "train").values if opened else None,
+        saliency=_saliency_of_train(opened) if opened else None,
+        histogram=_histogram(opened) if opened else None,
         best_seed=(manifest or {}).get("seed", best_seed(found, folder)),
         student_params=_params(records, "student"),
         control_params=_params(records, "control"),
@@ -157,6 +158,32 @@ def _measures(
 def _saliency(store: Store, test: TestPlaces) -> NDArray[np.floating]:
     """(n,): the saliency of each place's row, NaN where it is unknown."""
     return store.aligned("saliency", "test", test.row_id, np.nan)[test.row]
+
+
+def _saliency_of_train(store: Store) -> NDArray[np.floating] | None:
+    """(N,): the saliency of all training rows; None where the store's statistics tell it."""
+    if "histogram" in _told_saliency(store):
+        return None
+    return store.column("saliency", "train").values
+
+
+def _histogram(store: Store) -> dict[str, Any] | None:
+    """The saliency of training rows as their scorers have counted it; None where they have not, or
+    none is known.
+    """
+    told = _told_saliency(store)
+    if told.get("histogram") is None:
+        return None
+    try:
+        return {**told["histogram"], "q75": told["quantiles"][3]}
+    except (KeyError, TypeError, IndexError):
+        raise _damaged_statistics(store, "saliency") from None
+
+
+def _told_saliency(store: Store) -> dict[str, Any]:
+    """What a store's statistics say of saliency; nothing where that is no table."""
+    told = store.manifest["statistics"].get("saliency")
+    return told if isinstance(told, dict) else {}
 
 
 def _seeds(folder: Path, records: dict[str, Any], name: str) -> dict[int, Path]:

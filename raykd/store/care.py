@@ -25,7 +25,7 @@ from raykd.store.reader import Store, read_shard
 HOUR_S = 3600
 LIVE_S = 900  # a writer commits a shard within this time of writing it
 HALF_WRITTEN = re.compile(
-    r"(data/\.part-\d{5,}-[0-9a-f]{16}\.parquet|_(commits|quarantine)/\.\d{5,}\.json"
+    r"(data/\.part-\d{5,}-[0-9a-f]{16}\.parquet|_(commits|quarantine|sums)/\.\d{5,}\.json"
     r"|\._(RECIPE|MANIFEST|TIMING)\.json)\.[0-9a-f]{32}\.tmp"
 )
 Fault = dict[str, str]
@@ -268,6 +268,7 @@ def _repair(place: Place) -> list[str]:
         if record in damaged:
             place.delete(_commit(record))
             place.delete(_quarantine(record))
+            place.delete(f"_sums/{record['number']:05d}.json")
             place.delete(record["file"])
             removed.append(record["file"])
         elif place.get(_commit(record)) is None:

@@ -3,6 +3,7 @@
     <store_id>/_RECIPE.json                     what the id is the digest of
                data/part-00003-<sha>.parquet
                _quarantine/00003.json           rows that could not be scored, with the reasons
+               _sums/00003.json                 of rows in parts: what it adds to the statistics
                _commits/00003.json              a shard's record; the first to create it wins
                _MANIFEST.json                   written last: its presence means complete
 
@@ -82,12 +83,16 @@ class StoreWriter:
         return self.place.address
 
     def commit(
-        self, shard: Shard, table: pa.Table, bad: dict[int, str] | None = None
+        self,
+        shard: Shard,
+        table: pa.Table,
+        bad: dict[int, str] | None = None,
+        sums: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write a shard's file, then its record; returns the stored record.
 
         That is an earlier attempt's record if there is one. `bad` are the rows of the shard that
-        `table` lacks, by row id, each with the reason.
+        `table` lacks, by row id, each with the reason. `sums` are what it adds to the statistics.
         """
         data = to_parquet(table)
         record = record_of(shard, data)
@@ -99,10 +104,29 @@ class StoreWriter:
             rows = [{"row_id": row_id, "reason": reason} for row_id, reason in sorted(bad.items())]
             quarantine = {"shard": shard.number, "split": shard.split, "rows": rows}
             self.place.put(_quarantine(shard), to_json(quarantine))
+        if sums is not None:
+            self.put_sums(record, sums)
         faults.point("score", shard=shard.number, at="before_commit")
         self.place.put_once(_record(shard), to_json(record))
         faults.point("score", shard=shard.number, at="after_commit")
         return read_json_in(self.place, _record(shard))
+
+    def put_sums(self, record: dict[str, Any], sums: dict[str, Any]) -> None:
+        """Keep what the shard of a record adds to the statistics."""
+        told = {"sha256": record["sha256"], "sums": sums}
+        self.place.put(_sums(record["number"]), to_json(told))
+
+    def sums(self, record: dict[str, Any]) -> Any:
+        """What the shard of a record adds to the statistics; None where that is not kept, or is of
+        other bytes.
+        """
+        try:
+            told = read_json_in(self.place, _sums(record["number"]))
+        except StoreError:
+            return None
+        if not isinstance(told, dict) or told.get("sha256") != record["sha256"]:
+            return None
+        return told.get("sums")
 
     def missing(self, shards: list[Shard]) -> list[Shard]:
         """The shards still to score: those whose record or file is missing or damaged.
@@ -124,6 +148,7 @@ class StoreWriter:
         """Remove a shard: its record first, so that no record is without its file."""
         self.place.delete(_record(shard))
         self.place.delete(_quarantine(shard))
+        self.place.delete(_sums(shard.number))
         for name in self.place.listed("data"):
             if name.startswith(f"data/part-{shard.number:05d}-"):
                 self.place.delete(name)
@@ -215,6 +240,10 @@ def rows_left_out(place: Place, name: str) -> list[dict[str, Any]]:
 
 def _quarantine(shard: Shard) -> str:
     return f"_quarantine/{shard.number:05d}.json"
+
+
+def _sums(number: int) -> str:
+    return f"_sums/{number:05d}.json"
 
 
 def _record(shard: Shard) -> str:

@@ -29,6 +29,7 @@ from raykd.store.codecs import Codec
 from raykd.store.codecs.hidden import Hidden, head_digest
 from raykd.store.logits import codec_for, codec_metadata
 from raykd.teacher.identity import signals_of, store_identity, store_table
+from raykd.teacher.sums import sums_of
 from raykd.techniques import register
 
 HALF = torch.finfo(torch.float16).max
@@ -47,12 +48,13 @@ class Header:
     shape: dict[str, int]  # channels, classes and steps
     is_text: bool
     key: int
+    in_parts: bool = False  # then each shard's sums are kept beside it
 
     @classmethod
     def of(cls, recipe: Recipe, rows: Facts) -> "Header":
         """The header of a recipe's rows."""
         key = int(digest_of(store_identity(recipe, rows))[:15], 16)
-        return cls(rows.shape, rows.is_text, key)
+        return cls(rows.shape, rows.is_text, key, rows.in_parts)
 
     @property
     def classes(self) -> int:
@@ -111,6 +113,14 @@ class Scorer:
         arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         row_id = rows.row_id[~np.isin(rows.row_id, list(bad))]
         return _to_table(row_id, arrays, codec=self.codec, encoded=encoded), bad
+
+    def sums(self, table: pa.Table, rows: Rows, split: str) -> dict[str, Any] | None:
+        """What a scored shard adds to the statistics, as JSON; None where those are taken of all
+        rows together.
+        """
+        if not self.header.in_parts:
+            return None
+        return sums_of(table, rows, split, self.recipe.valence.discount).told()
 
     @torch.inference_mode()
     def _signals(self, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Statistics of a scored data set, for the store's manifest."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from raykd.recipe.recipe import Recipe
 from raykd.signals import documents_of
 from raykd.store.reader import Store
 from raykd.store.stored_rows import stored_steps
+from raykd.teacher.sums import Sums
 
 FUTURES = {"valence", "trajectory", "saliency"}
 WITHIN = {"futures": "documents"}  # of text: where a future ends
 QUANTILES = [0, 0.25, 0.5, 0.75, 1]
+HISTOGRAM = 24  # bins of saliency, as a report shows them
 
 
 def store_statistics(recipe: Recipe, source: Source, store: Store) -> dict[str, Any]:
@@ -31,8 +34,7 @@ def store_statistics(recipe: Recipe, source: Source, store: Store) -> dict[str, 
     known = saliency[np.isfinite(saliency)]
     correlation = _value_head_correlation(recipe, read_split(source, "val"), store)
     return {
-        "rows": table.rows_of_splits,
-        **(_vocabulary(table) | WITHIN if table.is_text else _class_prior(table)),
+        **_of_table(table),
         "saliency": {
             "mean": float(known.mean()) if len(known) else None,
             "std": float(known.std(ddof=1)) if len(known) > 1 else None,
@@ -41,6 +43,37 @@ def store_statistics(recipe: Recipe, source: Source, store: Store) -> dict[str, 
         },
         "value_head": {"val_correlation": correlation},
     }
+
+
+def summed_statistics(table: Table, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """The same of rows in parts, from the sums of the shards of each split.
+
+    Means and correlations are those of the values up to rounding; quantiles and the histogram are
+    as close as the bins of `sums`.
+    """
+    found = sums["train"]
+    spread = {"quantiles": None, "histogram": None}
+    if found.bins:
+        spread = {
+            "quantiles": [found.quantile(share) for share in QUANTILES],
+            "histogram": found.histogram(HISTOGRAM),
+        }
+    return {
+        **_of_table(table),
+        "saliency": {
+            "mean": found.saliency.x if found.saliency.count else None,
+            "std": found.saliency.std,
+            "missing": found.missing,
+            **spread,
+        },
+        "value_head": {"val_correlation": sums["val"].future.correlation},
+    }
+
+
+def _of_table(table: Table) -> dict[str, Any]:
+    """What is known of the rows without the teacher."""
+    told = _vocabulary(table) | WITHIN if table.is_text else _class_prior(table)
+    return {"rows": table.rows_of_splits, **told}
 
 
 def check_futures(store: Store, table: Table, reads: frozenset[str]) -> None:
