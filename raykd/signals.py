@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -17,6 +17,26 @@ from torch import Tensor
 from raykd.targets import SparseTargets
 
 LANES = 8  # floats in a CPU vector register
+
+
+@dataclass(frozen=True)
+class Headed:
+    """A model's last hidden states and the linear head that makes its logits of them.
+
+    Losses walk them in chunks (`raykd.losses.fused`), so that (B, T, C) is never in memory.
+    """
+
+    hidden: Tensor  # (B, T, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+
+    @property
+    def columns(self) -> int:
+        return len(self.weight)
+
+    def logits(self, mask: Tensor) -> Tensor:
+        """(B, T, C): all of them, 0 where `mask` (B, T) is False."""
+        return zeroed(torch.nn.functional.linear(self.hidden, self.weight, self.bias), mask)
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,8 @@ class Signals:
         attention  (B, T, H, T)  the softmax over keys at each step
         scores     (B, T, H, T)  its logits, 0 where a key is hidden from the step
         embedding  (B, 1, D)     the mean of the output over valid steps
+
+    Where `headed` is there, `logits` are made when they are first read.
 
     Example:
         >>> import torch
@@ -46,6 +68,30 @@ class Signals:
     valence: Tensor | None = None  # (B, T) future valence in [-1, 1]
     layers: dict[str, Tensor] = field(default_factory=dict)
     valence_mask: Tensor | None = None  # (B, T) bool where valence is known; without it `mask`
+    headed: Headed | None = None  # of a student with a linear head over many classes
+
+    @classmethod
+    def of_head(cls, headed: Headed, mask: Tensor, **others: Any) -> "Signals":
+        """Signals without logits as yet; `others` are the further fields."""
+        signals = cls(torch.empty(0), mask, **others, headed=headed)
+        del signals.__dict__["logits"]
+        return signals
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            headed = self.__dict__.get("headed")
+            if name != "logits" or headed is None:
+                raise AttributeError(name)
+            object.__setattr__(self, "logits", headed.logits(self.mask))
+            return self.logits
+
+    def changed(self, **fields: Any) -> "Signals":
+        """The same with other fields; logits that are not there stay unmade."""
+        if "logits" in self.__dict__ or "logits" in fields:
+            return replace(self, **{"headed": None, **fields})
+        others = {k: v for k, v in vars(self).items() if k not in fields}
+        return Signals.of_head(**others, **fields)
 
     @property
     def valence_steps(self) -> Tensor:
@@ -63,19 +109,21 @@ class Signals:
 
     def rows(self, at: slice) -> "Signals":
         """The rows at `at` alone."""
-        return replace(
-            self,
-            logits=self.logits[at],
-            mask=self.mask[at],
-            valence=None if self.valence is None else self.valence[at],
-            layers={name: layer[at] for name, layer in self.layers.items()},
-            valence_mask=None if self.valence_mask is None else self.valence_mask[at],
-        )
+        fields: dict[str, Any] = {
+            "mask": self.mask[at],
+            "valence": None if self.valence is None else self.valence[at],
+            "layers": {name: layer[at] for name, layer in self.layers.items()},
+            "valence_mask": None if self.valence_mask is None else self.valence_mask[at],
+        }
+        if "logits" in self.__dict__:
+            fields["logits"] = self.logits[at]
+        elif self.headed is not None:
+            fields["headed"] = replace(self.headed, hidden=self.headed.hidden[at])
+        return self.changed(**fields)
 
     def double(self) -> "Signals":
         """The same in float64."""
-        return replace(
-            self,
+        return self.changed(
             logits=self.logits.double(),
             valence=None if self.valence is None else self.valence.double(),
             layers={name: layer.double() for name, layer in self.layers.items()},
@@ -96,13 +144,12 @@ class Signals:
         for name, layer in self.layers.items():
             mask = masks.get(layer.shape[1])
             layers[name] = layer if mask is None else zeroed(layer, mask)
-        return Signals(
-            logits=zeroed(self.logits, self.mask),
-            mask=self.mask,
-            valence=None if self.valence is None else zeroed(self.valence, self.valence_steps),
-            layers=layers,
-            valence_mask=self.valence_mask,
-        )
+        fields: dict[str, Any] = {"layers": layers}
+        if self.valence is not None:
+            fields["valence"] = zeroed(self.valence, self.valence_steps)
+        if "logits" in self.__dict__:
+            fields["logits"] = zeroed(self.logits, self.mask)
+        return self.changed(**fields)
 
 
 class Split(Protocol):

@@ -7,8 +7,10 @@ other names are the losses and helpers from which the terms of this package are 
 from raykd.losses.all_rows import gather_rows
 from raykd.losses.divergences import (
     DivergenceKind,
+    DrawnTokens,
     both_log_probs,
     divergence,
+    drawn_tokens,
     student_log_probs,
     teacher_divergence,
     token_log_probs,
@@ -29,12 +31,14 @@ from raykd.losses.valence import realised_future
 __all__ = [
     "Answered",
     "DivergenceKind",
+    "DrawnTokens",
     "Pairs",
     "TermValues",
     "at_steps",
     "both_log_probs",
     "dense_kl",
     "divergence",
+    "drawn_tokens",
     "gather_rows",
     "mean_over_pairs",
     "realised_future",

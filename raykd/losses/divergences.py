@@ -15,13 +15,14 @@ tvd, lk and hybrid have a kink where p = q: their gradient is 0 there and jumps 
 Shapes: P valid steps of a batch in order, V columns of the vocabulary.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from raykd.errors import RecipeError
+from raykd.losses import from_head
 from raykd.losses.fused import shared_vocab
 from raykd.signals import Batch, Signals, flatten_valid, log_softmax
 from raykd.targets import cross_entropy
@@ -93,7 +94,16 @@ def teacher_divergence(
         >>> teacher_divergence(Signals(torch.zeros(1, 3, 4), valid), batch, "reverse")
         tensor([0., 0.])
     """
-    if batch.targets is not None and _at_its_end(kind, beta) == "forward":
+    kind = _at_its_end(kind, beta)
+    headed = student.headed
+    if headed is not None and batch.targets is None and kind in ("forward", "reverse", "js"):
+        assert batch.teacher is not None
+        return from_head.dense_loss(
+            headed, batch.mask, batch.teacher.logits, temperature, kind, beta
+        )
+    if headed is not None and batch.targets is not None and kind == "forward":
+        return from_head.target_loss(headed, batch.mask, batch.targets(temperature), temperature)
+    if batch.targets is not None and kind == "forward":
         log_q = student_log_probs(student, batch, temperature)
         return cross_entropy(log_q, batch.targets(temperature))
     log_q, log_p = both_log_probs(student, batch, temperature)
@@ -166,6 +176,61 @@ def both_log_probs(
     logits = flatten_valid(batch.teacher.logits.detach(), batch.mask)
     log_q = student_log_probs(student, batch, temperature)
     return log_q, log_softmax(logits, temperature)
+
+
+class DrawnTokens(NamedTuple):
+    """Of each token that was drawn, all (P,).
+
+    Example:
+        >>> from raykd.losses import DrawnTokens
+        >>> DrawnTokens._fields
+        ('log_q', 'log_p', 'reverse')
+    """
+
+    log_q: Tensor  # the student's log probability of it
+    log_p: Tensor  # the teacher's
+    reverse: Tensor  # KL(q || p) at its step
+
+
+def drawn_tokens(
+    student: Signals, batch: Batch, tokens: Tensor, temperature: float = 1.0
+) -> DrawnTokens:
+    """What a policy gradient reads of the tokens (P,) at the valid steps of a batch.
+
+    Use it for the likelihood of text that was drawn, where the whole distributions are not needed.
+    No gradient reaches the teacher. RecipeError as of `both_log_probs`.
+
+    Example:
+        >>> import torch
+        >>> from raykd import Batch, Signals
+        >>> from raykd.losses import drawn_tokens
+        >>> valid = torch.tensor([[True, False]])
+        >>> batch = Batch(
+        ...     row_id=torch.zeros(1, dtype=torch.int64),
+        ...     inputs=torch.zeros(1, 2, 2),
+        ...     mask=valid,
+        ...     label=torch.zeros(1, 2, dtype=torch.int64),
+        ...     teacher=Signals(torch.zeros(1, 2, 4), valid),
+        ... )
+        >>> student = Signals(torch.zeros(1, 2, 4), valid)
+        >>> drawn_tokens(student, batch, batch.label[valid]).log_q.exp()
+        tensor([0.2500])
+    """
+    if student.headed is None or batch.targets is not None:
+        log_q, log_p = both_log_probs(student, batch, temperature)
+        return DrawnTokens(
+            token_log_probs(log_q, tokens),
+            token_log_probs(log_p, tokens),
+            divergence(log_q, log_p, "reverse"),
+        )
+    assert batch.teacher is not None
+    teacher = batch.teacher.logits
+    loss = from_head.label_loss(
+        student.headed, batch.mask, tokens, temperature=temperature, vocab=teacher.shape[-1]
+    )
+    log_p = log_softmax(flatten_valid(teacher.detach(), batch.mask), temperature)
+    reverse = from_head.dense_loss(student.headed, batch.mask, teacher, temperature, "reverse")
+    return DrawnTokens(-loss, token_log_probs(log_p, tokens), reverse)
 
 
 def unflatten_valid(values: Tensor, mask: Tensor) -> Tensor:

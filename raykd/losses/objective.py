@@ -97,7 +97,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A term's sum and count."""
         if not self._is_due(name, spec, batch, progress):
-            no_sum = student.logits.new_zeros((), dtype=torch.float32)
+            no_sum = student.mask.new_zeros((), dtype=torch.float32)
             no_count = student.mask.new_zeros((), dtype=torch.int64)
             return no_sum, no_count
         value, mask = self._values(name, spec, student, batch)

@@ -4,6 +4,7 @@ Shapes: B rows, T steps, C classes, P valid steps. Each term returns values (B, 
 counts once a sequence, and where they count.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from raykd.errors import RecipeError
+from raykd.losses import from_head
+from raykd.losses.divergences import unflatten_valid
 from raykd.losses.terms import Answered, TermValues, term
 from raykd.losses.valence import at_last_step, prefix_confidence, realised_future
 from raykd.signals import Batch, Signals, flatten_valid, log_softmax
@@ -45,6 +48,10 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
     if batch.label.dim() == 2 and mask.dim() == 1:
         raise RecipeError('terms.ce: text has a label at every step, so write on = "steps"')
     target, mask = _labelled(mask, batch.label)
+    if student.headed is not None and on == "steps":
+        share = from_head.shares(batch, mask)
+        value = from_head.label_loss(student.headed, mask, target[mask], place_weight=share)
+        return TermValues(unflatten_valid(value, mask), mask)
     log_q = student.log_q if on == "steps" else log_softmax(student.sequence_logits())
     log_q_of_label = log_q.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return TermValues(-log_q_of_label, mask)
@@ -81,9 +88,17 @@ def kd(
         raise RecipeError('terms.kd: text is answered at every step, so write on = "steps"')
     scale = temperature**2 if t_squared else 1.0
     if batch.targets is not None:
-        return _sparse_kd(student, batch.targets(temperature), temperature, scale=scale, on=on)
-    if student.logits.shape[1] != batch.teacher.logits.shape[1]:
+        share = from_head.shares(batch, student.mask)
+        targets = batch.targets(temperature)
+        return _sparse_kd(student, targets, temperature, scale=scale, on=on, share=share)
+    if student.mask.shape[1] != batch.teacher.logits.shape[1]:
         on = "sequence"
+    if student.headed is not None and on == "steps":
+        share = from_head.shares(batch, student.mask)
+        value = from_head.dense_loss(
+            student.headed, student.mask, batch.teacher.logits, temperature, place_weight=share
+        )
+        return TermValues(unflatten_valid(value * scale, student.mask), student.mask)
     z_s, mask = _logits(student, on)
     z_t, _ = _logits(batch.teacher, on)
     log_q = log_softmax(z_s.float() / temperature)
@@ -93,7 +108,13 @@ def kd(
 
 
 def _sparse_kd(
-    student: Signals, targets: SparseTargets, temperature: float, *, scale: float, on: Where
+    student: Signals,
+    targets: SparseTargets,
+    temperature: float,
+    *,
+    scale: float,
+    on: Where,
+    share: Tensor | None,
 ) -> TermValues:
     """kd against sparse targets, -entropy - sum_i w_i log q_i at every valid step."""
     if on == "sequence" or len(targets) != student.mask.sum():
@@ -101,11 +122,15 @@ def _sparse_kd(
             "terms.kd: a sparse store holds one target a step, so the student must answer at every "
             'step, with on = "steps"; or score with store.codec = "dense"'
         )
+    if student.headed is not None:
+        columns = replace(targets, vocab=student.headed.columns)
+        value = from_head.target_loss(student.headed, student.mask, columns, temperature, share)
+        return TermValues(unflatten_valid(scale * value, student.mask), student.mask)
     if temperature == 1:
         log_q = flatten_valid(student.log_q, student.mask)  # (P, C)
     else:
         log_q = log_softmax(flatten_valid(student.logits, student.mask), temperature)
-    zeros = student.logits.new_zeros(student.mask.shape, dtype=torch.float32)
+    zeros = student.mask.new_zeros(student.mask.shape, dtype=torch.float32)
     value = zeros.masked_scatter(student.mask, scale * cross_entropy(log_q, targets))
     return TermValues(value, student.mask)
 

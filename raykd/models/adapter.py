@@ -1,14 +1,18 @@
 """Any nn.Module as a source of Signals: its answer in any form, its inner layers by hooks."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from raykd.errors import RecipeError
-from raykd.signals import Signals, masked_mean
+from raykd.quant.linear import QuantLinear
+from raykd.signals import Headed, Signals, masked_mean
 
+MANY = 8192  # classes: a head of more is not multiplied out where losses can do without
 MASKS = ("mask", "attention_mask")  # parameters of a forward that take the mask of valid steps
 
 
@@ -62,6 +66,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.module = module
         self.dtype = dtype
+        self.want = want
+        self.head: str | None = None  # the submodule whose product is left to the losses
         self.answers: dict[str, list[Tensor]] = {}  # of the wanted layers, to the latest batch
         named = dict(module.named_modules())
         for name in sorted(want):
@@ -78,6 +84,11 @@ class Adapter(nn.Module):
         self.answers.clear()
         if self.dtype != torch.float32 and inputs.is_floating_point():
             inputs = inputs.to(self.dtype)
+        head = self._bare_head()
+        if head is not None:
+            with _left_out(head) as hidden:
+                answer = call(self.module, inputs, mask)
+            return self._headed(head, hidden[-1], answer, mask)
         answer = call(self.module, inputs, mask)
         logits = self._in_full(field(answer, "logits"))
         valence = self._in_full(field(answer, "valence"))
@@ -93,12 +104,78 @@ class Adapter(nn.Module):
         if logits.dim() == 2:
             logits = logits.unsqueeze(1)
             answered = torch.ones_like(mask[:, :1])
+        known = None if valence is None else mask
+        return Signals(logits, answered, valence, self._layers(mask), known)
+
+    def _layers(self, mask: Tensor) -> dict[str, Tensor]:
+        """The wanted inner layers of the latest batch."""
         layers = {}
         for name, answers in self.answers.items():
             layers[name] = whole_batch(self.module, answers)
             if name.startswith("embedding."):
                 layers[name] = _pooled(layers[name], mask)
-        return Signals(logits, answered, valence, layers, None if valence is None else mask)
+        return layers
+
+    def heads(self) -> dict[str, nn.Linear]:
+        """The plain linear layers with so many outputs that their product is worth leaving out."""
+        read = {name.partition(".")[2] for name in self.want}
+        return {
+            name: part
+            for name, part in self.module.named_modules()
+            if type(part) in (nn.Linear, QuantLinear)
+            and isinstance(part, nn.Linear)
+            and part.out_features > MANY
+            and name not in read
+        }
+
+    @torch.no_grad()
+    def find_head(self, inputs: Tensor, mask: Tensor) -> None:
+        """Leave the product with the head to the losses, if the answer to these rows is just that.
+
+        From then on signals have their hidden states and head in place of logits.
+        """
+        outputs: dict[str, Any] = {}
+        handles = [
+            head.register_forward_hook(
+                lambda _module, _inputs, output, name=name: outputs.update({name: output})
+            )
+            for name, head in self.heads().items()
+        ]
+        was_training = self.training
+        self.head = None
+        logits = field(call(self.eval().module, inputs, mask), "logits")
+        self.train(was_training)
+        for handle in handles:
+            handle.remove()
+        if logits is not None and logits.shape[:2] == mask.shape:
+            self.head = next((name for name, out in outputs.items() if out is logits), None)
+
+    def _bare_head(self) -> nn.Linear | None:
+        """The head whose product is left out now: not one that is rounded."""
+        if self.head is None:
+            return None
+        head = self.module.get_submodule(self.head)
+        is_rounded = isinstance(head, QuantLinear) and head.quant is not None
+        return head if isinstance(head, nn.Linear) and not is_rounded else None
+
+    def _headed(self, head: nn.Linear, hidden: Tensor, answer: Any, mask: Tensor) -> Signals:
+        """Signals with a head and what it would have been given, in the numbers of its product."""
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden = hidden.to(dtype)
+            weight = weight.to(dtype)
+        valence = field(answer, "valence")
+        if valence is not None and valence.shape != mask.shape:
+            raise RecipeError(self._other_steps("valence", valence, mask))
+        return Signals.of_head(
+            Headed(hidden, weight, bias),
+            mask,
+            valence=valence,
+            layers=self._layers(mask),
+            valence_mask=None if valence is None else mask,
+        )
 
     def _in_full(self, values: Tensor | None) -> Tensor | None:
         """What a module in another type answers, as float32."""
@@ -133,6 +210,22 @@ class Adapter(nn.Module):
                 ".attention and .scores, or leave the term out: weight = 0"
             )
         layer.register_forward_hook(keep)
+
+
+@contextmanager
+def _left_out(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """While it is entered, a head answers with no columns; the list gets what it is given."""
+    inputs: list[Tensor] = []
+
+    def keep(input: Tensor) -> Tensor:
+        inputs.append(input)
+        return input.new_empty(*input.shape[:-1], 0)
+
+    head.forward = keep
+    try:
+        yield inputs
+    finally:
+        del head.forward
 
 
 def mask_name(module: nn.Module) -> str | None:

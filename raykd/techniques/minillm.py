@@ -20,12 +20,10 @@ from pydantic import Field
 from raykd.losses import (
     TermValues,
     at_steps,
-    both_log_probs,
-    divergence,
+    drawn_tokens,
     returns_to_go,
     running_products,
     term,
-    token_log_probs,
     unflatten_valid,
     whitened,
 )
@@ -83,10 +81,9 @@ def minillm(
     rollout = batch.rollout
     mask = batch.mask
     assert rollout is not None
-    log_q, log_p = both_log_probs(student, batch, rollout.temperature)
-    tokens = batch.label[mask]
-    log_q_now = unflatten_valid(token_log_probs(log_q, tokens), mask)
-    log_p_of_token = unflatten_valid(token_log_probs(log_p, tokens), mask)
+    drawn = drawn_tokens(student, batch, batch.label[mask], rollout.temperature)
+    log_q_now = unflatten_valid(drawn.log_q, mask)
+    log_p_of_token = unflatten_valid(drawn.log_p, mask)
     log_q_then = torch.where(mask, rollout.log_q, 0.0)
     weight = torch.where(mask, rollout.weight, 1.0)
     reward = (log_p_of_token - log_q_then).clamp(-reward_clip, reward_clip)
@@ -104,5 +101,5 @@ def minillm(
         advantage = whitened(advantage, mask)
     ratio = weight * (log_q_now - log_q_then).exp()
     policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    single_step = unflatten_valid(divergence(log_q, log_p, "reverse"), mask)
+    single_step = unflatten_valid(drawn.reverse, mask)
     return TermValues(single_step * before + policy, mask)

@@ -69,6 +69,7 @@ def train(
     since the last call and what `evaluate(student)` says. `tick(step)` is called after every step.
     """
     device = rows.device
+    _leave_out_head(student, rows)
     learner = Learner(student, objective_of(arm, student, rows), precision).to(device)
     adamw = torch.optim.AdamW(
         learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
@@ -178,6 +179,13 @@ def objective_of(arm: Arm, student: Adapter, rows: TrainRows) -> Objective:
         said: Signals = student.to(rows.device).eval()(batch.inputs, batch.mask)
     torch.manual_seed(mixed(arm.seed, len(arm.terms)))
     return Objective(arm.terms, (said, batch))
+
+
+def _leave_out_head(student: Adapter, rows: TrainRows) -> None:
+    """Leave the product with a large head to the losses, where the student has one."""
+    if student.heads():
+        batch = rows.batch(torch.zeros(1, dtype=torch.int64, device=rows.device))
+        student.to(rows.device).find_head(batch.inputs, batch.mask)
 
 
 def _due(state: State, span: Span, optim: Optim, every: int) -> bool:

@@ -24,7 +24,7 @@ from raykd.errors import StoreError
 from raykd.files import parquet
 from raykd.files.atomic import whole_file
 from raykd.losses.shared_terms import kd
-from raykd.signals import flatten_valid
+from raykd.signals import Batch, Headed, Signals, flatten_valid, log_softmax
 from raykd.training import run_files
 from raykd.training.device_rows import DeviceRows
 from raykd.training.tally import Tally
@@ -41,6 +41,7 @@ OPTIONAL = {"kl": pa.types.is_float32, "logits": pa.types.is_fixed_size_list}
 EVAL_BATCH = 1024
 LOGITS = 1 << 22  # of text, at once
 GROUP = 1 << 16  # rows of a row group of a file, at least
+INNER = 16  # values beside a hidden state, where logits are few at a time
 
 
 @dataclass(frozen=True)
@@ -296,8 +297,10 @@ def _of_text_batch(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[st
     """(P,) of each value at the P valid places of the rows at `index`, and how many classes."""
     batch = rows.batch(index)
     signals = model(batch.inputs, batch.mask)
-    log_q = flatten_valid(signals.log_q, batch.mask)  # (P, V)
     label = batch.label[batch.mask]
+    if signals.headed is not None:
+        return _from_head(signals, signals.headed, batch, rows)
+    log_q = flatten_valid(signals.log_q, batch.mask)  # (P, V)
     log_q_of_label = log_q.gather(1, label.clamp(min=0)[:, None])[:, 0]
     if rows.teaches_logits:
         divergence = kd(signals, batch, temperature=1.0).value[batch.mask]
@@ -308,6 +311,29 @@ def _of_text_batch(model: nn.Module, rows: DeviceRows, index: Tensor) -> dict[st
         "log_q": torch.where(label >= 0, log_q_of_label, torch.nan),
         "kl": divergence,
         "classes": log_q.shape[1],
+    }
+
+
+def _from_head(signals: Signals, headed: Headed, batch: Batch, rows: DeviceRows) -> dict[str, Any]:
+    """The same of a student whose logits are made for a few places at a time."""
+    label = batch.label[batch.mask]
+    hidden = flatten_valid(headed.hidden, batch.mask)
+    answers: list[Tensor] = []
+    of_label: list[Tensor] = []
+    for at in torch.arange(len(label)).split(max(1, LOGITS // headed.columns)):
+        z = torch.nn.functional.linear(hidden[at], headed.weight, headed.bias)
+        log_q = log_softmax(z)
+        answers.append(log_q.argmax(1))
+        of_label.append(log_q.gather(1, label[at].clamp(min=0)[:, None])[:, 0])
+    log_q_of_label = torch.cat(of_label)
+    divergence = torch.zeros_like(log_q_of_label)
+    if rows.teaches_logits:
+        divergence = kd(signals, batch, temperature=1.0).value[batch.mask]
+    return {
+        "answer": torch.cat(answers),
+        "log_q": torch.where(label >= 0, log_q_of_label, torch.nan),
+        "kl": divergence,
+        "classes": INNER * hidden.shape[1],
     }
 
 
