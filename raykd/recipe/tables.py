@@ -310,6 +310,12 @@ class Optim(Table):
     """The learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """The weight decay of AdamW."""
+    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """How slowly AdamW's mean of the gradient, and that of its square, follow."""
+    decay: Literal["all", "matrices"] = "all"
+    """The parameters that decay: all, or not those of norms and biases."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """The learning rate after the warm-up: falling to 0 in a line or a half wave, or constant."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """The share of the steps in which the learning rate rises."""
     clip: Annotated[float, Field(gt=0)] = 1.0

@@ -71,10 +71,7 @@ def train(
     device = rows.device
     _leave_out_head(student, rows)
     learner = Learner(student, objective_of(arm, student, rows), precision).to(device)
-    adamw = torch.optim.AdamW(
-        learner.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
-    )
-    state = State(learner, adamw)
+    state = State(learner, optimizer_of(learner, optim))
     plan = phases.spans(arm.phases, optim.steps)
     chosen = checkpoints.choose(world, device) if checkpoints else None
     begun = [span for span in plan if span.first < (chosen.step if chosen else 1)]
@@ -126,6 +123,22 @@ def train(
                     raise SystemExit(TERMINATED)
             state.end()
     return state
+
+
+def optimizer_of(learner: Learner, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW over all parameters; with `decay = "matrices"` vectors, as of norms, do not decay."""
+    parameters: Any = list(learner.parameters())
+    if optim.decay == "matrices":
+        decaying = [value for value in parameters if value.dim() > 1]
+        others = [value for value in parameters if value.dim() <= 1]
+        parameters = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        parameters,
+        optim.learning_rate,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
 
 
 def _loaded(checkpoints: Checkpoints, chosen: Choice) -> Kept:

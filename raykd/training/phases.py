@@ -2,6 +2,7 @@
 learning rate.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,18 +24,19 @@ class Span:
     last: int
 
     def learning_rate(self, optim: Optim, step: int) -> float:
-        """Linear warm-up over the first `warmup` share of the phase, then linear decay to zero at
-        its end.
+        """Linear warm-up over the first `warmup` share of the phase, then what `schedule` says:
+        decay to zero at its end in a line or a half wave, or none.
         """
         steps = self.last - self.first
         number = step - self.first
         warm = optim.warmup * steps
         rise = (number + 1) / warm if number + 1 < warm else 1.0
-        return (
-            self.phase.rate
-            * optim.learning_rate
-            * min(rise, (steps - number) / max(steps - warm, 1.0))
-        )
+        left = (steps - number) / max(steps - warm, 1.0)
+        if optim.schedule == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * min(left, 1.0))
+        elif optim.schedule == "constant":
+            left = 1.0
+        return self.phase.rate * optim.learning_rate * min(rise, left)
 
     def blend(self, step: int) -> float:
         """How far rounding is faded in: from near 0 to 1 over the phase's first `blend` share."""

@@ -376,6 +376,8 @@ def other(value: Any, annotation: Any) -> Any:
             return value + 1
         case str():
             return value + "x"
+        case tuple() if all(isinstance(one, int | float) for one in value):
+            return tuple(one + 1 for one in value)
         case list() | tuple():
             return [*value, *value]
         case dict():

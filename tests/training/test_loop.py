@@ -523,6 +523,33 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_in_straight_lines
     )
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rate_falls_in_half_a_wave_or_stays(schedule):
+    optim = Optim(steps=100, warmup=0.1, learning_rate=0.3, schedule=schedule)
+    found = np.array([spans((), 100)[0].learning_rate(optim, step) for step in range(101)])
+    np.testing.assert_allclose(found[:9], 0.03 * np.arange(1, 10), rtol=1e-12)
+    wave = 0.15 + 0.15 * np.cos(np.pi * np.linspace(0, 1, 91))
+    wanted = wave if schedule == "cosine" else np.full(91, 0.3)
+    np.testing.assert_allclose(found[10:], wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_norms_and_biases_decay_where_all_do_and_betas_are_the_recipes(tmp_path):
+    groups = {}
+    for decay in ("all", "matrices"):
+        optim = OPTIM.model_copy(update={"decay": decay, "betas": (0.8, 0.95)})
+        state = tiny_run(optim, checkpoints=Checkpoints(tmp_path / decay), checkpoint_every=10)
+        groups[decay] = state.optimizer.param_groups
+        assert {group["betas"] for group in groups[decay]} == {(0.8, 0.95)}
+        again = tiny_run(optim, checkpoints=Checkpoints(tmp_path / decay))  # from a checkpoint
+        assert_equal_bits(weights_of(state), weights_of(again))
+    assert [g["weight_decay"] for g in groups["all"]] == [OPTIM.weight_decay]
+    decaying, others = groups["matrices"]
+    assert (decaying["weight_decay"], others["weight_decay"]) == (OPTIM.weight_decay, 0.0)
+    assert {p.dim() for p in others["params"]} == {1}
+    assert min(p.dim() for p in decaying["params"]) == 2
+    assert len(decaying["params"] + others["params"]) == len(groups["all"][0]["params"])
+
+
 def test_history_holds_the_mean_of_each_term_since_the_last_report():
     often = tiny_run(OPTIM.model_copy(update={"evaluate_every": 1}))
     seldom = tiny_run()
