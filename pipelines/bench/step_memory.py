@@ -74,7 +74,9 @@ def _step(case: str, *, is_first: bool = False) -> Callable[[], None]:
     batch = _batch(vocab, 1 if is_first else rows)
     if case == "head":
         student.find_head(batch.inputs[:1], batch.mask[:1])
-    terms = {"kd": TermSpec(temperature=1.0)} if is_large else {"ce": TermSpec()}
+    terms = (
+        {"kd": TermSpec.model_validate({"temperature": 1.0})} if is_large else {"ce": TermSpec()}
+    )
     learner = Learner(student, Objective(terms))
 
     def run() -> None:
