@@ -466,3 +466,24 @@ def test_many_rows_are_prepared_and_few_are_held(tokens, tmp_path, monkeypatch):
     assert not home.exists()
     with pytest.raises(DataError, match=r"watch_gestures is small and in memory; leave it out"):
         sources.open_source(DataRef(), "blocks", home)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("split", None, "split"),
+        ("inputs", [[1.0, float("nan")]], "NaN or infinite inputs in row 0"),
+    ],
+)
+def test_what_is_foretold_refuses_what_preparing_would(tmp_path, monkeypatch, key, value, words):
+    """A check said that such rows would be prepared, and the command refused them."""
+    rows = [{"inputs": [[1.0, 2.0]], "label": "a", "split": "train"}]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"foretold_{key}.py").write_text(
+        f"from math import nan\n\ndef rows():\n    yield {rows[0] | {key: value}!r}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    asked = work.Work(DataRef(source=f"foretold_{key}:rows"), tmp_path / "home")
+    with pytest.raises(DataError, match=words):
+        asked.estimate()
+    assert not (tmp_path / "home").exists()

@@ -1,5 +1,6 @@
 """Environments as no command wants them: dead addresses, long paths, closed streams."""
 
+import shutil
 import socket
 from functools import partial
 from pathlib import Path
@@ -144,12 +145,12 @@ def a_cache_that_is_a_file(home: Home) -> Asked:
 
 @hostile("environment")
 def a_cache_of_everybody(home: Home) -> Asked:
-    (home.run() / "report.json").unlink()
+    shutil.rmtree(home.run() / "arms")  # what trains reads the node's copy of the store
     folder = home.root / "cache"
     folder.mkdir()
     folder.chmod(0o777)
     return home.asked(
-        "report", "done.toml", code=5, words="RAYKD_CACHE", env={"RAYKD_CACHE": str(folder)}
+        "train", "done.toml", code=5, words="RAYKD_CACHE", env={"RAYKD_CACHE": str(folder)}
     )
 
 

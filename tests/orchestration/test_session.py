@@ -228,7 +228,7 @@ def test_what_nodes_must_share_is_asked_of_every_folder(store, monkeypatch, tmp_
     """A folder of `scale.store` is a string, which was taken for a bucket."""
     asked: list[Path] = []
     for name in ("connect", "check_device", "check_room"):
-        monkeypatch.setattr(cluster, name, lambda _: None)
+        monkeypatch.setattr(cluster, name, lambda *_, **__: None)
     monkeypatch.setattr(cluster, "check_shared", asked.extend)
     cluster.begin(recipe_of(), None, store, tmp_path)
     folders = [] if "s3" in str(store) else [Path("stores")]

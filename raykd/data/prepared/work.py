@@ -130,10 +130,14 @@ class Work:
         return made.rows
 
     def estimate(self) -> Estimate:
-        """What preparing takes, by the first rows of the source."""
+        """What preparing takes, by the first rows of the source.
+
+        DataError where preparing would refuse these.
+        """
         if self.files is None:
             some = next(iter(self.function_rows()), [])
             width = self._width_of(some[:SAMPLE])
+            self._check_records(some[:SAMPLE])
             is_all = ":" not in self.ref.source  # a text that is shipped
             rows = len(some) if is_all else 0
             return Estimate(rows, 0, rows * width, width)
@@ -142,9 +146,29 @@ class Work:
         if some is None:
             raise DataError(f"{self.name}: 0 rows")
         sample = {key: column.slice(0, SAMPLE) for key, column in some.batch.columns.items()}
+        records = _records(sample)
+        if self.ref.tokenizer:
+            self._check_records(records, some.name)
+        else:
+            self._check_block(block_of(some.batch._replace(columns=sample), some.name), some.name)
         rows = self.files.count()
-        width = self._width_of(_records(sample))
+        width = self._width_of(records)
         return Estimate(rows, self.files.bytes, rows * width, width)
+
+    def _check_records(self, rows: Sequence[dict[str, Any]], name: str = "") -> None:
+        """DataError where rows cannot be prepared, before any is."""
+        name = name or self.name
+        if self.ref.tokenizer:
+            text.split_names([row["split"] for row in rows], name, self.ref)
+            text.check_texts(rows, name, 0)
+        elif rows:
+            keys = column_names(self.ref)
+            self._check_block(tables.block_of_records(rows, keys, name, self.ref, 0), name)
+
+    def _check_block(self, block: Block, name: str) -> None:
+        """DataError where a row of a block cannot be prepared; nothing is written."""
+        for _ in SeriesParts(self.ref).add(block, name):
+            pass
 
     def _width_of(self, rows: Sequence[dict[str, Any]]) -> int:
         """The bytes that a row takes before compression, by some of them."""
