@@ -136,7 +136,7 @@ def bytes_read(parts: int) -> float:
 
     Each has a cache that holds its lanes' windows, some sixth of the data.
     """
-    optim = Optim(batch=64, lanes=64, window=4, steps=1 << 30)
+    optim = Optim(batch=64, lanes=64, window=4, steps=10**9)
     read = 0
     for rank in range(WORKERS):
         source = Made(parts, 128, 8, 16)
