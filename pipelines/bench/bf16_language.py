@@ -1,7 +1,11 @@
-"""A language student of 5 M parameters, trained by raykd's own step in fp32 and in bf16."""
+"""A language student of 5 M parameters, trained by raykd's own step in fp32, in bf16, and with
+checkpoints.
+"""
 
 import argparse
+import tempfile
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,10 @@ from pipelines.bench.table import Clock
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.recipe.precision import Precision
+from raykd.recipe.recipe import Scale
 from raykd.recipe.tables import Optim, TermSpec
 from raykd.training.arm import Arm
+from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import train
 
@@ -24,6 +30,7 @@ STEPS = 64
 MODEL: dict[str, Any] = {"width": 256, "layers": 7, "heads": 4, "kv_heads": 4, "inner": 704}
 OPTIM = Optim(steps=40, batch=8, learning_rate=1e-3, evaluate_every=40)
 ROUNDS = 3
+BETWEEN = 12  # steps from checkpoint to checkpoint, in which the one before is written
 ARM = Arm("student", 0, {"ce": TermSpec()})
 
 
@@ -54,12 +61,35 @@ def step_ratio() -> float:
     return float(np.median(ratios[1:]))
 
 
-def _trained(numbers: str, optim: Optim) -> Llama:
+def stall_share() -> float:
+    """Seconds that the loop stands still for its checkpoints over the seconds of a training that
+    has them as often as the default.
+
+    They are taken every few steps here, and the share is that of the default's steps.
+    """
+    optim = OPTIM.model_copy(update={"steps": 3 * BETWEEN + 1, "evaluate_every": BETWEEN})
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Checkpoints(Path(folder))
+        started = time.perf_counter()
+        _trained("fp32", optim, checkpoints=kept, checkpoint_every=BETWEEN)
+        seconds = time.perf_counter() - started
+        size = max(path.stat().st_size for path in Path(folder).iterdir())
+    a_state = kept.stalled / 3
+    a_step = (seconds - kept.stalled) / optim.steps
+    every = Scale().checkpoint_every
+    print(
+        f"checkpoint_stall_share: {1e3 * a_state:.1f} ms a state of {size / 2**20:.0f} MiB, "
+        f"{1e3 * a_step:.1f} ms a step, a state every {every} steps"
+    )
+    return a_state / (a_state + every * a_step)
+
+
+def _trained(numbers: str, optim: Optim, **keywords: Any) -> Llama:
     torch.manual_seed(0)
     module = Llama(classes=VOCAB, steps=STEPS, **MODEL)
     precision = Precision.model_validate({"student": numbers})
     rows = _device_rows(_rows()[:-32])
-    train(ARM, optim, Adapter(module), rows, lambda _: {}, precision=precision)
+    train(ARM, optim, Adapter(module), rows, lambda _: {}, precision=precision, **keywords)
     return module
 
 

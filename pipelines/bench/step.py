@@ -58,6 +58,11 @@ def recompute_memory_ratio() -> float:
     return step_memory.ratio("again", "kept")
 
 
+def checkpoint_stall_share() -> float:
+    """Seconds in which a language student's training stands still for checkpoints, over all."""
+    return bf16_language.stall_share()
+
+
 def _not_here(reason: str) -> Callable[[], float]:
     def measure() -> float:
         raise NotMeasured(reason)
@@ -81,7 +86,7 @@ MEASURES: dict[str, Callable[[], float]] = {
     "recompute_memory_ratio": recompute_memory_ratio,
     "shard_loss_difference": _absent("scale.shard"),
     "shard_memory_ratio": _absent("scale.shard"),
-    "checkpoint_stall_share": _absent("checkpoint written beside the step"),
+    "checkpoint_stall_share": checkpoint_stall_share,
     "ddp_step_ratio": _absent("bench of two workers against DDP by hand"),
     "train_step_ratio": _not_here(OVERHEAD),
     "score_ratio": _not_here(OVERHEAD),

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,8 +63,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which then takes the place of `path`.
+def whole_file(path: Path, named: Callable[[], str] | None = None) -> Iterator[BinaryIO]:
+    """A new file to write, which then takes the place of `path`, or has the name beside it that
+    `named` gives once all is written.
 
     If the block raises, or writes nothing, `path` stays as it was.
     """
@@ -77,7 +78,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             is_written = file.tell() > 0
         if is_written:
-            os.replace(staged, path)
+            os.replace(staged, path.with_name(named()) if named else path)
             _sync_folder(path.parent)
     except OSError as error:
         if error.errno in FULL:

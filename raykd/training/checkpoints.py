@@ -1,30 +1,32 @@
 """Checkpoints: one safetensors file each, whose name holds its step and its own digest. No pickle.
 
-A file is written aside and renamed; a file whose content does not match its name is passed over
-with a warning, and the one before it is used.
+A state is copied where it is, and written on a thread while the training goes on: aside, then
+renamed. A file whose content does not match its name is passed over with a warning, and the one
+before it is used.
 """
 
-import hashlib
-import json
 import re
 import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from raykd.console import say
-from raykd.errors import StoreError
-from raykd.files.atomic import write_bytes
+from raykd.errors import InfraError, RaykdError, StoreError
+from raykd.files import faults
+from raykd.training import state_file
 from raykd.training.arm import World
+from raykd.training.state_file import HEX
 
 NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})\.safetensors")
-HEX = 16  # letters of a digest in a name
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,91 @@ def name_of(choice: Choice) -> str:
 
 
 class Checkpoints:
-    """The newest few states of one training, in one folder."""
+    """The newest few states of one training, in one folder.
+
+    One thread writes, one state at a time. `stalled` are the seconds that its caller stood still.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = folder
         self.keep = keep
+        self.stalled = 0.0
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None  # of the thread, until it is told
 
-    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Write one state, then drop all but the newest `keep`."""
-        data = save(
-            {k: v.clone().contiguous() for k, v in tensors.items()}, {"meta": json.dumps(meta)}
-        )
-        choice = Choice(step, hashlib.sha256(data).hexdigest()[:HEX])
-        write_bytes(self.folder / name_of(choice), data)
-        for _, path in self._found()[self.keep :]:
-            path.unlink(missing_ok=True)
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: dict[str, Any],
+        settled: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copy one state, and begin to write it; then all but the newest `keep` are dropped.
+
+        `settled` are tensors in this process's memory that nothing will change, and that are not
+        copied. The state before it is waited for: errors as in `check`.
+        """
+        self.wait()
+        with self._standing():
+            whole = {**state_file.on_host(tensors), **(settled or {})}
+            self.thread = threading.Thread(target=self._write, args=(step, whole, meta))
+            self.thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong with the state that was last written: InfraError of a disk."""
+        error = self.error
+        self.error = None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait until no state is being written; errors as in `check`."""
+        with self._standing():
+            if self.thread is not None:
+                self.thread.join()
+                self.thread = None
+        self.check()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within it states are saved, of which the last is waited for at its end.
+
+        Another error than that of a state goes first.
+        """
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.wait()
+            raise
+        self.wait()
+
+    @contextmanager
+    def _standing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stalled += time.perf_counter() - started
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        """What the thread does."""
+        try:
+            faults.point("checkpoint", step=step, at="before_write")
+            state_file.write(self.folder, f"step-{step:08d}", tensors, meta)
+            faults.point("checkpoint", step=step, at="written")
+            for _, path in self._found()[self.keep :]:
+                path.unlink(missing_ok=True)
+        except RaykdError as error:
+            self.error = error
+        except OSError as error:
+            self.error = InfraError(
+                f"{self.folder}: {error.strerror}, the checkpoint of step {step} could not be "
+                "written; mend that disk and give the same command, which continues from the one "
+                "before it"
+            )
+        except Exception as error:
+            self.error = error
 
     def choose(self, world: World, device: torch.device) -> "Choice | None":
         """The newest sound state of rank 0, which every rank has and goes on from; None for none.
@@ -106,19 +178,17 @@ class Checkpoints:
     def _read(self, step: int, path: Path) -> "Kept | None":
         digest = path.stem.rpartition("-")[2]
         try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()[:HEX]
+            found = state_file.digest_of(path)
         except FileNotFoundError:
             return None
-        if found != digest:
-            return None
-        with safe_open(path, framework="pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-            meta = json.loads((file.metadata() or {})["meta"])
-        return Kept(step, digest, tensors, meta)
+        return Kept(step, digest, *state_file.read(path)) if found == digest else None
 
     def clear(self) -> None:
-        """Remove every state, when the training is done."""
+        """Remove every state, when the training is done, and what a killed process left of one."""
+        self.wait()
         for _, path in self._found():
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob(".step-*.tmp"):
             path.unlink(missing_ok=True)
 
     def _found(self) -> list[tuple[int, Path]]:

@@ -90,7 +90,9 @@ def train(
     step = TrainStep(arm, optim, rows, world, state, live, kept, micro)
     step.spreads += [Spread(**table) for table in (saved.meta.get("spreads", ()) if saved else ())]
     patient = _terminated_between_steps() if checkpoints else nullcontext(lambda: False)
-    with closing(step), patient as stop:
+    writing = checkpoints.writing() if checkpoints else nullcontext()
+    settle = checkpoints.wait if checkpoints else None
+    with closing(step), patient as stop, writing:
         for span in plan[len(begun) - 1 :]:
             if span not in begun:
                 state.begin(span)
@@ -100,7 +102,8 @@ def train(
                 seen += step()
                 state.step += 1
                 state.seconds += clock(device) - started
-                faults.point("train", step=state.step, rank=world.rank, arm=arm.key)
+                where = {"step": state.step, "rank": world.rank, "arm": arm.key}
+                faults.point("train", first=settle, **where)
                 tick(state.step)
                 if state.step % optim.evaluate_every == 0 or state.step == span.last:
                     state.history.append(
@@ -108,6 +111,8 @@ def train(
                     )
                     seen.zero_()
                     report(state.step, state.history[-1])
+                    if checkpoints:
+                        checkpoints.check()
                     if arm.select:
                         state.judge(span, arm.select)
                     if (
@@ -120,6 +125,7 @@ def train(
                     # text that a student wrote at an earlier step is not in a checkpoint
                     if world.size == 1 and not arm.source:
                         state.save(checkpoints, seen, step.spreads)
+                    checkpoints.wait()
                     raise SystemExit(TERMINATED)
             state.end()
     return state

@@ -19,6 +19,9 @@ from raykd.signals import Batch
 from raykd.training import phases
 from raykd.training.checkpoints import Checkpoints, Kept
 from raykd.training.phases import Span
+from raykd.training.state_file import on_host
+
+STUDENT = "student.module."  # before the names of a student's tensors among a learner's
 
 
 class Learner(nn.Module):
@@ -48,7 +51,11 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Best:
-    """The best student of a phase so far, and the summary of the step at which it was validated."""
+    """The best student of a phase so far, and the summary of the step at which it was validated.
+
+    Its tensors are in this process's memory, whatever the device, and nothing changes them, so that
+    a checkpoint needs no copy of them.
+    """
 
     summary: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -66,20 +73,24 @@ class State:
     best: Best | None = None
 
     def save(self, checkpoints: Checkpoints, seen: Tensor, spreads: Sequence[Spread] = ()) -> None:
-        """Write a checkpoint.
+        """Begin to write a checkpoint.
 
         `seen` and `spreads` are what the next report will tell of the steps since the last one.
         """
         tensors = {f"model.{k}": v for k, v in self.learner.state_dict().items()}
         for number, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optim.{number}.{slot}": v for slot, v in slots.items()}
-        if self.best:
-            tensors |= {f"best.{k}": v for k, v in self.best.tensors.items()}
         tensors["seen"] = seen
+        settled: dict[str, Tensor] = {}
+        if self.best:
+            settled = {f"best.{k}": v for k, v in self.best.tensors.items()}
+            if self.best.summary["step"] == self.step:  # they are the student's own
+                settled |= {f"model.{STUDENT}{k}": v for k, v in self.best.tensors.items()}
+        changing = {k: v for k, v in tensors.items() if k not in settled}
         best = self.best.summary if self.best else None
-        meta = {"seconds": self.seconds, "history": self.history, "best": best}
+        meta = {"seconds": self.seconds, "history": list(self.history), "best": best}
         meta["spreads"] = [asdict(spread) for spread in spreads]
-        checkpoints.save(self.step, tensors, meta)
+        checkpoints.save(self.step, changing, meta, settled)
 
     def restore(self, kept: Kept) -> None:
         """Continue from a checkpoint."""
@@ -129,7 +140,7 @@ class State:
         if self.best and value <= self.best.summary[name]:
             return
         tensors = self.learner.student.module.state_dict()
-        self.best = Best(self.history[-1], {k: v.detach().clone() for k, v in tensors.items()})
+        self.best = Best(self.history[-1], on_host(tensors))
 
     def end(self) -> None:
         """Go back to the phase's best student."""

@@ -6,11 +6,13 @@ across processes, and closed forms for the schedule. The data-parallel tolerance
 stands.
 """
 
+import errno
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -28,7 +30,7 @@ from random_rows import rows_for
 from safetensors.torch import load_file, save_file
 
 from raykd.data.order import shuffled
-from raykd.errors import DataError, StoreError
+from raykd.errors import DataError, InfraError, StoreError
 from raykd.files.atomic import read_json
 from raykd.models.adapter import Adapter
 from raykd.models.series_encoder import SeriesEncoder
@@ -37,7 +39,7 @@ from raykd.recipe.tables import Optim, TermSpec, Weighting
 from raykd.signals import Batch
 from raykd.stages.load import resolve
 from raykd.targets import UNLABELLED
-from raykd.training import predictions
+from raykd.training import predictions, state_file
 from raykd.training.arm import Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
@@ -272,18 +274,81 @@ def train_in(folder: Path, out: Path) -> None:
     (out / "history.json").write_text(json.dumps({"history": state.history, "told": told}))
 
 
-def test_a_killed_run_resumed_in_a_new_process_ends_with_the_same_bits(tmp_path):
-    fault = {"RAYKD_FAULT": "train:step=27,rank=0", "RAYKD_FAULT_FIRED": str(tmp_path / "fired")}
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [("train:step=27,rank=0", [20, 10]), ("checkpoint:step=20,at=before_write", [10])],
+    ids=["between states", "while one is written"],
+)
+def test_a_killed_run_resumed_in_a_new_process_ends_with_the_same_bits(where, left, tmp_path):
+    fault = {"RAYKD_FAULT": where, "RAYKD_FAULT_FIRED": str(tmp_path / "fired")}
     folder = tmp_path / "checkpoints"
     assert wait([start(train_in, folder, tmp_path, **fault)]) == [-signal.SIGKILL]
-    assert [step for step, _ in Checkpoints(folder)._found()] == [20, 10]
+    assert [step for step, _ in Checkpoints(folder)._found()] == left
     assert not (tmp_path / "history.json").exists()
     assert wait([start(train_in, folder, tmp_path, **fault)]) == [0]
     alone = tiny_run()
     found = read_json(tmp_path / "history.json")
-    assert found["told"] == [25, 30, 35, 40]
+    assert found["told"] == list(range(left[0] + 5, 41, 5))
     assert found["history"] == alone.history
     assert_equal_bits(load_file(tmp_path / "weights.safetensors"), weights_of(alone))
+
+
+def test_steps_go_on_while_a_state_is_written(tmp_path, monkeypatch):
+    """The file of step 10 is held back until step 15 is reported."""
+    reported = threading.Event()
+    write = state_file.write
+    in_time: list[bool] = []
+
+    def held(folder: Path, stem: str, *what: Any) -> str:
+        in_time.append(reported.wait(60))
+        return write(folder, stem, *what)
+
+    def report(step: int, _: dict[str, Any]) -> None:
+        if step == 15:
+            reported.set()
+
+    monkeypatch.setattr(state_file, "write", held)
+    kept = Checkpoints(tmp_path)
+    tiny_run(checkpoints=kept, checkpoint_every=10, report=report)
+    assert in_time == [True] * 3
+    assert [step for step, _ in kept._found()] == [30, 20]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=["broken", "full"])
+def test_a_state_that_cannot_be_written_ends_the_training_at_the_next_report(
+    code, tmp_path, monkeypatch
+):
+    def broken(handle: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    reports: list[int] = []
+    with pytest.raises(InfraError, match=f"{os.strerror(code)}.*which continues from"):
+        tiny_run(
+            OPTIM.model_copy(update={"steps": 30}),
+            checkpoints=Checkpoints(tmp_path),
+            checkpoint_every=20,
+            report=lambda step, _: reports.append(step),
+        )
+    assert reports == [5, 10, 15, 20, 25]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_with_several_names_is_in_a_file_once(tmp_path):
+    """A phase's best student is often the one that is saved; tied weights have two names."""
+    large = torch.randn(1000)
+    tensors = {"model.a": large, "best.a": large, "b": torch.ones(3, dtype=torch.bfloat16)}
+    name = state_file.write(tmp_path, "step-00000001", tensors, {"told": [1]})
+    path = tmp_path / name
+    found, meta = state_file.read(path)
+    assert_equal_bits(found, tensors)
+    assert meta == {"told": [1]}
+    assert found["model.a"].data_ptr() == found["best.a"].data_ptr()
+    assert 4000 < path.stat().st_size < 4500
+    assert state_file.digest_of(path) == path.stem.rpartition("-")[2]
+    copies = state_file.on_host({"a": large, "tied": large, "part": large[:10]})
+    assert copies["a"] is copies["tied"]
+    assert copies["a"].data_ptr() not in (large.data_ptr(), copies["part"].data_ptr())
 
 
 def flip(content: bytes) -> bytes:

@@ -192,7 +192,9 @@ def test_the_best_of_a_phase_is_that_of_the_selected_metric():
 def test_a_checkpoint_that_names_its_best_by_accuracy_alone_is_gone_on_from(tmp_path):
     """As they were written before a phase's best had a summary."""
     state = trained((Phase(until=1.0),), lambda _: {"val_accuracy": 0.5})
-    state.save(Checkpoints(tmp_path), torch.zeros(2, 2))
+    written = Checkpoints(tmp_path)
+    state.save(written, torch.zeros(2, 2))
+    written.wait()
     kept = Checkpoints(tmp_path).newest()
     assert kept is not None
     state.restore(replace(kept, meta=kept.meta | {"best": 0.5}))
