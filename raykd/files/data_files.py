@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from raykd.errors import DataError
 from raykd.files.address import is_url
 from raykd.files.bucket import Bucket
-from raykd.files.cache import sha256_kept
+from raykd.files.cache import blake2b_kept
 from raykd.files.digests import is_hidden
 from raykd.files.open import open_place
 
@@ -113,9 +113,9 @@ class FolderFiles:
         return data
 
     def mark(self, file: DataFile) -> str:
-        """The sha256 of its bytes, computed once on this node."""
+        """A digest of its bytes, computed once on this node."""
         try:
-            return sha256_kept(self.folder / file.name)
+            return blake2b_kept(self.folder / file.name)
         except FileNotFoundError:
             raise vanished(self, file) from None
 

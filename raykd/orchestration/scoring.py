@@ -1,6 +1,6 @@
 """Ray Data: shards of rows stream through teachers into the store.
 
-An actor reads shards of rows, and the blocks flow to the teachers' actors as fast as those take
+Actors read shards of rows, and the blocks flow to the teachers' actors as fast as those take
 them. A block is a shard, or the shards of one part where rows are read in parts, so that a part is
 read once. Rows that are in memory lie once in the object store of a node. A teacher's actor gets a
 header, never the data set.
@@ -41,6 +41,7 @@ from raykd.teacher.statistics import store_statistics, summed_statistics
 from raykd.teacher.sums import Sums, sums_of, total
 
 LISTERS = 8  # small files that are read at a time
+FED = 4  # teachers that one reader has rows for
 
 
 def block_of(rows: Rows, shard: Shard) -> dict[str, Any]:
@@ -360,7 +361,7 @@ def shard_results(
         ShardRows,
         fn_constructor_args=(source,),
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=1),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=-(-high // FED)),
         num_cpus=0,
         max_restarts=-1,
         max_task_retries=-1,

@@ -4,6 +4,8 @@ Plain torch; Ray only schedules it. A scorer never has the data set: it gets the
 at a time, and a header that says what all rows have in common.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +38,7 @@ HALF = torch.finfo(torch.float16).max
 SHOWN = 10  # bad rows that a message lists
 ROUNDED = 3  # times the rounding of a dtype: what a head's answers may be apart
 LEAST_FAR = 1e-3  # of a row's largest logit: what other orders of a sum come to
+BESIDE_BYTES = 1 << 28  # of a batch's logits: those of more are not held beside the next batch's
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class Header:
     @property
     def classes(self) -> int:
         return self.shape["classes"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher says of a batch; with the codec `hidden` also what its head was given."""
+
+    signals: Signals
+    head_input: Tensor | None
 
 
 class Scorer:
@@ -103,12 +114,8 @@ class Scorer:
 
     def score(self, rows: Rows) -> tuple[pa.Table, dict[int, str]]:
         """(a row of signals for each row that can be scored, {row id: reason} of the others)."""
-        size = self.recipe.store.batch
         bad: dict[int, str] = {}
-        batches = [
-            self._signals(rows.take(slice(first, first + size)), bad)
-            for first in range(0, len(rows), size)
-        ]
+        batches = list(self._batches(rows, bad))
         encoded = pa.concat_arrays([batch.pop("logits") for batch in batches])
         arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         row_id = rows.row_id[~np.isin(rows.row_id, list(bad))]
@@ -122,11 +129,31 @@ class Scorer:
             return None
         return sums_of(table, rows, split, self.recipe.valence.discount).told()
 
+    def _batches(self, rows: Rows, bad: dict[int, str]) -> Iterator[dict[str, Any]]:
+        """The arrays of each batch's rows.
+
+        While a thread encodes a batch, the teacher reads the next. No more than these two are
+        held, and of large answers one.
+        """
+        size = self.recipe.store.batch
+        with ThreadPoolExecutor(1) as thread:
+            before: Future[dict[str, Any]] | None = None
+            for first in range(0, len(rows), size):
+                batch = rows.take(slice(first, first + size))
+                answer = self._forward(batch)
+                if before:
+                    yield before.result()
+                before = thread.submit(self._signals, batch, answer, bad)
+                if answer.signals.logits.nbytes > BESIDE_BYTES:
+                    wait([before])
+            if before:
+                yield before.result()
+
     @torch.inference_mode()
-    def _signals(self, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:
+    def _signals(self, rows: Rows, answer: Answer, bad: dict[int, str]) -> dict[str, Any]:
         """The arrays of a batch's rows; rows that cannot be stored are added to `bad` instead."""
         mask = as_tensor(rows.mask).to(self.device)
-        signals = self._forward(rows, mask)
+        signals = answer.signals
         values = {"mask": signals.mask}
         values |= self._answers(rows, signals)
         values |= self._valence(rows, signals)
@@ -135,7 +162,9 @@ class Scorer:
             values[name] = layer
             values[layer_signals.steps_column(name)] = mask if has_all_steps else _all_steps(layer)
         arrays = {name: _to_numpy(tensor) for name, tensor in values.items()}
-        stored = signals.logits if self.head_inputs is None else self._head_input(signals)
+        stored = signals.logits
+        if answer.head_input is not None:
+            stored = self._checked_head_input(answer.head_input, signals)
         mask = signals.mask
         unfit = self._unfit(signals, stored, arrays)
         bad |= {int(rows.row_id[i]): reason for i, reason in unfit.items()}
@@ -148,10 +177,12 @@ class Scorer:
             "logits": self.codec.encode(stored, mask, rows.row_id[fit], self.header.key)
         }
 
-    def _forward(self, rows: Rows, mask: Tensor) -> Signals:
-        """The teacher's signals, with a column for each class: columns beyond them are padding."""
+    @torch.inference_mode()
+    def _forward(self, rows: Rows) -> Answer:
+        """The teacher's answer, with a column for each class: columns beyond them are padding."""
         if self.head_inputs is not None:
             self.head_inputs.clear()
+        mask = as_tensor(rows.mask).to(self.device)
         signals = self.teacher(as_tensor(rows.inputs).to(self.device), mask)
         classes = self.header.classes
         if signals.logits.shape[-1] < classes:
@@ -159,17 +190,20 @@ class Scorer:
                 f"teacher: answers with {signals.logits.shape[-1]} classes, and the data have "
                 f"{classes}; name a teacher of these data"
             )
-        return replace(signals, logits=signals.logits[..., :classes])
+        signals = replace(signals, logits=signals.logits[..., :classes])
+        head_input = None
+        if self.head_inputs is not None:
+            if not self.head_inputs:
+                raise self._head_refused("the teacher does not call that layer")
+            # of a module that reads a batch in parts only its latest one can be joined
+            head_input = whole_batch(self.teacher.module, self.head_inputs)
+        return Answer(signals, head_input)
 
-    def _head_input(self, signals: Signals) -> Tensor:
+    def _checked_head_input(self, hidden: Tensor, signals: Signals) -> Tensor:
         """(B, T, D): the inputs of the head.
 
         RecipeError if the logits are not its bare answer, at any step that can be stored.
         """
-        assert self.head_inputs is not None
-        if not self.head_inputs:
-            raise self._head_refused("the teacher does not call that layer")
-        hidden = whole_batch(self.teacher.module, self.head_inputs)
         if hidden.dim() == 2:  # of a teacher that answers once a row
             hidden = hidden.unsqueeze(1)
         if hidden.shape[:2] != signals.mask.shape:

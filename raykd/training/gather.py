@@ -79,7 +79,8 @@ def _column(
                 pieces[at] = data[ends[row] : ends[row + 1]]
         length = np.array([len(piece) for piece in pieces], np.int64)
         return binary(ByteStream(np.frombuffer(b"".join(pieces), np.uint8), length))
-    values = np.empty(len(place), columns[0].dtype)
+    data = pa.allocate_buffer(len(place) * columns[0].itemsize)  # of no heap that small ones pin
+    values = np.frombuffer(data, columns[0].dtype)
     for column, target in zip(columns, targets, strict=True):
         values[target] = column[place[target]]
-    return pa.Array.from_buffers(kind, len(place), [None, pa.py_buffer(values.view(np.uint8))])
+    return pa.Array.from_buffers(kind, len(place), [None, data])

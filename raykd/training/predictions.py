@@ -159,7 +159,7 @@ def writing(path: Path) -> Iterator[Callable[[pa.Table], None]]:
         waiting.clear()
 
     def add(table: pa.Table) -> None:
-        waiting.append(table)
+        waiting.append(moved(table))
         if sum(map(len, waiting)) >= GROUP:
             write()
 
@@ -171,6 +171,18 @@ def writing(path: Path) -> Iterator[Callable[[pa.Table], None]]:
         finally:
             for writer in writers:
                 writer.close()
+
+
+def moved(table: pa.Table) -> pa.Table:
+    """A table in memory of Arrow's own.
+
+    A small array of numpy's that stays may lie where a piece's inputs lay and keeps those of the
+    next piece from that place, so that memory would grow by the inputs of every piece.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return pa.ipc.open_stream(sink.getvalue()).read_all()
 
 
 def write_all(path: Path, first: Predictions, rest: Iterable[Predictions]) -> None:

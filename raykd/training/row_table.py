@@ -18,18 +18,21 @@ def row_table(rows: Rows) -> pa.Table:
     """The rows as a table that can be mapped, and from which any rows can be taken."""
     arrays = {name: values for name, values in vars(rows).items() if values is not None}
     fields = [(name, values.dtype.str, values.shape[1:]) for name, values in arrays.items()]
-    records: NDArray[Any] = np.empty(len(rows), np.dtype(fields))
+    record = np.dtype(fields)
+    data = pa.allocate_buffer(len(rows) * record.itemsize)
+    records: NDArray[Any] = np.frombuffer(data, record)
     for name, values in arrays.items():
         records[name] = values
-    width = pa.binary(records.dtype.itemsize)
-    column = pa.Array.from_buffers(width, len(rows), [None, pa.py_buffer(records)])
+    width = pa.binary(record.itemsize)
+    column = pa.Array.from_buffers(width, len(rows), [None, data])
     field = pa.field(COLUMN, width, nullable=False, metadata={FIELDS: json.dumps(fields)})
     return pa.table([column], schema=pa.schema([field]))
 
 
 def rows_of(table: pa.Table) -> Rows:
     """The rows of a table that `row_table` made, or of some of its rows."""
-    records = np.concatenate([_records(table, chunk) for chunk in table.column(COLUMN).chunks])
+    chunks = [_records(table, chunk) for chunk in table.column(COLUMN).chunks]
+    records = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
     arrays: dict[str, Any] = {name: records[name].copy() for name in records.dtype.names or ()}
     return Rows(**arrays)
 

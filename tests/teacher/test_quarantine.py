@@ -49,9 +49,9 @@ class Poisoned(Scorer):
         self.sound = self.teacher
         self.teacher = self._answer
 
-    def _signals(self, rows, bad):
+    def _forward(self, rows):
         self.ids = rows.row_id
-        return super()._signals(rows, bad)
+        return super()._forward(rows)
 
     def _answer(self, inputs, mask):
         signals = self.sound(inputs, mask)
@@ -190,3 +190,29 @@ def test_more_bad_rows_than_allowed_fail_the_stage_and_are_tried_again(
     monkeypatch.setattr(Poisoned, "nan", ())
     scoring.score(recipe, Held(dataset), tmp_path)
     assert (where / "_MANIFEST.json").read_bytes() == (whole.folder / "_MANIFEST.json").read_bytes()
+
+
+@pytest.mark.parametrize("codec", stored.CODECS)
+def test_what_is_encoded_beside_the_next_forward_is_what_is_encoded_before_it(
+    folder, codec, monkeypatch
+):
+    recipe, _ = stored.scored(folder, codec)
+    scorer, dataset = by_hand.scorer_of(recipe)
+    rows = dataset.splits["train"]
+    assert len(rows) > 3 * recipe.store.batch
+    beside = scorer.table(rows)
+    monkeypatch.setattr("raykd.teacher.scorer.BESIDE_BYTES", 0)
+    assert scorer.table(rows).equals(beside)
+
+
+def test_a_fault_of_the_encoding_thread_is_the_scorers(folder):
+    recipe, _ = stored.scored(folder, "fp16")
+    scorer, dataset = by_hand.scorer_of(recipe)
+
+    def fails(*args: Any) -> Any:
+        raise DataError("this batch cannot be encoded")
+
+    scorer.codec = replace(scorer.codec)
+    object.__setattr__(scorer.codec, "encode", fails)
+    with pytest.raises(DataError, match="this batch"):
+        scorer.table(dataset.splits["train"])
