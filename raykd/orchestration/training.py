@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms
 
 TICK_S = 2  # between lines of progress that no evaluation brings
+PACE = ("rows_per_second", "waiting_share")
+WORTH_TELLING = 0.05  # of the time, spent waiting for rows
 LAST_BYTES = 4096  # of the file of progress, which hold its last line
 WAITING_S = 30  # between words of what is waited for
 
@@ -219,7 +221,8 @@ def _teacher(recipe: Recipe, names: list[str], rank: int) -> ServedTeacher:
 
 
 def _append_progress(folder: Path, arm: str, *, step: int, metrics: dict[str, Any]) -> None:
-    line = {"arm": arm, "step": step, "val_accuracy": metrics.get("val_accuracy")}
+    line = {"arm": arm, "step": step}
+    line |= {name: metrics.get(name) for name in ("val_accuracy", *PACE)}
     with (folder / run_files.PROGRESS).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -271,6 +274,7 @@ class _ProgressWatch:
                 note = last["arm"]
                 if last["val_accuracy"] is not None:
                     note += f": validation accuracy {last['val_accuracy']:.3f}"
+                note += _pace(last)
                 self.progress.advance(done, note)
 
     def _say_waiting(self) -> None:
@@ -284,6 +288,15 @@ class _ProgressWatch:
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
+
+
+def _pace(last: Mapping[str, Any]) -> str:
+    """Rows a second of a line of progress, and how much of the time is spent waiting for rows."""
+    if last.get("rows_per_second") is None:
+        return ""
+    text = f", {last['rows_per_second']:,.0f} rows/s"
+    waiting = last["waiting_share"]
+    return text if waiting < WORTH_TELLING else f"{text}, waiting for rows {waiting:.0%} of it"
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ class Evidence:
         default_factory=dict
     )  # path, format, bytes, parity, latency
     training_cost: float | None = None
+    throughput: Mapping[str, float] = field(default_factory=dict)  # of the best seed's student
     store: Mapping[str, Any] = field(default_factory=dict)  # id, rows, bytes, bytes_per_row, codec
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id
     history: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]] = field(
@@ -95,6 +96,7 @@ def _described(e: Evidence) -> dict[str, Any]:
         "seeds": list(e.seeds),
         "compression": _compression(e.teacher_info, e.student_params, e.artefact_info.get("bytes")),
         "training_cost": schema.Cost(ratio=plain(e.training_cost)),
+        "throughput": schema.Throughput(**plain(e.throughput)),
         "store": schema.ReportStore(**plain(e.store)),
         "mlflow": schema.Tracking(**plain(e.mlflow)),
         "curves": plain(e.history),

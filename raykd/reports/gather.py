@@ -83,6 +83,7 @@ def gather(
         else {},
         artefact_info=_artefact_info(manifest),
         training_cost=_cost(records, opened),
+        throughput=_throughput(records, (manifest or {}).get("seed", best_seed(found, folder))),
         store=_store(found, opened),
         mlflow=mlflow,
         history=_history(records),
@@ -268,6 +269,14 @@ def _latency(measured: dict[str, Any]) -> dict[str, Any]:
         other = times.get((name, "onnxruntime"), times.get((name, "torch")))
         found[key] = 1 / other if other else None
     return found
+
+
+def _throughput(records: dict[str, dict[str, Any] | None], seed: int | None) -> dict[str, float]:
+    """How fast the student of a seed was trained; nothing of one that was trained before that was
+    told.
+    """
+    record = records.get(f"student-{seed}") or {}
+    return record.get("throughput", {})
 
 
 def _cost(records: dict[str, Any], store: Store | None) -> float | None:

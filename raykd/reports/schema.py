@@ -183,6 +183,20 @@ class Cost(Part):
     ratio: float | None = None
 
 
+class Throughput(Part):
+    """How fast the student was trained: by all workers, and as a share of what its device can do.
+
+    It is of the steps since the last start, validation and checkpoints left out.
+    """
+
+    rows_per_second: float | None = None
+    tokens_per_second: float | None = None
+    waiting_share: float | None = None  # of a step, for rows that were not ready
+    flops_per_row: float | None = None
+    peak_share: float | None = None
+    peak_memory_mb: float | None = None
+
+
 class ReportStore(Part):
     id: str | None = None
     rows: int | None = None
@@ -274,6 +288,7 @@ class Report(Part):
     gains: dict[str, Ratio] = {}
     compression: Compression
     training_cost: Cost
+    throughput: Throughput = Throughput()
     store: ReportStore
     mlflow: Tracking
     warnings: list[str]

@@ -9,6 +9,7 @@ FEW_GROUPS = 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
 LEAST_KEPT = 0.8  # of the teacher's recall; a class that keeps less is warned of
+WORTH_TELLING = 0.05  # of a training's time, spent waiting for rows
 NAMED = 6  # classes in one warning
 MEASURES = {
     "nll": "nats a token",
@@ -256,7 +257,23 @@ def figure_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("compression", times(size["ratio"]) + (parts if size["bits"] else "")))
     if (cost := report["training_cost"]["ratio"]) is not None:
         found.append(("training cost", f"{times(cost)} the control's"))
+    if told := _speed(report["throughput"]):
+        found.append(("training speed", told))
     return found + _artefact_figures(report["artefact"])
+
+
+def _speed(told: Mapping[str, Any]) -> str:
+    """Rows a second, the share of the device's peak, and what is worth telling of waiting."""
+    if told["rows_per_second"] is None:
+        return ""
+    text = f"{count(round(told['rows_per_second']))} rows a second"
+    if told["peak_share"] is not None:
+        text += f", {percent(told['peak_share'])} of the device's peak"
+    if told["peak_memory_mb"] is not None:
+        text += f", {count(round(told['peak_memory_mb']))} MB at most"
+    if (told["waiting_share"] or 0) >= WORTH_TELLING:
+        text += f"; {percent(told['waiting_share'], 0)} of the time is spent waiting for rows"
+    return text
 
 
 def _measured(report: Mapping[str, Any], name: str) -> str:

@@ -80,7 +80,8 @@ def arms(begun: Begun, recipe: Recipe, folder: Path) -> None:
         lines.run(key, key, PARENT, tags={"raykd.arm": arm.name})
         lines.params(key, params)
         lines.metrics(key, curves(record["history"]))
-        lines.metrics(key, [("seconds", record["seconds"], record["steps"])])
+        speed = {"seconds": record["seconds"], **record.get("throughput", {})}
+        lines.metrics(key, [(name, value, record["steps"]) for name, value in speed.items()])
         lines.end(key, "FINISHED")
 
 

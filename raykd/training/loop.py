@@ -66,7 +66,8 @@ def train(
     the numbers of `precision`; validation is in float32. With `micro` a forward pass reads so many
     rows, with the loss and gradient of the whole share. `report(step, metrics)` is called
     every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
-    since the last call and what `evaluate(student)` says. `tick(step)` is called after every step.
+    since the last call, what `evaluate(student)` says and how fast rows are read. `tick(step)` is
+    called after every step.
     """
     device = rows.device
     _leave_out_head(student, rows)
@@ -98,10 +99,12 @@ def train(
                 state.begin(span)
             step.enter(span)
             while state.step < span.last:
+                began = time.perf_counter()
                 started = clock(device)
                 seen += step()
                 state.step += 1
                 state.seconds += clock(device) - started
+                step.pace.seconds += time.perf_counter() - began
                 where = {"step": state.step, "rank": world.rank, "arm": arm.key}
                 faults.point("train", first=settle, **where)
                 tick(state.step)
@@ -110,7 +113,7 @@ def train(
                         _summary(state, world.sum(seen), step.extra_metrics(), evaluate)
                     )
                     seen.zero_()
-                    report(state.step, state.history[-1])
+                    report(state.step, state.history[-1] | step.pace.rates(world.size))
                     if checkpoints:
                         checkpoints.check()
                     if arm.select:
@@ -128,6 +131,8 @@ def train(
                     checkpoints.wait()
                     raise SystemExit(TERMINATED)
             state.end()
+    one = rows.batch(torch.zeros(1, dtype=torch.int64, device=device))
+    state.throughput = step.pace.told(student, one, precision, workers=world.size)
     return state
 
 

@@ -295,6 +295,7 @@ def _write_arm(runner: ArmRunner, arm: Arm, state: State, folder: Path) -> None:
         "seed": arm.seed,
         "steps": state.step,
         "seconds": state.seconds,
+        "throughput": state.throughput,
         "params": sum(p.numel() for p in student.module.parameters()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "history": state.history,

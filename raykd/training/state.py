@@ -63,7 +63,7 @@ class Best:
 
 @dataclass
 class State:
-    """A training in progress: everything that a checkpoint carries."""
+    """A training in progress: everything that a checkpoint carries, and how fast it went."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
@@ -71,6 +71,7 @@ class State:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best | None = None
+    throughput: dict[str, float] = field(default_factory=dict)  # once it has ended
 
     def save(self, checkpoints: Checkpoints, seen: Tensor, spreads: Sequence[Spread] = ()) -> None:
         """Begin to write a checkpoint.

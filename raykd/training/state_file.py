@@ -91,7 +91,7 @@ def write(folder: Path, stem: str, tensors: Mapping[str, Tensor], meta: dict[str
 
 
 def _bytes_of(value: Tensor) -> memoryview:
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    return value.reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """One optimiser step over a global batch, of which this process takes its share."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from raykd.training.arm import Arm, World
 from raykd.training.phases import Span
 from raykd.training.prefetch import Ahead
 from raykd.training.state import State
+from raykd.training.throughput import Pace
 from raykd.training.train_rows import TrainRows
 
 
@@ -52,6 +54,7 @@ class TrainStep:
         self.world = world
         self.state = state
         self.micro = micro
+        self.pace = Pace()
         self.form: AnswerForm | None = None  # of the student, once it is asked
         # of all terms, since the last report: counts known before the answers, and those of them
         self.foretold = torch.zeros(2, len(state.learner.objective.weights), dtype=torch.float64)
@@ -88,7 +91,9 @@ class TrainStep:
         seed = mixed(self.arm.seed, number)
         for layer in self.layers:
             layer.blend = self.span.blend(number)
+        started = time.perf_counter()
         batches = self._batches(number, seed)
+        self.pace.read(batches, time.perf_counter() - started)
         sums, counts = self._gradients(batches, number / self.optim.steps, seed)
         if isinstance(batches[0].targets, Targets):
             self.temperatures = tuple(batches[0].targets.decoded)

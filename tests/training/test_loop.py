@@ -539,7 +539,8 @@ class Forgetful(SeriesEncoder):
 
     def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         kept = torch.nn.functional.dropout(torch.ones_like(inputs), 0.2, self.training)
-        self.dropped.append(kept[:7])
+        if self.training:
+            self.dropped.append(kept[:7])
         return super().forward(inputs * kept)
 
 
@@ -674,7 +675,7 @@ def test_control_and_student_start_from_equal_weights_and_see_equal_rows(distill
         starts[arm.key] = {k: v.clone() for k, v in student.state_dict().items()}
         rows = Watched(**vars(shop.train), seen=[])
         train(arm, shop.recipe.optim, student, rows, shop.validate)
-        seen[arm.key] = rows.seen
+        seen[arm.key] = rows.seen[: shop.recipe.optim.steps]  # one more row tells of arithmetic
     for seed in (0, 5):
         assert_equal_bits(starts[f"control-{seed}"], starts[f"student-{seed}"])
         assert seen[f"control-{seed}"] == seen[f"student-{seed}"]
