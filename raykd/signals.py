@@ -195,7 +195,7 @@ class Batch:
 
     Rows of text have inputs (B, T, 2), each a token and its place in its document, and a label at
     every position: the token after it. For text, `mask` is True where a loss applies: False on the
-    prompt.
+    prompt. Sentences have inputs (B, T, 1), their tokens, and otherwise are like series.
 
     A batch is wholly the data's, or wholly text that the student wrote, which has a `rollout`. A
     term counts in one of the two kinds and adds nothing in the other. A step with both is two
@@ -246,7 +246,7 @@ class Batch:
 
     @property
     def document(self) -> Tensor | None:
-        """(B, T): of text, which document of its row a step belongs to; None of series."""
+        """(B, T): of text, which document of its row a step belongs to; None of other rows."""
         return documents_of(self.inputs)
 
 
@@ -260,9 +260,17 @@ def places_of(steps: Tensor, at: slice) -> Tensor:
 def documents_of(inputs: Tensor) -> Tensor | None:
     """(B, T): the number of each step's document in its row of text, whose inputs are (B, T, 2).
 
-    None of series. A document begins at place 0, and so does every step of padding.
+    None of series and of sentences. A document begins at place 0, and so does every step of
+    padding.
     """
-    return None if inputs.is_floating_point() else (inputs[..., 1] == 0).cumsum(1)
+    return (inputs[..., 1] == 0).cumsum(1) if has_places(inputs) else None
+
+
+def has_places(inputs: Tensor) -> bool:
+    """Whether inputs (B, T, K) are tokens with their places in their documents, so that every step
+    has a label; tokens of sentences (B, T, 1) have none.
+    """
+    return not inputs.is_floating_point() and inputs.shape[-1] > 1
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:

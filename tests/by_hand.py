@@ -40,7 +40,7 @@ def teacher(path: Path, seed: int = 0) -> dict[str, Any]:
 
 def scorer_of(recipe: Recipe, kind: type[S] = Scorer) -> tuple[S, Dataset]:
     """(a recipe's teacher, ready to score, the recipe's rows)."""
-    dataset = data.load(recipe.data)
+    dataset = data.load(recipe.data, recipe.task)
     return kind(recipe, Header.of(recipe, dataset)), dataset
 
 

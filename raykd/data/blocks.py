@@ -24,7 +24,7 @@ SHOWN = 3  # unfit rows that an error lists
 class Ragged:
     """Lists of different lengths as one array: the first `length[0]` values are row 0's."""
 
-    values: NDArray[np.float32]  # (S, K) or (S,)
+    values: NDArray[np.float32] | NDArray[np.int32]  # (S, K) or (S,)
     length: NDArray[np.int64]  # (N,)
 
     def where(self, keeps: NDArray[np.bool_]) -> "Ragged":
@@ -110,11 +110,13 @@ class Block:
 class Padding:
     """The rows of one split, filled block by block and padded with zeros on the right."""
 
-    def __init__(self, count: int, steps: int, channels: int, *, has_valence: bool):
+    def __init__(
+        self, count: int, steps: int, channels: int, *, has_valence: bool, dtype: Any = np.float32
+    ):
         self.filled = 0
         self.rows = Rows(
             row_id=np.zeros(count, np.int64),
-            inputs=np.zeros((count, steps, channels), np.float32),
+            inputs=np.zeros((count, steps, channels), dtype),
             mask=np.zeros((count, steps), bool),
             label=np.full(count, UNLABELLED, np.int64),
             group=np.zeros(count, np.int64),

@@ -11,14 +11,15 @@ import pyarrow as pa
 
 from raykd.data import arrow_columns, labels
 from raykd.data.blocks import MISSING, Block
-from raykd.data.column_names import check_no_labels, column_names
+from raykd.data.column_names import NEXT, check_no_labels, column_names
 from raykd.data.datasets_folder import is_class_label, without_missing
 from raykd.data.formats import TableFile, open_table
 from raykd.data.layout import LaidFile, data_files
+from raykd.data.sentences import Texts
 from raykd.errors import DataError
 from raykd.files.data_files import DataFiles
 from raykd.files.waiting import in_turn
-from raykd.recipe.tables import DataRef
+from raykd.recipe.tables import DataRef, Task
 from raykd.recipe.validation import suggestion
 
 REQUESTS = 64  # at a time, to a bucket
@@ -38,11 +39,12 @@ class FileRows:
 
     files: DataFiles
     ref: DataRef
+    task: Task = NEXT
 
     @cached_property
     def names(self) -> dict[str, str]:
         """The columns to read, by key."""
-        return column_names(self.ref)
+        return column_names(self.ref, self.task)
 
     @cached_property
     def laid(self) -> list[LaidFile]:
@@ -62,7 +64,7 @@ class FileRows:
     def check(self, laid: LaidFile, table: TableFile) -> None:
         """DataError where a file lacks a column that its path does not say either."""
         there = table.schema.names
-        check_no_labels(there, self.ref)
+        check_no_labels(there, self.ref, self.task)
         given = self.given(laid, there)
         for key, name in self.names.items():
             if there.count(name) > 1:
@@ -207,11 +209,14 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
     return column if column.type == kind else column.cast(kind)
 
 
-def block_of(batch: Batch, name: str) -> Block:
-    """The block of a file's rows; `name` begins messages."""
+def block_of(batch: Batch, name: str, texts: Texts | None = None) -> Block:
+    """The block of a file's rows; `name` begins messages. With `texts` rows are sentences."""
     columns = batch.columns
     first = batch.first
-    inputs, unfit = arrow_columns.series(columns["inputs"], name, first)
+    if texts is None:
+        inputs, unfit = arrow_columns.series(columns["inputs"], name, first)
+    else:
+        inputs, unfit = texts.inputs(columns["text"].to_pylist(), first)
     valence = None
     if "valence" in columns:
         valence = arrow_columns.step_values(columns["valence"], name, first)

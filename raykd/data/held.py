@@ -43,6 +43,7 @@ def dataset(blocks: list[Block], name: str, ref: DataRef) -> Dataset:
             ref.steps or int(length.max()),
             channels,
             has_valence=blocks[0].valence is not None,
+            dtype=blocks[0].inputs.values.dtype,
         )
         for number, part in enumerate(SPLITS)
     }

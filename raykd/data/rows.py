@@ -25,6 +25,7 @@ SERIES = {  # array: its type and number of axes
     "group": ("int64", 1),
 }
 TEXT = SERIES | {"inputs": ("int32", 3), "label": ("int64", 2)}
+SENTENCES = SERIES | {"inputs": ("int32", 3)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Rows:
     Rows of text have int32 inputs (N, T, 2): a token, and its place in its document. Their label
     (N, T) is the next token at every step, and their mask is True where a loss applies: False on
     the prompt and on padding.
+
+    Sentences are texts with one label each. They have int32 inputs (N, T, 1), their tokens, and a
+    mask and labels like those of a series.
 
     Example:
         >>> import numpy as np
@@ -63,6 +67,10 @@ class Rows:
     @property
     def is_text(self) -> bool:
         return self.label.ndim == 2
+
+    @property
+    def is_sentences(self) -> bool:
+        return not self.is_text and self.inputs.dtype == np.int32
 
     @property
     def labelled(self) -> NDArray[np.bool_]:
@@ -108,6 +116,7 @@ class Dataset:
     splits: dict[str, Rows]
     notes: tuple[str, ...] = ()  # what a reader of results must know of these rows
     unfit: tuple[Unfit, ...] = ()  # the rows that were left out
+    tokens: tuple[str, ...] = ()  # of sentences: the tokens by their numbers
 
     @property
     def cautions(self) -> list[str]:
@@ -127,13 +136,20 @@ class Dataset:
 
     @property
     def shape(self) -> dict[str, int]:
-        """The sizes that a model is built for: `channels`, `classes` and `steps`."""
+        """The sizes that a model is built for: `channels`, `classes` and `steps`, and of sentences
+        `tokens`.
+        """
         _, steps, channels = self._any.inputs.shape
-        return {"channels": channels, "classes": len(self.classes), "steps": steps}
+        sizes = {"channels": channels, "classes": len(self.classes), "steps": steps}
+        return sizes | ({"tokens": len(self.tokens)} if self.is_sentences else {})
 
     @property
     def is_text(self) -> bool:
         return self._any.is_text
+
+    @property
+    def is_sentences(self) -> bool:
+        return self._any.is_sentences
 
     @property
     def _any(self) -> Rows:
@@ -193,11 +209,16 @@ class Facts(Protocol):
 
     @property
     def shape(self) -> dict[str, int]:
-        """The sizes that a model is built for: `channels`, `classes` and `steps`."""
+        """The sizes that a model is built for: `channels`, `classes` and `steps`, and of sentences
+        `tokens`.
+        """
         ...
 
     @property
     def is_text(self) -> bool: ...
+
+    @property
+    def is_sentences(self) -> bool: ...
 
     @property
     def in_parts(self) -> bool:
@@ -251,7 +272,10 @@ def check_dataset(dataset: Dataset) -> None:
         if rows is None or len(rows) == 0:
             check_counts(dataset.name, name, 0, 0)
         else:
-            check_rows(f"{dataset.name}, split {name!r}", rows, len(dataset.classes))
+            where = f"{dataset.name}, split {name!r}"
+            if rows.is_sentences:
+                check_tokens(where, rows, len(dataset.tokens))
+            check_rows(where, rows, len(dataset.classes))
             labelled = len(rows) if rows.is_text else int(rows.labelled.sum())
             check_counts(dataset.name, name, len(rows), labelled)
 
@@ -268,10 +292,8 @@ def check_rows(where: str, rows: Rows, count: int) -> None:
     """DataError that names the rows that cannot be used, of `count` classes or tokens."""
     _check_arrays(where, rows)
     if rows.is_text:
-        outside = _by_chunks(lambda part: _outside(part[..., 0], count).any(1), rows.inputs)
-        if bad := _ids(rows, outside):
-            raise DataError(f"{where}: tokens outside the {count} of the tokeniser in rows {bad}")
-    else:
+        check_tokens(where, rows, count)
+    elif not rows.is_sentences:
         finite = _by_chunks(lambda part: np.isfinite(part).all(axis=(1, 2)), rows.inputs)
         if bad := _ids(rows, ~finite):
             raise DataError(f"{where}: NaN or infinite inputs in rows {bad}; mend or drop them")
@@ -283,6 +305,13 @@ def check_rows(where: str, rows: Rows, count: int) -> None:
     if bad := _ids(rows, outside.reshape(len(rows), -1).any(1)):
         raise DataError(f"{where}: labels outside the {count} classes in rows {bad}")
     _check_valence(where, rows)
+
+
+def check_tokens(where: str, rows: Rows, count: int) -> None:
+    """DataError that names the rows that hold other tokens than the `count` of the tokeniser."""
+    outside = _by_chunks(lambda part: _outside(part[..., 0], count).any(1), rows.inputs)
+    if bad := _ids(rows, outside):
+        raise DataError(f"{where}: tokens outside the {count} of the tokeniser in rows {bad}")
 
 
 def _check_padding(where: str, rows: Rows) -> None:
@@ -326,7 +355,8 @@ def _check_valence(where: str, rows: Rows) -> None:
 
 def _check_arrays(where: str, rows: Rows) -> None:
     """DataError unless the arrays have the types and shapes of `Rows`: a function may give any."""
-    for key, (dtype, dims) in (TEXT if rows.is_text else SERIES).items():
+    kind = TEXT if rows.is_text else SENTENCES if rows.is_sentences else SERIES
+    for key, (dtype, dims) in kind.items():
         values = getattr(rows, key)
         if values.dtype != dtype or values.ndim != dims or len(values) != len(rows):
             raise DataError(

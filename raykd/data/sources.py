@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from raykd.data import python_library, tables, watch_gestures
+from raykd.data.column_names import NEXT
 from raykd.data.file_rows import FileRows
 from raykd.data.parquet_parts import ParquetParts, can_be_read_in_place
 from raykd.data.prepared.parts import PreparedParts
@@ -14,18 +15,18 @@ from raykd.data.table import Held, Source
 from raykd.errors import DataError
 from raykd.files.address import Address
 from raykd.files.data_files import open_files
-from raykd.recipe.tables import DataRef
+from raykd.recipe.tables import DataRef, Task
 from raykd.recipe.toml import is_path
 from raykd.recipe.validation import suggestion
 
 BUILT_IN = {"watch_gestures": watch_gestures.load, "python_library": python_library.load}
 
 
-def load(ref: DataRef, *, most: int | None = None) -> Dataset:
+def load(ref: DataRef, task: Task = NEXT, *, most: int | None = None) -> Dataset:
     """The checked data set of a recipe, its training labels hidden down to `label_fraction`.
 
-    DataError if the rows cannot be used; it names the first of them. TooManyRows where a function
-    gives more than `most`.
+    `task` is the recipe's. DataError if the rows cannot be used; it names the first of them.
+    TooManyRows where a function gives more than `most`.
 
     Example:
         >>> from raykd.recipe.recipe import DataRef
@@ -33,7 +34,7 @@ def load(ref: DataRef, *, most: int | None = None) -> Dataset:
         >>> dataset.shape
         {'channels': 6, 'classes': 7, 'steps': 16}
     """
-    dataset = _read(ref, most)
+    dataset = _read(ref, most, task)
     if ref.limit:
         fewer = {name: _spread(rows, ref.limit) for name, rows in dataset.splits.items()}
         dataset = replace(dataset, splits=fewer)
@@ -42,20 +43,22 @@ def load(ref: DataRef, *, most: int | None = None) -> Dataset:
     return replace(dataset, splits=dataset.splits | {"train": train})
 
 
-def open_source(ref: DataRef, order: str = "auto", home: Address | None = None) -> Source:
+def open_source(
+    ref: DataRef, order: str = "auto", home: Address | None = None, task: Task = NEXT
+) -> Source:
     """The source of a recipe's rows: in memory, or read in parts where there are many.
 
     `order` is the recipe's: "rows" holds all of them in memory, "blocks" none, and "auto" those of
     at most MOST_ROWS rows and MOST_BYTES. What cannot be read in parts where it lies is prepared
-    below `home`, and gives no table before that is done.
+    below `home`, and gives no table before that is done. Texts with a class are always in memory.
 
     Example:
         >>> from raykd.recipe.recipe import DataRef
         >>> open_source(DataRef(window=32)).table().rows("train")
         8666
     """
-    if order == "rows":
-        return Held(load(ref))
+    if order == "rows" or (ref.tokenizer and task.of_texts):
+        return Held(load(ref, task))
     if is_path(ref.source):
         rows = FileRows(open_files(ref.source), ref)
         if order == "auto" and not tables.is_large(rows):
@@ -88,11 +91,11 @@ def _prepared(ref: DataRef, home: Address | None) -> PreparedParts:
     return PreparedParts(Work(ref, home))
 
 
-def _read(ref: DataRef, most: int | None) -> Dataset:
+def _read(ref: DataRef, most: int | None, task: Task) -> Dataset:
     if is_path(ref.source):
-        return tables.load_files(ref)
+        return tables.load_files(ref, task)
     if ":" in ref.source:
-        return tables.load_function(ref, most)
+        return tables.load_function(ref, most, task)
     if ref.tokenizer and ref.source == "watch_gestures":
         raise DataError(
             "data.source: missing; a tokenizer reads text, so name a folder, module:function or "

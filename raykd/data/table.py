@@ -54,9 +54,10 @@ class Table:
     """
 
     name: str
-    kind: Literal["series", "tokens"]
+    kind: Literal["series", "tokens", "sentences"]
     classes: tuple[str, ...]  # for tokens, the tokeniser's
-    shape: dict[str, int]  # the sizes that a model is built for: channels, classes and steps
+    # The sizes that a model is built for: channels, classes and steps, and of sentences tokens.
+    shape: dict[str, int]
     digest: str  # hex sha256 of everything that a result can depend on
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()  # what a reader of results must know of these rows
@@ -67,6 +68,10 @@ class Table:
     @property
     def is_text(self) -> bool:
         return self.kind == "tokens"
+
+    @property
+    def is_sentences(self) -> bool:
+        return self.kind == "sentences"
 
     @property
     def in_parts(self) -> bool:
@@ -140,7 +145,7 @@ class Held:
         ]
         return Table(
             name=self.dataset.name,
-            kind="tokens" if self.dataset.is_text else "series",
+            kind=_kind_of(self.dataset),
             classes=self.dataset.classes,
             shape=self.dataset.shape,
             digest=self.dataset.digest,
@@ -150,6 +155,12 @@ class Held:
             class_counts=_class_counts(self.dataset),
             unfit=self.dataset.unfit,
         )
+
+
+def _kind_of(dataset: Dataset) -> Literal["series", "tokens", "sentences"]:
+    if dataset.is_text:
+        return "tokens"
+    return "sentences" if dataset.is_sentences else "series"
 
 
 def _class_counts(dataset: Dataset) -> tuple[int, ...]:

@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 
 from raykd.data import held, labels, text
 from raykd.data.blocks import MISSING, Block, Ragged, encoded
-from raykd.data.column_names import check_no_labels, column_names
+from raykd.data.column_names import NEXT, check_no_labels, column_names
 from raykd.data.file_rows import Batch, FileRows, block_of
 from raykd.data.formats import ParquetTable, TableFile
 from raykd.data.layout import PARQUET
 from raykd.data.room import check_memory, check_taken
 from raykd.data.rows import Dataset, Unfit
+from raykd.data.sentences import Texts
 from raykd.errors import DataError
 from raykd.files.data_files import open_files
 from raykd.recipe import imports
-from raykd.recipe.tables import DataRef
+from raykd.recipe.tables import DataRef, Task
 from raykd.recipe.user_code import user_code
 
 A_LOOK = 100  # rows, after which the memory is looked at
@@ -28,16 +29,20 @@ MOST_ROWS = 1 << 22  # that are held in memory, unless a recipe asks for it
 MOST_BYTES = 2 << 30  # of their inputs
 
 
-def load_files(ref: DataRef) -> Dataset:
+def load_files(ref: DataRef, task: Task = NEXT) -> Dataset:
     """The data set of the files of a folder or a bucket, in the order of their paths.
 
     `data.columns` names the columns. A folder `split=train` gives the files below it that column.
     """
-    rows = FileRows(open_files(ref.source), ref)
+    rows = FileRows(open_files(ref.source), ref, task)
     name = rows.files.name
     opened = rows.open_all()
     batches = _batches(rows, opened)
-    if ref.tokenizer:
+    if ref.tokenizer and task.of_texts:
+        texts = Texts(ref, name)
+        blocks = [block_of(batch, name, texts) for batch in batches]
+        loaded = texts.told(held.dataset(blocks, name, ref))
+    elif ref.tokenizer:
         loaded = text.load(_records(batches), name, ref)
     else:
         check_memory(_input_values(rows, opened), name)
@@ -99,7 +104,7 @@ class TooManyRows(Exception):
     """A function gives more rows than are held in memory."""
 
 
-def load_function(ref: DataRef, most: int | None = None) -> Dataset:
+def load_function(ref: DataRef, most: int | None = None, task: Task = NEXT) -> Dataset:
     """The data set that `module:function(**data.settings)` gives.
 
     The function returns a Dataset, or dicts with the keys that `data.columns` names. TooManyRows
@@ -109,11 +114,15 @@ def load_function(ref: DataRef, most: int | None = None) -> Dataset:
     if isinstance(given, Dataset):
         return _checked_classes(given, ref)
     rows: list[dict[str, Any]] = []
-    for some in _in_batches(given, ref):
+    for some in _in_batches(given, ref, task):
         rows += some
         if most is not None and len(rows) > most:
             raise TooManyRows
     name = ref.source.partition(":")[2]
+    if ref.tokenizer and task.of_texts:
+        texts = Texts(ref, name)
+        block = block_of_records(rows, column_names(ref, task), name, ref, texts=texts)
+        return texts.told(held.dataset([block], name, ref))
     if ref.tokenizer:
         return text.load(rows, name, ref)
     return held.dataset([block_of_records(rows, column_names(ref), name, ref)], name, ref)
@@ -146,9 +155,11 @@ def _given(ref: DataRef) -> Any:
     return given
 
 
-def _in_batches(given: Iterable[Any], ref: DataRef) -> Iterator[list[dict[str, Any]]]:
+def _in_batches(
+    given: Iterable[Any], ref: DataRef, task: Task = NEXT
+) -> Iterator[list[dict[str, Any]]]:
     """The checked rows of a function, some at a time; only then is its code run."""
-    names = column_names(ref)
+    names = column_names(ref, task)
     where = _Where(ref.source)
     with user_code(where, DataError):
         rows = iter(given)
@@ -157,7 +168,7 @@ def _in_batches(given: Iterable[Any], ref: DataRef) -> Iterator[list[dict[str, A
         with user_code(where, DataError):
             for row in islice(rows, A_LOOK):
                 _check_count(where.rows, ref)
-                some.append(_checked_row(row, where.rows, names, ref))
+                some.append(_checked_row(row, where.rows, names, ref, task))
                 where.rows += 1
         if not some:
             return
@@ -195,14 +206,16 @@ def _checked_classes(given: Dataset, ref: DataRef) -> Dataset:
     return given
 
 
-def _checked_row(row: Any, number: int, names: dict[str, str], ref: DataRef) -> dict[str, Any]:
+def _checked_row(
+    row: Any, number: int, names: dict[str, str], ref: DataRef, task: Task
+) -> dict[str, Any]:
     """The values of a function's row by key. DataError where it has not all of them."""
     if not isinstance(row, Mapping):
         raise DataError(
             f"data.source {ref.source}: row {number} is {str(row)[:40]!r} of type "
             f"{type(row).__name__}, not a dict"
         )
-    check_no_labels(row, ref)
+    check_no_labels(row, ref, task)
     for key, name in names.items():
         if name not in row:
             raise DataError(
@@ -218,14 +231,18 @@ def block_of_records(
     name: str,
     ref: DataRef,
     first: int = 0,
+    texts: Texts | None = None,
 ) -> Block:
     """The block of rows that a function gave; `inputs` are rows of steps of channel values.
 
-    The first row has the number `first`.
+    With `texts` rows are sentences. The first row has the number `first`.
     """
     columns = {key: [row[key] for row in rows] for key in keys}
     numbers = range(first, first + len(rows))
-    inputs, unfit = _inputs(columns["inputs"], name, first)
+    if texts is None:
+        inputs, unfit = _inputs(columns["inputs"], name, first)
+    else:
+        inputs, unfit = texts.inputs(columns["text"], first)
     valence = _valence(columns["valence"], name, first) if "valence" in columns else None
     return Block(
         first=first,

@@ -102,7 +102,7 @@ def check_texts(rows: Sequence[dict[str, Any]], name: str, first: int = 0) -> No
     """DataError names a record that holds no text; the first has the number `first`."""
     for key in PROMPTS if _have_prompts(rows) else ("text",):
         for number, row in enumerate(rows, first):
-            _check_text(row[key], f"{name}: {key} of row {number}")
+            check_text(row[key], f"{name}: {key} of row {number}")
 
 
 def _have_prompts(rows: Sequence[dict[str, Any]]) -> bool:
@@ -136,7 +136,7 @@ def group_keys(values: Iterable[Any]) -> list[tuple[str, str] | None]:
     ]
 
 
-def _check_text(value: Any, what: str) -> None:
+def check_text(value: Any, what: str) -> None:
     """DataError unless a value is text that can be written."""
     if not isinstance(value, str):
         raise DataError(f"{what} is {value!r}, not text; mend or drop it")

@@ -1,11 +1,13 @@
-"""The deployable student of series: a folder with what it takes to run it, whole or absent.
+"""The deployable student of series or sentences: a folder with what it takes to run it, whole or
+absent.
 
 student.onnx          the best seed's student, by validation accuracy, for onnxruntime: codes and
                       scales if it was trained rounded
 student.safetensors   the weights, if it was not: for raykd, and all there is of a student that
                       ONNX cannot hold
 model.json            the model's name and settings, class names, and how a row must look
-run.py                classifies rows of any length up to the longest, each by itself
+tokenizer.json        of sentences: what makes tokens of a text
+run.py                classifies rows, or texts, of any length up to the longest, each by itself
 student.*             the other forms that `[export]` asks for, each compared with the student
 README.md             a model card to fill in
 manifest.json         bytes and sha256 of each file, the measured parity, bytes by kind, latency
@@ -51,6 +53,7 @@ LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic 
 WEIGHTS = "student.safetensors"
 ONNX = "student.onnx"
 MODEL = "model.json"
+TOKENIZER = "tokenizer.json"
 ALONE = 512  # test rows that the trained student reads one by one, too
 # Of float32 in another runtime. Where two logits are equal, either may be the larger one.
 SAME = Bar(EXACT.relative, EXACT.largest, 0.0)
@@ -86,8 +89,7 @@ def export(
         (staged / WEIGHTS).write_bytes((arm / run_files.WEIGHTS).read_bytes())
         measured = _write_student(recipe, dataset, staged, trained)
         _describe_rows(staged, dataset)
-        copy_cards(staged, f"{recipe.name} ({recipe.technique})", run="run.py")
-        _card_rows(staged)
+        _add_cards(staged, recipe, dataset)
         answers = predict(staged, dataset.splits["test"])
         assert answers.logits is not None
         parity = _parity(staged, arm, dataset, trained, answers.logits, recipe.quant)
@@ -104,6 +106,22 @@ def export(
     predictions.write_all(folder / run_files.ARTEFACT_ANSWERS, answers, later)
     write_bytes(folder / run_files.STUDENT, (arm / run_files.WEIGHTS).read_bytes())
     return manifest
+
+
+def _add_cards(staged: Path, recipe: Recipe, dataset: Dataset) -> None:
+    """Write run.py and README.md, and of sentences the tokeniser that they need."""
+    title = f"{recipe.name} ({recipe.technique})"
+    if not dataset.is_sentences:
+        copy_cards(staged, title, run="run.py")
+        _card_rows(staged)
+        return
+    if recipe.data.tokenizer:
+        (staged / TOKENIZER).write_bytes(Path(recipe.data.tokenizer).read_bytes())
+    copy_cards(staged, title, run="run_text.py", readme="README_text.md")
+    described = _described(staged)
+    card = staged / "README.md"
+    told = card.read_text("utf-8").replace("LONGEST", str(described["rows"]["longest"]))
+    card.write_text(told.replace("CLASSES", ", ".join(described["classes"])), "utf-8")
 
 
 def _trained(staged: Path, arm: Path, dataset: Dataset) -> Logits:
@@ -237,14 +255,17 @@ def _onnx_of(staged: Path, dataset: Dataset) -> tuple[bytes, bool]:
 
 @torch.inference_mode()
 def _reads_shorter(file: bytes, student: Adapter, row: torch.Tensor) -> bool:
-    """Whether a file answers a shorter row (1, T, K) as the student does, or as unable."""
+    """Whether a file answers a shorter row (1, T, K) as the student does; neither may be able."""
     mask = torch.ones(row.shape[:2], dtype=torch.bool)
     try:
         trained = student(row, mask).sequence_logits().numpy()
     except Exception:  # a module of one number of steps fails in a way of its own
         return False
-    feed = {"inputs": row.numpy(), "mask": mask.numpy()}
-    answered = onnx_session.row_logits(onnx_session.session(file), feed)
+    session = onnx_session.session(file)
+    try:
+        answered = onnx_session.row_logits(session, onnx_session.feed_of(row.numpy(), mask.numpy()))
+    except Exception:  # onnxruntime's errors share no class: it holds the example's length
+        return False
     return bool(np.abs(trained - answered).max() <= SHORTER * max(np.abs(trained).max(), 1e-6))
 
 
@@ -261,12 +282,16 @@ def _describe_rows(staged: Path, dataset: Dataset) -> None:
     longest = dataset.shape["steps"]
     is_ragged = bool((length < longest).any())
     takes_any = _takes_any(staged)
-    rows = {
+    of_series = {
         "dtype": "float32",
         "axes": ["steps", "channels"],
         "channels": dataset.shape["channels"],
         "order": "the channels in the order of the training data",
         "units": "those of the training data: nothing is scaled here",
+    }
+    of_sentences = {"dtype": "int64", "axes": ["steps"], "tokens": len(dataset.tokens)}
+    rows = of_sentences if dataset.is_sentences else of_series
+    rows |= {
         "shortest": 1 if takes_any or is_ragged else longest,
         "longest": longest,
         "seen": {"shortest": int(length.min()), "longest": int(length.max())},
@@ -305,7 +330,8 @@ def _takes_any(staged: Path) -> bool:
         return onnx_session.takes_any_length(onnx_session.session(staged / ONNX))
     student = load_artefact(staged)
     shape = _described(staged)
-    row = torch.zeros(1, max(1, shape["steps"] // 2), shape["channels"])
+    dtype = torch.int32 if "tokens" in shape else torch.float32
+    row = torch.zeros(1, max(1, shape["steps"] // 2), shape["channels"], dtype=dtype)
     try:
         with torch.inference_mode():
             student(row, torch.ones(row.shape[:2], dtype=torch.bool))
@@ -399,6 +425,7 @@ def _built(described: Mapping[str, Any]) -> nn.Module:
         "channels": described["channels"],
         "steps": described["steps"],
         "classes": len(described["classes"]),
+        "tokens": described.get("tokens"),
     }
     return models.build_model(ref, **shape, key="artefact")
 

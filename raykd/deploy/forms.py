@@ -40,7 +40,12 @@ FILES = {
     "pte": "student.pte",
     "gguf": "student.gguf",
 }
-OF_TEXT = {"gguf"}
+ROWS = {  # what rows a form is of
+    "stream": ("series",),
+    "packed": ("series", "sentences"),
+    "pte": ("series",),
+    "gguf": ("text",),
+}
 
 Logits = NDArray[np.float32]
 Module = Callable[[], nn.Module]  # gives a new one at each call, because writing a form changes it
@@ -51,14 +56,16 @@ def asked(export: Export) -> list[str]:
     return [form for form in FILES if getattr(export, form)]
 
 
-def check(export: Export, module: nn.Module, quant: Quant | None, *, is_text: bool = False) -> None:
+def check(export: Export, module: nn.Module, quant: Quant | None, *, kind: str = "series") -> None:
     """RecipeError, with the key of each fault, if a student has no such form.
 
-    `quant` is that of its last phase, `is_text` whether its rows are text.
+    `quant` is that of its last phase, `kind` what its rows are: series, text or sentences.
     """
-    wrong = [form for form in asked(export) if (form in OF_TEXT) != is_text]
-    kind = "series" if is_text else "text"
-    problems = [Problem(f"export.{form}", f"is of rows of {kind}; write false") for form in wrong]
+    problems = [
+        Problem(f"export.{form}", f"is of rows of {' or '.join(ROWS[form])}; write false")
+        for form in asked(export)
+        if kind not in ROWS[form]
+    ]
     if problems:
         raise RecipeError(problems)
     if export.gguf and find_spec("gguf") is None:

@@ -33,7 +33,7 @@ def latency(artefact: bytes, others: Mapping[str, nn.Module], row: Tensor) -> di
     changed by that.
     """
     mask = torch.ones(row.shape[:2], dtype=torch.bool)
-    inputs = {"inputs": row.numpy(), "mask": mask.numpy()}
+    inputs = {"inputs": row.numpy(), **onnx_session.feed_of(row.numpy(), mask.numpy())}
     runs = {("artefact", "onnxruntime"): _session(artefact, inputs)}
     for name, module in others.items():
         runs[name, "torch"] = _eager(module.eval(), row)

@@ -23,7 +23,7 @@ from raykd.recipe import imports
 PART = 4096  # rows a process
 LEAST_S = 300.0  # for one process
 ROW_S = 2.0  # more for each row
-CARDS = ("run.py", "run_lm.py")  # the scripts that raykd writes
+CARDS = ("run.py", "run_lm.py", "run_text.py")  # the scripts that raykd writes
 
 
 def check(folder: Path) -> None:
@@ -68,11 +68,14 @@ def row_logits(folder: Path, rows: Rows) -> NDArray[np.float32]:
 
 
 def as_given(rows: Rows) -> dict[str, NDArray[Any]]:
-    """Rows as the arrays of a file that run.py reads: an array each.
+    """Rows as the arrays of a file that run.py reads: an array each, of sentences their tokens.
 
     Where a row has invalid steps before valid ones, all are given together with their mask.
     """
     length = rows.mask.sum(1)
+    if rows.is_sentences:
+        tokens = zip(rows.inputs[..., 0], rows.mask, strict=True)
+        return {f"row{number}": row[mask] for number, (row, mask) in enumerate(tokens)}
     if (rows.mask == (np.arange(rows.mask.shape[1]) < length[:, None])).all():
         cut = zip(rows.inputs, length, strict=True)
         return {f"row{number}": row[:steps] for number, (row, steps) in enumerate(cut)}

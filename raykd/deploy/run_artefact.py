@@ -21,8 +21,8 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     student = models.build_model(recipe.student.bare, **dataset.shape, key="student")
     if dataset.is_text:
         text_artefact.check(student, recipe)
-    quant = recipe.quant
-    forms.check(recipe.export, student, quant, is_text=dataset.is_text)
+    kind = "text" if dataset.is_text else "sentences" if dataset.is_sentences else "series"
+    forms.check(recipe.export, student, recipe.quant, kind=kind)
 
 
 def write(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:

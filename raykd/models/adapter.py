@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from raykd.errors import RecipeError
 from raykd.quant.linear import QuantLinear
-from raykd.signals import Headed, Signals, masked_mean
+from raykd.signals import Headed, Signals, has_places, masked_mean
 
 MANY = 8192  # classes: a head of more is not multiplied out where losses can do without
+TOKENS = "input_ids"  # a parameter of a forward that takes a sentence's tokens
 MASKS = ("mask", "attention_mask")  # parameters of a forward that take the mask of valid steps
 
 
@@ -45,9 +46,9 @@ class Adapter(nn.Module):
     """`module` as a function (inputs (B, T, K), mask (B, T)) -> Signals.
 
     The module answers with logits (B, C) or (B, T, C), or with a dict or object that has `logits`
-    and, if it has a value head, `valence` (B, T). Of series it gets the mask, too, if its forward
-    has a parameter `mask` (bool) or `attention_mask` (int64). `want` names inner layers as in
-    Signals:
+    and, if it has a value head, `valence` (B, T). Of series and sentences it gets the mask, too, if
+    its forward has a parameter `mask` (bool) or `attention_mask` (int64). `want` names inner layers
+    as in Signals:
 
         hidden.<submodule>, embedding.<submodule>   any submodule that answers (B, T, D)
         attention.<submodule>                       an nn.MultiheadAttention, or KeepsAttention
@@ -240,12 +241,29 @@ def mask_name(module: nn.Module) -> str | None:
 def call(module: nn.Module, inputs: Tensor, mask: Tensor) -> Any:
     """A module's own answer to a batch (B, T, K), with the mask (B, T) if its forward takes one.
 
-    A mask of text never goes in: it says where a loss applies, not what a model may read.
+    Sentences go in as int64 (B, T), by the name `input_ids` where the forward has it. A mask of
+    text whose labels are its next tokens never goes in: it says where a loss applies, not what a
+    model may read.
     """
-    name = mask_name(module)
-    if name is None or not inputs.is_floating_point():
+    if has_places(inputs):
         return module(inputs)
-    return module(inputs, **{name: mask.long() if name == "attention_mask" else mask})
+    if not inputs.is_floating_point():
+        return call_on_tokens(module, inputs[..., 0].long(), mask)
+    return module(inputs, **_mask_of(module, mask))
+
+
+def call_on_tokens(module: nn.Module, tokens: Tensor, mask: Tensor) -> Any:
+    """A module's own answer to sentences, whose tokens are int64 (B, T)."""
+    given = _mask_of(module, mask)
+    if TOKENS in inspect.signature(module.forward).parameters:
+        return module(**{TOKENS: tokens}, **given)
+    return module(tokens, **given)
+
+
+def _mask_of(module: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """The mask as the keyword of a module's forward; nothing where it takes none."""
+    name = mask_name(module)
+    return {} if name is None else {name: mask.long() if name == "attention_mask" else mask}
 
 
 def field(answer: Any, name: str) -> Tensor | None:

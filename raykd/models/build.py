@@ -30,7 +30,8 @@ def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
     """Make `factory(classes=, **settings)` known to recipes as `model = name`.
 
     A factory with a parameter `channels` also gets the number of channels of a step, one with
-    `steps` the number of steps of the data's longest row.
+    `steps` the number of steps of the data's longest row, and one with `tokens` the number of the
+    tokeniser's tokens, of sentences.
 
     Example:
         >>> from torch import nn
@@ -39,10 +40,13 @@ def register_model(name: str, factory: Callable[..., nn.Module]) -> None:
     MODELS[name] = factory
 
 
-def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> nn.Module:
+def build_model(
+    ref: ModelRef, *, channels: int, classes: int, steps: int, key: str, tokens: int | None = None
+) -> nn.Module:
     """The module of a recipe's model table, with its weights loaded.
 
-    `channels`, `classes` and `steps` are those of the data set (`Dataset.shape`). RecipeError,
+    `channels`, `classes` and `steps`, and of sentences `tokens`, are those of the data set
+    (`Dataset.shape`). RecipeError,
     which starts with the table's `key`, if the settings or the weights do not fit.
 
     Example:
@@ -52,6 +56,8 @@ def build_model(ref: ModelRef, *, channels: int, classes: int, steps: int, key: 
         7
     """
     shape = {"channels": channels, "classes": classes, "steps": steps}
+    if tokens is not None:
+        shape["tokens"] = tokens
     return _built(ref, shape, key, None)
 
 
@@ -115,7 +121,9 @@ def _is_whole_folder(ref: ModelRef) -> bool:
     return _is_folder(ref) and not isinstance(ref, StudentRef)
 
 
-def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, key: str) -> int:
+def count_parameters(
+    ref: ModelRef, *, channels: int, classes: int, steps: int, key: str, tokens: int | None = None
+) -> int:
     """How many parameters a model has: no buffer, and a tied one once. No weights are read.
 
     Of a folder that transformers reads, the numbers in its files.
@@ -125,7 +133,8 @@ def count_parameters(ref: ModelRef, *, channels: int, classes: int, steps: int, 
     if _is_whole_folder(ref):
         module: nn.Module = hf_folder.unfilled(Path(str(ref.weights)))
     else:
-        module = build_model(ref.bare, channels=channels, classes=classes, steps=steps, key=key)
+        shape = {"channels": channels, "classes": classes, "steps": steps, "tokens": tokens}
+        module = build_model(ref.bare, **shape, key=key)
     return sum(value.numel() for value in module.parameters())
 
 

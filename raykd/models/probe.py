@@ -293,6 +293,8 @@ def _check_scattered(module: nn.Module, key: str, rows: ProbeRows) -> None:
     if shorter is None:
         return
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+    if not inputs.is_floating_point():  # of sentences: its own tokens at other places
+        noise = inputs.roll(1, 1)
     with torch.inference_mode():
         padded = _valid(_ask(module, key, inputs, mask), mask)
         filled = torch.where(mask[..., None], inputs, noise)

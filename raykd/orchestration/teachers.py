@@ -94,7 +94,7 @@ def teacher_actors(recipe: Recipe, source: Source | None = None) -> Iterator[lis
     """
     import ray
 
-    rows = source or data.open_source(recipe.data, recipe.optim.order)
+    rows = source or data.open_source(recipe.data, recipe.optim.order, task=recipe.task)
     shape = rows.table().shape
     wanted = teacher_identity(recipe)
     recipe = placed(recipe)

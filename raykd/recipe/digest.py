@@ -24,7 +24,7 @@ NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 # A table stands before the recipe, which leaves out a whole table.
 LATER: dict[str, tuple[str, ...]] = {
     "precision": ("teacher", "student", "attention", "matmul"),
-    "": ("select", "precision"),
+    "": ("select", "precision", "task"),
     "optim": ("order", "lanes", "window", "betas", "decay", "schedule"),
     "data": ("splits", "steps", "max_unfit"),
     "student": ("like", "layers"),

@@ -32,6 +32,7 @@ from raykd.recipe.tables import (
     StoreSettings,
     StudentRef,
     Table,
+    Task,
     TermSpec,
     Valence,
     Weighting,
@@ -160,6 +161,8 @@ class Recipe(Table):
     """The validation metric that chooses seed and trial; `macro_f1` where rare classes count."""
     data: DataRef = DataRef()
     """The rows."""
+    task: Task = Task()
+    """What a row's label is."""
     teacher: ModelRef | None = None
     """The model to learn from; without it only labels teach."""
     student: StudentRef = StudentRef()

@@ -69,7 +69,8 @@ class DataRef(Table):
     """`source`: a built-in name, a folder or bucket of files, or `module:function` returning rows.
 
     With a `tokenizer`, a tokenizer.json, rows are text: `window` tokens each. The label at each
-    position is the next token. At most `limit` rows of every split are kept, spread evenly over it.
+    position is the next token; with `task.label = "class"` a row is one text, and has one class. At
+    most `limit` rows of every split are kept, spread evenly over it.
 
     Example:
         >>> DataRef(window=32).source
@@ -81,7 +82,7 @@ class DataRef(Table):
     tokenizer: str | None = None
     """A tokenizer.json: rows are then text."""
     end: str = "<|endoftext|>"
-    """The token after every document."""
+    """The token after every document; texts with a class have what their tokeniser adds."""
     splits: dict[Literal["train", "val", "test"], str] | None = None
     """The files of each split, as `{ train = "train/*.parquet", ... }`, in place of a column."""
     split: Literal["time", "subject"] = "time"
@@ -108,6 +109,23 @@ class DataRef(Table):
     """The share of training labels that stay."""
     label_seed: Seed = 0
     """Which training labels stay."""
+
+
+class Task(Table):
+    """What a row's label is.
+
+    Example:
+        >>> Task(label="class").of_texts
+        True
+    """
+
+    label: Literal["auto", "next", "class"] = "auto"
+    """`class`: one of each row; `next`: of each token the next; `auto`: `next` of text."""
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether a text is one row with one class, if rows have a tokeniser."""
+        return self.label == "class"
 
 
 class ModelRef(Table):

@@ -34,6 +34,7 @@ SMOKE_TEXT: dict[str, dict[str, Any]] = {  # a language model's teacher and head
     "search": {"grace": 8},
     "store": {"rows_per_shard": 16},
 }
+OF_SENTENCES = "a model of texts with a class is a module:factory"
 SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
@@ -125,6 +126,7 @@ def resolve(
         problems += _teacher_problems(recipe)
         problems += _source_problems(recipe)
         problems += _data_problems(recipe.data)
+        problems += _task_problems(recipe)
         problems += _worker_problems(recipe)
         problems += _precision_problems(recipe)
         problems += _micro_problems(recipe) + _recompute_problems(recipe)
@@ -281,6 +283,38 @@ def _data_problems(ref: DataRef) -> list[Problem]:
     return problems
 
 
+def _task_problems(recipe: Recipe) -> list[Problem]:
+    """A task that these data have not, and what does not serve the task of texts with a class."""
+    ref = recipe.data
+    if not ref.tokenizer:
+        text = '"next" is of text; set data.tokenizer, or leave it out'
+        return [Problem("task.label", text)] if recipe.task.label == "next" else []
+    if not recipe.task.of_texts:
+        return []
+    of_next = 'serves task.label = "next", and here it is "class"; leave it out'
+    problems = [Problem(key, of_next) for key in ("source", "drafter") if getattr(recipe, key)]
+    problems += [
+        Problem(f"terms.{name}", f"reads what the student writes: it {of_next}")
+        for name, spec in recipe.terms.items()
+        if spec.weight > 0 and terms.TERMS[name].own
+    ]
+    if ref.source in BUILT_IN:
+        text = f"{ref.source} has no texts with labels; name a folder or a module:function"
+        problems.append(Problem("data.source", text))
+    if ref.columns.prompt:
+        text = "of language models; name the column of whole texts in data.columns.text"
+        problems.append(Problem("data.columns.prompt", text))
+    if recipe.optim.order == "blocks":
+        text = '"blocks", but texts with a class are held in memory; leave it out'
+        problems.append(Problem("optim.order", text))
+    for key, table in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if table and table.model in MODELS:
+            kind = "next tokens" if table.model == weight_files.LLAMA else "series"
+            text = f'"{table.model}" is of {kind}; {OF_SENTENCES}'
+            problems.append(Problem(f"{key}.model", text))
+    return problems
+
+
 def _source_problems(recipe: Recipe) -> list[Problem]:
     """Terms that no row of a step would reach, and rows and steps that no term reads."""
     if recipe.data.tokenizer and recipe.optim.input_noise:
@@ -374,6 +408,10 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
             if table == "student":
                 files = _of_seeds(weights, merged.get("seeds"))
             is_text = tokenizer is not None
+            if is_text and _text(merged, "task", "label") == "class" and Path(weights).is_dir():
+                text = f"{weights} is a folder, of language models; name a safetensors file"
+                problems.append(Problem(f"{table}.weights", text))
+                continue
             problems += weight_files.problems(table, merged[table], files, is_text=is_text)
     log = _text(merged, "source", "log")
     if log and merged["source"].get("kind") == "replay":

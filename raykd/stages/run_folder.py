@@ -97,7 +97,7 @@ class RunFolder:
     def source(self) -> Source:
         """The recipe's rows: in memory, or read in parts, which may have to be prepared before."""
         home = preparing.rows_address(self.recipe, self.out.resolve())
-        source = data.open_source(self.recipe.data, self.recipe.optim.order, home)
+        source = data.open_source(self.recipe.data, self.recipe.optim.order, home, self.recipe.task)
         if isinstance(source, PreparedParts):
             self._check_no_rows("scale.store" if self.recipe.scale.store else "--out", home)
         return source

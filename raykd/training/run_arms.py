@@ -101,7 +101,7 @@ class ArmRunner:
         self.recipe = recipe
         self.device = device
         self.teacher = teacher
-        self.source = source or data.open_source(recipe.data, recipe.optim.order)
+        self.source = source or data.open_source(recipe.data, recipe.optim.order, task=recipe.task)
         self.table = self.source.table()
         self.store = Store(store) if store else None
         if self.store:

@@ -255,7 +255,7 @@ def test_what_can_not_be_is_refused_before_any_work_with_every_key(tmp_path):
         ):
             forms.check(Export(pte=True), encoder, Quant())
     with pytest.raises(RecipeError) as caught:
-        forms.check(every, encoder, Quant(), is_text=True)
+        forms.check(every, encoder, Quant(), kind="text")
     assert keys(caught) == {"export.stream", "export.packed", "export.pte"}
     forms.check(Export(), nn.Linear(3, 3), None)
     for verb in (plan.plan, walk.export, walk.run):
@@ -289,6 +289,6 @@ def test_what_no_block_of_gguf_holds_is_refused_before_training(width, quant, me
     sizes = {"layers": 1, "heads": 2, "kv_heads": 1, "inner": 256}
     module = Llama(classes=300, steps=16, width=width, **sizes)
     with pytest.raises(RecipeError, match=message) as refused:
-        forms.check(Export(gguf=True), module, quant, is_text=True)
+        forms.check(Export(gguf=True), module, quant, kind="text")
     assert [problem.key for problem in refused.value.problems] == ["export.gguf"]
-    forms.check(Export(gguf=True), module, None, is_text=True)
+    forms.check(Export(gguf=True), module, None, kind="text")

@@ -64,13 +64,23 @@ def sequence_logits(path: Path, rows: Rows, batch: int) -> NDArray[np.float32]:
     means = []
     for first in range(0, len(rows), batch):
         part = rows.take(slice(first, first + batch))
-        logits = row_logits(student, {"inputs": part.inputs, "mask": part.mask})
+        logits = row_logits(student, feed_of(part.inputs, part.mask))
         means.append(mean_over(logits, part.mask))
     return np.concatenate(means)
 
 
+def feed_of(inputs: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    """What a student's file takes: of series inputs (B, T, K) and their mask (B, T), of sentences
+    (B, T, 1) their tokens, both int64.
+    """
+    if inputs.dtype.kind == "f":
+        return {"inputs": inputs, "mask": mask}
+    tokens = inputs[..., 0].astype(np.int64)
+    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
+
+
 def row_logits(student: Any, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    """What the session of a student of series answers to `inputs` (B, T, K) and a `mask` (B, T).
+    """What the session of a student of series or sentences answers to a `feed_of` B rows.
 
     (B, C); of files of older exports (B, T, C), where logits are of steps.
     """

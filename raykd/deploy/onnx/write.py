@@ -23,7 +23,7 @@ from raykd.deploy.onnx.operators import (
     operator_of,
 )
 from raykd.errors import RecipeError
-from raykd.models.adapter import call, field
+from raykd.models.adapter import TOKENS, call, call_on_tokens, field
 from raykd.quant import other_parameters
 from raykd.quant.swap import quantised, replace
 from raykd.signals import masked_mean
@@ -58,8 +58,12 @@ class RowOutputs(nn.Module):
         super().__init__()
         self.module = module
 
+    def answers(self, inputs: Tensor, mask: Tensor) -> Any:
+        """What the module says."""
+        return call(self.module, inputs, mask)
+
     def forward(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        answers = call(self.module, inputs, mask)
+        answers = self.answers(inputs, mask)
         logits = field(answers, "logits")
         valence = field(answers, "valence")
         assert logits is not None
@@ -71,19 +75,32 @@ class RowOutputs(nn.Module):
     def names(self, inputs: Tensor, mask: Tensor) -> list[str]:
         """What the outputs are called."""
         with slow_path(), torch.no_grad():
-            answers = call(self.module.eval(), inputs, mask)
+            self.module.eval()
+            answers = self.answers(inputs, mask)
         logits = field(answers, "logits")
         has_steps = logits is not None and logits.dim() == 3
         found = ["logits", ROW_LOGITS] if has_steps else ["logits"]
         return found if field(answers, "valence") is None else [*found, "valence"]
 
 
+class SentenceOutputs(RowOutputs):
+    """The same of sentences: the inputs are their tokens (B, T), the mask is int64, too."""
+
+    def answers(self, inputs: Tensor, mask: Tensor) -> Any:
+        """What the module says."""
+        return call_on_tokens(self.module, inputs, mask.bool())
+
+    def forward(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(inputs, mask.bool())
+
+
 def rows_to_onnx(module: nn.Module, example: Tensor, *, free_steps: bool) -> bytes:
-    """The file of a student of series, for rows like `example` (B, T, K), their layers rounded or
-    not.
+    """The file of a student of series or of sentences, for rows like `example` (B, T, K), their
+    layers rounded or not.
 
         inputs      (B, T, K) float32
         mask        (B, T) bool, True at valid steps
+        input_ids, attention_mask   of sentences, in place of both: (B, T) int64
         logits      (B, T, C), or (B, C) of a model of whole rows
         row_logits  (B, C): the mean of the logits over valid steps, where they are of steps
         valence     (B, T), if the model has a value head
@@ -95,9 +112,16 @@ def rows_to_onnx(module: nn.Module, example: Tensor, *, free_steps: bool) -> byt
     free = {0: torch.export.Dim("rows", min=1, max=65536)}
     if free_steps:
         free[1] = torch.export.Dim("steps", min=1, max=example.shape[1])
-    caller = RowOutputs(module)
-    names = {"input_names": ["inputs", "mask"], "output_names": caller.names(example, mask)}
-    proto = traced(module, caller, (example, mask), **names, dynamic_shapes=(free, free))
+    if example.is_floating_point():
+        caller = RowOutputs(module)
+        args = (example, mask)
+        inputs = ["inputs", "mask"]
+    else:
+        caller = SentenceOutputs(module)
+        args = (example[..., 0].long(), mask.long())
+        inputs = [TOKENS, "attention_mask"]
+    names = {"input_names": inputs, "output_names": caller.names(*args)}
+    proto = traced(module, caller, args, **names, dynamic_shapes=(free, free))
     _check_widths(proto, module)
     return compact(proto).SerializeToString()
 
