@@ -32,7 +32,7 @@ def put_once(path: Path, data: bytes) -> bool:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = _stage(path, data)
-    fault_at = {"folder": path.parent.name, "name": path.name}
+    fault_at: dict[str, Any] = {"folder": path.parent.name, "name": path.name}
     faults.point("file", **fault_at, at="staged")
     try:
         os.link(staged, path)
