@@ -132,8 +132,6 @@ def trained(size: Size, device: torch.device, numbers: str, *, is_compiled: bool
     if is_compiled:
         module.compile()
     for steps in (3, size.trained):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         optim = Optim(steps=steps, batch=size.batch, learning_rate=1e-4, evaluate_every=steps)
         state = train(ARM, optim, Adapter(module), held, lambda _: {}, precision=precision)
     return state

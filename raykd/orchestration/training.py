@@ -25,10 +25,10 @@ from raykd.training import run_files, trained_arm
 from raykd.training.arm import World
 from raykd.training.arms import arms_of
 from raykd.training.run_arms import run_arms
+from raykd.training.throughput import WORTH_TELLING, Pace
 
 TICK_S = 2  # between lines of progress that no evaluation brings
 PACE = ("rows_per_second", "waiting_share")
-WORTH_TELLING = 0.05  # of the time, spent waiting for rows
 LAST_BYTES = 4096  # of the file of progress, which hold its last line
 WAITING_S = 30  # between words of what is waited for
 
@@ -199,7 +199,7 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
             world=world,
             device=device,
             report=report,
-            tick=_Ticker(folder) if world.rank == 0 else lambda arm, step: None,
+            tick=_Ticker(folder, world.size) if world.rank == 0 else _no_tick,
             teacher=teacher,
             source=config["source"],
         )
@@ -228,17 +228,24 @@ def _append_progress(folder: Path, arm: str, *, step: int, metrics: dict[str, An
 
 
 class _Ticker:
-    """Appends the steps that are done to the run folder, every few seconds, between evaluations."""
+    """Appends the steps that are done, and how fast, to the run folder, every few seconds, between
+    evaluations.
+    """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, workers: int):
         self.folder = folder
+        self.workers = workers
         self.written = time.monotonic()
 
-    def __call__(self, arm: str, step: int) -> None:
+    def __call__(self, arm: str, step: int, pace: Pace) -> None:
         now = time.monotonic()
         if now - self.written >= TICK_S:
             self.written = now
-            _append_progress(self.folder, arm, step=step, metrics={})
+            _append_progress(self.folder, arm, step=step, metrics=pace.rates(self.workers))
+
+
+def _no_tick(arm: str, step: int, pace: Pace) -> None:
+    """What a rank does whose steps nobody watches."""
 
 
 class _ProgressWatch:

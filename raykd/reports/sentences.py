@@ -9,7 +9,6 @@ FEW_GROUPS = 10
 RETENTIONS = ("all", "thriving", "rest", "random")  # in the order they are told
 WIDTH = 100
 LEAST_KEPT = 0.8  # of the teacher's recall; a class that keeps less is warned of
-WORTH_TELLING = 0.05  # of a training's time, spent waiting for rows
 NAMED = 6  # classes in one warning
 MEASURES = {
     "nll": "nats a token",
@@ -263,7 +262,7 @@ def figure_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _speed(told: Mapping[str, Any]) -> str:
-    """Rows a second, the share of the device's peak, and what is worth telling of waiting."""
+    """Rows a second, the share of the device's peak and of the time that is waited, and memory."""
     if told["rows_per_second"] is None:
         return ""
     text = f"{count(round(told['rows_per_second']))} rows a second"
@@ -271,8 +270,8 @@ def _speed(told: Mapping[str, Any]) -> str:
         text += f", {percent(told['peak_share'])} of the device's peak"
     if told["peak_memory_mb"] is not None:
         text += f", {count(round(told['peak_memory_mb']))} MB at most"
-    if (told["waiting_share"] or 0) >= WORTH_TELLING:
-        text += f"; {percent(told['waiting_share'], 0)} of the time is spent waiting for rows"
+    if told["waiting_share"] is not None:
+        text += f"; it waits for rows in {percent(told['waiting_share'])} of the time"
     return text
 
 

@@ -136,7 +136,9 @@ class Scorer:
         held, and of large answers one.
         """
         size = self.recipe.store.batch
-        with ThreadPoolExecutor(1) as thread:
+        # torch counts threads per thread, and sums depend on the count
+        numbers = (torch.get_num_threads(),)
+        with ThreadPoolExecutor(1, "encode", torch.set_num_threads, numbers) as thread:
             before: Future[dict[str, Any]] | None = None
             for first in range(0, len(rows), size):
                 batch = rows.take(slice(first, first + size))

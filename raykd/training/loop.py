@@ -34,6 +34,7 @@ from raykd.training.checkpoints import Checkpoints, Choice, Kept
 from raykd.training.phases import Span
 from raykd.training.state import Learner, State
 from raykd.training.step import TrainStep
+from raykd.training.throughput import Pace
 from raykd.training.train_rows import TrainRows
 
 TERMINATED = 143  # how a process ends that was told to by SIGTERM
@@ -52,7 +53,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 500,
     report: Report = lambda step, metrics: None,
-    tick: Callable[[int], None] = lambda step: None,
+    tick: Callable[[int, Pace], None] = lambda step, pace: None,
     live: LiveTeacher | Replay | None = None,
     kept: DraftLogSpec | None = None,
     precision: Precision = FP32,
@@ -66,8 +67,8 @@ def train(
     the numbers of `precision`; validation is in float32. With `micro` a forward pass reads so many
     rows, with the loss and gradient of the whole share. `report(step, metrics)` is called
     every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
-    since the last call, what `evaluate(student)` says and how fast rows are read. `tick(step)` is
-    called after every step.
+    since the last call and what `evaluate(student)` says. `tick(step, pace)` is called after every
+    step, and told how fast rows are read.
     """
     device = rows.device
     _leave_out_head(student, rows)
@@ -107,13 +108,13 @@ def train(
                 step.pace.seconds += time.perf_counter() - began
                 where = {"step": state.step, "rank": world.rank, "arm": arm.key}
                 faults.point("train", first=settle, **where)
-                tick(state.step)
+                tick(state.step, step.pace)
                 if state.step % optim.evaluate_every == 0 or state.step == span.last:
                     state.history.append(
                         _summary(state, world.sum(seen), step.extra_metrics(), evaluate)
                     )
                     seen.zero_()
-                    report(state.step, state.history[-1] | step.pace.rates(world.size))
+                    report(state.step, state.history[-1])
                     if checkpoints:
                         checkpoints.check()
                     if arm.select:

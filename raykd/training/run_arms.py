@@ -52,10 +52,12 @@ from raykd.training.loop import train
 from raykd.training.measured import Measured, join, measured, tally, write
 from raykd.training.part_rows import PartRows
 from raykd.training.state import State
+from raykd.training.throughput import Pace
 from raykd.training.train_rows import TrainRows
 
 DRAFTERS = ("student", "control")
 ArmReport = Callable[[str, int, dict[str, Any]], None]  # (arm key, step, metrics)
+ArmTick = Callable[[str, int, Pace], None]  # (arm key, step, pace)
 
 
 def kept_of(recipe: Recipe, rows: Facts, arm: Arm, folder: Path) -> DraftLogSpec | None:
@@ -233,15 +235,15 @@ def run_arms(
     world: World,
     device: torch.device,
     report: ArmReport,
-    tick: Callable[[str, int], None] = lambda arm, step: None,
+    tick: ArmTick = lambda arm, step, pace: None,
     teacher: Teacher | None = None,
     source: Source | None = None,
 ) -> None:
     """Train every arm that is not done; safe to call again after any death.
 
-    `report(arm key, step, metrics)` is called as training goes on, and `tick(arm key, step)` after
-    every step. `teacher` scores what students write, and `source` has the rows; each is loaded here
-    where it is not given.
+    `report(arm key, step, metrics)` is called as training goes on, and `tick(arm key, step, pace)`
+    after every step. `teacher` scores what students write, and `source` has the rows; each is
+    loaded here where it is not given.
     """
     runner = ArmRunner(recipe, store, device, teacher, source)
     for arm in arms_of(recipe):

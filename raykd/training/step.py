@@ -54,7 +54,7 @@ class TrainStep:
         self.world = world
         self.state = state
         self.micro = micro
-        self.pace = Pace()
+        self.pace = Pace.begun(rows.device)
         self.form: AnswerForm | None = None  # of the student, once it is asked
         # of all terms, since the last report: counts known before the answers, and those of them
         self.foretold = torch.zeros(2, len(state.learner.objective.weights), dtype=torch.float64)

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ from raykd.models.form import computing
 from raykd.recipe.precision import Precision
 from raykd.signals import Batch, Signals
 
-SIDE = {"cpu": 512, "cuda": 8192}  # of the square matrices whose product shows the peak
+SIDE = {"cpu": 512, "cuda": 4096}  # of the square matrices whose product shows the peak
 TRIES = 5
+WORTH_TELLING = 0.05  # of the time, spent waiting for rows
 PASSES = 3  # a forward and a backward pass take three times the arithmetic of the forward pass
 
 
@@ -31,7 +33,14 @@ class Pace:
     rows: int = 0
     tokens: Tensor | int = 0  # valid steps; a tensor, so that counting waits for no device
     seconds: float = 0.0
-    waiting: float = 0.0  # of these, for rows that were not ready
+    waiting: float = 0.0  # of these, for rows that were not ready, or that the student had to write
+
+    @classmethod
+    def begun(cls, device: torch.device) -> "Pace":
+        """The pace of steps that begin now; the device's peak of memory begins anew with them."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        return cls()
 
     def read(self, batches: Sequence[Batch], waiting: float) -> None:
         """Count a step's rows, which took so many seconds."""
@@ -61,7 +70,7 @@ class Pace:
         * flops_per_row: a row's forward and backward pass through the student, by torch's counter
         * peak_share: these, over what a large matrix product reaches on this device in the numbers
           of the student
-        * peak_memory_mb: of the device; on a CPU of the process
+        * peak_memory_mb: of the device in these steps; on a CPU of the process since it began
         """
         if not self.seconds:
             return {}
@@ -69,8 +78,10 @@ class Pace:
         told = self.rates(workers) | {"peak_memory_mb": peak_memory(device) / 1e6}
         flops = PASSES * forward_flops(student, batch)
         if flops:
-            share = self.rows / self.seconds * flops / peak_flops(device, precision)
-            told |= {"flops_per_row": float(flops), "peak_share": share}
+            told["flops_per_row"] = float(flops)
+            with suppress(torch.OutOfMemoryError):  # beside what is full no large product has room
+                peak = peak_flops(device, precision)
+                told["peak_share"] = self.rows / self.seconds * flops / peak
         return told
 
 

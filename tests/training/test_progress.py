@@ -14,6 +14,8 @@ from raykd.recipe.tables import DataRef, Optim, StudentRef
 from raykd.training import run_files
 from raykd.training.arm import ONE_PROCESS
 from raykd.training.run_arms import run_arms
+from raykd.training.throughput import Pace
+from raykd.training.trained_arm import read_record
 
 
 def test_every_step_ticks_and_reports_come_with_evaluations(tmp_path):
@@ -26,29 +28,42 @@ def test_every_step_ticks_and_reports_come_with_evaluations(tmp_path):
     )
     ticks = []
     reports = []
+    told = {}
     run_arms(
         recipe,
         None,
         tmp_path,
         world=ONE_PROCESS,
         device=torch.device("cpu"),
-        report=lambda arm, step, metrics: reports.append((arm, step)),
-        tick=lambda arm, step: ticks.append((arm, step)),
+        report=lambda arm, step, metrics: (
+            reports.append((arm, step)) or told.update({arm: metrics})
+        ),
+        tick=lambda arm, step, pace: ticks.append((arm, step)),
     )
     arms = ("control-0", "student-0")
     assert ticks == [(arm, step) for arm in arms for step in range(1, 6)]
     assert reports == [(arm, 5) for arm in arms]
+    for arm in arms:  # what a resumed training tells again is what it told
+        record = read_record(tmp_path, arm)
+        assert record
+        assert record["history"] == [told[arm]]
+        assert record["throughput"]["rows_per_second"] > 0
 
 
 def test_a_tick_is_written_every_few_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "TICK_S", 0.05)
-    ticker = training._Ticker(tmp_path)
+    ticker = training._Ticker(tmp_path, workers=2)
+    pace = Pace(rows=30, seconds=10.0, waiting=1.0)
     for step in range(1, 13):
-        ticker("student-0", step)
+        ticker("student-0", step, pace)
         time.sleep(0.01)
     lines = (tmp_path / run_files.PROGRESS).read_text().splitlines()
     assert 1 <= len(lines) <= 3
-    assert json.loads(lines[0])["val_accuracy"] is None
+    line = json.loads(lines[0])
+    assert line["val_accuracy"] is None
+    assert line["rows_per_second"] == 2 * 30 / 10
+    assert training._pace(line) == ", 6 rows/s, waiting for rows 10% of it"
+    assert training._pace(line | {"waiting_share": 0.01}) == ", 6 rows/s"
 
 
 def test_steps_before_an_evaluation_are_shown(tmp_path, capsys):
