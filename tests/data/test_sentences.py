@@ -4,6 +4,8 @@ that read padding, and a task that is silently another.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +249,8 @@ def test_such_a_recipe_goes_through_all_stages_and_run_py_answers_texts(recipe_o
     answers = predictions.read(walked.folder / "arms" / "student-0" / "predictions.parquet").answer
     classes = [line.partition("\t")[0] for line in said.splitlines()]
     assert classes == [sentences.CLASSES[answer] for answer in answers]
+    (tmp_path / "none.txt").touch()
+    script = artefact / "run.py"
+    command = [sys.executable, script, tmp_path / "none.txt", "--logits", tmp_path / "none.npy"]
+    subprocess.run(command, check=True, timeout=60)
+    assert np.load(tmp_path / "none.npy").shape == (0, len(sentences.CLASSES))

@@ -149,6 +149,17 @@ def test_every_form_of_file_is_one_answer_and_what_is_no_row_is_refused(tmp_path
         assert code == 1
         assert error.startswith("row 1: "), name
     assert printed_by(folder)[0] == 1
+    np.savez(tmp_path / "none.npz")
+    assert logits_of_nothing(folder, tmp_path / "none.npz").shape == (0, CLASSES)
+
+
+def logits_of_nothing(folder: Path, path: Path) -> np.ndarray:
+    """What a script writes of a file without rows; it prints nothing, and all is well."""
+    written = folder / "logits.npy"
+    command = [sys.executable, "-I", folder / "run.py", path, "--logits", written]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return np.load(written)
 
 
 def printed_by(folder: Path, *names: str) -> tuple[int, str, str]:

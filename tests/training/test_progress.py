@@ -29,15 +29,18 @@ def test_every_step_ticks_and_reports_come_with_evaluations(tmp_path):
     ticks = []
     reports = []
     told = {}
+
+    def report(arm, step, metrics):
+        reports.append((arm, step))
+        told[arm] = metrics
+
     run_arms(
         recipe,
         None,
         tmp_path,
         world=ONE_PROCESS,
         device=torch.device("cpu"),
-        report=lambda arm, step, metrics: (
-            reports.append((arm, step)) or told.update({arm: metrics})
-        ),
+        report=report,
         tick=lambda arm, step, pace: ticks.append((arm, step)),
     )
     arms = ("control-0", "student-0")

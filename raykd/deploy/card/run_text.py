@@ -99,4 +99,4 @@ if __name__ == "__main__":
         logits.append(z)
     if sys.argv[2:]:
         with open(sys.argv[3], "wb") as file:
-            np.save(file, np.stack(logits))
+            np.save(file, np.array(logits, np.float32).reshape(-1, len(model["classes"])))
