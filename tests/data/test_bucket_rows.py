@@ -183,11 +183,12 @@ def test_an_object_that_changes_or_vanishes_after_the_listing_is_named(folder, s
 
 @pytest.mark.parametrize("fault", ["denied", "broken", "slow"])
 def test_what_a_server_refuses_is_told_with_the_file(folder, server, fault, monkeypatch):
-    url = upload(folder, fault, val=f"val/{fault}.parquet")
+    # the first file in order: while a slow one is answered, the server answers nothing else
+    url = upload(folder, fault, test=f"test/{fault}.parquet")
     monkeypatch.setattr(bucket, "CLIENT", bucket.CLIENT | {"timeout": "10s"})
     monkeypatch.setattr(bucket, "RETRY", bucket.RETRY | {"max_retries": 0})
     bucket._client.cache_clear()
-    with pytest.raises(InfraError, match=rf"s3://bucket/{fault}/val/{fault}\.parquet") as caught:
+    with pytest.raises(InfraError, match=rf"s3://bucket/{fault}/test/{fault}\.parquet") as caught:
         data.load(ref(url))
     assert caught.value.exit_code == 5
     assert "check the server and AWS_ENDPOINT_URL" in str(caught.value)

@@ -232,7 +232,8 @@ def test_padding_moves_no_answer_and_a_teacher_diverges_from_itself_by_nothing(
             torch.testing.assert_close(alone.logits[0], together.logits[i], atol=1e-5, rtol=0)
         divergence = kd(together, batch, temperature=1.0)
     assert batch.teacher is not None
-    torch.testing.assert_close(batch.teacher.logits, together.logits, atol=2e-2, rtol=1e-3)
+    stored = batch.teacher.logits.float()
+    torch.testing.assert_close(stored, together.logits, atol=2e-2, rtol=1e-3)
     assert divergence.value.abs().max() < 1e-5, "but for what a stored logit is rounded by"
 
 

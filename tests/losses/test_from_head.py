@@ -25,7 +25,7 @@ from raykd.recipe.quant import Quant
 from raykd.recipe.tables import Optim, TermSpec
 from raykd.signals import Batch, Rollout, Signals
 from raykd.targets import UNLABELLED, SparseTargets
-from raykd.training import predictions
+from raykd.training import predictions, throughput
 from raykd.training.arm import Arm
 from raykd.training.device_rows import DeviceRows
 from raykd.training.loop import train
@@ -208,6 +208,7 @@ def test_no_logits_of_a_whole_batch_are_made_in_training_or_evaluation(found, mo
     if not found:
         monkeypatch.setattr(adapter, "MANY", VOCAB)
     monkeypatch.setattr(predictions, "LOGITS", 8 * VOCAB)
+    monkeypatch.setitem(throughput.SIDE, "cpu", 4)  # of what is multiplied to tell the peak
     made = student(found=False)
     rows = text_rows()
     told: list[dict[str, Any]] = []
