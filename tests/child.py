@@ -12,6 +12,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = (
     "raykd.teacher.scorer",
     "raykd.stages.walk",
+    "raykd.training.sharding",
     "torch._dynamo",  # which DDP imports
     "ray.train.torch",
     "ray.tune",

@@ -88,7 +88,7 @@ def _trained(numbers: str, optim: Optim, **keywords: Any) -> Llama:
     torch.manual_seed(0)
     module = Llama(classes=VOCAB, steps=STEPS, **MODEL)
     precision = Precision.model_validate({"student": numbers})
-    rows = _device_rows(_rows()[:-32])
+    rows = device_rows()
     train(ARM, optim, Adapter(module), rows, lambda _: {}, precision=precision, **keywords)
     return module
 
@@ -107,7 +107,9 @@ def _rows() -> Tensor:
     return torch.from_numpy(data[: count * (STEPS + 1)].reshape(count, STEPS + 1))
 
 
-def _device_rows(rows: Tensor) -> DeviceRows:
+def device_rows() -> DeviceRows:
+    """The rows that are learnt from."""
+    rows = _rows()[:-32]
     places = torch.arange(STEPS).expand(len(rows), STEPS)
     return DeviceRows(
         row_id=torch.arange(len(rows)),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.bench import bf16_language, parted, step_memory
+from pipelines.bench import bf16_language, parted, parts_of_student, step_memory
 from pipelines.bench.table import machine
 
 
@@ -58,6 +58,16 @@ def recompute_memory_ratio() -> float:
     return step_memory.ratio("again", "kept")
 
 
+def shard_loss_difference() -> float:
+    """The loss of a student in parts on two workers over one process's, at any of its steps."""
+    return parts_of_student.loss_difference()
+
+
+def shard_memory_ratio() -> float:
+    """Bytes of parameters, gradients and optimiser on one of two workers, over all of them."""
+    return parts_of_student.memory_ratio()
+
+
 def checkpoint_stall_share() -> float:
     """Seconds in which a language student's training stands still for checkpoints, over all."""
     return bf16_language.stall_share()
@@ -84,8 +94,8 @@ MEASURES: dict[str, Callable[[], float]] = {
     "bf16_step_ratio": bf16_step_ratio,
     "bf16_quality_difference": bf16_quality_difference,
     "recompute_memory_ratio": recompute_memory_ratio,
-    "shard_loss_difference": _absent("scale.shard"),
-    "shard_memory_ratio": _absent("scale.shard"),
+    "shard_loss_difference": shard_loss_difference,
+    "shard_memory_ratio": shard_memory_ratio,
     "checkpoint_stall_share": checkpoint_stall_share,
     "ddp_step_ratio": _absent("bench of two workers against DDP by hand"),
     "train_step_ratio": _not_here(OVERHEAD),

@@ -63,6 +63,8 @@ class Scale(Table):
     """Rows of a forward pass in training, with equal results; without it a whole share at once."""
     recompute: Literal["none", "blocks"] = "none"
     """`blocks` keeps a block's inputs alone for the backward pass, and computes the rest again."""
+    shard: Literal["none", "full", "hybrid"] = "none"
+    """Of several workers: weights, gradients and optimiser in parts on all, or on a node's."""
     checkpoint_every: Count = 500
     """Steps from checkpoint to checkpoint."""
     start_timeout_s: Count = 120

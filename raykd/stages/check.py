@@ -137,6 +137,10 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
                     check_shared(module, key, rows)
                 elif key == "student" and recipe.scale.micro:
                     check_shared(module, key, rows, advice="leave scale.micro out")
+                if key == "student" and recipe.scale.shard != "none":
+                    from raykd.training.sharding import check_parts
+
+                    check_parts(module, rows.inputs, rows.mask)
 
 
 def _cut(rows: ProbeRows, steps: int) -> ProbeRows:

@@ -130,6 +130,7 @@ def resolve(
         problems += _worker_problems(recipe)
         problems += _precision_problems(recipe)
         problems += _micro_problems(recipe) + _recompute_problems(recipe)
+        problems += _shard_problems(recipe)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -245,6 +246,19 @@ def _recompute_problems(recipe: Recipe) -> list[Problem]:
         'again in the backward pass; write phases.quant.activations = "int8_token", or leave it out'
     )
     return [Problem("scale.recompute", text)]
+
+
+def _shard_problems(recipe: Recipe) -> list[Problem]:
+    """Why a student cannot lie in parts on the workers."""
+    shard = recipe.scale.shard
+    if shard == "none":
+        return []
+    found = []
+    if recipe.scale.workers[1] == 1:
+        found.append("and scale.workers = 1 has all of it; set that to 2 or more")
+    if any(phase.quant for phase in recipe.phases):
+        found.append("but a phase rounds, and its scales need whole weights; take out the phases")
+    return [Problem("scale.shard", f'"{shard}", {text}, or leave it out') for text in found]
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:

@@ -1,6 +1,7 @@
 """What one training is, and this process among the workers that do it."""
 
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    node: str = field(default_factory=socket.gethostname)
 
     def share(self, batch: int) -> slice:
         """This rank's contiguous part of a global batch; parts differ by at most one row."""

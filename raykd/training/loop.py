@@ -32,6 +32,7 @@ from raykd.training import phases
 from raykd.training.arm import ONE_PROCESS, Arm, World
 from raykd.training.checkpoints import Checkpoints, Choice, Kept
 from raykd.training.phases import Span
+from raykd.training.pieces import Sharding
 from raykd.training.state import Learner, State
 from raykd.training.step import TrainStep
 from raykd.training.throughput import Pace
@@ -58,6 +59,7 @@ def train(
     kept: DraftLogSpec | None = None,
     precision: Precision = FP32,
     micro: int | None = None,
+    sharding: Sharding | None = None,
 ) -> State:
     """The student trained by `arm` for `optim.steps` steps, resumed from `checkpoints` where they
     have a state.
@@ -65,15 +67,25 @@ def train(
     An arm with a source writes text of its own, which the `live` teacher scores, or reads drafts of
     a log. Drafts that are written are `kept` where that is given. The student's layers compute in
     the numbers of `precision`; validation is in float32. With `micro` a forward pass reads so many
-    rows, with the loss and gradient of the whole share. `report(step, metrics)` is called
+    rows, with the loss and gradient of the whole share. With a `sharding` the student, its
+    gradients and its optimiser's state lie in parts on the workers; `student` has the weights in
+    the end. `report(step, metrics)` is called
     every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
     since the last call and what `evaluate(student)` says. `tick(step, pace)` is called after every
     step, and told how fast rows are read.
     """
     device = rows.device
     _leave_out_head(student, rows)
-    learner = Learner(student, objective_of(arm, student, rows), precision).to(device)
-    state = State(learner, optimizer_of(learner, optim))
+    objective = objective_of(arm, student, rows)
+    shards = None
+    if sharding and world.size > 1:
+        from raykd.training.sharding import Shards
+
+        shards = Shards(sharding, student, world, device)
+    learner = Learner(shards.in_parts if shards else student, objective, precision).to(device)
+    if shards:
+        shards.part(learner)
+    state = State(learner, optimizer_of(learner, optim), shards=shards)
     plan = phases.spans(arm.phases, optim.steps)
     chosen = checkpoints.choose(world, device) if checkpoints else None
     begun = [span for span in plan if span.first < (chosen.step if chosen else 1)]
@@ -121,7 +133,7 @@ def train(
                         state.judge(span, arm.select)
                     if (
                         checkpoints
-                        and world.rank == 0
+                        and state.writes(world)
                         and _due(state, span, optim, checkpoint_every)
                     ):
                         state.save(checkpoints, seen)
@@ -132,6 +144,8 @@ def train(
                     checkpoints.wait()
                     raise SystemExit(TERMINATED)
             state.end()
+    if shards:
+        shards.fill()
     one = rows.batch(torch.zeros(1, dtype=torch.int64, device=device))
     state.throughput = step.pace.told(student, one, precision, workers=world.size)
     return state
@@ -233,13 +247,9 @@ def _summary(
     means = (seen[0] / seen[1].clamp(min=1)).tolist()
     terms = dict(zip(objective.weights, means, strict=True))
     loss = sum(objective.weights[n] * v for n, v in terms.items())
-    return {
-        "step": state.step,
-        "loss": loss,
-        "terms": terms,
-        **told,
-        **evaluate(state.learner.student),
-    }
+    with state.whole():
+        measured = evaluate(state.student)
+    return {"step": state.step, "loss": loss, "terms": terms, **told, **measured}
 
 
 def clock(device: torch.device) -> float:

@@ -51,6 +51,7 @@ from raykd.training.device_rows import to_device
 from raykd.training.loop import train
 from raykd.training.measured import Measured, join, measured, tally, write
 from raykd.training.part_rows import PartRows
+from raykd.training.pieces import Sharding, workers_of_parts
 from raykd.training.state import State
 from raykd.training.throughput import Pace
 from raykd.training.train_rows import TrainRows
@@ -168,8 +169,14 @@ class ArmRunner:
             world=world,
             precision=self.recipe.precision,
             micro=self.recipe.scale.micro,
+            sharding=self.sharding(arm),
             **keywords,
         )
+
+    def sharding(self, arm: Arm) -> Sharding | None:
+        """How an arm's student lies in parts on the workers; None where each has it all."""
+        kind = self.recipe.scale.shard
+        return None if kind == "none" else Sharding(kind, lambda: self.student(arm))
 
     @cached_property
     def live(self) -> LiveTeacher:
@@ -245,6 +252,9 @@ def run_arms(
     after every step. `teacher` scores what students write, and `source` has the rows; each is
     loaded here where it is not given.
     """
+    shard = recipe.scale.shard
+    if shard != "none" and world.size > 1:
+        workers_of_parts(shard, world, device)
     runner = ArmRunner(recipe, store, device, teacher, source)
     for arm in arms_of(recipe):
         is_done = world.rank == 0 and trained_arm.read_record(folder, arm.key) is not None
@@ -262,7 +272,7 @@ def run_arms(
             kept=kept_of(recipe, runner.table, arm, folder),
         )
         answers = run_files.arm(folder, arm.key) / run_files.PREDICTIONS
-        runner.write_answers(state.learner.student, answers, world)
+        runner.write_answers(state.student, answers, world)
         if world.size > 1:
             dist.barrier()  # every rank has come to the end
         if world.rank == 0:
@@ -284,7 +294,7 @@ def _agreed(world: World, value: bool, device: torch.device) -> bool:
 
 def _write_arm(runner: ArmRunner, arm: Arm, state: State, folder: Path) -> None:
     target = run_files.arm(folder, arm.key)
-    student = state.learner.student
+    student = state.student
     weights = save(models.weights_of(student.module))
     write_bytes(target / run_files.WEIGHTS, weights)
     if runner.recipe.drafter and arm.name in DRAFTERS:

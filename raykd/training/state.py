@@ -4,8 +4,9 @@ phase.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,14 @@ from raykd.models.form import computing
 from raykd.recipe.precision import FP32, Precision
 from raykd.signals import Batch
 from raykd.training import phases
+from raykd.training.arm import World
 from raykd.training.checkpoints import Checkpoints, Kept
 from raykd.training.phases import Span
-from raykd.training.state_file import on_host
+from raykd.training.pieces import extent_of, local_of, put, put_rows, rows_like
+from raykd.training.state_file import Stored, on_host
+
+if TYPE_CHECKING:
+    from raykd.training.sharding import Shards
 
 STUDENT = "student.module."  # before the names of a student's tensors among a learner's
 
@@ -72,6 +78,20 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best | None = None
     throughput: dict[str, float] = field(default_factory=dict)  # once it has ended
+    shards: "Shards | None" = None  # where the student lies in parts on the workers
+
+    @property
+    def student(self) -> Adapter:
+        """The whole student. One in parts has its weights here within `whole`, and at the end."""
+        return self.shards.student if self.shards else self.learner.student
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it the whole student has its weights; all workers must enter it together."""
+        return self.shards.whole() if self.shards else nullcontext()
+
+    def writes(self, world: World) -> bool:
+        """Whether this worker writes a checkpoint, or a part of it."""
+        return self.shards.own is not None if self.shards else world.rank == 0
 
     def save(self, checkpoints: Checkpoints, seen: Tensor, spreads: Sequence[Spread] = ()) -> None:
         """Begin to write a checkpoint.
@@ -87,11 +107,20 @@ class State:
             settled = {f"best.{k}": v for k, v in self.best.tensors.items()}
             if self.best.summary["step"] == self.step:  # they are the student's own
                 settled |= {f"model.{STUDENT}{k}": v for k, v in self.best.tensors.items()}
-        changing = {k: v for k, v in tensors.items() if k not in settled}
+        part = self.shards.own if self.shards else None
+        found = {k: extent_of(v) for k, v in tensors.items()}
+        extents = {k: extent for k, extent in found.items() if extent}
+        if self.best:
+            own = {k: extents.get(f"model.{STUDENT}{k}") for k in self.best.tensors}
+            extents |= {f"best.{k}": extent for k, extent in own.items() if extent}
+        if part and part.number > 0:  # what all workers have is in the first one's file
+            tensors = {k: v for k, v in tensors.items() if k in extents}
+            settled = {k: v for k, v in settled.items() if k in extents}
+        changing = {k: local_of(v) for k, v in tensors.items() if k not in settled}
         best = self.best.summary if self.best else None
         meta = {"seconds": self.seconds, "history": list(self.history), "best": best}
         meta["spreads"] = [asdict(spread) for spread in spreads]
-        checkpoints.save(self.step, changing, meta, settled)
+        checkpoints.save(self.step, changing, meta, settled, part, extents)
 
     def restore(self, kept: Kept) -> None:
         """Continue from a checkpoint."""
@@ -100,16 +129,27 @@ class State:
         meta = kept.meta
         self.seconds = meta["seconds"]
         self.history = meta["history"]
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        self.learner.load_state_dict(model)
+        if self.shards:
+            put_rows(self.learner.state_dict(), tensors, "model.")
+        else:
+            self.learner.load_state_dict(_under("model.", tensors))
         slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
+        groups = self.optimizer.param_groups
+        parameters = [value for group in groups for value in group["params"]]
+        for key in tensors:
             if key.startswith("optim."):
                 _, number, slot = key.split(".", 2)
+                whole = parameters[int(number)]
+                value = rows_like(whole, tensors, key) if slot != "step" else tensors[key]
                 slots.setdefault(int(number), {})[slot] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         if meta["best"] is not None:
-            best = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
+            best = _under("best.", tensors)
+            if self.shards:
+                best = {
+                    k: local_of(rows_like(v, tensors, f"best.{k}")).cpu()
+                    for k, v in self.learner.student.module.state_dict().items()
+                }
             self.best = Best(self._summary_of(meta["best"]), best)
 
     def _summary_of(self, best: dict[str, Any] | float) -> dict[str, Any]:
@@ -141,9 +181,16 @@ class State:
         if self.best and value <= self.best.summary[name]:
             return
         tensors = self.learner.student.module.state_dict()
-        self.best = Best(self.history[-1], on_host(tensors))
+        self.best = Best(self.history[-1], on_host({k: local_of(v) for k, v in tensors.items()}))
 
     def end(self) -> None:
         """Go back to the phase's best student."""
-        if self.best:
+        if self.best and self.shards:
+            put(self.learner.student.module.state_dict(), self.best.tensors)
+        elif self.best:
             self.learner.student.module.load_state_dict(self.best.tensors)
+
+
+def _under(prefix: str, tensors: Stored) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}

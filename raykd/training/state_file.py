@@ -6,7 +6,7 @@ the interpreter is left to other threads.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,48 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()[:HEX]
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the table of a file."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-        texts = file.metadata() or {}
-    same = json.loads(texts.get("same", "{}"))  # of before there was any: none
-    tensors |= {name: tensors[first] for name, first in same.items()}
-    return tensors, json.loads(texts["meta"])
+def is_sound(path: Path) -> bool:
+    """Whether a file's content has the digest that its name ends with."""
+    return digest_of(path) == path.stem.rpartition("-")[2]
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a state, whole or in parts in its files, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.files = [safe_open(path, framework="pt") for path in paths]
+        self.at: dict[str, list[tuple[int, str, int]]] = {}  # (file, name there, first row)
+        self.meta: dict[str, Any] = {}
+        for number, file in enumerate(self.files):
+            texts = file.metadata() or {}
+            meta = json.loads(texts["meta"])
+            self.meta = self.meta or meta  # of the first file
+            same = json.loads(texts.get("same", "{}"))  # of before there was any: none
+            first = meta.get("first", {})
+            for name in [*file.keys(), *same]:
+                place = (number, same.get(name, name), first.get(name, 0))
+                self.at.setdefault(name, []).append(place)
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = [self.files[number].get_tensor(there) for number, there, _ in self.at[name]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """The rows of a tensor from `first` to before `last`."""
+        pieces: list[Tensor] = []
+        for number, there, begin in self.at[name]:
+            piece = self.files[number].get_slice(there)
+            low = max(first - begin, 0)
+            high = min(last - begin, piece.get_shape()[0])
+            if low < high:
+                pieces.append(piece[low:high])
+        if not pieces:
+            number, there, _ = self.at[name][0]
+            return self.files[number].get_slice(there)[:0]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.at)
+
+    def __len__(self) -> int:
+        return len(self.at)

@@ -81,7 +81,7 @@ class TrainStep:
         self.parameters = list(learner.parameters())
         self.layers = [layer for _, layer in roundable(learner.student.module)]
         self.model: nn.Module = learner
-        if self.world.size > 1:
+        if self.world.size > 1 and not self.state.shards:
             self.model = DistributedDataParallel(learner, find_unused_parameters=True)
 
     def __call__(self) -> Tensor:
@@ -97,7 +97,7 @@ class TrainStep:
         sums, counts = self._gradients(batches, number / self.optim.steps, seed)
         if isinstance(batches[0].targets, Targets):
             self.temperatures = tuple(batches[0].targets.decoded)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
+        norm = self._clip()
         if not math.isfinite(norm):
             global_sums = self.world.sum(sums)
             global_counts = self.world.sum(counts)
@@ -106,6 +106,12 @@ class TrainStep:
             group["lr"] = self.span.learning_rate(self.optim, number)
         optimizer.step()
         return torch.stack([sums, counts])
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradient, which is scaled down where that is above `optim.clip`."""
+        if self.state.shards:
+            return self.state.shards.clip(self.parameters, self.optim.clip)
+        return nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
 
     def _gradients(self, batches: list[Batch], progress: float, seed: int) -> tuple[Tensor, Tensor]:
         """This rank's sums and counts; the gradient of the global loss is left in the parameters.
@@ -121,26 +127,46 @@ class TrainStep:
             objective.total(sums * self.world.size, self.world.sum(counts)).backward()
             return sums.detach(), counts
         parts = [part for batch in batches for part in in_parts(batch, self.micro)]
-        form = self.form or AnswerForm.of(self.state.learner.student, batches[0])
-        self.form = form
+        form = self.form or self._form(batches[0])
         foretold = [objective.counts(form.answered(part), part, progress) for part in parts]
         everywhere = self.world.sum(torch.stack(foretold).sum(0))
         reseed(self.device, seed + 1 + self.world.rank)
         self.state.optimizer.zero_grad()
         sums = torch.zeros_like(everywhere)
         counts = torch.zeros_like(everywhere)
-        for number, part in enumerate(parts, 1):
-            with self._reduced(number == len(parts)):
-                part_sums, part_counts = self.model(part, progress=progress)
+        calls = max(len(parts), self._most_parts(batches))
+        for number in range(1, calls + 1):
+            counts_here = number <= len(parts)  # the others go on in parts, of which it has no more
+            with self._reduced(number == calls):
+                part_sums, part_counts = self.model(
+                    parts[min(number, len(parts)) - 1], progress=progress
+                )
+                part_sums = part_sums * counts_here
                 objective.total(part_sums * self.world.size, everywhere).backward()
             sums += part_sums.detach()
-            counts += part_counts
+            counts += part_counts * counts_here
         self.foretold = self.foretold.to(self.device)
         self.foretold += torch.stack([torch.stack(foretold).sum(0), counts])
         return sums, counts
 
+    def _form(self, batch: Batch) -> "AnswerForm":
+        """The form of the student's answers, which it is asked for once."""
+        with self.state.whole():
+            self.form = AnswerForm.of(self.state.student, batch)
+        return self.form
+
+    def _most_parts(self, batches: list[Batch]) -> int:
+        """Of a student in parts: the calls of the worker with the most, which all must make."""
+        if not self.state.shards or self.micro is None:
+            return 0
+        own = self.num_own
+        rows = [own if batch.rollout else self.optim.batch - own for batch in batches]
+        return sum(math.ceil(math.ceil(n / self.world.size) / self.micro) for n in rows)
+
     def _reduced(self, is_last: bool) -> AbstractContextManager[Any]:
         """Gradients of all workers are summed once a step, with its last part."""
+        if self.state.shards:
+            self.state.shards.set_reduced(is_last)
         if isinstance(self.model, DistributedDataParallel) and not is_last:
             return self.model.no_sync()
         return nullcontext()
@@ -217,10 +243,11 @@ class TrainStep:
         def draw(group: int) -> LaterBatch:
             index = torch.from_numpy(self.order.rows(group, share))
             rows = self.rows.batch(index.to(self.device))
-            student = self.state.learner.student.module
-            return write_rows(
-                source, live.text, group, seed, student, live.teacher, rows, share=share
-            )
+            with self.state.whole():
+                student = self.state.student.module
+                return write_rows(
+                    source, live.text, group, seed, student, live.teacher, rows, share=share
+                )
 
         own_rows = OwnRows(schedule, draw, spans)
         if kept:
