@@ -169,6 +169,7 @@ class Checkpoints:
             faults.point("checkpoint", step=step, at="before_write")
             if part is None:
                 state_file.write(self.folder, f"step-{step:08d}", tensors, meta)
+                faults.point("checkpoint", step=step, at="written")
             else:
                 first = {name: extent.first for name, extent in extents.items()}
                 state_file.write(self.folder, part.stem(step), tensors, {"first": first})

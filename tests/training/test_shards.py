@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,15 +26,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raykd import techniques
-from raykd.errors import RecipeError
+from raykd.errors import InfraError, RecipeError
 from raykd.models.adapter import Adapter
 from raykd.models.recompute import recompute_blocks
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.precision import Precision
 from raykd.recipe.tables import Optim, Phase, TermSpec
 from raykd.stages.load import resolve
+from raykd.training import checkpoints
 from raykd.training.arm import ONE_PROCESS, Arm, World
-from raykd.training.checkpoints import Checkpoints
+from raykd.training.checkpoints import Checkpoints, Extent, Part
 from raykd.training.loop import train
 from raykd.training.pieces import Sharding, workers_of_parts
 from raykd.training.state import State
@@ -102,7 +104,6 @@ def trained(
 ) -> State:
     again = partial(student, 2 + world.rank, recompute=recompute)  # of other values
     sharding = Sharding(shard, again) if shard else None  # pyright: ignore[reportArgumentType]
-    checkpoints = Checkpoints(folder) if folder else None
     begins = student(recompute=recompute)
     return train(
         arm,
@@ -112,7 +113,7 @@ def trained(
         judged,
         world=world,
         sharding=sharding,
-        checkpoints=checkpoints,
+        checkpoints=Checkpoints(folder) if folder else None,
         **keywords,
     )
 
@@ -283,6 +284,38 @@ def test_a_damaged_part_gives_way_to_the_state_before_it(ended, alone, tmp_path,
     assert_near(state.history, state.student.module.state_dict(), alone("hybrid"))
     kept.clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_state_in_parts_is_written_on_threads_and_is_none_before_all_parts_are_there(tmp_path):
+    values = torch.arange(10.0).view(5, 2)
+    writers = [Checkpoints(tmp_path) for _ in range(2)]
+    token = "attempt"
+    first = {"value": Extent(0, 3)}
+    writers[0].save(4, {"value": values[:3]}, {"told": 1}, part=Part(0, 2, token), extents=first)
+    assert writers[0].thread is not None
+    assert writers[0].thread.is_alive()  # and this one goes on, with a step
+    assert writers[0].newest() is None
+    second = {"value": Extent(3, 5)}
+    writers[1].save(4, {"value": values[3:]}, {}, part=Part(1, 2, token), extents=second)
+    for writer in writers:
+        writer.wait()
+    found = writers[1].newest()
+    assert found is not None
+    assert found.meta == {"told": 1}
+    assert torch.equal(found.tensors["value"], values)
+
+
+def test_a_worker_that_fails_does_not_wait_long_for_the_parts_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LATE_S", 0)
+    kept = Checkpoints(tmp_path)
+    value = {"value": torch.ones(1)}
+    with suppress(ZeroDivisionError), kept.writing():
+        kept.save(4, value, {}, part=Part(0, 2, "attempt"))
+        raise ZeroDivisionError
+    assert kept.newest() is None
+    kept.save(5, value, {}, part=Part(0, 2, "attempt"))
+    with pytest.raises(InfraError, match="1 of 2 parts of the checkpoint of step 5 are there"):
+        kept.wait()
 
 
 def test_a_worker_has_half_of_the_state_where_two_have_all(ended, alone):
