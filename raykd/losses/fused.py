@@ -139,7 +139,8 @@ def dense_kl(
 
     def apply(z: Tensor, scale: Tensor, at: slice) -> Tensor:
         if isinstance(teacher, Head):
-            y = _logits(teacher.hidden[at], teacher.weight, teacher.bias, vocab, temperature)
+            room = _Room(at.stop - at.start, vocab, teacher.hidden, teacher.weight)
+            y = room.fill(teacher.hidden[at], teacher.bias, temperature)
         else:
             y = teacher[at, :vocab].to(z.dtype) / temperature
         return dense_chunk(z, y.log_softmax(1), scale, divergence, beta)
@@ -166,15 +167,29 @@ def shared_vocab(teacher: int, student: int, vocab: int | None) -> int:
     return teacher if vocab is None else vocab
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, temperature: float
-) -> Tensor:
-    """(c, vocab): logits / T, in fp32 at least."""
-    z = hidden @ weight[:vocab].T
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if bias is not None:
-        z = z + bias[:vocab]
-    return z if temperature == 1 else z.div_(temperature)
+class _Room:
+    """Memory for a chunk's logits, which all chunks of a walk share.
+
+    Memory that is asked for anew is zeroed by the system, page by page, which at 150,000 classes
+    takes as long as the product itself.
+    """
+
+    def __init__(self, places: int, vocab: int, hidden: Tensor, weight: Tensor):
+        self.product = hidden.new_empty(places, vocab)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        self.logits = self.product.to(exact)  # itself, where nothing is to be widened
+        self.columns = weight[:vocab].T
+
+    def fill(self, hidden: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+        """(c, vocab): logits / T in fp32 at least, until the next call."""
+        places = len(hidden)
+        product = torch.mm(hidden, self.columns, out=self.product[:places])
+        z = self.logits[:places]
+        if self.logits is not self.product:
+            z.copy_(product)
+        if bias is not None:
+            z += bias[: z.shape[1]]
+        return z if temperature == 1 else z.div_(temperature)
 
 
 def _fused(
@@ -249,9 +264,10 @@ def _walk(
         by_hidden, by_weight, by_bias = gradients
         value = hidden.new_empty(len(hidden), dtype=exact)
         step = scale.to(exact) / temperature
+        room = _Room(min(size, len(hidden)), vocab, hidden, weight)
         for first in range(0, len(hidden), size):
             at = slice(first, min(first + size, len(hidden)))
-            z = _logits(hidden[at], weight, bias, vocab, temperature)
+            z = room.fill(hidden[at], bias, temperature)
             value[at] = apply(z, step[at], at)
             by_logits = z.to(weight.dtype)
             if by_hidden is not None:
