@@ -34,6 +34,16 @@ class Headed:
     def columns(self) -> int:
         return len(self.weight)
 
+    def detached(self) -> "Headed":
+        """The same, through which no gradient flows."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Headed(self.hidden.detach(), self.weight.detach(), bias)
+
+    def first_columns(self, count: int) -> "Headed":
+        """The same with a head of the first `count` classes."""
+        bias = None if self.bias is None else self.bias[:count]
+        return Headed(self.hidden, self.weight[:count], bias)
+
     def logits(self, mask: Tensor) -> Tensor:
         """(B, T, C): all of them, 0 where `mask` (B, T) is False."""
         return zeroed(torch.nn.functional.linear(self.hidden, self.weight, self.bias), mask)
@@ -85,6 +95,21 @@ class Signals:
                 raise AttributeError(name)
             object.__setattr__(self, "logits", headed.logits(self.mask))
             return self.logits
+
+    @property
+    def columns(self) -> int:
+        """C, the number of classes; it makes no logits."""
+        if "logits" in self.__dict__ or self.headed is None:
+            return self.logits.shape[-1]
+        return self.headed.columns
+
+    def first_columns(self, count: int) -> "Signals":
+        """The same with the first `count` classes alone, as of a head that is padded."""
+        if count == self.columns:
+            return self
+        if "logits" in self.__dict__ or self.headed is None:
+            return self.changed(logits=self.logits[..., :count])
+        return self.changed(headed=self.headed.first_columns(count))
 
     def changed(self, **fields: Any) -> "Signals":
         """The same with other fields; logits that are not there stay unmade."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.bench.table import Clock
 from raykd.files.address import Address
@@ -18,7 +19,7 @@ from raykd.losses.objective import Objective
 from raykd.orchestration import training
 from raykd.recipe.recipe import Recipe
 from raykd.recipe.tables import Optim
-from raykd.training.arm import Arm, World
+from raykd.training.arm import ONE_PROCESS, Arm, World
 from raykd.training.arms import arms_of
 from raykd.training.checkpoints import Checkpoints
 from raykd.training.device_rows import DeviceRows
@@ -30,13 +31,13 @@ from raykd.training.step import TrainStep
 TURN = 25
 
 
-def run(recipe: Recipe, store: Address, folder: Path) -> dict[str, Any]:
-    """CPU and wall seconds of each round of both loops, and the parts of a step, from one real
-    worker.
+def run(recipe: Recipe, store: Address, folder: Path, workers: int = 1) -> dict[str, Any]:
+    """CPU and wall seconds of each round of both loops, and the parts of a step, from the first of
+    so many real workers.
     """
     config = {"recipe": recipe.model_dump(mode="json"), "store": str(store), "folder": str(folder)}
     return (
-        training.worker_group(recipe, worker, config, folder=folder, num_workers=1)
+        training.worker_group(recipe, worker, config, folder=folder, num_workers=workers)
         .fit()
         .return_value
     )
@@ -44,12 +45,14 @@ def run(recipe: Recipe, store: Address, folder: Path) -> dict[str, Any]:
 
 class Plain:
     """Distillation by hand: this recipe's terms, noise, clip, AdamW and schedule, for rows without
-    padding.
+    padding. Several workers have a share of the batch each, under DDP.
     """
 
-    def __init__(self, optim: Optim, arm: Arm, module: nn.Module, rows: DeviceRows):
+    def __init__(self, optim: Optim, arm: Arm, module: nn.Module, rows: DeviceRows, world: World):
         self.optim = optim
-        self.module = module
+        self.module = (
+            DistributedDataParallel(module, static_graph=True) if world.size > 1 else module
+        )
         self.inputs = rows.inputs
         self.label = rows.label
         self.teacher = rows.teacher["logits"].float()
@@ -59,9 +62,10 @@ class Plain:
         self.adamw = torch.optim.AdamW(
             module.parameters(), optim.learning_rate, weight_decay=optim.weight_decay, fused=True
         )
-        labelled = round(optim.labelled_share * optim.batch)
+        batch = optim.batch // world.size
+        labelled = round(optim.labelled_share * batch)
         self.labelled = endless(torch.nonzero(rows.label >= 0).squeeze(1), labelled)
-        self.every = endless(torch.arange(len(rows.label)), optim.batch - labelled)
+        self.every = endless(torch.arange(len(rows.label)), batch - labelled)
         self.number = 0
         self.running = torch.zeros(())
 
@@ -106,17 +110,18 @@ class Alternating(ArmRunner):
     It does not validate.
     """
 
-    def __init__(self, recipe: Recipe, store: Address):
+    def __init__(self, recipe: Recipe, store: Address, world: World):
         super().__init__(recipe, store, torch.device("cpu"))
         self.arm = next(a for a in arms_of(recipe) if a.name == "student")
         assert isinstance(self.train, DeviceRows)
-        self.plain = Plain(recipe.optim, self.arm, self.student(self.arm).module, self.train)
+        module = self.student(self.arm).module
+        self.plain = Plain(recipe.optim, self.arm, module, self.train, world)
         self.raykd: list[tuple[float, float]] = []
         self.by_hand: list[tuple[float, float]] = []
         self.taken = 0
         self.clock = Clock()
 
-    def validate(self, student: nn.Module) -> dict[str, float]:
+    def validate(self, student: nn.Module, world: World = ONE_PROCESS) -> dict[str, float]:
         return {"val_accuracy": 0.0}
 
     def take_turns(self, *hooked: Any) -> None:
@@ -136,8 +141,11 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
 
     recipe = Recipe.model_validate(config["recipe"])
     folder = Path(config["folder"])
-    shop = Alternating(recipe, config["store"])
-    check_equal(shop)
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    shop = Alternating(recipe, config["store"], world)
+    if world.size == 1:
+        check_equal(shop)
     reports: list[float] = []
 
     def report(step: int, metrics: dict[str, Any]) -> None:
@@ -149,7 +157,7 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     student = shop.student(shop.arm)
     student.register_forward_pre_hook(shop.take_turns)
     shop.clock.read()
-    shop.train_arm(shop.arm, student, checkpoints=kept, report=report)
+    shop.train_arm(shop.arm, student, world, checkpoints=kept, report=report)
     parts = step_parts(shop) | {"report": float(np.median(reports)) / recipe.optim.evaluate_every}
     every = recipe.optim.evaluate_every // TURN
     rounds = {

@@ -19,7 +19,7 @@ from raykd.generation.sampling import (
     sample,
     score_text,
 )
-from raykd.signals import Batch, Rollout, Signals
+from raykd.signals import Batch, Rollout
 
 
 def draft_rows(
@@ -52,8 +52,8 @@ def draft_rows(
     first = prompt.shape[1] - 1  # the position about the first drafted token
 
     def batch() -> Batch:
-        inputs, label, logits = scoring()
-        log_p = log_probabilities(logits[:, first:], logits.shape[-1], temperature)
+        inputs, label, said = scoring()
+        log_p = log_probabilities(said.logits[:, first:], said.columns, temperature)
         verified = verify(drawn, log_p, uniforms[:, count:].to(log_p.device))
         log_q = after_prompt(prompt, drawn.log_q.float(), 0.0)
         mask = after_prompt(prompt, drawn.mask, False)
@@ -64,8 +64,7 @@ def draft_rows(
             temperature=temperature,
             **{name: after_prompt(prompt, value, 0) for name, value in verified.items()},
         )
-        teacher_signals = Signals(logits, mask)
-        return Batch(row_id, inputs, mask, label, teacher=teacher_signals, rollout=rollout)
+        return Batch(row_id, inputs, mask, label, teacher=said.changed(mask=mask), rollout=rollout)
 
     return batch
 

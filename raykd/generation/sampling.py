@@ -6,8 +6,7 @@ workers. The exception is a uniform so near an edge of the distribution that the
 logits decides.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from raykd.errors import DataError, RecipeError
 from raykd.losses.fused import shared_vocab
+from raykd.models.adapter import Adapter, at_rest
 from raykd.signals import Batch, Rollout, Signals
 
 LaterBatch = Callable[[], Batch]
@@ -26,29 +26,42 @@ _Read = Callable[[Tensor], Tensor]
 class Teacher(Protocol):
     """What scores a text: a module in this process, or a server elsewhere."""
 
-    def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
+    def ask(self, inputs: Tensor) -> Callable[[], Signals]:
         """Start scoring rows (B, T, 2) of tokens and their places.
 
-        Calling the result waits for the logits (B, T, V) of the token after each. A teacher
+        Calling the result waits for what it says of the token after each, at every step. A teacher
         elsewhere works in between.
         """
         ...
 
 
-@dataclass(frozen=True)
 class FrozenTeacher:
-    """A teacher in this process: any module from tokens to logits, in evaluation mode."""
+    """A teacher in this process: any module from tokens to logits, in evaluation mode.
 
-    module: nn.Module
+    A large head is left to the losses, which walk it.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.adapter = Adapter(module)
+        self.is_known = not self.adapter.heads()  # whether its head has been looked for
 
     @torch.no_grad()
-    def logits(self, inputs: Tensor) -> Tensor:
-        with _at_rest(self.module):
-            logits = self.module(inputs)["logits"]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    def signals(self, inputs: Tensor) -> Signals:
+        """What it says of rows (B, T, 2), logits in fp32 at least."""
+        mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        with at_rest(self.module):
+            if not self.is_known:
+                self.adapter.find_head(inputs[:1], mask[:1])
+                self.is_known = True
+            said = self.adapter(inputs, mask)
+        if said.headed is not None:
+            return Signals.of_head(said.headed.detached(), mask)
+        logits = said.logits
+        return Signals(logits.to(torch.promote_types(logits.dtype, torch.float32)), mask)
 
-    def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
-        answer = self.logits(inputs)
+    def ask(self, inputs: Tensor) -> Callable[[], Signals]:
+        answer = self.signals(inputs)
         return lambda: answer
 
 
@@ -103,7 +116,7 @@ def sample(
     weight = torch.ones_like(mask, dtype=torch.double)
     going = places.new_ones(rows, dtype=torch.bool)  # rows whose text has not ended
     distributions: list[Tensor] = []
-    with _at_rest(student):
+    with at_rest(student):
         read = _reader(student, prompt, count)
         ask = _asker(mixed.teacher, prompt, count) if mixed else None
         for t in range(count):
@@ -168,18 +181,17 @@ def on_policy(
     mask = after_prompt(prompt, drawn.mask, False)
 
     def batch() -> Batch:
-        inputs, label, logits = scoring()
+        inputs, label, said = scoring()
         rollout = Rollout(log_q, weight, lag=0, temperature=temperature)
-        teacher_signals = Signals(logits, mask)
-        return Batch(row_id, inputs, mask, label, teacher=teacher_signals, rollout=rollout)
+        return Batch(row_id, inputs, mask, label, teacher=said.changed(mask=mask), rollout=rollout)
 
     return batch
 
 
 def score_text(
     teacher: Teacher, prompt: Tensor, drawn: DrawnText, vocab: int | None
-) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """Inputs (B, T, 2), the token after each (B, T), and the teacher's logits (B, T, vocab).
+) -> Callable[[], tuple[Tensor, Tensor, Signals]]:
+    """Inputs (B, T, 2), the token after each (B, T), and what the teacher says of `vocab` tokens.
 
     One pass of the teacher begins now; calling the result waits for it. Position j - 1 is about
     token j, so the first drawn token belongs to the last position of the prompt.
@@ -187,10 +199,10 @@ def score_text(
     text = torch.cat([prompt, drawn.inputs], 1)
     answer = teacher.ask(text[:, :-1])
 
-    def scored() -> tuple[Tensor, Tensor, Tensor]:
-        logits = answer()
-        real = shared_vocab(logits.shape[-1], drawn.vocab, vocab)
-        return text[:, :-1], text[:, 1:, 0].long(), logits[..., :real]
+    def scored() -> tuple[Tensor, Tensor, Signals]:
+        said = answer()
+        real = shared_vocab(said.columns, drawn.vocab, vocab)
+        return text[:, :-1], text[:, 1:, 0].long(), said.first_columns(real)
 
     return scored
 
@@ -266,7 +278,7 @@ def _asker(teacher: Teacher, prompt: Tensor, count: int) -> _Read:
         read = _reader(teacher.module, prompt, count)
 
         def ask(inputs: Tensor) -> Tensor:
-            with _at_rest(teacher.module):
+            with at_rest(teacher.module):
                 return read(inputs)
 
         return ask
@@ -274,22 +286,10 @@ def _asker(teacher: Teacher, prompt: Tensor, count: int) -> _Read:
 
     def ask_again(inputs: Tensor) -> Tensor:
         text.append(inputs)
-        return teacher.ask(torch.cat(text, 1))()
+        return teacher.ask(torch.cat(text, 1))().logits
 
     return ask_again
 
 
 def _steps(like: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=like.device)
-
-
-@contextmanager
-def _at_rest(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every submodule is in its own mode again."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

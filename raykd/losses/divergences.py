@@ -98,9 +98,7 @@ def teacher_divergence(
     headed = student.headed
     if headed is not None and batch.targets is None and kind in ("forward", "reverse", "js"):
         assert batch.teacher is not None
-        return from_head.dense_loss(
-            headed, batch.mask, batch.teacher.logits, temperature, kind, beta
-        )
+        return from_head.dense_loss(headed, batch.mask, batch.teacher, temperature, kind, beta)
     if headed is not None and batch.targets is not None and kind == "forward":
         return from_head.target_loss(headed, batch.mask, batch.targets(temperature), temperature)
     if batch.targets is not None and kind == "forward":
@@ -133,10 +131,8 @@ def student_log_probs(student: Signals, batch: Batch, temperature: float = 1.0) 
     """
     assert batch.teacher is not None
     logits = flatten_valid(student.logits, batch.mask)
-    if batch.targets is None:
-        vocab = batch.teacher.logits.shape[-1]
-    else:
-        vocab = batch.targets(temperature).vocab
+    targets = batch.targets
+    vocab = batch.teacher.columns if targets is None else targets(temperature).vocab
     width = shared_vocab(vocab, logits.shape[-1], vocab)
     return log_softmax(logits[:, :width], temperature)
 
@@ -223,14 +219,22 @@ def drawn_tokens(
             token_log_probs(log_p, tokens),
             divergence(log_q, log_p, "reverse"),
         )
-    assert batch.teacher is not None
-    teacher = batch.teacher.logits
+    teacher = batch.teacher
+    assert teacher is not None
     loss = from_head.label_loss(
-        student.headed, batch.mask, tokens, temperature=temperature, vocab=teacher.shape[-1]
+        student.headed, batch.mask, tokens, temperature=temperature, vocab=teacher.columns
     )
-    log_p = log_softmax(flatten_valid(teacher.detach(), batch.mask), temperature)
     reverse = from_head.dense_loss(student.headed, batch.mask, teacher, temperature, "reverse")
-    return DrawnTokens(-loss, token_log_probs(log_p, tokens), reverse)
+    return DrawnTokens(-loss, _teacher_log_p(teacher, batch.mask, tokens, temperature), reverse)
+
+
+@torch.no_grad()
+def _teacher_log_p(teacher: Signals, mask: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """(P,): the teacher's log probability of each token."""
+    if teacher.headed is not None:
+        return -from_head.label_loss(teacher.headed, mask, tokens, temperature=temperature)
+    log_p = log_softmax(flatten_valid(teacher.logits, mask), temperature)
+    return token_log_probs(log_p, tokens)
 
 
 def unflatten_valid(values: Tensor, mask: Tensor) -> Tensor:

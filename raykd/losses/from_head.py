@@ -6,9 +6,9 @@ Each gives (P,) values at the places that a mask marks, with the gradient of the
 import torch
 from torch import Tensor
 
-from raykd.losses.fused import dense_kl, shared_vocab, sparse_kl
+from raykd.losses.fused import Head, dense_kl, shared_vocab, sparse_kl
 from raykd.losses.fused_chunks import Divergence
-from raykd.signals import Batch, Headed, flatten_valid
+from raykd.signals import Batch, Headed, Signals, flatten_valid
 from raykd.targets import SparseTargets
 
 
@@ -58,24 +58,35 @@ def target_loss(
 def dense_loss(
     headed: Headed,
     mask: Tensor,
-    teacher: Tensor,
+    teacher: Signals,
     temperature: float,
     divergence: Divergence = "forward",
     beta: float = 0.5,
     place_weight: Tensor | None = None,
 ) -> Tensor:
-    """(P,): a divergence from the teacher's logits (B, T, V) at the places of a mask."""
+    """(P,): a divergence from a teacher at the places of a mask (B, T).
+
+    A teacher with a head is walked beside the student.
+    """
     return dense_kl(
         flatten_valid(headed.hidden, mask),
         headed.weight,
         headed.bias,
-        flatten_valid(teacher.detach(), mask),
+        _distribution(teacher, mask),
         temperature=temperature,
         divergence=divergence,
         beta=beta,
-        vocab=teacher.shape[-1],
+        vocab=teacher.columns,
         place_weight=place_weight,
     )
+
+
+def _distribution(teacher: Signals, mask: Tensor) -> Tensor | Head:
+    """A teacher's logits (P, V) at the places of a mask, or what they are made of."""
+    if teacher.headed is None:
+        return flatten_valid(teacher.logits.detach(), mask)
+    headed = teacher.headed.detached()
+    return Head(flatten_valid(headed.hidden, mask), headed.weight, headed.bias)
 
 
 def shares(batch: Batch, mask: Tensor) -> Tensor | None:

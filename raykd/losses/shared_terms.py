@@ -59,7 +59,7 @@ def ce(student: Signals, batch: Batch, *, on: Where = "steps") -> TermValues:
 
 def _kd_counts(answered: Answered, batch: Batch, *, on: Where, **_settings: Any) -> Tensor:
     assert batch.teacher is not None
-    if batch.targets is None and answered.mask.shape[1] != batch.teacher.logits.shape[1]:
+    if batch.targets is None and answered.mask.shape[1] != batch.teacher.mask.shape[1]:
         on = "sequence"
     return answered.mask if on == "steps" else answered.mask.any(1)
 
@@ -91,12 +91,12 @@ def kd(
         share = from_head.shares(batch, student.mask)
         targets = batch.targets(temperature)
         return _sparse_kd(student, targets, temperature, scale=scale, on=on, share=share)
-    if student.mask.shape[1] != batch.teacher.logits.shape[1]:
+    if student.mask.shape[1] != batch.teacher.mask.shape[1]:
         on = "sequence"
     if student.headed is not None and on == "steps":
         share = from_head.shares(batch, student.mask)
         value = from_head.dense_loss(
-            student.headed, student.mask, batch.teacher.logits, temperature, place_weight=share
+            student.headed, student.mask, batch.teacher, temperature, place_weight=share
         )
         return TermValues(unflatten_valid(value * scale, student.mask), student.mask)
     z_s, mask = _logits(student, on)

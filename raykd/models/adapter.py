@@ -89,7 +89,7 @@ class Adapter(nn.Module):
         if head is not None:
             with _left_out(head) as hidden:
                 answer = call(self.module, inputs, mask)
-            return self._headed(head, hidden[-1], answer, mask)
+            return self._headed(head, whole_batch(self.module, hidden), answer, mask)
         answer = call(self.module, inputs, mask)
         logits = self._in_full(field(answer, "logits"))
         valence = self._in_full(field(answer, "valence"))
@@ -135,21 +135,30 @@ class Adapter(nn.Module):
 
         From then on signals have their hidden states and head in place of logits.
         """
-        outputs: dict[str, Any] = {}
+        outputs: dict[str, list[Tensor]] = {}
         handles = [
             head.register_forward_hook(
-                lambda _module, _inputs, output, name=name: outputs.update({name: output})
+                lambda _module, _inputs, output, name=name: outputs.setdefault(name, []).append(
+                    output
+                )
             )
             for name, head in self.heads().items()
         ]
-        was_training = self.training
         self.head = None
-        logits = field(call(self.eval().module, inputs, mask), "logits")
-        self.train(was_training)
+        with at_rest(self):
+            logits = field(call(self.module, inputs, mask), "logits")
         for handle in handles:
             handle.remove()
         if logits is not None and logits.shape[:2] == mask.shape:
-            self.head = next((name for name, out in outputs.items() if out is logits), None)
+            self.head = next(
+                (name for name, out in outputs.items() if self._is_answer(out, logits)), None
+            )
+
+    def _is_answer(self, outputs: list[Tensor], logits: Tensor) -> bool:
+        """Whether a head's answers to a batch are the module's own, and nothing follows them."""
+        if isinstance(self.module, ReadsInParts):
+            return torch.equal(self.module.joined(outputs), logits)
+        return outputs[-1] is logits
 
     def _bare_head(self) -> nn.Linear | None:
         """The head whose product is left out now: not one that is rounded."""
@@ -211,6 +220,18 @@ class Adapter(nn.Module):
                 ".attention and .scores, or leave the term out: weight = 0"
             )
         layer.register_forward_hook(keep)
+
+
+@contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every submodule is in its own mode again."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from raykd.models.form import Form, set_matmul
 from raykd.orchestration.cluster import placed
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
+from raykd.signals import Headed, Signals
 from raykd.teacher.identity import check_teacher, teacher_identity
 
 
@@ -40,16 +41,33 @@ class TeacherActor:
         check_teacher(recipe, wanted)
         self.teacher = FrozenTeacher(module)
 
-    def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Rows (B, T, 2) -> logits (B, T, V)."""
+    def answer(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Rows (B, T, 2) -> logits (B, T, V), or the hidden states (B, T, D) that a head takes."""
         self.calls += 1
         faults.point("teach", call=self.calls)
         rows = torch.from_numpy(inputs.copy()).to(self.device)
-        return self.teacher.logits(rows).float().cpu().numpy()
+        said = self.teacher.signals(rows)
+        values = said.logits if said.headed is None else said.headed.hidden
+        return _floats(values)
+
+    def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None] | None:
+        """(weight (V, D), bias (V,) or None) of a head that answers leave out; None without one.
+
+        It is known once a text has been scored.
+        """
+        name = self.teacher.adapter.head
+        if name is None:
+            return None
+        head: Any = self.teacher.module.get_submodule(name)
+        return _floats(head.weight), None if head.bias is None else _floats(head.bias)
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return values.detach().float().cpu().numpy()
 
 
 class ServedTeacher:
-    """A teacher in an actor, as one worker asks it.
+    """A teacher in an actor, as one worker asks it. A large head is sent once, not its products.
 
     At most `most` texts wait at once; the next one waits for the oldest. A call that is not
     answered within `wait_s` seconds, restarts of the actor included, is an InfraError.
@@ -62,28 +80,49 @@ class ServedTeacher:
         self.most = most
         self.wait_s = wait_s
         self.waiting: deque[Any] = deque()
+        self.head: tuple[Tensor, Tensor | None] | None = None
+        self.is_known = False  # whether the actor has been asked for its head
 
-    def ask(self, inputs: Tensor) -> Callable[[], Tensor]:
-        """Send rows (B, T, 2) to the actor; the function that is given waits for the logits."""
+    def ask(self, inputs: Tensor) -> Callable[[], Signals]:
+        """Send rows (B, T, 2) to the actor; the function that is given waits for its answer."""
         while len(self.waiting) >= self.most:
             self._answer(self.waiting[0])
-        call = self.actor.logits.remote(inputs.cpu().numpy())
+        call = self.actor.answer.remote(inputs.cpu().numpy())
         self.waiting.append(call)
-        return lambda: torch.from_numpy(self._answer(call).copy()).to(inputs.device)
+        return lambda: self._signals(self._answer(call), inputs.device)
 
-    def _answer(self, call: Any) -> NDArray[np.float32]:
+    def _signals(self, answer: NDArray[np.float32], device: torch.device) -> Signals:
+        values = torch.from_numpy(answer.copy()).to(device)
+        mask = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
+        if not self.is_known:
+            head = self._answer(self.actor.head.remote())
+            self.head = None if head is None else _on_device(head, device)
+            self.is_known = True
+        if self.head is None:
+            return Signals(values, mask)
+        return Signals.of_head(Headed(values, *self.head), mask)
+
+    def _answer(self, call: Any) -> Any:
         import ray
         import ray.exceptions
 
         try:
-            logits: Any = ray.get(call, timeout=self.wait_s)
+            answer: Any = ray.get(call, timeout=self.wait_s)
         except ray.exceptions.GetTimeoutError:
             raise InfraError(
                 f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?"
             ) from None
         if call in self.waiting:
             self.waiting.remove(call)
-        return logits
+        return answer
+
+
+def _on_device(
+    head: tuple[NDArray[np.float32], NDArray[np.float32] | None], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    weight, bias = head
+    on_device = torch.from_numpy(weight.copy()).to(device)
+    return on_device, None if bias is None else torch.from_numpy(bias.copy()).to(device)
 
 
 @contextmanager

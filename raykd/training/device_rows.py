@@ -12,7 +12,7 @@ from raykd.data import Rows
 from raykd.data.order import Order, shuffled
 from raykd.errors import StoreError
 from raykd.recipe.tables import Optim
-from raykd.signals import Batch, Signals, as_tensor
+from raykd.signals import Batch, Headed, Signals, as_tensor
 from raykd.store.layer_signals import is_signal
 from raykd.store.logits import StoredLogits
 from raykd.store.reader import Store
@@ -114,25 +114,25 @@ class DeviceRows:
             steps = self.mask.index_select(0, index) if trajectory.shape[1] > 1 else mask
             known = steps & trajectory.isfinite()
             trajectory = torch.where(known, trajectory, 0.0)
-        return Signals(
-            at["logits"] if stored is None else self._logits(stored, mask),
-            mask,
-            trajectory,
-            {k: v for k, v in at.items() if "." in k},
-            known,
-        )
+        others: dict[str, Any] = {
+            "valence": trajectory,
+            "layers": {k: v for k, v in at.items() if "." in k},
+            "valence_mask": known,
+        }
+        if stored is not None and self.head is not None:
+            return Signals.of_head(self._headed(stored, mask), mask, **others)
+        none = mask.new_zeros((*mask.shape, 0), dtype=torch.float32)  # of a sparse store
+        return Signals(at["logits"] if stored is None else none, mask, **others)
 
-    def _logits(self, stored: StoredLogits, mask: Tensor) -> Tensor:
-        """(B, T, C): logits again from stored hidden states and their head; (B, T, 0) of a sparse
-        store.
-        """
-        if self.head is None:
-            return mask.new_zeros((*mask.shape, 0), dtype=torch.float32)
-        hidden = stored.decode()
-        assert isinstance(hidden, Tensor)
+    def _headed(self, stored: StoredLogits, mask: Tensor) -> Headed:
+        """Stored hidden states (B, T, D) with their head, of which logits are made on demand."""
+        assert self.head is not None
         weight, bias = self.head
-        z = torch.nn.functional.linear(hidden.to(weight.device).float(), weight, bias)
-        return z.new_zeros((*mask.shape, len(weight))).index_put((mask,), z)
+        valid = stored.decode()
+        assert isinstance(valid, Tensor)
+        valid = valid.to(weight.device).float()
+        hidden = valid.new_zeros((*mask.shape, valid.shape[1])).index_put((mask,), valid)
+        return Headed(hidden, weight, bias)
 
 
 def to_device(

@@ -179,7 +179,7 @@ def test_a_position_is_about_the_token_after_it(name, temperature, eos, student,
     torch.testing.assert_close(
         batch.rollout.log_q[batch.mask].double(), log_q[batch.mask], rtol=1e-5, atol=1e-5
     )
-    assert torch.equal(batch.teacher.logits, teacher.logits(batch.inputs))
+    assert torch.equal(batch.teacher.logits, teacher.signals(batch.inputs).logits)
     assert torch.equal(batch.teacher.mask, batch.mask)
 
 

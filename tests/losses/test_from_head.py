@@ -7,12 +7,14 @@ in another order, so float32 bounds the difference.
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raykd import techniques
+from raykd.generation.sampling import FrozenTeacher
 from raykd.losses import fused
 from raykd.losses.objective import Objective
 from raykd.models import adapter
@@ -23,7 +25,9 @@ from raykd.quant import swap
 from raykd.recipe.precision import FP32, Precision
 from raykd.recipe.quant import Quant
 from raykd.recipe.tables import Optim, TermSpec
-from raykd.signals import Batch, Rollout, Signals
+from raykd.signals import Batch, Headed, Rollout, Signals
+from raykd.store.codecs.hidden import Hidden
+from raykd.store.logits import StoredLogits
 from raykd.targets import UNLABELLED, SparseTargets
 from raykd.training import predictions, throughput
 from raykd.training.arm import Arm
@@ -238,3 +242,92 @@ def test_what_is_told_of_a_split_is_what_the_logits_say():
     assert torch.equal(plain["answer"], few["answer"])
     for name in ("log_q", "kl"):
         torch.testing.assert_close(few[name], plain[name], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def headed_teacher(data: Batch, columns: int = VOCAB) -> Signals:
+    """A teacher of a head and its hidden states, which says what `data`'s teacher does not."""
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(B, T, 16, generator=draw)
+    weight = torch.randn(columns, 16, generator=draw)
+    bias = torch.randn(columns, generator=draw)
+    return Signals.of_head(Headed(hidden, weight, bias), data.mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms"), [case for case in CASES if case[0] != "sparse"], ids=str
+)
+def test_a_teachers_head_is_walked_beside_the_students(kind, terms):
+    data = batch(kind)
+    said = headed_teacher(data)
+    whole = replace(data, teacher=Signals(headed_teacher(data).logits, data.mask))
+    loss, gradients, _ = learnt(student(found=False), terms, whole)
+    walked = student(found=True)
+    with Largest() as largest:
+        other, others, _ = learnt(walked, terms, replace(data, teacher=said))
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(others, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    if "lk" not in str(terms):  # which needs both distributions
+        assert largest.size < int(data.mask.sum()) * VOCAB
+
+
+def test_a_padded_head_is_cut_to_its_first_columns_and_no_logits_are_made():
+    data = batch()
+    padded = headed_teacher(data, VOCAB + 3)
+    cut = padded.first_columns(VOCAB)
+    assert (padded.columns, cut.columns) == (VOCAB + 3, VOCAB)
+    assert "logits" not in vars(padded)
+    assert "logits" not in vars(cut)
+    assert torch.equal(cut.logits, padded.logits[..., :VOCAB])
+    assert torch.equal(padded.first_columns(VOCAB).logits, cut.logits)
+    assert cut.first_columns(VOCAB) is cut
+
+
+def test_a_teacher_in_this_process_leaves_its_large_head_to_the_losses():
+    torch.manual_seed(4)
+    module = Llama(classes=VOCAB, steps=T, width=16, layers=1, heads=2, kv_heads=1, inner=24)
+    module.model.layers[0].eval()
+    modes = [part.training for part in module.modules()]
+    inputs = batch().inputs
+    plain = module.eval()(inputs)["logits"]
+    for part, training in zip(module.modules(), modes, strict=True):
+        part.training = training
+    teacher = FrozenTeacher(module)
+    for _ in range(2):
+        said = teacher.ask(inputs)()
+        assert said.headed is not None
+        assert "logits" not in vars(said)
+        assert not said.headed.weight.requires_grad
+        assert [part.training for part in module.modules()] == modes
+        torch.testing.assert_close(said.logits, plain)
+    other = FrozenTeacher(Scaled(classes=VOCAB, steps=T)).ask(inputs)()
+    assert other.headed is None
+    assert other.logits.dtype == torch.float32
+
+
+def test_stored_hidden_states_keep_their_head():
+    data = batch()
+    torch.manual_seed(5)
+    states = torch.randn(B, T, 8)
+    weight = torch.randn(VOCAB, 8)
+    bias = torch.randn(VOCAB)
+    codec = Hidden(width=8, head="")
+    column = pa.chunked_array([codec.encode(states, data.mask, data.row_id.numpy(), key=0)])
+    steps = data.mask.sum(1).int().numpy()
+    rows = DeviceRows(
+        row_id=data.row_id,
+        inputs=data.inputs,
+        mask=data.mask,
+        label=data.label,
+        valence=None,
+        teacher={},
+        teacher_mask=data.mask,
+        stored=StoredLogits(column, steps, codec, "plain"),
+        head=(weight, bias),
+    )
+    said = rows.batch(torch.tensor([2, 0])).teacher
+    assert said is not None
+    assert "logits" not in vars(said)
+    mask = data.mask[[2, 0]]
+    expected = states[[2, 0]].half().float() @ weight.T + bias
+    torch.testing.assert_close(said.logits, torch.where(mask[..., None], expected, 0.0))

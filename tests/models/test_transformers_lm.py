@@ -23,7 +23,7 @@ from torch import nn
 from raykd import data, models
 from raykd.errors import DataError, RecipeError
 from raykd.generation.sampling import FrozenTeacher, on_policy
-from raykd.models import transformers_lm
+from raykd.models import adapter, transformers_lm
 from raykd.models.adapter import Adapter
 from raykd.models.llama import Llama
 from raykd.models.transformers_lm import TransformersLM, documents_by_length
@@ -111,6 +111,19 @@ def test_a_teacher_without_a_cache_scores_what_a_student_writes_and_its_padding_
         assert batch.teacher is not None
         expected = wide.model.inner(batch.inputs)["logits"][..., :CLASSES]
         torch.testing.assert_close(batch.teacher.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_of_a_model_that_reads_in_parts_is_left_to_the_losses(monkeypatch):
+    monkeypatch.setattr(adapter, "MANY", CLASSES - 1)
+    theirs = TransformersLM(Theirs(llama(CLASSES)), classes=CLASSES, steps=64).eval()
+    plain = theirs(packed())["logits"]
+    mask = torch.ones(len(LENGTHS), STEPS, dtype=torch.bool)
+    made = Adapter(theirs)
+    made.find_head(packed(), mask)
+    assert made.head == "model.inner.lm_head"
+    said = made(packed(), mask)
+    assert said.headed is not None
+    torch.testing.assert_close(said.logits, plain, rtol=1e-5, atol=1e-5)
 
 
 # With the library itself.

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 import texts
+import torch
 from command import in_workers, raykd
 from safetensors.numpy import load_file
+
+from raykd.generation.sampling import FrozenTeacher
+from raykd.models import adapter
+from raykd.models.llama import Llama
+from raykd.orchestration.teachers import ServedTeacher, TeacherActor
 
 pytestmark = pytest.mark.ray
 OWN = """
@@ -64,3 +70,39 @@ def test_a_teacher_that_dies_costs_time_alone(recipe, session, tmp_path):
     assert (
         max(abs(found[name] - wanted[name]).max() for name in wanted) < 1e-3
     )  # mostly none: see test_recovery
+
+
+def test_a_served_teachers_large_head_is_sent_once(cluster):
+    import ray
+
+    def llama() -> Llama:
+        torch.manual_seed(0)
+        return Llama(classes=9, steps=6, width=16, layers=1, heads=2, kv_heads=1, inner=24).eval()
+
+    class Actor(TeacherActor):
+        def __init__(self, many: int):
+            adapter.MANY = many
+            self.device = torch.device("cpu")
+            self.calls = 0
+            self.teacher = FrozenTeacher(llama())
+            self.heads = 0
+
+        def head(self) -> Any:
+            self.heads += 1
+            return super().head()
+
+        def asked(self) -> int:
+            return self.heads
+
+    inputs = torch.stack([torch.arange(6) % 9, torch.arange(6)], -1).int()[None]
+    expected = llama()(inputs)["logits"]
+    for many, has_head in ((8, True), (9, False)):
+        name = f"teacher-of-{many}"
+        actor: Any = ray.remote(num_cpus=0)(Actor).options(name=name).remote(many)
+        served = ServedTeacher(name, most=2, wait_s=60)
+        for answer in [served.ask(inputs), served.ask(inputs)]:
+            said = answer()
+            assert (said.headed is not None) == has_head
+            torch.testing.assert_close(said.logits, expected)
+        assert ray.get(actor.asked.remote(), timeout=60) == 1
+        ray.kill(actor)
