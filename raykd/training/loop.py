@@ -140,6 +140,7 @@ def train(
                 if checkpoints and stop():
                     # text that a student wrote at an earlier step is not in a checkpoint
                     if world.size == 1 and not arm.source:
+                        step.check_finite()
                         state.save(checkpoints, seen, step.spreads)
                     checkpoints.wait()
                     raise SystemExit(TERMINATED)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,9 @@ class TrainStep:
         self.pace = Pace.begun(rows.device)
         self.form: AnswerForm | None = None  # of the student, once it is asked
         # of all terms, since the last report: counts known before the answers, and those of them
-        self.foretold = torch.zeros(2, len(state.learner.objective.weights), dtype=torch.float64)
+        terms = len(state.learner.objective.weights)
+        self.foretold = torch.zeros(2, terms, dtype=torch.float64)
+        self.spoilt = Spoilt.none(terms, rows.device)
         # the first rows of a global batch are the student's own
         self.num_own = arm.source.rows(optim.batch) if arm.source else 0
         self.device = rows.device
@@ -97,15 +99,26 @@ class TrainStep:
         sums, counts = self._gradients(batches, number / self.optim.steps, seed)
         if isinstance(batches[0].targets, Targets):
             self.temperatures = tuple(batches[0].targets.decoded)
-        norm = self._clip()
-        if not math.isfinite(norm):
-            global_sums = self.world.sum(sums)
-            global_counts = self.world.sum(counts)
-            raise Diverged(_diverged(self.state, self.arm, global_sums, global_counts))
+        terms = torch.stack([sums, counts])
+        is_finite = self._clip().isfinite()
+        self.spoilt = self.spoilt.noted(~is_finite, number, terms)
+        # The optimiser leaves out a step whose gradient is not finite: to ask here whether it is
+        # would wait for a GPU's queue.
+        optimizer.found_inf = (~is_finite).to(torch.float32)  # type: ignore[attr-defined]
         for group in optimizer.param_groups:
             group["lr"] = self.span.learning_rate(self.optim, number)
         optimizer.step()
-        return torch.stack([sums, counts])
+        return terms
+
+    def check_finite(self) -> None:
+        """Diverged where a step since the beginning had a gradient that was not finite.
+
+        All workers must ask together.
+        """
+        number = int(self.spoilt.step)
+        if number >= 0:
+            sums, counts = self.world.sum(self.spoilt.terms)
+            raise Diverged(_diverged(self.state, self.arm, number, sums, counts))
 
     def _clip(self) -> Tensor:
         """The norm of the gradient, which is scaled down where that is above `optim.clip`."""
@@ -195,7 +208,9 @@ class TrainStep:
         """What is reported beside the terms since the last call.
 
         `weights` is the mean spread of row weights, `lag` the greatest age of the student's text.
+        Errors as of `check_finite`.
         """
+        self.check_finite()
         self._check_counts()
         metrics: dict[str, Any] = {}
         if self.spreads:
@@ -283,6 +298,24 @@ class TrainStep:
         return self.rows.batch(index.to(self.device), noise)
 
 
+class Spoilt(NamedTuple):
+    """The first step whose gradient was not finite, on the device: nothing is asked of it."""
+
+    step: Tensor  # () int64; -1: there is none
+    terms: Tensor  # (2, terms): this rank's sums and counts of that step
+
+    @classmethod
+    def none(cls, terms: int, device: torch.device) -> "Spoilt":
+        step = torch.full((), -1, dtype=torch.int64, device=device)
+        return cls(step, torch.zeros(2, terms, device=device))
+
+    def noted(self, is_bad: Tensor, step: int, terms: Tensor) -> "Spoilt":
+        """The same after one more step."""
+        is_first = is_bad & (self.step < 0)
+        number = torch.where(is_first, step, self.step)
+        return Spoilt(number, torch.where(is_first, terms, self.terms))
+
+
 @dataclass(frozen=True)
 class AnswerForm:
     """How many steps a student's answer and inner layers have, whatever the rows."""
@@ -323,11 +356,11 @@ def reseed(device: torch.device, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
-def _diverged(state: State, arm: Arm, sums: Tensor, counts: Tensor) -> str:
+def _diverged(state: State, arm: Arm, step: int, sums: Tensor, counts: Tensor) -> str:
     means = (sums / counts.clamp(min=1)).tolist()
     by_name = zip(state.learner.objective.weights, means, strict=True)
     terms = ", ".join(f"{name} {value:.3g}" for name, value in by_name)
     return (
-        f"arm {arm.key}: the gradient is not finite at step {state.step} ({terms}); "
+        f"arm {arm.key}: the gradient is not finite at step {step} ({terms}); "
         "lower optim.learning_rate"
     )

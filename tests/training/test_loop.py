@@ -530,6 +530,25 @@ def test_a_gradient_that_overflows_stops_the_run():
         train(ARM, OPTIM, student, tiny_rows(), lambda _: {})
 
 
+def test_a_step_that_is_not_finite_is_left_out_and_told_at_the_next_report():
+    """To ask at every step would wait for a GPU's queue, so the optimiser leaves it out."""
+    found: list[dict[str, torch.Tensor]] = []
+    student = tiny_student()
+
+    def tick(step: int, pace: Any) -> None:
+        found.append({k: v.clone() for k, v in student.state_dict().items()})
+
+    with pytest.raises(DataError, match=r"not finite at step \d+ \(ce \S+, kd nan") as caught:
+        train(ARM, OPTIM, student, spoilt(tiny_rows()), lambda _: {}, tick=tick)
+    spoilt_step = int(str(caught.value).split("at step ")[1].split()[0])
+    before = tiny_student().state_dict() if spoilt_step == 0 else found[spoilt_step - 1]
+    assert_equal_bits(found[spoilt_step], before)
+    assert len(found) % OPTIM.evaluate_every == 0 or len(found) == OPTIM.steps
+    assert spoilt_step < len(found) <= spoilt_step + OPTIM.evaluate_every
+    for weights in found:
+        assert all(torch.isfinite(v).all() for v in weights.values())
+
+
 class Forgetful(SeriesEncoder):
     """The encoder behind dropout, which draws from torch's own generator."""
 
