@@ -25,7 +25,7 @@ NOT_HASHED = {"name", "setting", "scale", "track", "export"}
 LATER: dict[str, tuple[str, ...]] = {
     "precision": ("teacher", "student", "attention", "matmul"),
     "": ("select", "precision", "task"),
-    "optim": ("order", "lanes", "window", "betas", "decay", "schedule"),
+    "optim": ("order", "lanes", "window", "betas", "decay", "ema", "schedule"),
     "data": ("splits", "steps", "max_unfit"),
     "student": ("like", "layers"),
 }

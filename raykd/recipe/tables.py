@@ -332,6 +332,8 @@ class Optim(Table):
     """How slowly AdamW's mean of the gradient, and that of its square, follow."""
     decay: Literal["all", "matrices"] = "all"
     """The parameters that decay: all, or not those of norms and biases."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The decay of a running mean of the weights, which is then what is validated and kept."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """The learning rate after the warm-up: falling to 0 in a line or a half wave, or constant."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05

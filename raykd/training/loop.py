@@ -69,10 +69,11 @@ def train(
     the numbers of `precision`; validation is in float32. With `micro` a forward pass reads so many
     rows, with the loss and gradient of the whole share. With a `sharding` the student, its
     gradients and its optimiser's state lie in parts on the workers; `student` has the weights in
-    the end. `report(step, metrics)` is called
-    every `optim.evaluate_every` steps and after the last, on every rank, with the mean of each term
-    since the last call and what `evaluate(student)` says. `tick(step, pace)` is called after every
-    step, and told how fast rows are read.
+    the end. With `optim.ema` the weights that are validated and kept are a running mean.
+
+    `report(step, metrics)` is called every `optim.evaluate_every` steps and after the last, on
+    every rank, with the mean of each term since the last call and what `evaluate(student)` says.
+    `tick(step, pace)` is called after every step, and told how fast rows are read.
     """
     device = rows.device
     _leave_out_head(student, rows)
@@ -85,7 +86,7 @@ def train(
     learner = Learner(shards.in_parts if shards else student, objective, precision).to(device)
     if shards:
         shards.part(learner)
-    state = State(learner, optimizer_of(learner, optim), shards=shards)
+    state = State(learner, optimizer_of(learner, optim), shards=shards, ema=optim.ema)
     plan = phases.spans(arm.phases, optim.steps)
     chosen = checkpoints.choose(world, device) if checkpoints else None
     begun = [span for span in plan if span.first < (chosen.step if chosen else 1)]
@@ -115,6 +116,7 @@ def train(
                 began = time.perf_counter()
                 started = clock(device)
                 seen += step()
+                state.follow()
                 state.step += 1
                 state.seconds += clock(device) - started
                 step.pace.seconds += time.perf_counter() - began
@@ -248,7 +250,7 @@ def _summary(
     means = (seen[0] / seen[1].clamp(min=1)).tolist()
     terms = dict(zip(objective.weights, means, strict=True))
     loss = sum(objective.weights[n] * v for n, v in terms.items())
-    with state.whole():
+    with state.averaged(), state.whole():
         measured = evaluate(state.student)
     return {"step": state.step, "loss": loss, "terms": terms, **told, **measured}
 

@@ -19,6 +19,7 @@ from raykd.recipe.precision import FP32, Precision
 from raykd.signals import Batch
 from raykd.training import phases
 from raykd.training.arm import World
+from raykd.training.average import Average
 from raykd.training.checkpoints import Checkpoints, Kept
 from raykd.training.phases import Span
 from raykd.training.pieces import extent_of, local_of, put, put_rows, rows_like
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from raykd.training.sharding import Shards
 
 STUDENT = "student.module."  # before the names of a student's tensors among a learner's
+MEAN = "mean."  # before the names of the means of its parameters
 
 
 class Learner(nn.Module):
@@ -79,6 +81,8 @@ class State:
     best: Best | None = None
     throughput: dict[str, float] = field(default_factory=dict)  # once it has ended
     shards: "Shards | None" = None  # where the student lies in parts on the workers
+    ema: float | None = None  # the decay of the mean of its weights in a phase
+    average: Average | None = None
 
     @property
     def student(self) -> Adapter:
@@ -88,6 +92,15 @@ class State:
     def whole(self) -> AbstractContextManager[None]:
         """Within it the whole student has its weights; all workers must enter it together."""
         return self.shards.whole() if self.shards else nullcontext()
+
+    def follow(self) -> None:
+        """Take a step's weights into their mean."""
+        if self.average:
+            self.average.update()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the student has the weights that are validated and kept."""
+        return self.average.within() if self.average else nullcontext()
 
     def writes(self, world: World) -> bool:
         """Whether this worker writes a checkpoint, or a part of it."""
@@ -102,23 +115,27 @@ class State:
         for number, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optim.{number}.{slot}": v for slot, v in slots.items()}
         tensors["seen"] = seen
+        means = self.average.means if self.average else {}
+        tensors |= {f"{MEAN}{k}": v for k, v in means.items()}
         settled: dict[str, Tensor] = {}
         if self.best:
-            settled = {f"best.{k}": v for k, v in self.best.tensors.items()}
-            if self.best.summary["step"] == self.step:  # they are the student's own
-                settled |= {f"model.{STUDENT}{k}": v for k, v in self.best.tensors.items()}
+            best = self.best.tensors
+            settled = {f"best.{k}": v for k, v in best.items()}
+            if self.best.summary["step"] == self.step:  # they are the student's own, or their mean
+                own = {f"model.{STUDENT}{k}": v for k, v in best.items()}
+                settled |= {f"{MEAN}{k}": best[k] for k in means} if means else own
         part = self.shards.own if self.shards else None
         found = {k: extent_of(v) for k, v in tensors.items()}
         extents = {k: extent for k, extent in found.items() if extent}
         if self.best:
-            own = {k: extents.get(f"model.{STUDENT}{k}") for k in self.best.tensors}
-            extents |= {f"best.{k}": extent for k, extent in own.items() if extent}
+            alike = {k: extents.get(f"model.{STUDENT}{k}") for k in self.best.tensors}
+            extents |= {f"best.{k}": extent for k, extent in alike.items() if extent}
         if part and part.number > 0:  # what all workers have is in the first one's file
             tensors = {k: v for k, v in tensors.items() if k in extents}
             settled = {k: v for k, v in settled.items() if k in extents}
         changing = {k: local_of(v) for k, v in tensors.items() if k not in settled}
-        best = self.best.summary if self.best else None
-        meta = {"seconds": self.seconds, "history": list(self.history), "best": best}
+        summary = self.best.summary if self.best else None
+        meta = {"seconds": self.seconds, "history": list(self.history), "best": summary}
         meta["spreads"] = [asdict(spread) for spread in spreads]
         checkpoints.save(self.step, changing, meta, settled, part, extents)
 
@@ -143,6 +160,8 @@ class State:
                 value = rows_like(whole, tensors, key) if slot != "step" else tensors[key]
                 slots.setdefault(int(number), {})[slot] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        if self.average:
+            self.average.restore(tensors, MEAN)
         if meta["best"] is not None:
             best = _under("best.", tensors)
             if self.shards:
@@ -171,6 +190,8 @@ class State:
         if scales:
             self.optimizer.add_param_group({"params": scales, "weight_decay": 0.0})
         self.best = None
+        if self.ema is not None:
+            self.average = Average(self.learner.student.module, self.ema)
 
     def judge(self, span: Span, select: str) -> None:
         """Keep the student if it is its phase's best, fully rounded, by the last validation."""
@@ -180,11 +201,15 @@ class State:
             return
         if self.best and value <= self.best.summary[name]:
             return
-        tensors = self.learner.student.module.state_dict()
-        self.best = Best(self.history[-1], on_host({k: local_of(v) for k, v in tensors.items()}))
+        with self.averaged():
+            tensors = self.learner.student.module.state_dict()
+            local = {k: local_of(v) for k, v in tensors.items()}
+            self.best = Best(self.history[-1], on_host(local))
 
     def end(self) -> None:
-        """Go back to the phase's best student."""
+        """Go back to the phase's best student, or to the mean of its weights."""
+        if self.average:
+            self.average.put()
         if self.best and self.shards:
             put(self.learner.student.module.state_dict(), self.best.tensors)
         elif self.best:

@@ -503,6 +503,59 @@ def test_checkpoints_are_taken_at_the_first_report_after_each_interval(tmp_path)
     ]  # the report after 36 is the last, which ends the run
 
 
+AVERAGED = OPTIM.model_copy(update={"ema": 0.8})
+
+
+def test_with_ema_the_mean_of_the_weights_is_validated_and_kept():
+    """mean_n = d^n w_0 + (1 - d) sum_i d^(n - i) w_i, of the weights of a training without it."""
+    weights: list[dict[str, torch.Tensor]] = []
+    judged: list[dict[str, torch.Tensor]] = []
+    plain = tiny_student()
+
+    def note(into: list[dict[str, torch.Tensor]], student: torch.nn.Module) -> dict[str, float]:
+        into.append({k: v.double().clone() for k, v in student.state_dict().items()})
+        return {}
+
+    note(weights, plain)
+    every = OPTIM.model_copy(update={"evaluate_every": 1})
+    train(ARM, every, plain, tiny_rows(), lambda student: note(weights, student))
+    student = tiny_student()
+    train(ARM, AVERAGED, student, tiny_rows(), lambda student: note(judged, student))
+    for number, found in enumerate(judged, 1):
+        steps = number * OPTIM.evaluate_every
+        for name, value in found.items():
+            share = 0.2 * 0.8 ** torch.arange(steps - 1, -1, -1, dtype=torch.double)
+            later = torch.stack([weights[step][name] for step in range(1, steps + 1)])
+            mean = 0.8**steps * weights[0][name] + torch.tensordot(share, later, 1)
+            torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-6)
+    kept = {k: v.double() for k, v in student.state_dict().items()}
+    assert_equal_bits(kept, judged[-1])
+
+
+@pytest.mark.parametrize("select", [None, "accuracy"])
+def test_a_mean_that_is_resumed_is_that_of_a_training_that_was_not_ended(select, tmp_path):
+    arm = replace(ARM, select=select)
+
+    def run(evaluated: int = 0, **keywords: Any) -> State:
+        """It validates worse each time, and has done so before."""
+        values = count(100 - evaluated, -1)
+
+        def evaluate(_: torch.nn.Module) -> dict[str, float]:
+            return {"val_accuracy": next(values) / 100}
+
+        return train(arm, AVERAGED, tiny_student(), tiny_rows(), evaluate, **keywords)
+
+    whole = run()
+    kept = Checkpoints(tmp_path, keep=99)
+    run(checkpoints=kept, checkpoint_every=5)
+    for step, path in kept._found():
+        if step > 20:
+            path.unlink()
+    resumed = run(4, checkpoints=kept, checkpoint_every=99)
+    assert_equal_bits(weights_of(resumed), weights_of(whole))
+    assert resumed.kept["step"] == whole.kept["step"] == (10 if select else OPTIM.steps)
+
+
 def test_a_nan_stops_the_run_names_the_terms_and_reaches_no_weight():
     student = tiny_student()
     snapshots = []

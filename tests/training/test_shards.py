@@ -54,6 +54,7 @@ ARM = Arm(
     },
 )
 CHOSEN = replace(ARM, select="accuracy", phases=(Phase(until=0.5), Phase(until=1.0)))
+AVERAGED = OPTIM.model_copy(update={"ema": 0.5})  # of the arms that choose
 SAVED: dict[str, Any] = {"checkpoint_every": 4}
 BF16 = Precision.model_validate({"student": "bf16"})
 # shard, the nodes of two workers, and what else a training is given
@@ -107,7 +108,7 @@ def trained(
     begins = student(recompute=recompute)
     return train(
         arm,
-        OPTIM,
+        AVERAGED if arm.select else OPTIM,
         begins,
         rows_for(arm),
         judged,
