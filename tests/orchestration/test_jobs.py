@@ -109,6 +109,9 @@ def test_what_env_prints_leads_a_command_to_the_head(head, tiny, tmp_path):
     done = call(*command, env=head | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("tiny-*/report.json"))
+    status = call("ray", "status", env=head)
+    assert status.returncode == 0, status.stderr
+    assert "2.0 CPU" in status.stdout
 
 
 def test_a_job_with_a_broken_recipe_fails(head, sources):
