@@ -6,6 +6,9 @@ student.onnx          the best seed's student, by validation accuracy, for onnxr
 student.safetensors   the weights, if it was not: for raykd, and all there is of a student that
                       ONNX cannot hold
 model.json            the model's name and settings, class names, and how a row must look
+config.json, model.safetensors, tokenizer_config.json
+                      of a text classifier of transformers that is not rounded, in place of
+                      student.safetensors: transformers reads the folder as its own
 tokenizer.json        of sentences: what makes tokens of a text
 run.py                classifies rows, or texts, of any length up to the longest, each by itself
 student.*             the other forms that `[export]` asks for, each compared with the student
@@ -28,7 +31,7 @@ from torch import nn
 
 from raykd import models
 from raykd.data import Dataset, Rows
-from raykd.deploy import forms, latency, own_script, packed, sizes
+from raykd.deploy import classifier_folder, forms, latency, own_script, packed, sizes
 from raykd.deploy.manifest import STUDENT, is_complete, read_manifest
 from raykd.deploy.manifest import check as check_files
 from raykd.deploy.onnx import session as onnx_session
@@ -38,11 +41,13 @@ from raykd.errors import GateError, RecipeError, StoreError
 from raykd.files.atomic import read_json, whole_folder, write_bytes, write_json
 from raykd.files.digests import file_sha256
 from raykd.models.adapter import Adapter
+from raykd.models.hf_classifier import TransformersClassifier
 from raykd.quant import swap
 from raykd.recipe import imports
 from raykd.recipe.quant import Quant
 from raykd.recipe.recipe import Export, Recipe
-from raykd.recipe.tables import ModelRef
+from raykd.recipe.tables import StudentRef
+from raykd.recipe.weight_files import TRANSFORMERS
 from raykd.training import phases, predictions, run_files
 from raykd.training.arms import best_seed
 from raykd.training.device_rows import to_device
@@ -53,6 +58,7 @@ LARGEST_DIFFERENCE = 1e-4  # of logits; the same weights in the same arithmetic 
 WEIGHTS = "student.safetensors"
 ONNX = "student.onnx"
 MODEL = "model.json"
+TENSORS = "model.safetensors"  # the weights of a folder that transformers reads
 TOKENIZER = "tokenizer.json"
 ALONE = 512  # test rows that the trained student reads one by one, too
 # Of float32 in another runtime. Where two logits are equal, either may be the larger one.
@@ -88,12 +94,16 @@ def export(
         trained = _trained(staged, arm, dataset) if kept is None else kept
         (staged / WEIGHTS).write_bytes((arm / run_files.WEIGHTS).read_bytes())
         measured = _write_student(recipe, dataset, staged, trained)
+        is_folder = _write_folder(staged, dataset)
         _describe_rows(staged, dataset)
         _add_cards(staged, recipe, dataset)
         answers = predict(staged, dataset.splits["test"])
         assert answers.logits is not None
         parity = _parity(staged, arm, dataset, trained, answers.logits, recipe.quant)
         form_parity = _forms(recipe, dataset, staged, arm, trained)
+        if is_folder:
+            test = dataset.splits["test"]
+            form_parity[TENSORS] = classifier_folder.parity(staged, test, trained, SAME)
         manifest = _manifest(staged, seed, recipe.quant, parity)
         manifest |= measured
         manifest |= {"export": recipe.export.model_dump()}
@@ -108,6 +118,18 @@ def export(
     return manifest
 
 
+def _write_folder(staged: Path, dataset: Dataset) -> bool:
+    """Let transformers read a text classifier of its own that is not rounded; whether it is one."""
+    is_of_transformers = _described(staged)["model"] == TRANSFORMERS
+    if not dataset.is_sentences or not is_of_transformers or not (staged / WEIGHTS).exists():
+        return False
+    module = load_artefact(staged).module
+    assert isinstance(module, TransformersClassifier)
+    classifier_folder.write(module, staged, dataset.classes)
+    (staged / WEIGHTS).unlink()
+    return True
+
+
 def _add_cards(staged: Path, recipe: Recipe, dataset: Dataset) -> None:
     """Write run.py and README.md, and of sentences the tokeniser that they need."""
     title = f"{recipe.name} ({recipe.technique})"
@@ -120,8 +142,14 @@ def _add_cards(staged: Path, recipe: Recipe, dataset: Dataset) -> None:
     copy_cards(staged, title, run="run_text.py", readme="README_text.md")
     described = _described(staged)
     card = staged / "README.md"
-    told = card.read_text("utf-8").replace("LONGEST", str(described["rows"]["longest"]))
-    card.write_text(told.replace("CLASSES", ", ".join(described["classes"])), "utf-8")
+    longest = described["rows"]["longest"]
+    told = card.read_text("utf-8").replace("LONGEST", str(longest))
+    told = told.replace("CLASSES", ", ".join(described["classes"]))
+    if (staged / TENSORS).exists():
+        told = classifier_folder.HUB + told
+        if recipe.data.tokenizer:
+            classifier_folder.write_tokenizer(Path(recipe.data.tokenizer), staged, longest)
+    card.write_text(told, "utf-8")
 
 
 def _trained(staged: Path, arm: Path, dataset: Dataset) -> Logits:
@@ -368,7 +396,8 @@ def load_artefact(folder: Path, *, allow_import: Collection[str] = ()) -> Adapte
     """
     check_files(folder)
     imports.permit(allow_import)
-    return Adapter(_student(_described(folder), folder / WEIGHTS)).eval()
+    weights = WEIGHTS if (folder / WEIGHTS).exists() else TENSORS
+    return Adapter(_student(_described(folder), folder / weights)).eval()
 
 
 def unpack_artefact(folder: Path, *, allow_import: Collection[str] = ()) -> Adapter:
@@ -420,7 +449,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def _built(described: Mapping[str, Any]) -> nn.Module:
     """The module that a model.json describes, in full precision and untrained."""
-    ref = ModelRef(model=described["model"], settings=described["settings"])
+    ref = StudentRef(model=described["model"], settings=described["settings"])
     shape = {
         "channels": described["channels"],
         "steps": described["steps"],
@@ -436,7 +465,11 @@ def _student(described: Mapping[str, Any], weights: Path) -> nn.Module:
     quant = described.get("quant")
     if quant:
         phases.round_as(module, Quant.model_validate(quant))
-    models.load_weights(module, weights, "artefact")
+    # transformers names a tensor by its own model, which lies in the student
+    if weights.name == TENSORS and isinstance(module, TransformersClassifier):
+        models.load_weights(module.model, weights, "artefact")
+    else:
+        models.load_weights(module, weights, "artefact")
     return module
 
 
@@ -524,7 +557,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """What the manifest of every artefact says."""
     files = files_of(staged)
-    name = ONNX if ONNX in files else WEIGHTS
+    name = next(name for name in (ONNX, WEIGHTS, TENSORS) if name in files)
     onnx_format = f"onnx {quant.weights if quant else 'fp32'}"
     return {
         "schema": 1,

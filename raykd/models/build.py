@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from raykd.errors import RecipeError
-from raykd.models import hf_folder, start, transformers_lm
+from raykd.models import hf_classifier, hf_folder, start, transformers_lm
 from raykd.models.form import Form, set_attention
 from raykd.models.llama import Llama
 from raykd.models.series_encoder import SeriesEncoder
@@ -70,6 +70,8 @@ def build_frozen(ref: ModelRef, shape: dict[str, int], form: Form, *, key: str) 
 
 
 def _built(ref: ModelRef, shape: dict[str, int], key: str, form: Form | None) -> nn.Module:
+    if ref.model == TRANSFORMERS and "tokens" in shape:
+        return _in_form(hf_classifier.build(ref, shape, key, form), form)
     if ref.model == TRANSFORMERS or _is_whole_folder(ref):
         classes = shape["classes"]
         module = _read_folder(ref, classes=classes, steps=shape["steps"], key=key, form=form)
@@ -128,7 +130,7 @@ def count_parameters(
 
     Of a folder that transformers reads, the numbers in its files.
     """
-    if ref.model == TRANSFORMERS:
+    if ref.model == TRANSFORMERS and not isinstance(ref, StudentRef):
         return numbers_in(tensor_files(Path(str(ref.weights))))
     if _is_whole_folder(ref):
         module: nn.Module = hf_folder.unfilled(Path(str(ref.weights)))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raykd.errors import Problem, RecipeError
-from raykd.models import hf_folder
+from raykd.models import hf_classifier, hf_folder
 from raykd.models.weights import fill, read_tensors
 from raykd.recipe.tables import StudentRef
 from raykd.recipe.weight_files import LLAMA, TRANSFORMERS
@@ -23,12 +23,12 @@ IN_A_LAYER = re.compile(r"(?P<before>\D*)\.(?P<number>\d+)\.(?P<within>.+)")
 
 
 def resolved(
-    student: Mapping[str, Any], teacher: Mapping[str, Any]
+    student: Mapping[str, Any], teacher: Mapping[str, Any], *, of_texts: bool = False
 ) -> tuple[dict[str, Any], list[Problem]]:
     """A raw [student] with the model, settings and weights that `like` and a folder stand for.
 
     What is wrong with them comes second; the student is then as it was. `teacher` is the raw
-    [teacher].
+    [teacher], and `of_texts` says that rows are texts with a class.
     """
     like = student.get("like")
     layers = student.get("layers")
@@ -37,7 +37,9 @@ def resolved(
         return dict(student), []  # the table itself refuses it
     try:
         if like:
-            student = _as_teacher(student, teacher)
+            student = _as_teacher(student, teacher, of_texts=of_texts)
+        if of_texts and student.get("model") == TRANSFORMERS:
+            return _with_config(dict(student)), []
         return _with_settings(dict(student)), []
     except RecipeError as error:
         found = [
@@ -99,9 +101,15 @@ def kept_layers(
     return found
 
 
-def _as_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+def _as_teacher(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], *, of_texts: bool
+) -> dict[str, Any]:
     """A student of the teacher's model, settings and weights."""
     own = [name for name in ("model", "settings", "weights") if student.get(name)]
+    is_classifier = of_texts and teacher.get("model") == TRANSFORMERS
+    if is_classifier:  # of which it may say the model, and change settings
+        is_said = {"settings": True, "model": student.get("model") == TRANSFORMERS}
+        own = [name for name in own if not is_said.get(name)]
     if own:
         text = 'cannot be said beside like = "teacher", which takes it from there; leave one out'
         raise RecipeError([Problem(f"student.{own[0]}", text)])
@@ -109,10 +117,14 @@ def _as_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[
         text = '"teacher", but there is no [teacher] with weights; add one, or leave it out'
         raise RecipeError([Problem("student.like", text)])
     taken = {name: teacher[name] for name in ("model", "settings", "weights") if name in teacher}
-    if taken.get("model") == TRANSFORMERS:  # a Llama is read by either
+    if is_classifier:
+        taken["settings"] = student.get("settings") or {}
+    elif taken.get("model") == TRANSFORMERS:  # a Llama is read by either
         taken["model"] = LLAMA
     settings = taken.get("settings") or {}
     layers = student.get("layers")
+    if is_classifier:
+        layers = None  # they are counted by the folder
     if layers is not None and not Path(str(taken["weights"])).is_dir():
         if not isinstance(settings.get(LAYERS), int):
             text = f"are counted by teacher.settings.{LAYERS}, which is missing; write it"
@@ -121,6 +133,24 @@ def _as_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[
         taken["settings"] = settings | {LAYERS: len(layers)}
     rest = {name: value for name, value in student.items() if name != "like"}
     return rest | taken
+
+
+def _with_config(student: dict[str, Any]) -> dict[str, Any]:
+    """A text classifier of transformers with the settings of its folder under its own."""
+    own = student.get("settings") or {}
+    if not isinstance(own, dict):
+        return student  # the table itself refuses it
+    weights = student.get("weights")
+    layers = student.get("layers")
+    found: dict[str, Any] = {}
+    if isinstance(weights, str) and Path(weights).is_dir():
+        found = hf_classifier.settings_of(Path(weights), layers)
+    elif layers is not None:
+        text = "are those that are kept of a folder in student.weights; name it, or leave it out"
+        raise RecipeError([Problem("student.layers", text)])
+    student["settings"] = found | own
+    hf_classifier.check_settings(student["settings"])
+    return student
 
 
 def _with_settings(student: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ read as if it were alone, even by an architecture that has no mask between docum
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,28 +121,16 @@ def read(folder: Path, form: Form | None = None) -> TransformersLM:
         raise RecipeError(
             "model = \"transformers\" needs transformers; type: pip install 'raykd[hf]'"
         ) from None
-    try:
+    with unreadable(folder, "as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=form.dtype,
             attn_implementation=form.implementation,
             output_loading_info=True,
-            **_placing(form),
+            **placing(form),
             **READ,
         )
-        model, loading = loaded
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        raise RecipeError(
-            f"{folder}: transformers cannot read it as a causal language model: {error}"
-        ) from None
+    model, loading = loaded
     absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
@@ -153,7 +143,24 @@ def read(folder: Path, form: Form | None = None) -> TransformersLM:
     )
 
 
-def _placing(form: Form) -> dict[str, Any]:
+@contextmanager
+def unreadable(folder: Path, what: str) -> Iterator[None]:
+    """RecipeError in place of what transformers raises where it cannot read a folder."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        raise RecipeError(f"{folder}: transformers cannot read it {what}: {error}") from None
+
+
+def placing(form: Form) -> dict[str, Any]:
     """What lets transformers read weights straight to a GPU, where its helper is installed."""
     if form.device.type == "cpu" or importlib.util.find_spec("accelerate") is None:
         return {}

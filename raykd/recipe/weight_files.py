@@ -93,17 +93,19 @@ def hashed_files(folder: Path) -> list[Path]:
 
 
 def problems(
-    table: str, values: dict[str, Any], files: Sequence[str], *, is_text: bool
+    table: str, values: dict[str, Any], files: Sequence[str], *, kind: str
 ) -> list[Problem]:
     """What is wrong with the weights of a raw [teacher] or [student].
 
-    `files` are the paths that `weights` stands for: one, or one for each seed.
+    `files` are the paths that `weights` stands for: one, or one for each seed. `kind` is that of
+    the rows: series, text or sentences.
     """
     key = f"{table}.weights"
     weights = values["weights"]
     if Path(weights).is_dir():
-        return _folder_problems(table, values, is_text)
-    if values.get("model") == TRANSFORMERS:
+        return _folder_problems(table, values, kind)
+    is_trained = kind == "sentences" and table == "student"  # of settings, and filled from a file
+    if values.get("model") == TRANSFORMERS and not is_trained:
         text = f'model = "{TRANSFORMERS}" needs a Hugging Face folder; {weights} is not a folder'
         return [Problem(key, text)]
     if Path(weights).suffix != ".safetensors":
@@ -114,10 +116,12 @@ def problems(
     return [Problem(key, f"no file {path}") for path in files if not Path(path).is_file()]
 
 
-def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[Problem]:
+def _folder_problems(table: str, values: dict[str, Any], kind: str) -> list[Problem]:
     folder = Path(values["weights"])
     problems = []
     readers = (LLAMA,) if table == "student" else (LLAMA, TRANSFORMERS)
+    if kind == "sentences":
+        readers = (TRANSFORMERS,)
     if values.get("model") not in (*readers, TRANSFORMERS):  # which is refused by its name
         named = " or ".join(f'"{name}"' for name in readers)
         text = f"{folder} is a folder, which is read by model = {named}"
@@ -125,8 +129,8 @@ def _folder_problems(table: str, values: dict[str, Any], is_text: bool) -> list[
     if table == "teacher" and values.get("settings"):
         text = f"stand in {folder / CONFIG}; leave them out here"
         problems.append(Problem(f"{table}.settings", text))
-    if not is_text:
-        text = f"{folder} is a language model; name data.tokenizer, or a file"
+    if kind == "series":
+        text = f"{folder} is a model of texts; name data.tokenizer, or a file"
         problems.append(Problem(f"{table}.weights", text))
     for read in (config_of, tensor_files):
         try:

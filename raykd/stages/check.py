@@ -16,6 +16,7 @@ from raykd.deploy import run_artefact
 from raykd.errors import RecipeError
 from raykd.generation import judge_drafter
 from raykd.losses.terms import needs_of
+from raykd.models import hf_classifier
 from raykd.models.probe import (
     ProbeRows,
     check_numbers,
@@ -115,9 +116,13 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
     """
     teacher = recipe.teacher
     probed: list[tuple[str, ModelRef, Any]] = [("student", recipe.student.bare, check_student)]
-    # A teacher in a folder is found out as it is read: its columns, its steps, that it is causal.
-    if teacher is not None and teacher.model != TRANSFORMERS and not _is_folder(teacher):
+    # A language model in a folder is found out as it is read: its columns, its steps, that it is
+    # causal.
+    of_folder = teacher and (teacher.model == TRANSFORMERS or _is_folder(teacher))
+    if teacher is not None and (table.is_sentences or not of_folder):
         probed.append(("teacher", teacher, check_teacher))
+    if table.is_sentences:
+        _check_folders(recipe, table)
     every_row = _probe_rows(train, len(table.classes))
     for key, ref, check in probed:
         rows = every_row._replace(may_have_more=key == "teacher" and table.is_text)
@@ -141,6 +146,18 @@ def _check_models(recipe: Recipe, table: Table, train: Rows) -> None:
                     from raykd.training.sharding import check_parts
 
                     check_parts(module, rows.inputs, rows.mask)
+
+
+def _check_folders(recipe: Recipe, table: Table) -> None:
+    """RecipeError where the folder of a text classifier is of other classes, or cannot be read."""
+    for key, ref in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if ref is None or ref.model != TRANSFORMERS or not _is_folder(ref):
+            continue
+        folder = Path(str(ref.weights))
+        if key == "teacher":
+            hf_classifier.check_names(folder, table.classes, key)
+        else:  # the probe asks one without weights
+            models.build_model(ref, **table.shape, key=key)
 
 
 def _cut(rows: ProbeRows, steps: int) -> ProbeRows:

@@ -34,7 +34,7 @@ SMOKE_TEXT: dict[str, dict[str, Any]] = {  # a language model's teacher and head
     "search": {"grace": 8},
     "store": {"rows_per_shard": 16},
 }
-OF_SENTENCES = "a model of texts with a class is a module:factory"
+OF_SENTENCES = 'texts with a class are read by model = "transformers" or a module:factory'
 SMOKE_TOKENS = 4000  # of text a split, or 32 rows
 
 
@@ -120,7 +120,7 @@ def resolve(
     bad_keys = {problem.key for problem in problems + faults}
     if "terms" not in raw and "technique" in bad_keys:  # a sound technique brings terms
         faults = [fault for fault in faults if fault.key != "terms"]
-    if not (problems and "." in raw["technique"]):
+    if not (problems and "." in str(raw.get("technique"))):
         problems += _term_problems(merged)
     if recipe and not problems:
         problems += _teacher_problems(recipe)
@@ -145,8 +145,17 @@ def _student_resolved(merged: dict[str, Any]) -> tuple[dict[str, Any], list[Prob
     teacher = merged.get("teacher")
     if not isinstance(student, dict):
         return merged, []
-    found, problems = start.resolved(student, teacher if isinstance(teacher, dict) else {})
+    of_texts = _has_classed_texts(merged)
+    teacher = teacher if isinstance(teacher, dict) else {}
+    found, problems = start.resolved(student, teacher, of_texts=of_texts)
     return merged | {"student": found}, problems
+
+
+def _has_classed_texts(merged: dict[str, Any]) -> bool:
+    """Whether raw values have texts with a class."""
+    return _text(merged, "data", "tokenizer") is not None and (
+        _text(merged, "task", "label") == "class"
+    )
 
 
 def _technique(name: Any, allow_import: Collection[str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -390,7 +399,8 @@ def _name_problems(merged: dict[str, Any], allow_import: Collection[str]) -> lis
     ):
         name = _text(merged, table, key)
         dotted = f"{table}.{key}"
-        if name is None or name in known:
+        is_classifier = name == weight_files.TRANSFORMERS and _has_classed_texts(merged)
+        if name is None or name in known or is_classifier:
             continue
         if table == "data" and is_url(name):
             try:
@@ -421,12 +431,9 @@ def _file_problems(merged: dict[str, Any]) -> list[Problem]:
             files = [weights]
             if table == "student":
                 files = _of_seeds(weights, merged.get("seeds"))
-            is_text = tokenizer is not None
-            if is_text and _text(merged, "task", "label") == "class" and Path(weights).is_dir():
-                text = f"{weights} is a folder, of language models; name a safetensors file"
-                problems.append(Problem(f"{table}.weights", text))
-                continue
-            problems += weight_files.problems(table, merged[table], files, is_text=is_text)
+            kind = "series" if tokenizer is None else "text"
+            kind = "sentences" if _has_classed_texts(merged) else kind
+            problems += weight_files.problems(table, merged[table], files, kind=kind)
     log = _text(merged, "source", "log")
     if log and merged["source"].get("kind") == "replay":
         for folder in _of_seeds(log, merged.get("seeds")):

@@ -180,7 +180,7 @@ def test_labels_beside_texts_want_a_task(home):
         ({"optim": {"order": "blocks"}}, r'optim\.order: "blocks", but texts with a class'),
         ({"student": {"model": "llama"}}, r'student\.model: "llama" is of next tokens'),
         ({"student": {"model": "series_encoder"}}, r'student\.model: "series_encoder" is of ser'),
-        ({"teacher": {"weights": str(TESTS)}}, r"teacher\.weights: .* is a folder"),
+        ({"teacher": {"weights": str(TESTS)}}, r"teacher\.model: .* is a folder, which is read"),
         (
             {"data": {"columns": {"prompt": "a", "completion": "b"}}},
             r"data\.columns\.prompt: of language models",
