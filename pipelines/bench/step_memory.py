@@ -3,16 +3,20 @@
     python -m pipelines.bench.step_memory CASE      prints the bytes
 
 `head` and `whole` are a student of 151,936 tokens whose head is walked, or multiplied out;
-`again` and `kept` one of eight blocks that are computed again, or kept.
+`smollm2` and `smollm2 whole` alike the student of examples/smollm2, of 49,152 tokens; `again` and
+`kept` one of eight blocks that are computed again, or kept.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines.bench.table import Clock
 from raykd.losses.objective import Objective
@@ -24,59 +28,82 @@ from raykd.signals import Batch, Signals
 from raykd.targets import SparseTargets
 from raykd.training.state import Learner
 
-LARGE = 151_936
-SMALL = 256
-ROWS = 4
-STEPS = 256
 ENTRIES = 12  # classes of a place in the teacher's sparse targets
-WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student and the rows of one step."""
+
+    vocab: int
+    rows: int
+    settings: dict[str, Any]  # of the Llama
+    steps: int = 256
+    walks: bool = False  # whether its head is left to the losses
+    recomputes: bool = False
+    terms: tuple[str, ...] = ("kd",)
+
+
+LARGE = Case(151_936, 4, {"width": 128, "layers": 1, "inner": 384})
+DEEP = Case(256, 16, {"width": 128, "layers": 8, "inner": 384}, terms=("ce",))
+SMOLLM2 = Case(
+    49_152, 8, {"width": 160, "layers": 2, "heads": 5, "kv_heads": 5, "inner": 448}, steps=128
+)
+CASES = {
+    "whole": LARGE,
+    "head": replace(LARGE, walks=True),
+    "kept": DEEP,
+    "again": replace(DEEP, recomputes=True),
+    "smollm2 whole": SMOLLM2,
+    "smollm2": replace(SMOLLM2, walks=True),
+}
 
 
 def ratio(case: str, against: str) -> float:
     """The growth of one case over that of another."""
-    return _growth_of(case) / _growth_of(against)
+    return growth_of(case) / growth_of(against)
 
 
 def time_ratio(rounds: int) -> float:
     """CPU seconds of a step whose head is walked over one whose head is multiplied out."""
-    steps = [_step("head"), _step("whole")]
+    walked, whole = times(("head", "whole"), rounds)
+    return float(np.median(walked / whole))
+
+
+def times(names: Sequence[str], rounds: int) -> NDArray[np.float64]:
+    """(names, rounds): CPU seconds of a step of each case, which take turns."""
+    steps = [_step(CASES[name]) for name in names]
     clock = Clock()
-    ratios = []
-    for _ in range(rounds + 1):
-        spent = []
-        for step in steps:
+    spent = np.zeros((len(steps), rounds + 1))
+    for number in range(rounds + 1):
+        for place, step in enumerate(steps):
             clock.read()
             step()
-            spent.append(clock.read()[0])
-        ratios.append(spent[0] / spent[1])
-    return float(np.median(ratios[1:]))
+            spent[place, number] = clock.read()[0]
+    return spent[:, 1:]
 
 
-def _growth_of(case: str) -> int:
+def growth_of(case: str) -> int:
+    """Bytes by which a case's step lets the peak of a process grow."""
     command = [sys.executable, "-m", "pipelines.bench.step_memory", case]
     return int(subprocess.check_output(command))
 
 
-def _step(case: str, *, is_first: bool = False) -> Callable[[], None]:
+def _step(case: Case, *, is_first: bool = False) -> Callable[[], None]:
     """A forward and a backward pass of a student, on rows that are the same at every call.
 
     The first one has a single row, and meets what is made once a process.
     """
     torch.manual_seed(0)
-    is_large = case in ("head", "whole")
-    vocab = LARGE if is_large else SMALL
-    rows = ROWS if is_large else 4 * ROWS
-    layers = 1 if is_large else 8
-    module = Llama(classes=vocab, steps=STEPS, width=WIDTH, layers=layers, inner=3 * WIDTH)
-    if case == "again":
+    module = Llama(classes=case.vocab, steps=case.steps, **case.settings)
+    if case.recomputes:
         recompute_blocks(module)
     student = Adapter(module)
-    batch = _batch(vocab, 1 if is_first else rows)
-    if case == "head":
+    batch = _batch(case, 1 if is_first else case.rows)
+    if case.walks:
         student.find_head(batch.inputs[:1], batch.mask[:1])
-    terms = (
-        {"kd": TermSpec.model_validate({"temperature": 1.0})} if is_large else {"ce": TermSpec()}
-    )
+    settings: dict[str, Any] = {"kd": {"temperature": 1.0}, "ce": {}}
+    terms = {name: TermSpec.model_validate(settings[name]) for name in case.terms}
     learner = Learner(student, Objective(terms))
 
     def run() -> None:
@@ -88,12 +115,13 @@ def _step(case: str, *, is_first: bool = False) -> Callable[[], None]:
     return run
 
 
-def _batch(vocab: int, rows: int) -> Batch:
+def _batch(case: Case, rows: int) -> Batch:
     draws = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (rows, STEPS), generator=draws)
-    inputs = torch.stack([tokens, torch.arange(STEPS).expand(rows, STEPS)], -1).int()
-    mask = torch.ones(rows, STEPS, dtype=torch.bool)
-    places = rows * STEPS
+    vocab = case.vocab
+    tokens = torch.randint(vocab, (rows, case.steps), generator=draws)
+    inputs = torch.stack([tokens, torch.arange(case.steps).expand(rows, case.steps)], -1).int()
+    mask = torch.ones(rows, case.steps, dtype=torch.bool)
+    places = rows * case.steps
     stride = vocab // ENTRIES
     ids = torch.arange(ENTRIES) * stride
     ids = ids + torch.randint(stride, (places, ENTRIES), generator=draws)
@@ -104,7 +132,7 @@ def _batch(vocab: int, rows: int) -> Batch:
         inputs,
         mask,
         tokens,
-        teacher=Signals(torch.empty(rows, STEPS, 0), mask),
+        teacher=Signals(torch.empty(rows, case.steps, 0), mask),
         targets=lambda temperature: targets,
     )
 
@@ -112,8 +140,8 @@ def _batch(vocab: int, rows: int) -> Batch:
 def _growth(case: str) -> int:
     """Bytes by which this process's peak grows in one step, its parameters and rows at hand."""
     torch.set_num_threads(1)
-    _step(case, is_first=True)()
-    step = _step(case)
+    _step(CASES[case], is_first=True)()
+    step = _step(CASES[case])
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = _peak()
     step()
