@@ -45,8 +45,9 @@ class Headed:
         return Headed(self.hidden, self.weight[:count], bias)
 
     def logits(self, mask: Tensor) -> Tensor:
-        """(B, T, C): all of them, 0 where `mask` (B, T) is False."""
-        return zeroed(torch.nn.functional.linear(self.hidden, self.weight, self.bias), mask)
+        """(B, T, C) in fp32 at least: all of them, 0 where `mask` (B, T) is False."""
+        product = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        return zeroed(product.to(torch.promote_types(product.dtype, torch.float32)), mask)
 
 
 @dataclass(frozen=True)

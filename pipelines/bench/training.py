@@ -50,9 +50,7 @@ class Plain:
 
     def __init__(self, optim: Optim, arm: Arm, module: nn.Module, rows: DeviceRows, world: World):
         self.optim = optim
-        self.module = (
-            DistributedDataParallel(module, static_graph=True) if world.size > 1 else module
-        )
+        self.module = module
         self.inputs = rows.inputs
         self.label = rows.label
         self.teacher = rows.teacher["logits"].float()
@@ -68,6 +66,17 @@ class Plain:
         self.every = endless(torch.arange(len(rows.label)), batch - labelled)
         self.number = 0
         self.running = torch.zeros(())
+        if world.size > 1:
+            self._freeze_unused(rows)
+            self.module = DistributedDataParallel(module)
+
+    def _freeze_unused(self, rows: DeviceRows) -> None:
+        """Leave what no term reads out of DDP, as its error says."""
+        self.loss(rows.inputs[:2], rows.label[:2], self.teacher[:2]).backward()
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                parameter.requires_grad_(False)
+            parameter.grad = None
 
     def loss(self, x: Tensor, y: Tensor, z_teacher: Tensor) -> Tensor:
         z = self.module(x)["logits"]

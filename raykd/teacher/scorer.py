@@ -6,7 +6,7 @@ at a time, and a header that says what all rows have in common.
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ SHOWN = 10  # bad rows that a message lists
 ROUNDED = 3  # times the rounding of a dtype: what a head's answers may be apart
 LEAST_FAR = 1e-3  # of a row's largest logit: what other orders of a sum come to
 BESIDE_BYTES = 1 << 28  # of a batch's logits: those of more are not held beside the next batch's
+PIECE_BYTES = 1 << 28  # of logits that are made at a time of a head that is left out
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Answer:
     signals: Signals
     head_input: Tensor | None
 
+    def rows(self, at: slice) -> "Answer":
+        """The rows at `at` alone."""
+        hidden = self.head_input
+        return Answer(self.signals.rows(at), None if hidden is None else hidden[at])
+
 
 class Scorer:
     """A teacher loaded once, ready for the rows of any shard."""
@@ -93,6 +99,7 @@ class Scorer:
         else:
             self.codec = codec_for(self.settings, header.classes)
         self.teacher = Adapter(module, want=want, dtype=form.dtype).eval().requires_grad_(False)
+        self.is_known = not self.teacher.heads()  # whether its head has been looked for
 
     @classmethod
     def check(cls, recipe: Recipe, header: Header) -> None:
@@ -133,23 +140,32 @@ class Scorer:
         """The arrays of each batch's rows.
 
         While a thread encodes a batch, the teacher reads the next. No more than these two are
-        held, and of large answers one.
+        held, and of large answers one. The logits of a large head are made for some rows at a time.
         """
         size = self.recipe.store.batch
         # torch counts threads per thread, and sums depend on the count
         numbers = (torch.get_num_threads(),)
         with ThreadPoolExecutor(1, "encode", torch.set_num_threads, numbers) as thread:
-            before: Future[dict[str, Any]] | None = None
+            before: Future[list[dict[str, Any]]] | None = None
             for first in range(0, len(rows), size):
                 batch = rows.take(slice(first, first + size))
                 answer = self._forward(batch)
                 if before:
-                    yield before.result()
-                before = thread.submit(self._signals, batch, answer, bad)
-                if answer.signals.logits.nbytes > BESIDE_BYTES:
+                    yield from before.result()
+                before = thread.submit(self._encoded, batch, answer, bad)
+                if answer.signals.headed is None and answer.signals.logits.nbytes > BESIDE_BYTES:
                     wait([before])
             if before:
-                yield before.result()
+                yield from before.result()
+
+    def _encoded(self, rows: Rows, answer: Answer, bad: dict[int, str]) -> list[dict[str, Any]]:
+        """The arrays of a batch's rows, in as many pieces as its logits are made in."""
+        count = len(rows)
+        if answer.signals.headed is not None:
+            a_row = 4 * answer.signals.mask.shape[1] * answer.signals.columns
+            count = max(1, PIECE_BYTES // a_row)
+        pieces = [slice(first, first + count) for first in range(0, len(rows), count)]
+        return [self._signals(rows.take(at), answer.rows(at), bad) for at in pieces]
 
     @torch.inference_mode()
     def _signals(self, rows: Rows, answer: Answer, bad: dict[int, str]) -> dict[str, Any]:
@@ -185,14 +201,18 @@ class Scorer:
         if self.head_inputs is not None:
             self.head_inputs.clear()
         mask = as_tensor(rows.mask).to(self.device)
-        signals = self.teacher(as_tensor(rows.inputs).to(self.device), mask)
+        inputs = as_tensor(rows.inputs).to(self.device)
+        if not self.is_known:
+            self.teacher.find_head(inputs[:1], mask[:1])
+            self.is_known = True
+        signals = self.teacher(inputs, mask)
         classes = self.header.classes
-        if signals.logits.shape[-1] < classes:
+        if signals.columns < classes:
             raise RecipeError(
-                f"teacher: answers with {signals.logits.shape[-1]} classes, and the data have "
+                f"teacher: answers with {signals.columns} classes, and the data have "
                 f"{classes}; name a teacher of these data"
             )
-        signals = replace(signals, logits=signals.logits[..., :classes])
+        signals = signals.first_columns(classes)
         head_input = None
         if self.head_inputs is not None:
             if not self.head_inputs:
