@@ -135,7 +135,7 @@ class Adapter(nn.Module):
 
         From then on signals have their hidden states and head in place of logits.
         """
-        outputs: dict[str, list[Tensor]] = {}
+        outputs: dict[str, list[Any]] = {}
         handles = [
             head.register_forward_hook(
                 lambda _module, _inputs, output, name=name: outputs.setdefault(name, []).append(
@@ -154,7 +154,7 @@ class Adapter(nn.Module):
                 (name for name, out in outputs.items() if self._is_answer(out, logits)), None
             )
 
-    def _is_answer(self, outputs: list[Tensor], logits: Tensor) -> bool:
+    def _is_answer(self, outputs: list[Any], logits: Tensor) -> bool:
         """Whether a head's answers to a batch are the module's own, and nothing follows them."""
         if isinstance(self.module, ReadsInParts):
             return torch.equal(self.module.joined(outputs), logits)
