@@ -12,6 +12,7 @@ from raykd.errors import RecipeError
 from raykd.quant.linear import QuantLinear
 from raykd.signals import Headed, Signals, has_places, masked_mean
 
+FEW = 8  # tokens on which a head is sought
 MANY = 8192  # classes: a head of more is not multiplied out where losses can do without
 TOKENS = "input_ids"  # a parameter of a forward that takes a sentence's tokens
 MASKS = ("mask", "attention_mask")  # parameters of a forward that take the mask of valid steps
@@ -145,6 +146,9 @@ class Adapter(nn.Module):
             for name, head in self.heads().items()
         ]
         self.head = None
+        if has_places(inputs):  # what is kept of all wide layers must not take much memory
+            inputs = inputs[:, :FEW]
+            mask = mask[:, :FEW]
         with at_rest(self):
             logits = field(call(self.module, inputs, mask), "logits")
         for handle in handles:
