@@ -70,6 +70,7 @@ class Adapter(nn.Module):
         self.dtype = dtype
         self.want = want
         self.head: str | None = None  # the submodule whose product is left to the losses
+        self.left = LeftOut()
         self.answers: dict[str, list[Tensor]] = {}  # of the wanted layers, to the latest batch
         named = dict(module.named_modules())
         for name in sorted(want):
@@ -88,9 +89,10 @@ class Adapter(nn.Module):
             inputs = inputs.to(self.dtype)
         head = self._bare_head()
         if head is not None:
-            with _left_out(head) as hidden:
+            with self.left.out_of(head):
                 answer = call(self.module, inputs, mask)
-            return self._headed(head, whole_batch(self.module, hidden), answer, mask)
+            hidden = whole_batch(self.module, self.left.taken())
+            return self._headed(head, hidden, answer, mask)
         answer = call(self.module, inputs, mask)
         logits = self._in_full(field(answer, "logits"))
         valence = self._in_full(field(answer, "valence"))
@@ -238,20 +240,35 @@ def at_rest(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-@contextmanager
-def _left_out(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """While it is entered, a head answers with no columns; the list gets what it is given."""
-    inputs: list[Tensor] = []
+class LeftOut:
+    """The forward of a head that is left out: it keeps what it is given, and multiplies nothing.
 
-    def keep(input: Tensor) -> Tensor:
-        inputs.append(input)
+    It is one object for all calls, as torch.compile wants it.
+    """
+
+    def __init__(self):
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """No columns."""
+        self.inputs.append(input)
         return input.new_empty(*input.shape[:-1], 0)
 
-    head.forward = keep
-    try:
-        yield inputs
-    finally:
-        del head.forward
+    @contextmanager
+    def out_of(self, head: nn.Linear) -> Iterator[None]:
+        """While it is entered, a head answers with no columns."""
+        self.inputs.clear()
+        head.forward = self
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def taken(self) -> list[Tensor]:
+        """What the head was given since then, a tensor for each call."""
+        inputs = list(self.inputs)
+        self.inputs.clear()
+        return inputs
 
 
 def mask_name(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 import torch
 
 from raykd.errors import Problem, RecipeError
+from raykd.models.compiled import check_compiler
 from raykd.models.form import check_numbers
 from raykd.recipe.recipe import Recipe
 
@@ -22,6 +23,16 @@ def device_of(recipe: Recipe) -> torch.device:
         wanted = "cuda" if has_cuda else "cpu"
     device = torch.device(wanted)
     check_numbers(recipe.precision, device)
+    return device
+
+
+def training_device(recipe: Recipe) -> torch.device:
+    """The device of this process, which trains; errors as in `device_of`, and where
+    `scale.compile` finds no compiler here.
+    """
+    device = device_of(recipe)
+    if recipe.scale.compile:
+        check_compiler(device)
     return device
 
 

@@ -13,7 +13,7 @@ from raykd.console import say
 from raykd.errors import InfraError, Problem, RecipeError
 from raykd.files import waiting
 from raykd.files.address import Address, is_url
-from raykd.models.device import device_of, on_device
+from raykd.models.device import on_device, training_device
 from raykd.orchestration import session
 from raykd.orchestration.session import connect, last_line, named_cluster
 from raykd.recipe.recipe import Recipe
@@ -58,9 +58,11 @@ def is_here(recipe: Recipe, address: str | None) -> bool:
 
 
 def check_here(recipe: Recipe, address: str | None) -> None:
-    """RecipeError where there is no cluster but this machine, and it lacks the device asked for."""
+    """RecipeError where there is no cluster but this machine, and it lacks the device or the
+    compiler asked for.
+    """
     if named_cluster(address) is None:
-        device_of(recipe)
+        training_device(recipe)
 
 
 def placed(recipe: Recipe) -> Recipe:

@@ -15,7 +15,7 @@ from raykd.console import Progress, say
 from raykd.data.table import Source
 from raykd.errors import Diverged, InfraError, RaykdError
 from raykd.files.address import Address
-from raykd.models.device import device_of
+from raykd.models.device import training_device
 from raykd.orchestration.cluster import check_seen, described, placed, trains_elsewhere
 from raykd.orchestration.session import at_node, own_fault, plain_error
 from raykd.orchestration.teachers import ServedTeacher, teacher_actors
@@ -188,7 +188,7 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
         check_seen(folder)
         if world.rank == 0:
             _append_progress(folder, arms_of(recipe)[0].key, step=0, metrics={})
-        device = device_of(recipe)
+        device = training_device(recipe)
         if device.type == "cuda":
             device = ray.train.torch.get_device()
         teacher = _teacher(recipe, config["teachers"], world.rank) if config["teachers"] else None

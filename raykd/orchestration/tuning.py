@@ -24,7 +24,7 @@ from raykd.errors import InfraError, RaykdError
 from raykd.files import waiting
 from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
-from raykd.models.device import device_of, on_device
+from raykd.models.device import device_of, on_device, training_device
 from raykd.orchestration.cluster import check_seen, fitting, placed
 from raykd.orchestration.session import own_fault, plain_error
 from raykd.orchestration.training import to_send, worker_group
@@ -192,7 +192,7 @@ def _train_trial(
     if record:
         _report_again(folder, record, metric, report)
         return
-    device = device_of(recipe)
+    device = training_device(recipe)
     runner = ArmRunner(recipe, shared["store"], device, source=shared["source"])
     arm = student_arm(recipe, recipe.seeds[0])
     student = runner.student(arm)

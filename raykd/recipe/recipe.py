@@ -65,6 +65,8 @@ class Scale(Table):
     """`blocks` keeps a block's inputs alone for the backward pass, and computes the rest again."""
     shard: Literal["none", "full", "hybrid"] = "none"
     """Of several workers: weights, gradients and optimiser in parts on all, or on a node's."""
+    compile: bool = False
+    """Training goes through torch.compile, with equal results; what it cannot do runs as it is."""
     checkpoint_every: Count = 500
     """Steps from checkpoint to checkpoint."""
     start_timeout_s: Count = 120

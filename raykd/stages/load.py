@@ -130,7 +130,7 @@ def resolve(
         problems += _worker_problems(recipe)
         problems += _precision_problems(recipe)
         problems += _micro_problems(recipe) + _recompute_problems(recipe)
-        problems += _shard_problems(recipe)
+        problems += _shard_problems(recipe) + _compile_problems(recipe)
         problems += _search_problems(merged, recipe, allow_import)
     problems += faults + _name_problems(merged, allow_import) + _file_problems(merged)
     if problems or recipe is None:
@@ -268,6 +268,14 @@ def _shard_problems(recipe: Recipe) -> list[Problem]:
     if any(phase.quant for phase in recipe.phases):
         found.append("but a phase rounds, and its scales need whole weights; take out the phases")
     return [Problem("scale.shard", f'"{shard}", {text}, or leave it out') for text in found]
+
+
+def _compile_problems(recipe: Recipe) -> list[Problem]:
+    """Phases whose rounding is another with every step, and would be compiled anew for each."""
+    if not recipe.scale.compile or not any(phase.quant for phase in recipe.phases):
+        return []
+    text = "true, but a phase rounds, by numbers of its own in each step; leave one of them out"
+    return [Problem("scale.compile", text)]
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from raykd import data, models
+from raykd.console import say
 from raykd.data import Dataset
 from raykd.data.rows import Facts
 from raykd.data.table import Held, Source, in_memory
@@ -35,6 +36,7 @@ from raykd.losses.reads import reads_of
 from raykd.losses.terms import needs_of, wants_of
 from raykd.models.adapter import Adapter
 from raykd.models.build import build_frozen
+from raykd.models.compiled import compile_student
 from raykd.models.form import Form, set_attention, set_matmul
 from raykd.models.recompute import recompute_blocks
 from raykd.recipe.recipe import Recipe
@@ -145,6 +147,8 @@ class ArmRunner:
         )
         set_attention(module, self.recipe.precision.attention)
         phases.prepare(module, arm.phases)
+        if self.recipe.scale.compile:
+            compile_student(module, partial(say, "train"))
         if self.recipe.scale.recompute == "blocks":
             recompute_blocks(module)
         return Adapter(module, want=wants_of(arm.terms))

@@ -27,7 +27,9 @@ from torch import nn
 
 from raykd import techniques
 from raykd.errors import InfraError, RecipeError
+from raykd.models import compiled
 from raykd.models.adapter import Adapter
+from raykd.models.compiled import compile_student
 from raykd.models.recompute import recompute_blocks
 from raykd.models.series_encoder import SeriesEncoder
 from raykd.recipe.precision import Precision
@@ -63,6 +65,8 @@ CASES: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "copies": ("hybrid", "ab", {}),
     "micro": ("full", "aa", {"micro": 3, "recompute": True}),
     "bf16": ("full", "aa", {"precision": BF16}),
+    "compiled": ("full", "aa", {"micro": 3, "recompute": True, "compile": True}),
+    "compiled copies": (None, "aa", {"compile": True}),
     "chosen": ("full", "aa", {"arm": CHOSEN}),
     "full from one": ("full", "aa", {**SAVED, "begun": "one", "arm": CHOSEN}),
     "hybrid from hybrid": ("hybrid", "aa", {**SAVED, "begun": "hybrid"}),
@@ -80,9 +84,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def student(seed: int = 1, *, recompute: bool = False) -> Adapter:
+def student(seed: int = 1, *, recompute: bool = False, compile: bool = False) -> Adapter:
     torch.manual_seed(seed)
     module = SeriesEncoder(channels=3, classes=4, steps=8, width=8, layers=2)
+    if compile:
+        compiled.BACKEND = "eager"  # a graph that is recorded, and run as it is
+        compile_student(module, print)
     if recompute:
         recompute_blocks(module)
     return Adapter(module, want=frozenset({"hidden.blocks.0"}))
@@ -101,11 +108,12 @@ def trained(
     arm: Arm = ARM,
     folder: Path | None = None,
     recompute: bool = False,
+    compile: bool = False,
     **keywords: Any,
 ) -> State:
-    again = partial(student, 2 + world.rank, recompute=recompute)  # of other values
+    again = partial(student, 2 + world.rank, recompute=recompute, compile=compile)
     sharding = Sharding(shard, again) if shard else None  # pyright: ignore[reportArgumentType]
-    begins = student(recompute=recompute)
+    begins = student(recompute=recompute, compile=compile)
     return train(
         arm,
         AVERAGED if arm.select else OPTIM,
@@ -129,6 +137,8 @@ def bytes_of_state(state: State) -> int:
 
 def work(rank: int, meeting: Path, out: Path, names: list[str]) -> None:
     """One worker of two: a training for each name."""
+    from torch import _dynamo
+
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for name in names:
         shard, nodes, keywords = CASES[name]
@@ -143,6 +153,8 @@ def work(rank: int, meeting: Path, out: Path, names: list[str]) -> None:
             report=lambda step, _, reports=reports: reports.append(step),
             **keywords,
         )
+        if "compile" in keywords:
+            assert _dynamo.utils.counters["stats"].pop("unique_graphs") > 0
         save_file(dict(state.student.module.state_dict()), out / f"{name}-{rank}.safetensors")
         told = {"history": state.history, "bytes": bytes_of_state(state), "reports": reports}
         (out / f"{name}-{rank}.json").write_text(json.dumps(told))
