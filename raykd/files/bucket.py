@@ -9,7 +9,7 @@ wait has an end.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +17,10 @@ from functools import lru_cache
 from typing import Any
 
 from raykd.errors import InfraError
-from raykd.files.place import Listed
+from raykd.files.place import Listed, Record
 
 CLIENT: Any = {"connect_timeout": "5s", "timeout": "120s"}  # of one request, its body included
+LISTED_AT_ONCE = 1000  # objects, as a server's page holds them
 RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 ATTEMPTS = 3  # at a name whose other creator gave up
 SEEN: set[str] = set()  # buckets that have refused this process to create a name twice
@@ -121,23 +122,32 @@ class Bucket:
             api.delete(client, name)
 
     def listed(self, below: str = "") -> dict[str, Listed]:
-        with self._requests(below) as (api, client):
-            objects = api.list(client, below or None).collect()
         files = {
             o["path"]: Listed(o["size"], o["last_modified"].timestamp(), o["e_tag"] or "")
-            for o in objects
+            for o in self._objects(below)
         }
-        return dict(sorted(files.items()))
+        names = sorted(files)
+        return files if names == list(files) else {name: files[name] for name in names}
+
+    def _objects(self, below: str) -> Iterator[Any]:
+        """What the server tells of each object, as it tells it: a million take a gigabyte."""
+        with self._requests(below) as (api, client):
+            for some in api.list(client, below or None, chunk_size=LISTED_AT_ONCE):
+                yield from some
 
     def folders(self, below: str = "") -> list[str]:
         with self._requests(below) as (api, client):
             prefixes = api.list_with_delimiter(client, below or None)["common_prefixes"]
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
-    def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether every file has the size in its record. Digests are checked on fetching."""
-        sizes = {name: file.bytes for name, file in self.listed("data").items()}
-        return all(sizes.get(record["file"]) == record["bytes"] for record in records)
+    @property
+    def is_near(self) -> bool:
+        return False
+
+    def lacking(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Those whose object has another size. Digests are checked on fetching."""
+        sizes = {o["path"]: o["size"] for o in self._objects("data")}
+        return (record for record in records if sizes.get(record["file"]) != record["bytes"])
 
     @contextmanager
     def _requests(self, name: str) -> Iterator[tuple[Any, Any]]:

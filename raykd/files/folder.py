@@ -5,14 +5,13 @@ A hard link creates a name once. Symbolic links that lead out of the folder are 
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from raykd.errors import StoreError
 from raykd.files import atomic, links
-from raykd.files.place import Listed
+from raykd.files.place import Listed, Record
 from raykd.files.reading import opened
 
 
@@ -74,9 +73,13 @@ class Folder:
     def folders(self, below: str = "") -> list[str]:
         return sorted(path.name for path in self._path(below).glob("*") if path.is_dir())
 
-    def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether every file has the digest in its record. A disk is near, so files are read."""
-        return all(self._sha256(record["file"]) == record["sha256"] for record in records)
+    @property
+    def is_near(self) -> bool:
+        return True
+
+    def lacking(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Those whose file has another digest. A disk is near, so files are read."""
+        return (record for record in records if self._sha256(record["file"]) != record["sha256"])
 
     def _sha256(self, name: str) -> str | None:
         try:

@@ -5,15 +5,17 @@ one name just one wins, and what is written is read at once. It needs no rename 
 nothing is listed to be read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raykd.files.address import Address
 from raykd.files.atomic import from_json
 
+Record = Mapping[str, Any]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Listed:
     """What a listing reports of a file."""
 
@@ -61,11 +63,23 @@ class Place(Protocol):
         """The names of the folders in a folder, in order."""
         ...
 
-    def holds(self, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether the files of these commit records are there, as far as can be told without
-        fetching them.
+    @property
+    def is_near(self) -> bool:
+        """Whether a file is read at once, so that its digest may be asked for at any time."""
+        ...
+
+    def lacking(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Those of these commit records whose files are not there as they say, as far as can be
+        told without fetching them.
         """
         ...
+
+
+def holds(place: Place, records: Iterable[Record]) -> bool:
+    """Whether the files of these commit records are there, as far as can be told without fetching
+    them.
+    """
+    return next(iter(place.lacking(records)), None) is None
 
 
 def read_json_in(place: Place, name: str) -> Any:

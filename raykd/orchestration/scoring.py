@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from raykd.errors import DataError, RaykdError, StoreError
 from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.open import address_below, open_place
+from raykd.files.place import holds
 from raykd.files.waiting import in_turn
 from raykd.orchestration.cluster import check_seen, placed
 from raykd.orchestration.session import at_node, plain_error
@@ -35,6 +36,7 @@ from raykd.store import layer_signals
 from raykd.store.commit import Shard, StoreWriter, plan_shards, store_id
 from raykd.store.manifest import read_manifest, seconds_of
 from raykd.store.reader import Store, read_shard
+from raykd.store.shard_records import ShardRecords
 from raykd.teacher.identity import check_teacher, signals_of, store_identity
 from raykd.teacher.scorer import Header, Scorer, bad_rows
 from raykd.teacher.statistics import store_statistics, summed_statistics
@@ -47,7 +49,7 @@ FED = 4  # teachers that one reader has rows for
 def block_of(rows: Rows, shard: Shard) -> dict[str, Any]:
     """A line for each row of a shard: the arrays of `Rows`, and of which shard the row is."""
     arrays: dict[str, Any] = {name: v for name, v in vars(rows).items() if v is not None}
-    for name, value in vars(shard).items():
+    for name, value in asdict(shard).items():
         arrays[name] = np.repeat(np.array([value]), len(rows))
     return arrays
 
@@ -207,7 +209,7 @@ def is_complete(where: Address, signals: list[str]) -> bool:
         return False
     store = Store(place)
     stores = [store, *map(store.layer, signals)]
-    return all(each.place.holds(each.manifest["shards"]) for each in stores)
+    return all(holds(each.place, each.manifest["shards"]) for each in stores)
 
 
 def score(recipe: Recipe, source: Source, out: Path) -> Address:
@@ -232,21 +234,21 @@ def score(recipe: Recipe, source: Source, out: Path) -> Address:
     if missing:
         in_order = sorted(missing, key=lambda shard: shard.number)
         _score_missing(recipe, source, writer, shards, missing=in_order)
-    writer.finish(shards, _statistics(recipe, source, writer, shards))
+    records = writer.records(shards)
+    writer.finish(shards, _statistics(recipe, source, writer, records), records)
     for name in signals_of(recipe):
         writers[name].finish(shards, {})
     return address
 
 
 def _statistics(
-    recipe: Recipe, source: Source, writer: StoreWriter, shards: list[Shard]
+    recipe: Recipe, source: Source, writer: StoreWriter, records: ShardRecords
 ) -> dict[str, Any]:
     """What the manifest says of the whole data set: from the sums beside the shards where rows are
     read in parts, else from the values of all rows.
 
     Those of a manifest that stands, of these very shards, are left as they are.
     """
-    records = writer.records(shards)
     try:
         standing = read_manifest(writer.place)
     except StoreError:
@@ -354,7 +356,7 @@ def shard_results(
     recipe = placed(recipe)
     if not table.in_parts:
         source = Lent.of(source, {shard.split for shard in shards})
-    together = [[vars(shard) for shard in some] for some in read_together(table, shards)]
+    together = [[asdict(shard) for shard in some] for some in read_together(table, shards)]
     low, high = (min(size, len(together)) for size in recipe.scale.scorers)
     descriptors = ray.data.from_arrow([pa.Table.from_pylist(some) for some in together])
     blocks = descriptors.map_batches(

@@ -7,6 +7,7 @@ store of another schema, of which nothing is known here, is refused before anyth
 import io
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +32,7 @@ HALF_WRITTEN = re.compile(
 Fault = dict[str, str]
 
 
-def shards(where: Address | Place) -> tuple[list[dict[str, Any]], list[Fault]]:
+def shards(where: Address | Place) -> tuple[Sequence[dict[str, Any]], list[Fault]]:
     """(every shard's record, the faults of the records). StoreError if the place is no store.
 
     The records are the manifest's; without a sound manifest, those commits that can be read.

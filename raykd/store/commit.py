@@ -14,7 +14,7 @@ readers open only what the manifest names.
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,12 +28,24 @@ from raykd.files.atomic import to_json
 from raykd.files.digests import digest_of
 from raykd.files.open import open_place
 from raykd.files.place import Place, read_json_in
+from raykd.files.waiting import in_turn
 from raykd.store import bounds
+from raykd.store.shard_records import (
+    ShardRecords,
+    digest_of_manifest,
+    file_of,
+    is_usual,
+    manifest_of,
+    text_of,
+)
 
 SCHEMA = 1
+MANIFEST = "_MANIFEST.json"
+READERS = 64  # small files of a bucket that are read at a time
+TOGETHER = 64  # of them that one thread reads in turn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A fixed range of row positions [first, last) within one split."""
 
@@ -71,6 +83,7 @@ class StoreWriter:
     def __init__(self, where: Address | Place, identity: dict[str, Any]):
         self.place = open_place(where)
         self.identity = identity
+        self._known = ShardRecords()  # of a place that is far, as `missing` has read them
         self.place.put_once("_RECIPE.json", to_json(identity))
         if read_json_in(self.place, "_RECIPE.json") != identity:
             raise StoreError(
@@ -135,17 +148,57 @@ class StoreWriter:
         costs a listing, and the reading of what is recorded.
         """
         recorded = self.place.listed("_commits")
+        unsound = set() if self.place.is_near else self._unsound_far(shards, recorded)
         absent = []
         for shard in shards:
             if _record(shard) not in recorded:
                 absent.append(shard)
-            elif not self.is_sound(shard):
+            elif shard.number in unsound or (self.place.is_near and not self.is_sound(shard)):
                 self.retract(shard)
                 absent.append(shard)
         return absent
 
+    def _unsound_far(self, shards: Sequence[Shard], recorded: Mapping[str, Any]) -> set[int]:
+        """The numbers of recorded shards whose record is damaged, or whose file is missing or cut.
+
+        Of a place that is far no file is fetched for it: a digest is checked by who reads it.
+        """
+        there = [shard for shard in shards if _record(shard) in recorded]
+        unsound = set()
+        known = ShardRecords()
+        for shard, record in zip(there, self._read(there), strict=True):
+            if is_record_of(shard, record) and self._says_what_it_lacks(shard, record):
+                known.add_usual(record)
+            else:
+                unsound.add(shard.number)
+        unsound |= {record["number"] for record in self.place.lacking(known)}
+        self._known = known if not unsound else ShardRecords()
+        return unsound
+
+    def _says_what_it_lacks(self, shard: Shard, record: dict[str, Any]) -> bool:
+        """Whether the rows that a shard's file lacks are told, one by one."""
+        lacks = shard.last - shard.first - record["rows"]
+        return not lacks or len(self._left_out(shard)) == lacks
+
+    def _read(self, shards: Sequence[Shard]) -> Iterator[Any]:
+        """The records of shards in their order; None where there is none, or no JSON."""
+
+        def read(some: Sequence[Shard]) -> list[Any]:
+            return [self._record_of(shard) for shard in some]
+
+        together = [shards[at : at + TOGETHER] for at in range(0, len(shards), TOGETHER)]
+        for found in in_turn(read, together, 1 if self.place.is_near else READERS):
+            yield from found
+
+    def _record_of(self, shard: Shard) -> Any:
+        try:
+            return read_json_in(self.place, _record(shard))
+        except StoreError:
+            return None
+
     def retract(self, shard: Shard) -> None:
         """Remove a shard: its record first, so that no record is without its file."""
+        self._known = ShardRecords()
         self.place.delete(_record(shard))
         self.place.delete(_quarantine(shard))
         self.place.delete(_sums(shard.number))
@@ -166,42 +219,56 @@ class StoreWriter:
         rows = rows_left_out(self.place, _quarantine(shard))
         return {row["row_id"]: row["reason"] for row in rows}
 
-    def records(self, shards: list[Shard]) -> list[dict[str, Any]]:
+    def records(self, shards: list[Shard]) -> ShardRecords:
         """The commit records of all shards. StoreError names those that have none."""
-        records = [read_json_in(self.place, _record(shard)) for shard in shards]
-        absent = [
-            shard.number for shard, record in zip(shards, records, strict=True) if record is None
-        ]
+        known = dict(zip(self._known.numbers(), range(len(self._known)), strict=True))
+        read = self._read([shard for shard in shards if shard.number not in known])
+        records = ShardRecords()
+        absent = []
+        for shard in shards:
+            place = known.get(shard.number)
+            if place is not None:
+                records.add_from(self._known, place)
+                continue
+            record = next(read)
+            if record is None:
+                absent.append(shard.number)
+            records.append(record)
         if absent:
             raise StoreError(
                 f"{self.place}: shards {absent} are not scored; run `raykd score` again"
             )
         return records
 
-    def finish(self, shards: list[Shard], statistics: dict[str, Any]) -> dict[str, Any]:
+    def finish(
+        self, shards: list[Shard], statistics: dict[str, Any], records: ShardRecords | None = None
+    ) -> dict[str, Any]:
         """The manifest, written once every shard is committed.
 
-        StoreError names the shards that are not.
+        `records` are those of the shards, where they have been read. StoreError names the shards
+        that are not committed.
         """
-        records = self.records(shards)
+        if records is None:
+            records = self.records(shards)
         body = {
             "schema": SCHEMA,
             "store_id": self.place.name,
             "identity": self.identity,
             "shards": records,
-            "bytes": sum(record["bytes"] for record in records),
+            "bytes": records.total_bytes(),
             "statistics": statistics,
         }
-        manifest = body | {"sha256": digest_of(body)}
+        manifest = body | {"sha256": digest_of_manifest(body)}
         faults.point("score", at="before_manifest")
-        self.place.put_once("_MANIFEST.json", to_json(manifest))
-        stored = read_json_in(self.place, "_MANIFEST.json")
-        if stored != manifest:
+        text = text_of(manifest)
+        self.place.put_once(MANIFEST, text)
+        stored = self.place.get(MANIFEST)
+        if stored != text and manifest_of(stored, f"{self.place}/{MANIFEST}") != manifest:
             raise StoreError(
                 f"{self.place}: scored again, the store differs from its manifest; "
                 "delete the folder"
             )
-        return stored
+        return manifest
 
     def is_sound(self, shard: Shard) -> bool:
         """Whether a shard has a record that its file's bytes give again."""
@@ -223,6 +290,18 @@ class StoreWriter:
             record = None
         rows = record.get("rows") if isinstance(record, dict) else 0
         return shard.last - shard.first - (rows if isinstance(rows, int) else 0)
+
+
+def is_record_of(shard: Shard, record: Any) -> bool:
+    """Whether a value can be the record of a shard."""
+    return (
+        is_usual(record)
+        and record["number"] == shard.number
+        and record["split"] == shard.split
+        and record["first"] == shard.first
+        and record["last"] == shard.last
+        and record["rows"] <= shard.last - shard.first
+    )
 
 
 def rows_left_out(place: Place, name: str) -> list[dict[str, Any]]:
@@ -272,6 +351,6 @@ def to_parquet(table: pa.Table) -> bytes:
 def record_of(shard: Shard, data: bytes) -> dict[str, Any]:
     """The commit record of a shard whose file holds `data`."""
     sha = hashlib.sha256(data).hexdigest()
-    name = f"data/part-{shard.number:05d}-{sha[:16]}.parquet"
+    name = file_of(shard.number, sha)
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     return asdict(shard) | {"file": name, "bytes": len(data), "rows": rows, "sha256": sha}

@@ -6,7 +6,8 @@ from typing import Any
 from raykd.errors import StoreError
 from raykd.files.digests import digest_of
 from raykd.files.place import Place, read_json_in
-from raykd.store.commit import SCHEMA, store_id
+from raykd.store.commit import MANIFEST, SCHEMA, store_id
+from raykd.store.shard_records import ShardRecords, digest_of_manifest, manifest_of
 
 PART = re.compile(r"data/part-\d{5,}-[0-9a-f]{16}\.parquet")
 ID = re.compile(r"[0-9a-f]{16}")  # names that are ids; layers and logs of drafts have other names
@@ -20,7 +21,7 @@ def read_manifest(place: Place) -> dict[str, Any]:
     StoreError if there is none, if it is damaged, or if it is of another store than the place's
     name says.
     """
-    manifest = read_json_in(place, "_MANIFEST.json")
+    manifest = manifest_of(place.get(MANIFEST), f"{place}/{MANIFEST}")
     if manifest is None:
         raise StoreError(
             f"{place} is not a complete store: it has no manifest; run `raykd score` to finish it"
@@ -31,7 +32,9 @@ def read_manifest(place: Place) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged: no object of keys and values; {again}")
     check_schema(place, manifest, "_MANIFEST.json")
     body = {k: v for k, v in manifest.items() if k != "sha256"}
-    if digest_of(body) != manifest.get("sha256"):
+    is_whole = isinstance(manifest.get("shards"), ShardRecords)
+    found = digest_of_manifest(body) if is_whole else digest_of(body)
+    if found != manifest.get("sha256"):
         raise StoreError(f"{path} is damaged: its digest does not match; {again}")
     if not _has_shape(manifest):
         raise StoreError(f"{path} is damaged: it lacks what a manifest holds; {again}")
@@ -84,8 +87,8 @@ def _has_shape(manifest: dict[str, Any]) -> bool:
         manifest.get("schema") == SCHEMA
         and isinstance(manifest.get("identity"), dict)
         and isinstance(manifest.get("statistics"), dict)
-        and isinstance(records, list)
-        and all(map(_is_record, records))
+        and isinstance(records, ShardRecords)
+        and all(map(_is_record, records.others.values()))
     )
 
 

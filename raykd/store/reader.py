@@ -1,7 +1,7 @@
 """Reading a store: only what the manifest names, only what its digests confirm."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Store:
         return self.place.address
 
     @classmethod
-    def of_shards(cls, where: Address | Place, records: list[dict[str, Any]]) -> "Store":
+    def of_shards(cls, where: Address | Place, records: Sequence[dict[str, Any]]) -> "Store":
         """A view of committed shards before there is a manifest; it is read shard by shard."""
         store = cls.__new__(cls)
         store.place = open_place(where)

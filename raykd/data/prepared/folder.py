@@ -26,7 +26,7 @@ from raykd.files.address import Address
 from raykd.files.atomic import to_json
 from raykd.files.digests import digest_of
 from raykd.files.open import address_below, open_place
-from raykd.files.place import Place, read_json_in
+from raykd.files.place import Place, holds, read_json_in
 
 SCHEMA = 1
 FILE = re.compile(r"data/part-\d{5,}-\d{2,}-[0-9a-f]{16}\.parquet")
@@ -128,7 +128,7 @@ class PreparedFolder:
     def _is_sound(self, unit: int) -> bool:
         try:
             record = self.record(unit)
-            return record is not None and self.place.holds(record["parts"])
+            return record is not None and holds(self.place, record["parts"])
         except (StoreError, KeyError, TypeError):
             return False
 
