@@ -1,5 +1,6 @@
 """Ray: teachers as actors beside the workers that train, for students that write their own text."""
 
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.signals import Headed, Signals
 from raykd.teacher.identity import check_teacher, teacher_identity
+
+TICK_S = 0.5  # that an answer is waited for at a time
 
 
 class TeacherActor:
@@ -70,15 +73,19 @@ class ServedTeacher:
     """A teacher in an actor, as one worker asks it. A large head is sent once, not its products.
 
     At most `most` texts wait at once; the next one waits for the oldest. A call that is not
-    answered within `wait_s` seconds, restarts of the actor included, is an InfraError.
+    answered within `wait_s` seconds, restarts of the actor included, is an InfraError. `tick` is
+    called as long as one is waited for.
     """
 
-    def __init__(self, name: str, *, most: int, wait_s: float):
+    def __init__(
+        self, name: str, *, most: int, wait_s: float, tick: Callable[[], None] = lambda: None
+    ):
         import ray
 
         self.actor = ray.get_actor(name)
         self.most = most
         self.wait_s = wait_s
+        self.tick = tick
         self.waiting: deque[Any] = deque()
         self.head: tuple[Tensor, Tensor | None] | None = None
         self.is_known = False  # whether the actor has been asked for its head
@@ -104,14 +111,15 @@ class ServedTeacher:
 
     def _answer(self, call: Any) -> Any:
         import ray
-        import ray.exceptions
 
-        try:
-            answer: Any = ray.get(call, timeout=self.wait_s)
-        except ray.exceptions.GetTimeoutError:
-            raise InfraError(
-                f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?"
-            ) from None
+        end = time.monotonic() + self.wait_s
+        while not ray.wait([call], timeout=min(TICK_S, max(0.0, end - time.monotonic())))[0]:
+            self.tick()
+            if time.monotonic() >= end:
+                raise InfraError(
+                    f"the teacher's actor gave no answer within {self.wait_s} s; is it starved?"
+                )
+        answer: Any = ray.get(call)
         if call in self.waiting:
             self.waiting.remove(call)
         return answer

@@ -71,6 +71,8 @@ class Scale(Table):
     """Steps from checkpoint to checkpoint."""
     start_timeout_s: Count = 120
     """Seconds until all workers must have started."""
+    stall_timeout_s: Count = 120
+    """Seconds that a worker may make no step and use no CPU; then it is ended as lost."""
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
     """Of rows read in parts: the gigabytes of them and their answers that a node's disk keeps."""
     readers: Count = 2

@@ -6,6 +6,7 @@ compared with that of the same recipe left alone.
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -93,27 +94,42 @@ def _trained(tiny: Path, scored: Path, folder: Path, *options: str, **environmen
     out = folder / "out"
     out.mkdir()
     (out / "stores").symlink_to(scored / "stores")
-    sound(raykd(folder, "train", tiny, "--out", out, *options, **environment))
+    done = raykd(folder, "train", tiny, "--out", out, *options, **environment)
+    sound(done)
+    (folder / "told").write_text(done.err)
     return out
 
 
 @pytest.fixture(scope="module")
 def twice_killed(phased, scored, session, tmp_path_factory) -> Path:
-    """An --out whose arms were trained by two workers, of which one was killed in the unrounded arm
-    and one in the student's second phase.
+    """An --out whose arms were trained by two workers: in the unrounded arm one was stopped, until
+    raykd ended it, and one was killed in the student's second phase.
     """
     folder = tmp_path_factory.mktemp("killed")
-    plans = ("train:step=25,rank=1,arm=unrounded-0", "train:step=35,rank=1,arm=student-0")
+    plans = (
+        "train:step=25,rank=1,arm=unrounded-0,signal=STOP",
+        "train:step=35,rank=1,arm=student-0",
+    )
     fault = in_workers(fatal(";".join(plans), folder / "fired"))
-    out = _trained(phased, scored, folder, "--set", "scale.workers=2", **session, **fault)
-    assert (folder / "fired.0").exists()
-    assert (folder / "fired.1").exists()
+    scale = ("--set", "scale.workers=2", "--set", "scale.stall_timeout_s=10")
+    out = _trained(phased, scored, folder, *scale, **session, **fault)
+    assert all((folder / f"fired.{number}").exists() for number in range(len(plans)))
     return out
 
 
 def test_a_worker_killed_in_training_changes_no_weight(pair, twice_killed):
     assert trained(twice_killed).keys() == {"control-0", "unrounded-0", "student-0"}
     assert alike(twice_killed, pair)
+
+
+def test_a_worker_that_stops_is_named_with_its_node_and_replaced(twice_killed):
+    """It was waited for without a word, for as long as it was stopped."""
+    told = (twice_killed.parent / "told").read_text()
+    (line,) = [line for line in told.splitlines() if "has stopped" in line]
+    assert re.search(
+        r"train: ! rank 1 on node \S+, \S+ has stopped: its process says nothing", line
+    )
+    assert "its group starts again from the newest checkpoint" in line
 
 
 def test_a_worker_killed_within_a_phase_resumes_in_it(pair, twice_killed):
