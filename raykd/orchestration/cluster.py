@@ -2,6 +2,7 @@
 folders.
 """
 
+import re
 import secrets
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ SHARE = (
 )
 SEEN_S = 300  # for all nodes to look into a folder: a busy one starts a process in minutes
 WAITING_S = 30  # between words of what is waited for
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # how a path begins that was a URL
 UNPACKED = "runtime_resources/working_dir_files"  # where Ray unpacks a job's working directory
 
 
@@ -226,10 +228,19 @@ def _at(node: str) -> Any:
 
 
 def check_stays(name: str, folder: Path) -> None:
-    """RecipeError where results would lie in a folder that Ray unpacks a job into, and deletes.
+    """RecipeError where results would lie in a folder that Ray unpacks a job into, and deletes, or
+    where an address was given for a folder.
 
     `name` is what names the folder: an option, or a key of the recipe.
     """
+    scheme = SCHEME.match(folder.as_posix())
+    if scheme:
+        url = folder.as_posix().replace(":/", "://", 1)
+        raise RecipeError(
+            f"{name} {url}: a run lies in a folder that all nodes share, which no address names; "
+            "stores and prepared rows may be in a bucket: --out /shared/runs --set "
+            f"scale.store={url}"
+        )
     if UNPACKED in folder.absolute().as_posix():
         raise RecipeError(
             f"{name} {folder}: lies in the folder that Ray unpacked this job's working directory "

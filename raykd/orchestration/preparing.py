@@ -16,11 +16,13 @@ from raykd.files.address import Address
 from raykd.files.cache import cache_folder
 from raykd.files.open import address_below
 from raykd.orchestration.cluster import check_seen
+from raykd.orchestration.patience import Patience
 from raykd.orchestration.scoring import quiet_context
 from raykd.orchestration.session import at_node, plain_error
 from raykd.recipe.recipe import Recipe
 
 RESTARTS = 3  # of an actor
+LOST_S = 120  # that actors may be lost again and again without a unit done
 SMALL_BYTES = 256 << 20  # of a source that this process prepares by itself
 
 
@@ -114,28 +116,42 @@ def _rows_of(work: Work, missing: list[Unit]) -> int | None:
 
 
 def _by_ray(work: Work, missing: list[Unit], shown: _Shown) -> None:
-    import ray.data
+    """Prepare units by actors; where those are lost too often, as scoring does."""
     import ray.exceptions
 
-    table = pa.table({"number": [unit.number for unit in missing]})
-    most = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1))))
-    try:
-        with warnings.catch_warnings():
-            # Ray Data warns of its own defaults, and of the only way to bound retries
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
-            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            quiet_context()
-            each = [table.slice(place, 1) for place in range(len(missing))]
-            done = ray.data.from_arrow(each).map_batches(
-                UnitActor,
-                fn_constructor_args=(work,),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
-                num_cpus=1,
-                max_restarts=RESTARTS,
-                max_task_retries=-1,
-            )
-            for row in done.iter_rows():
-                shown.done(int(row["rows"]), int(row["bytes"]))
-    except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
-        raise plain_error(error, "prepare") from None
+    patience = Patience(LOST_S)
+    while missing:
+        try:
+            with warnings.catch_warnings():
+                # Ray Data warns of its own defaults, and of the only way to bound retries
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
+                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+                for row in _unit_results(work, missing).iter_rows():
+                    shown.done(int(row["rows"]), int(row["bytes"]))
+            return
+        except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
+            fault = plain_error(error, "prepare")
+            if not patience.again(error, shown.bytes):
+                raise fault from None
+            say("prepare", f"! {fault}; goes on with the units that are missing")
+            missing = work.missing()
+
+
+def _unit_results(work: Work, units: list[Unit]) -> Any:
+    """The Ray Data set of the rows and bytes of each unit; reading it prepares them."""
+    import ray
+    import ray.data
+
+    table = pa.table({"number": [unit.number for unit in units]})
+    most = max(1, min(len(units), int(ray.cluster_resources().get("CPU", 1))))
+    quiet_context()
+    each = [table.slice(place, 1) for place in range(len(units))]
+    return ray.data.from_arrow(each).map_batches(
+        UnitActor,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+        num_cpus=1,
+        max_restarts=RESTARTS,
+        max_task_retries=-1,
+    )

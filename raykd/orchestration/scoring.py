@@ -29,6 +29,7 @@ from raykd.files.open import address_below, open_place
 from raykd.files.place import holds
 from raykd.files.waiting import in_turn
 from raykd.orchestration.cluster import check_seen, placed
+from raykd.orchestration.patience import Patience
 from raykd.orchestration.session import at_node, plain_error
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
@@ -228,12 +229,7 @@ def score(recipe: Recipe, source: Source, out: Path) -> Address:
         for shard in shards:
             if writer.quarantined([shard]):
                 writer.retract(shard)
-    missing: set[Shard] = set()
-    for layer_writer in writers.values():
-        missing.update(layer_writer.missing(shards))
-    if missing:
-        in_order = sorted(missing, key=lambda shard: shard.number)
-        _score_missing(recipe, source, writer, shards, missing=in_order)
+    _score_missing(recipe, source, writers, shards)
     records = writer.records(shards)
     writer.finish(shards, _statistics(recipe, source, writer, records), records)
     for name in signals_of(recipe):
@@ -293,36 +289,58 @@ def shard_sums(
         yield sums
 
 
+def _missing(writers: Iterable[StoreWriter], shards: list[Shard]) -> list[Shard]:
+    """The shards that a store or one of its signals lacks, in their order."""
+    found: set[Shard] = set()
+    for writer in writers:
+        found.update(writer.missing(shards))
+    return sorted(found, key=lambda shard: shard.number)
+
+
 def _score_missing(
     recipe: Recipe,
     source: Source,
-    writer: StoreWriter,
+    writers: Mapping[str, StoreWriter],
     shards: list[Shard],
-    *,
-    missing: list[Shard],
 ) -> None:
-    """Score the missing ones of all shards of a store."""
+    """Score what a store and its signals lack of all shards.
+
+    Where actors are lost more often than Ray allows, the shards that are missing then are begun
+    again, as long as shards get done, or within `scale.start_timeout_s` without.
+    """
     import ray.exceptions
 
+    writer = writers[""]
+    missing = _missing(writers.values(), shards)
+    if not missing:
+        return
     progress = Progress("score", sum(shard.last - shard.first for shard in missing), "rows")
     done = 0
     bad = len(writer.quarantined(shards))
     seconds = 0.0
-    try:
-        with warnings.catch_warnings():
-            # Ray Data warns of its own defaults, and of the only way to bound retries
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
-            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-            for row in shard_results(recipe, source, writer, missing).iter_rows():
-                done += int(row["rows"])
-                seconds += float(row["seconds"])
-                progress.advance(done)
-                bad += int(row["bad"])
-                if bad > recipe.scale.max_bad_rows:
-                    quarantined = writer.quarantined(shards)
-                    raise DataError(bad_rows(quarantined, recipe.scale.max_bad_rows))
-    except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
-        raise plain_error(error, "score") from None
+    patience = Patience(recipe.scale.start_timeout_s)
+    while missing:
+        try:
+            with warnings.catch_warnings():
+                # Ray Data warns of its own defaults, and of the only way to bound retries
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray.")
+                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+                for row in shard_results(recipe, source, writer, missing).iter_rows():
+                    done += int(row["rows"])
+                    seconds += float(row["seconds"])
+                    progress.advance(done)
+                    bad += int(row["bad"])
+                    if bad > recipe.scale.max_bad_rows:
+                        quarantined = writer.quarantined(shards)
+                        raise DataError(bad_rows(quarantined, recipe.scale.max_bad_rows))
+            break
+        except (RaykdError, ray.exceptions.RayError, RuntimeError) as error:
+            fault = plain_error(error, "score")
+            if not patience.again(error, done):
+                raise fault from None
+            say("score", f"! {fault}; goes on with the shards that are missing")
+            missing = _missing(writers.values(), shards)
+            bad = len(writer.quarantined(shards))
     before = seconds_of(writer.place) or 0.0
     writer.place.put("_TIMING.json", to_json({"seconds": before + seconds}))
     progress.finish()

@@ -28,7 +28,7 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end the search as if it were done
 }
 # where Ray keeps the error that an error of its own wraps
-WRAPPED = ("cause", "controller_failure", "_base_exc")
+WRAPPED = ("cause", "controller_failure", "health_check_failure", "_base_exc")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KNOCK_S = 10
 SAFE_PATH = "PYTHONSAFEPATH"  # of Python: its -P
@@ -209,15 +209,28 @@ def at_node(fault: RaykdError) -> RaykdError:
     return fault
 
 
+@contextmanager
+def faults_with_node() -> Iterator[None]:
+    """Within it a fault of ours says on which node it was met, where this is an actor of Ray's."""
+    import ray
+
+    try:
+        yield
+    except RaykdError as fault:
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+            raise at_node(fault) from None
+        raise
+
+
 def own_fault(error: BaseException) -> RaykdError | None:
     """What a repetition would meet again, among the causes of an error: a RaykdError that is no
     InfraError.
     """
-    faults = [link for link in _causes(error) if isinstance(link, RaykdError) and _is_ours(link)]
+    faults = [link for link in causes(error) if isinstance(link, RaykdError) and _is_ours(link)]
     return next((fault for fault in faults if not isinstance(fault, InfraError)), None)
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def causes(error: BaseException) -> list[BaseException]:
     """An error and all that it wraps, the outermost first."""
     chain: list[BaseException] = []
     todo: list[Any] = [error]
@@ -241,7 +254,7 @@ def plain_error(error: BaseException, stage: str) -> RaykdError:
     """The user's own fault behind a chain of Ray's wrappers, or an InfraError with the innermost
     cause.
     """
-    chain = _causes(error)
+    chain = causes(error)
     for link in chain:
         if _is_ours(link):
             assert isinstance(link, RaykdError)

@@ -13,24 +13,27 @@ from typing import Any
 
 from raykd.console import Progress, say
 from raykd.data.table import Source
-from raykd.errors import Diverged, InfraError, RaykdError
+from raykd.errors import Diverged, InfraError
 from raykd.files.address import Address
 from raykd.models.device import training_device
 from raykd.orchestration.cluster import check_seen, described, placed, trains_elsewhere
-from raykd.orchestration.session import at_node, own_fault, plain_error
+from raykd.orchestration.patience import Patience
+from raykd.orchestration.session import faults_with_node, own_fault, plain_error
+from raykd.orchestration.stalls import ALONE, Watch, heart
 from raykd.orchestration.teachers import ServedTeacher, teacher_actors
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
 from raykd.training import run_files, trained_arm
 from raykd.training.arm import World
 from raykd.training.arms import arms_of
-from raykd.training.run_arms import run_arms
+from raykd.training.run_arms import ArmReport, run_arms
 from raykd.training.throughput import WORTH_TELLING, Pace
 
 TICK_S = 2  # between lines of progress that no evaluation brings
 PACE = ("rows_per_second", "waiting_share")
 LAST_BYTES = 4096  # of the file of progress, which hold its last line
 WAITING_S = 30  # between words of what is waited for
+AGAIN = "its group starts again from the newest checkpoint"
 
 
 def train_all_arms(
@@ -58,13 +61,16 @@ def train_all_arms(
     asks = recipe.source is not None and recipe.source.log is None
     has_actors = asks and recipe.scale.workers[1] > 1
     actors = teacher_actors(recipe, source) if has_actors else nullcontext([])
-    keys = [arm.key for arm in arms]
-    with _ProgressWatch(folder, keys, steps=recipe.optim.steps, progress=progress), actors as names:
+    shown = _ProgressWatch(
+        folder, [arm.key for arm in arms], steps=recipe.optim.steps, progress=progress
+    )
+    stalls = Watch("train", recipe.scale.stall_timeout_s, AGAIN)
+    with shown, actors as names, stalls:
+        config |= {"teachers": names, "board": stalls.board.key}
         try:
-            group = worker_group(recipe, train_worker, config | {"teachers": names}, folder=folder)
-            fault = group.fit().return_value
+            fault = _fit(recipe, config, folder, shown.reached)
         except Exception as error:  # Ray raises its own kinds and ours, wrapped
-            raise plain_error(error, "train") from error
+            raise stalls.fault(recipe.scale.retries, plain_error(error, "train")) from error
     if fault:
         raise fault
     found = [trained_arm.read_record(folder, arm.key) for arm in arms]
@@ -84,6 +90,25 @@ def train_all_arms(
                 f"delete {record} and train again to finish it",
             )
     return records
+
+
+def _fit(
+    recipe: Recipe, config: dict[str, Any], folder: Path, reached: Callable[[], int]
+) -> Diverged | None:
+    """Train with a group, and with another where it has lost workers more often than Ray allows.
+
+    A further group begins as long as training goes forward by a checkpoint, or within
+    `scale.start_timeout_s` without. `reached` counts the steps that are done.
+    """
+    patience = Patience(recipe.scale.start_timeout_s, least=recipe.scale.checkpoint_every)
+    patience.reached = reached()
+    while True:
+        try:
+            return worker_group(recipe, train_worker, config, folder=folder).fit().return_value
+        except Exception as error:
+            if not patience.again(error, reached()):
+                raise
+            say("train", f"! {plain_error(error, 'train')}; {AGAIN}")
 
 
 def to_send(source: Source | None) -> Source | None:
@@ -171,12 +196,9 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
     A divergence is every rank's. It is returned, not raised, because a retry would repeat it.
     """
     import ray.train
-    import ray.train.torch
 
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
-    recipe = Recipe.model_validate(config["recipe"])
-    imports.permit(recipe.packages)
     folder = Path(config["folder"])
 
     def report(arm: str, step: int, metrics: dict[str, Any]) -> None:
@@ -185,39 +207,64 @@ def train_worker(config: dict[str, Any]) -> Diverged | None:
         ray.train.report({"arm": arm, **metrics})
 
     try:
-        check_seen(folder)
-        if world.rank == 0:
-            _append_progress(folder, arms_of(recipe)[0].key, step=0, metrics={})
-        device = training_device(recipe)
-        if device.type == "cuda":
-            device = ray.train.torch.get_device()
-        teacher = _teacher(recipe, config["teachers"], world.rank) if config["teachers"] else None
-        run_arms(
-            recipe,
-            config["store"],
-            folder,
-            world=world,
-            device=device,
-            report=report,
-            tick=_Ticker(folder, world.size) if world.rank == 0 else _no_tick,
-            teacher=teacher,
-            source=config["source"],
-        )
+        with faults_with_node():
+            recipe = Recipe.model_validate(config["recipe"])
+            imports.permit(recipe.packages)
+            limit_s = recipe.scale.stall_timeout_s
+            board = config.get("board")
+            with heart(board, ALONE, rank=world.rank, size=world.size, limit_s=limit_s) as beating:
+                _train(recipe, folder, config, world=world, report=report, tick=beating.tick)
     except Diverged as fault:
         return fault
-    except RaykdError as fault:
-        if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
-            raise at_node(fault) from None
-        raise
     return None
 
 
-def _teacher(recipe: Recipe, names: list[str], rank: int) -> ServedTeacher:
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    world: World,
+    report: ArmReport,
+    tick: Callable[[], None],
+) -> None:
+    """Every arm, by this worker; `tick` is called after each step."""
+    import ray.train.torch
+
+    check_seen(folder)
+    if world.rank == 0:
+        _append_progress(folder, arms_of(recipe)[0].key, step=0, metrics={})
+    device = training_device(recipe)
+    if device.type == "cuda":
+        device = ray.train.torch.get_device()
+    written = _Ticker(folder, world.size) if world.rank == 0 else _no_tick
+
+    def after_step(arm: str, step: int, pace: Pace) -> None:
+        tick()
+        written(arm, step, pace)
+
+    names = config["teachers"]
+    run_arms(
+        recipe,
+        config["store"],
+        folder,
+        world=world,
+        device=device,
+        report=report,
+        tick=after_step,
+        teacher=_teacher(recipe, names, world.rank, tick) if names else None,
+        source=config["source"],
+    )
+
+
+def _teacher(
+    recipe: Recipe, names: list[str], rank: int, tick: Callable[[], None]
+) -> ServedTeacher:
     """A worker's teacher among the actors: one more text may wait than its source draws ahead."""
     assert recipe.source is not None
     most = recipe.source.ahead + 1
     wait_s = recipe.scale.start_timeout_s
-    return ServedTeacher(names[rank % len(names)], most=most, wait_s=wait_s)
+    return ServedTeacher(names[rank % len(names)], most=most, wait_s=wait_s, tick=tick)
 
 
 def _append_progress(folder: Path, arm: str, *, step: int, metrics: dict[str, Any]) -> None:
@@ -277,12 +324,18 @@ class _ProgressWatch:
             self.waiting = False
             last = _last_line(self.path)
             if last and last["arm"] in self.arms:
-                done = self.arms.index(last["arm"]) * self.steps + last["step"]
                 note = last["arm"]
                 if last["val_accuracy"] is not None:
                     note += f": validation accuracy {last['val_accuracy']:.3f}"
                 note += _pace(last)
-                self.progress.advance(done, note)
+                self.progress.advance(self.reached(), note)
+
+    def reached(self) -> int:
+        """How many steps are done of all arms, by the last line of progress."""
+        last = _last_line(self.path)
+        if not last or last["arm"] not in self.arms:
+            return 0
+        return self.arms.index(last["arm"]) * self.steps + last["step"]
 
     def _say_waiting(self) -> None:
         """What is waited for, every half minute until the workers have started."""

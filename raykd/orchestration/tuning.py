@@ -26,7 +26,8 @@ from raykd.files.address import Address
 from raykd.files.atomic import read_json, write_bytes, write_json
 from raykd.models.device import device_of, on_device, training_device
 from raykd.orchestration.cluster import check_seen, fitting, placed
-from raykd.orchestration.session import own_fault, plain_error
+from raykd.orchestration.session import faults_with_node, own_fault, plain_error
+from raykd.orchestration.stalls import Watch, heart
 from raykd.orchestration.training import to_send, worker_group
 from raykd.recipe import imports
 from raykd.recipe.recipe import Recipe
@@ -42,6 +43,7 @@ from raykd.training.trial_record import TrialRecord
 # A nested trial and its N workers fit N cores.
 TRIAL_CPU = 0.05
 WORKER_CPU = 0.9
+AGAIN = "the trial goes on from its newest checkpoint"
 TWIN_S = 86_400  # for another trial of the same point to end
 
 
@@ -68,6 +70,8 @@ def run_trials(
         "folder": str(folder.resolve()),
         "source": to_send(source),
     }
+    stalls = Watch("tune", recipe.scale.stall_timeout_s, AGAIN)
+    shared["board"] = stalls.board.key
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
     # what fails a trial is reported once, by us
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -91,7 +95,8 @@ def run_trials(
         ),
     )
     try:
-        grid = tuner.fit()
+        with stalls:
+            grid = tuner.fit()
     except Exception as error:  # Ray raises its own kinds and ours, wrapped
         raise plain_error(error, "tune") from error
     results = [grid[i] for i in range(len(grid))]
@@ -184,7 +189,24 @@ def _train_trial(
     world: World,
     report: Callable[[dict[str, Any]], Any],
 ) -> None:
-    recipe = _recipe_of(config, shared)
+    """Train a trial, by this worker; a stop of it is told on the board of the search."""
+    board = shared.get("board")
+    with faults_with_node():
+        recipe = _recipe_of(config, shared)
+        limit_s = recipe.scale.stall_timeout_s
+        beating = heart(board, shared["trial"], rank=world.rank, size=world.size, limit_s=limit_s)
+        with beating:
+            _train_point(recipe, shared, world=world, report=report, tick=beating.tick)
+
+
+def _train_point(
+    recipe: Recipe,
+    shared: dict[str, Any],
+    *,
+    world: World,
+    report: Callable[[dict[str, Any]], Any],
+    tick: Callable[[], None],
+) -> None:
     folder = _folder_of(shared)
     metric = metric_of(recipe)
     check_seen(Path(shared["folder"]))
@@ -219,6 +241,7 @@ def _train_trial(
         checkpoints=checkpoints,
         checkpoint_every=recipe.scale.checkpoint_every,
         report=report_step,
+        tick=lambda step, pace: tick(),
     )
     # before the last report, where the scheduler may end this process; and both of the weights
     # that the student goes back to

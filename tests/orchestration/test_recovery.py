@@ -127,7 +127,7 @@ def test_a_worker_that_stops_is_named_with_its_node_and_replaced(twice_killed):
     told = (twice_killed.parent / "told").read_text()
     (line,) = [line for line in told.splitlines() if "has stopped" in line]
     assert re.search(
-        r"train: ! rank 1 on node \S+, \S+ has stopped: its process says nothing", line
+        r"train +! rank 1 on node \S+, \S+ has stopped: its process says nothing", line
     )
     assert "its group starts again from the newest checkpoint" in line
 

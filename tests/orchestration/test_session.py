@@ -421,3 +421,12 @@ def test_workers_that_never_start_are_told_by_the_recipes_key():
     told = str(session.plain_error(WorkerGroupStartupTimeoutError("set RAY_TRAIN_..."), "train"))
     assert "scale.start_timeout_s" in told
     assert "RAY_TRAIN" not in told
+
+
+@pytest.mark.parametrize("url", ["s3://lab/runs", "gs://lab/runs", "https://lab.example/runs"])
+def test_an_address_as_out_is_refused_with_what_to_type(url, tmp_path, monkeypatch):
+    """It made a folder of that name, `s3:`, on whichever node the command was."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=f"--out {url}: .* --set scale.store={url}"):
+        RunFolder(recipe_of(), Path(url))
+    assert not list(tmp_path.iterdir())
