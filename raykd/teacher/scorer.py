@@ -182,7 +182,8 @@ class Scorer:
         arrays = {name: _to_numpy(tensor) for name, tensor in values.items()}
         stored = signals.logits
         if answer.head_input is not None:
-            stored = self._checked_head_input(answer.head_input, signals)
+            self._check_bare(answer.head_input, signals)
+            stored = answer.head_input
         mask = signals.mask
         unfit = self._unfit(signals, stored, arrays)
         bad |= {int(rows.row_id[i]): reason for i, reason in unfit.items()}
@@ -219,25 +220,23 @@ class Scorer:
                 raise self._head_refused("the teacher does not call that layer")
             # of a module that reads a batch in parts only its latest one can be joined
             head_input = whole_batch(self.teacher.module, self.head_inputs)
+            if head_input.dim() == 2:  # of a teacher that answers once a row
+                head_input = head_input.unsqueeze(1)
+            if head_input.shape[:2] != signals.mask.shape:
+                raise self._head_refused(
+                    f"that layer gets {tuple(head_input.shape)}, and the teacher answers at "
+                    f"{tuple(signals.mask.shape)}"
+                )
         return Answer(signals, head_input)
 
-    def _checked_head_input(self, hidden: Tensor, signals: Signals) -> Tensor:
-        """(B, T, D): the inputs of the head.
-
-        RecipeError if the logits are not its bare answer, at any step that can be stored.
+    def _check_bare(self, hidden: Tensor, signals: Signals) -> None:
+        """RecipeError if the logits are not the head's bare answer to its inputs (B, T, D), at any
+        step that can be stored.
         """
-        if hidden.dim() == 2:  # of a teacher that answers once a row
-            hidden = hidden.unsqueeze(1)
-        if hidden.shape[:2] != signals.mask.shape:
-            raise self._head_refused(
-                f"that layer gets {tuple(hidden.shape)}, and the teacher answers at "
-                f"{tuple(signals.mask.shape)}"
-            )
         for logits, states, mask in zip(signals.logits, hidden, signals.mask, strict=True):
             at = mask & logits.isfinite().all(1)
             if at.any() and not self._is_bare(logits[at], states[at]):
                 raise self._head_refused("the teacher changes that layer's answer into others")
-        return hidden
 
     def _is_bare(self, logits: Tensor, states: Tensor) -> bool:
         """Whether P logits of one row are what the head says of P hidden states, up to rounding."""

@@ -155,7 +155,7 @@ def test_a_driver_finishes_a_store_without_a_shard(rows, tmp_path, monkeypatch, 
     asked: list[str] = []
     spied = lambda _, name, **key: asked.append(name) or get(name, **key)  # noqa: E731
     monkeypatch.setattr(type(writer.place), "get", spied)
-    found = scoring._statistics(recipe, source, writer, shards)
+    found = scoring._statistics(recipe, source, writer, writer.records(shards))
     assert asked
     assert not [name for name in asked if name.startswith("data/")]
     assert source.read_parts == []
@@ -172,9 +172,9 @@ def test_a_driver_finishes_a_store_without_a_shard(rows, tmp_path, monkeypatch, 
         writer.place.delete(name)
     writer.place.put("_sums/00002.json", b"{")
     writer.put_sums(writer.records(shards)[3] | {"sha256": "0"}, Sums().told())
-    assert scoring._statistics(recipe, source, writer, shards) == found
+    assert scoring._statistics(recipe, source, writer, writer.records(shards)) == found
     assert capsys.readouterr().err.count("without sums") == 2  # once a split
-    assert scoring._statistics(recipe, source, writer, shards) == found
+    assert scoring._statistics(recipe, source, writer, writer.records(shards)) == found
     assert "without sums" not in capsys.readouterr().err
 
 
@@ -183,7 +183,9 @@ def test_the_statistics_of_a_manifest_stand(rows, tmp_path):
     source = InParts(dataset, 40)
     writer, shards = scored(recipe, source, tmp_path)
     writer.finish(shards, {"told": "before there were sums"})
-    assert scoring._statistics(recipe, source, writer, shards) == {"told": "before there were sums"}
+    assert scoring._statistics(recipe, source, writer, writer.records(shards)) == {
+        "told": "before there were sums"
+    }
 
 
 def test_rows_in_memory_leave_no_sums(rows, tmp_path):
