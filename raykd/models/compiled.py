@@ -6,8 +6,12 @@ and the text that a student writes are computed as ever.
 """
 
 import functools
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,16 +27,12 @@ GRAPHS = 64  # of one function, each for other shapes and inner layers: torch's 
 
 def check_compiler(device: torch.device) -> None:
     """RecipeError where this machine has no compiler for code of `device`."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils._triton import has_triton
-
     lacks = ""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = (os.environ.get("CXX", "").split() or [usual])[0]
+    if shutil.which(compiler) is None:
         lacks = "a C++ compiler; install g++ or name yours by the variable CXX"
-    if not lacks and device.type == "cuda" and not has_triton():
+    elif device.type == "cuda" and find_spec("triton") is None:
         lacks = "Triton for its GPU; install the package triton"
     if lacks:
         text = f"true, which needs {lacks} on the machines that train, or leave it out"

@@ -11,6 +11,7 @@ stopped), or that does nothing (a call hangs), is named and ended, and Ray start
 
 import json
 import os
+import shutil
 import signal
 import sys
 import sysconfig
@@ -34,7 +35,6 @@ AT_WORK = 0.005  # of a CPU: a thread that uses less does nothing
 ASKED_S = 60.0  # that a node may take to look at a process; a busy one starts one for it
 SAMPLE_S = 1.0  # over which a silent process is looked at
 BUSY = 0.05  # of a CPU: a silent process that uses more computes, in a call that lets no thread run
-NAMESPACE = b"raykd"
 # below the folders of their packages; a frame of these waits for another process
 WAITS = {
     "ray": ("",),
@@ -178,45 +178,39 @@ def _is_library(file: str, folders: tuple[str, ...]) -> bool:
 
 @dataclass
 class Board:
-    """Beats in the key-value table of Ray's head; each watch has its own."""
+    """Beats as files of a folder that all processes of a run see; each watch has its own."""
 
-    key: str
+    folder: Path
 
     def say(self, beat: Beat) -> None:
-        from ray.experimental import internal_kv
-
-        with suppress(Exception):  # a head that is busy hears the next one
-            internal_kv._internal_kv_put(
-                self._key(beat), json.dumps(asdict(beat)).encode(), True, namespace=NAMESPACE
-            )
+        path = self._path(beat)
+        with suppress(
+            OSError
+        ):  # a disk that fails is told of by what needs it; the next beat may do
+            staged = path.with_suffix(".new")
+            staged.write_text(json.dumps(asdict(beat)))
+            staged.replace(path)
 
     def end(self, beat: Beat) -> None:
-        from ray.experimental import internal_kv
-
-        with suppress(Exception):
-            internal_kv._internal_kv_del(self._key(beat), namespace=NAMESPACE)
-
-    def _key(self, beat: Beat) -> bytes:
-        return f"{self.key}/{beat.group}/{beat.rank}".encode()
+        with suppress(OSError):
+            self._path(beat).unlink()
 
     def read(self) -> list[Beat]:
         """The last beat of each rank."""
-        from ray.experimental import internal_kv
-
         told = []
-        for key in internal_kv._internal_kv_list(f"{self.key}/".encode(), namespace=NAMESPACE):
-            value = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
-            if value:
-                told.append(Beat(**json.loads(value)))
+        for path in sorted(self.folder.glob("*.json")):
+            with suppress(FileNotFoundError):  # it has just ended
+                told.append(Beat(**json.loads(path.read_text())))
         return told
 
-    def forget(self, group: str = "") -> None:
-        """Drop the beats of a group, or all."""
-        from ray.experimental import internal_kv
+    def forget(self, group: str) -> None:
+        """Drop the beats of a group."""
+        for path in self.folder.glob(f"{group}-*.json"):
+            with suppress(OSError):
+                path.unlink()
 
-        prefix = f"{self.key}/{group}/" if group else f"{self.key}/"
-        with suppress(Exception):  # the head may be gone
-            internal_kv._internal_kv_del(prefix.encode(), del_by_prefix=True, namespace=NAMESPACE)
+    def _path(self, beat: Beat) -> Path:
+        return self.folder / f"{beat.group}-{beat.rank}.json"
 
 
 @dataclass
@@ -242,7 +236,7 @@ class OwnVoice:
 
 
 def heart(board: str | None, group: str, *, rank: int, size: int, limit_s: float) -> Heart:
-    """The heart of this thread's training; it speaks to `board` where it is in an actor of Ray."""
+    """The heart of this thread's training; it writes to the folder `board` in an actor of Ray."""
     import ray
 
     beat = Beat(group, rank, size, "", "", os.getpid(), process_of(os.getpid())[0])
@@ -252,7 +246,7 @@ def heart(board: str | None, group: str, *, rank: int, size: int, limit_s: float
     if not context.get_actor_id():
         return Heart(beat, OwnVoice(limit_s), limit_s)
     beat = replace(beat, node=node_name(), node_id=context.get_node_id())
-    return Heart(beat, Board(board), limit_s)
+    return Heart(beat, Board(Path(board)), limit_s)
 
 
 def process_of(pid: int) -> tuple[str, float, bool]:
@@ -350,32 +344,33 @@ def stall_of(heard: Iterable[Heard], now: float, limit_s: float) -> Stall | None
 class Watch:
     """Ends ranks that have stopped, as long as it is open. Needs a Ray session to be of use.
 
-    `again` is what a group does then, as it is told.
+    `again` is what a group does then, as it is told. Beats lie in a folder below `folder`, which
+    is this command's alone.
     """
 
     stage: str
     limit_s: float
     again: str
-    board: Board = field(default_factory=lambda: Board(f"stalls-{uuid.uuid4().hex}"))
+    folder: Path
     heard: dict[tuple[str, int], Heard] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
+        self.board = Board(self.folder / uuid.uuid4().hex)
         self.every_s = min(self.limit_s / BEATS, LONGEST_S / 2)
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a command that was killed
+        self.board.folder.mkdir(parents=True)
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self.thread.join(LONGEST_S)
-        import ray
-
-        if ray.is_initialized():
-            self.board.forget()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def fault(self, retries: int, other: RaykdError) -> RaykdError:
         """What ended a stage: ranks that stopped in each of its attempts, or another fault."""

@@ -64,9 +64,9 @@ def train_all_arms(
     shown = _ProgressWatch(
         folder, [arm.key for arm in arms], steps=recipe.optim.steps, progress=progress
     )
-    stalls = Watch("train", recipe.scale.stall_timeout_s, AGAIN)
+    stalls = Watch("train", recipe.scale.stall_timeout_s, AGAIN, run_files.beats(folder.resolve()))
     with shown, actors as names, stalls:
-        config |= {"teachers": names, "board": stalls.board.key}
+        config |= {"teachers": names, "board": str(stalls.board.folder)}
         try:
             fault = _fit(recipe, config, folder, shown.reached)
         except Exception as error:  # Ray raises its own kinds and ours, wrapped

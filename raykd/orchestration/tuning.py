@@ -70,8 +70,8 @@ def run_trials(
         "folder": str(folder.resolve()),
         "source": to_send(source),
     }
-    stalls = Watch("tune", recipe.scale.stall_timeout_s, AGAIN)
-    shared["board"] = stalls.board.key
+    stalls = Watch("tune", recipe.scale.stall_timeout_s, AGAIN, run_files.beats(folder.resolve()))
+    shared["board"] = str(stalls.board.folder)
     function = tune.with_parameters(nested_trial if nested else trial, shared=shared)
     # what fails a trial is reported once, by us
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

@@ -18,7 +18,7 @@ A run folder holds
     answers.parquet                 what a comparison of runs reads
     report.json, report.html        the report
     digests.json                    the sha256 of what search, export and report wrote
-    progress.jsonl, ray/            of the running command
+    progress.jsonl, ray/, beats/    of the running command
 """
 
 from pathlib import Path
@@ -118,6 +118,11 @@ def read_trials(run: Path) -> dict[str, Any] | None:
 def artefact(run: Path) -> Path:
     """The folder of the exported student."""
     return run / "artefact"
+
+
+def beats(run: Path) -> Path:
+    """The folder in which ranks say that they are alive."""
+    return run / "beats"
 
 
 def ray(run: Path) -> Path:

@@ -173,8 +173,8 @@ def test_a_stall_names_rank_node_and_line():
     )
 
 
-def test_silence_while_the_command_itself_was_stopped_is_not_counted():
-    watch = Watch("train", LIMIT_S, "again")
+def test_silence_while_the_command_itself_was_stopped_is_not_counted(tmp_path):
+    watch = Watch("train", LIMIT_S, "again", tmp_path)
     watch._hear([BEAT], 100.0, 1.0)
     watch._hear([BEAT], 101.0, 1.0)
     assert [one.at for one in watch.heard.values()] == [100.0]
@@ -184,8 +184,30 @@ def test_silence_while_the_command_itself_was_stopped_is_not_counted():
     assert [one.at for one in watch.heard.values()] == [701.0]
 
 
-def test_stops_in_every_attempt_are_the_reason_and_a_users_fault_comes_first():
-    watch = Watch("train", LIMIT_S, "again")
+def test_a_board_has_the_last_beat_of_each_rank_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "beats"
+    (folder / "of a command that was killed").mkdir(parents=True)
+    with Watch("train", LIMIT_S, "again", folder) as watch:
+        board = watch.board
+        assert [path.name for path in folder.iterdir()] == [board.folder.name]
+        for beat in (BEAT, replace(BEAT, number=1), replace(BEAT, rank=1)):
+            board.say(beat)
+        board.say(replace(BEAT, group="3f2a"))
+        assert board.read() == [
+            replace(BEAT, group="3f2a"),
+            replace(BEAT, number=1),
+            replace(BEAT, rank=1),
+        ]
+        board.end(replace(BEAT, rank=1))
+        board.forget("3f2a")
+        assert board.read() == [replace(BEAT, number=1)]
+    assert not folder.exists()
+    board.say(BEAT)  # of a rank that outlives the command
+    assert not folder.exists()
+
+
+def test_stops_in_every_attempt_are_the_reason_and_a_users_fault_comes_first(tmp_path):
+    watch = Watch("train", LIMIT_S, "again", tmp_path)
     lost = InfraError("train failed after its retries: ActorDiedError")
     watch.told = ["rank 1 on node n1 has stopped"]
     assert watch.fault(1, lost) is lost
